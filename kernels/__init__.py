@@ -1,0 +1,4 @@
+"""Triton kernels and their launchers: tensors in, tensors out. No autograd, no policy, no import from nanogpt_fast.
+
+Installed as `nanogpt_fast.kernels`; `kernels/README.md` is the guided tour.
+"""

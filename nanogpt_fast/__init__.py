@@ -1,0 +1,1 @@
+"""nanogpt_fast: nanoGPT on fused kernels, behind nanoGPT's own names. `from nanogpt_fast import GPT, GPTConfig`."""

@@ -1,0 +1,137 @@
+"""Which implementation of an op runs, and why.
+
+Every op has the reference implementation (plain PyTorch, `reference.py`) and may have faster ones: "triton", "cpp".
+A choice is one of
+
+    auto       per op, the fastest implementation that is available and right for these arguments
+    fused      a kernel, or a RuntimeError that names why none can run
+    reference  exactly the PyTorch calls that nanoGPT makes
+
+for all ops ("reference") or op by op ("auto,attention=reference"). Who says it, strongest first: the context manager
+`use(...)`, the model (`GPT(config, backend=...)`), the environment variable NANOGPT_FAST_BACKEND (read at import), auto.
+
+The choice made by `use` lives in a `threading.local`, not a ContextVar: torch.compile(fullgraph=True) can trace the former.
+"""
+import contextlib
+import os
+import threading
+import warnings
+
+import torch
+
+OPS = ("attention", "layer_norm", "mlp", "cross_entropy", "sample")
+CHOICES = ("auto", "fused", "reference")
+
+
+def parse(spec):
+    """Turn "fused", "auto,attention=reference" or a dict {op: choice} into a dict with a choice for every op.
+
+    None gives None (no opinion). Raises ValueError naming the part that is not understood.
+    """
+    if spec is None:
+        return None
+    if isinstance(spec, dict):
+        parts = [(key, value) for key, value in spec.items()]
+    elif isinstance(spec, str):
+        parts = [tuple(part.split("=", 1)) if "=" in part else (None, part) for part in (p.strip() for p in spec.split(","))]
+    else:
+        raise TypeError(f"backend is {spec!r}; expected a string such as 'auto', 'fused', 'reference' or 'auto,attention=reference'")
+    default, by_op = "auto", {}
+    for op, choice in parts:
+        if choice not in CHOICES:
+            raise ValueError(f"backend {spec!r}: {choice!r} is not one of {', '.join(CHOICES)}")
+        if op is None:
+            default = choice
+        elif op in OPS:
+            by_op[op] = choice
+        else:
+            raise ValueError(f"backend {spec!r}: no op is called {op!r}; the ops are {', '.join(OPS)}")
+    return {op: by_op.get(op, default) for op in OPS}
+
+
+_environment = parse(os.environ.get("NANOGPT_FAST_BACKEND") or "auto")
+
+
+class _Local(threading.local):
+    choices = None  # dict set by `use`, or None
+
+
+_local = _Local()
+
+
+@contextlib.contextmanager
+def use(spec):
+    """Choose implementations inside the block, for every model and op of this thread: `with use("reference"): ...`"""
+    before, _local.choices = _local.choices, parse(spec)
+    try:
+        yield
+    finally:
+        _local.choices = before
+
+
+def choice(op, model_choices=None):
+    """"auto", "fused" or "reference" for `op`; `model_choices` is a parsed dict (of the model) or None."""
+    return (_local.choices or model_choices or _environment)[op]
+
+
+def choose(op, candidates, model_choices=None, args=()):
+    """The name of the implementation that `op` takes for these arguments.
+
+    candidates: ((name, why_not), ...), fastest first; `why_not(*args)` returns None where the implementation can run and is
+    right, else the reason as text. "reference" is implied at the end. Raises RuntimeError under "fused" when none can run.
+    """
+    wanted = choice(op, model_choices)
+    if wanted == "reference":
+        return "reference"
+    reasons = []
+    for name, why_not in candidates:
+        reason = why_not(*args)
+        if reason is None and wanted == "auto" and name == "triton" and interpreted():
+            reason = "Triton's interpreter checks kernels, it is not fast; backend='fused' runs it"
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    if wanted == "fused":
+        raise RuntimeError(f"backend='fused', but no kernel can run {op}: {'; '.join(reasons) or 'there is none'}. "
+                           "Use backend='auto' to fall back, or `nanogpt-fast doctor` to see what is missing.")
+    if torch.cuda.is_available():  # without a GPU nobody expects kernels: `explain` and `doctor` say it, no warning does
+        notice(f"{op} runs on plain PyTorch ({'; '.join(reasons) or 'no kernel'})")
+    return "reference"
+
+
+_noticed = set()
+
+
+def notice(message):
+    """Warn once per process and message about a fallback. Silent while torch.compile traces (a warning breaks the graph)."""
+    if torch.compiler.is_compiling() or message in _noticed:
+        return
+    _noticed.add(message)
+    warnings.warn(f"nanogpt_fast: {message}", RuntimeWarning, stacklevel=3)
+
+
+def _import_triton():
+    try:
+        import triton
+    except Exception as error:  # a broken installation fails in many ways; the reason is kept and shown
+        return None, f"{type(error).__name__}: {error}"
+    return triton, None
+
+
+triton, triton_import_error = _import_triton()
+# Triton reads TRITON_INTERPRET when a kernel is decorated, so it cannot change within a process.
+_interpreted = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def interpreted():
+    """True where Triton kernels run in Triton's interpreter (on the CPU, for checking)."""
+    return _interpreted
+
+
+def triton_why_not(tensor):
+    """None where a Triton kernel can run on this tensor's device, else the reason."""
+    if triton is None:
+        return f"Triton cannot be imported ({triton_import_error}); pip install triton"
+    if tensor.is_cuda or _interpreted:
+        return None
+    return f"Triton kernels need a CUDA tensor, this one is on {tensor.device.type}"

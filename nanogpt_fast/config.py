@@ -1,0 +1,14 @@
+"""GPTConfig: the seven numbers that define a GPT, with nanoGPT's names, order and defaults, plus one optional field."""
+from dataclasses import dataclass
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024    # T: the longest context, in tokens
+    vocab_size: int = 50304   # V: GPT-2's 50257 padded up to a multiple of 64, which matmuls like
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768         # C: width of the residual stream; the head size is n_embd / n_head
+    dropout: float = 0.0
+    bias: bool = True         # biases in Linears and LayerNorms, as in GPT-2; False is a bit better and faster
+    activation: str = "gelu"  # "gelu" is the erf form (nanoGPT); "gelu_tanh" is what OpenAI's GPT-2 weights were trained with

@@ -1,0 +1,35 @@
+"""Which half of the suite this process runs.
+
+Triton decides when a kernel is decorated whether it is interpreted, so two processes are needed where there is no GPU:
+
+    pytest tests                                everything that does not execute a Triton kernel
+    TRITON_INTERPRET=1 pytest tests/kernels     the tests that do, in Triton's interpreter
+
+With a CUDA GPU both halves run in one process, on the real thing. `make test` runs both.
+"""
+import os
+
+import pytest
+import torch
+
+EXECUTES_KERNELS = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+collect_ignore_glob = [] if EXECUTES_KERNELS else ["kernels/*"]
+
+
+def pytest_report_header(config):
+    if torch.cuda.is_available():
+        return f"kernels: on {torch.cuda.get_device_name()}"
+    return "kernels: " + ("in Triton's interpreter" if EXECUTES_KERNELS else "not executed here (TRITON_INTERPRET=1 pytest tests/kernels does)")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also run the tests marked slow (`make test-all`)")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all"):
+        skip = pytest.mark.skip(reason="slow: runs in `make test-all`")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
