@@ -1,0 +1,211 @@
+"""Options: a dataclass says what can be set; config files and the command line set it, as in nanoGPT.
+
+    @dataclass
+    class TrainOptions:
+        batch_size: int = option(12, "sequences per micro-batch", minimum=1)
+        dtype: str = option("auto", "arithmetic of the forward pass", choices=("auto", "float32", "bfloat16"))
+
+    parse(TrainOptions, ["config/train_gpt2.py", "--batch_size=32", "--dtype", "float32"], prog="nanogpt-fast train")
+
+Three layers, each overriding the one before: the defaults; config files, which are Python and run with the options as their
+globals (so `lr_decay_iters = max_iters` works); `--key=value` or `--key value`, in the order given. A dash in a key counts
+as an underscore, a bare `--flag` sets a bool. Everything that is not understood raises ValueError with one line that says
+what was passed, what is accepted and which key is nearest.
+"""
+import dataclasses
+import difflib
+import math
+import shutil
+import sys
+import textwrap
+import types
+import typing
+from ast import literal_eval
+
+
+def option(default, help, *, minimum=None, maximum=None, above=None, below=None, choices=None, alias=None, section=None,
+           positional=False):
+    """A dataclass field with its meaning and its limits.
+
+    minimum, maximum: inclusive limits; above, below: exclusive ones. choices: the accepted values. alias: a second name on
+    the command line. section: a heading of the help text, which this field opens. positional: bare words of the command
+    line set this field; without such a field they are config files.
+    """
+    return dataclasses.field(default=default, metadata=dict(
+        help=help, minimum=minimum, maximum=maximum, above=above, below=below, choices=choices, alias=alias, section=section,
+        positional=positional))
+
+
+def parse(cls, argv, prog):
+    """An instance of the dataclass `cls` from command-line words. Prints the help text and exits with 0 at -h or --help.
+
+    Raises ValueError on unknown keys, wrong types and values out of range, and what `cls.__post_init__` raises;
+    FileNotFoundError where a config file is missing.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(help_text(cls, prog))
+        raise SystemExit(0)
+    kinds = _kinds(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    aliases = {field.metadata["alias"]: name for name, field in fields.items() if field.metadata.get("alias")}
+    positional = next((name for name, field in fields.items() if field.metadata.get("positional")), None)
+    values = {name: field.default for name, field in fields.items()}
+
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            if positional is None:
+                _run_config(word, values, kinds)
+            elif values[positional] != fields[positional].default:
+                raise ValueError(f"{word!r}: {positional} is {values[positional]!r} already; {prog} takes one")
+            else:
+                values[positional] = _from_text(word, positional, kinds[positional])
+            continue
+        key, equals, text = word[2:].partition("=")
+        name = key.replace("-", "_")
+        name = aliases.get(name, name)
+        if name not in fields:
+            raise ValueError(f"unknown option --{key}; the nearest is --{_nearest(name, fields)} (`{prog} --help` lists them all)")
+        if not equals:
+            following = words[0] if words and not words[0].startswith("--") else None
+            if kinds[name] == (bool,) and (following is None or following.lower() not in ("true", "false")):
+                text = "True"
+            elif following is None:
+                raise ValueError(f"--{key} needs a value: --{key}=... ({_accepts(fields[name], kinds[name])})")
+            else:
+                text = words.pop(0)
+        values[name] = _from_text(text, name, kinds[name])
+        _check_range(values[name], fields[name], kinds[name])
+    options = cls(**values)
+    check(options)
+    return options
+
+
+def check(options):
+    """Raise ValueError unless every field of this dataclass instance has its type and lies within its limits."""
+    kinds = _kinds(type(options))
+    for field in dataclasses.fields(options):
+        value = _conform(getattr(options, field.name), field.name, kinds[field.name])
+        _check_range(value, field, kinds[field.name])
+
+
+def help_text(cls, prog):
+    """Every key of `cls` with its type, default and meaning; the docstring of `cls` comes first."""
+    kinds = _kinds(cls)
+    positional = next((field.name for field in dataclasses.fields(cls) if field.metadata.get("positional")), None)
+    width = min(shutil.get_terminal_size((110, 24)).columns, 128)
+    lines = [f"usage: {prog} [{positional or 'config.py ...'}] [--key=value | --key value ...]", ""]
+    for paragraph in textwrap.dedent(" " * 4 + (cls.__doc__ or "")).strip().split("\n\n"):
+        lines += [textwrap.fill(" ".join(paragraph.split()), width), ""]
+    for field in dataclasses.fields(cls):
+        if field.metadata.get("section"):
+            lines += ["" if lines[-1] else None, field.metadata["section"] + ":"]
+        key = f"  --{field.name}={field.default!r}"
+        alias = f" Also --{field.metadata['alias']}." if field.metadata.get("alias") else ""
+        meaning = f"{field.metadata.get('help', '')} ({_accepts(field, kinds[field.name])}){alias}"
+        if len(key) > 38:
+            lines.append(key)
+            key = ""
+        lines.append(textwrap.fill(meaning, width, initial_indent=f"{key:<40}", subsequent_indent=" " * 40))
+    return "\n".join(line for line in lines if line is not None)
+
+
+def _kinds(cls):
+    """{field name: accepted types}; `int | None` gives (int, NoneType)."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: typing.get_args(hints[field.name]) or (hints[field.name],) for field in dataclasses.fields(cls)}
+
+
+def _nearest(name, names):
+    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
+
+
+def _run_config(path, values, kinds):
+    """Run a config file with the options as its globals and take back what it set, in place."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            source = file.read()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no config file {path!r}; options are written --key=value, and a bare word is a config file"
+                                ) from None
+    scope = {**values, "__file__": path, "__name__": "__config__"}
+    try:
+        exec(compile(source, path, "exec"), scope)
+    except Exception as error:
+        where = error.lineno if isinstance(error, SyntaxError) else _line_in(error.__traceback__, path)
+        raise ValueError(f"config file {path}, line {where}: {type(error).__name__}: {error}") from error
+    for name, value in scope.items():
+        if name in values:
+            values[name] = _conform(value, name, kinds[name], f"{path}: ")
+        elif not name.startswith("_") and isinstance(value, (int, float, str)):
+            # A helper of the file's own is fine, as upstream has it; a slip of the pen is not.
+            nearest = _nearest(name, values)
+            if difflib.SequenceMatcher(None, name, nearest).ratio() > 0.7:
+                raise ValueError(f"{path}: unknown option {name}; the nearest is {nearest} (a helper of your own: name it _{name})")
+            print(f"{path}: {name} is no option and sets nothing (the nearest is {nearest})", file=sys.stderr)
+
+
+def _line_in(traceback, path):
+    line = "?"
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == path:
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return line
+
+
+def _from_text(text, name, kinds):
+    """The value that a word of the command line means for a field of these types."""
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if types.NoneType in kinds and text.lower() in ("none", ""):
+        return None
+    try:
+        value = literal_eval(text)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        value = text
+    if str in kinds and not isinstance(value, str):
+        value = text  # --start=123 is a prompt, not a number
+    return _conform(value, name, kinds)
+
+
+def _conform(value, name, kinds, where=""):
+    """The value, as one of the types: an int becomes a float where a float is expected. Raises ValueError."""
+    if type(value) in kinds:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where}{name} is {value}; expected a finite number")
+        return value
+    if float in kinds and type(value) is int:
+        return float(value)
+    raise ValueError(f"{where}{name} is {value!r} ({type(value).__name__}); expected {_names(kinds)}")
+
+
+def _names(kinds):
+    return " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
+
+
+def _check_range(value, field, kinds):
+    limits = field.metadata
+    choices = limits.get("choices")
+    if value is None:
+        return
+    outside = choices is not None and value not in choices
+    for name, fails in (("minimum", lambda a, b: a < b), ("maximum", lambda a, b: a > b),
+                        ("above", lambda a, b: a <= b), ("below", lambda a, b: a >= b)):
+        outside = outside or (limits.get(name) is not None and fails(value, limits[name]))
+    if outside:
+        hint = f"; the nearest is {_nearest(value, choices)!r}" if choices and isinstance(value, str) else ""
+        raise ValueError(f"{field.name} is {value!r}; expected {_accepts(field, kinds)}{hint}")
+
+
+def _accepts(field, kinds):
+    """What a field takes, in words: "int, at least 1"."""
+    limits = field.metadata
+    if limits.get("choices"):
+        return " | ".join(str(choice) for choice in limits["choices"])
+    words = [_names(kinds)]
+    for name, word in (("minimum", "at least"), ("above", "above"), ("maximum", "at most"), ("below", "below")):
+        if limits.get(name) is not None:
+            words.append(f"{word} {limits[name]}")
+    return ", ".join(words)

@@ -1,0 +1,178 @@
+"""Config files and the command line (C28): what is accepted, and that everything else is one clear line."""
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from nanogpt_fast import options
+from nanogpt_fast.options import option
+
+
+@dataclass
+class Options:
+    """Things to set."""
+
+    out_dir: str = option("out", "where results go", section="Files")
+    eval_interval: int = option(2000, "steps between evaluations", minimum=1)
+    learning_rate: float = option(6e-4, "peak learning rate", above=0)
+    dropout: float = option(0.0, "probability of dropping", minimum=0, below=1)
+    compile: bool = option(False, "run torch.compile")
+    dtype: str = option("auto", "arithmetic", choices=("auto", "float32", "bfloat16"))
+    top_k: int | None = option(200, "keep this many", minimum=1)
+    dataset: str = option("embedded", "what to learn", alias="data")
+
+
+def parse(*argv):
+    return options.parse(Options, list(argv), "prog")
+
+
+def test_defaults_hold_when_nothing_is_given():
+    assert parse() == Options()
+
+
+@pytest.mark.parametrize("argv", [("--eval_interval=5",), ("--eval_interval", "5"), ("--eval-interval=5",)])
+def test_a_key_is_set_with_an_equals_sign_a_space_or_a_dash(argv):
+    assert parse(*argv).eval_interval == 5
+
+
+def test_an_int_is_accepted_for_a_float_and_becomes_one():
+    value = parse("--learning_rate=1").learning_rate
+    assert value == 1.0 and type(value) is float
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (("--compile",), True), (("--compile=True",), True), (("--compile", "false"), False), (("--compile", "--dropout=0.1"), True)])
+def test_a_bool_may_stand_alone_or_have_a_value(argv, expected):
+    assert parse(*argv).compile is expected
+
+
+@pytest.mark.parametrize("text, expected", [("a=b", "a=b"), ("123", "123"), ("'quoted'", "quoted"), ("", ""), ("True", "True")])
+def test_a_string_stays_what_was_typed(text, expected):
+    assert parse(f"--out_dir={text}").out_dir == expected
+
+
+def test_none_is_accepted_where_the_type_says_so():
+    assert parse("--top_k=None").top_k is None
+    with pytest.raises(ValueError, match=r"eval_interval is None \(NoneType\); expected int"):
+        parse("--eval_interval=None")
+
+
+def test_an_alias_sets_its_field():
+    assert parse("--data", "my.txt").dataset == "my.txt"
+
+
+def test_an_unknown_key_names_the_nearest():
+    with pytest.raises(ValueError, match="unknown option --learning_rat; the nearest is --learning_rate"):
+        parse("--learning_rat=1")
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("--eval_interval=1.5", "eval_interval is 1.5 (float); expected int"),
+    ("--eval_interval=True", "eval_interval is True (bool); expected int"),
+    ("--eval_interval=many", "eval_interval is 'many' (str); expected int"),
+    ("--compile=1", "compile is 1 (int); expected bool"),
+    ("--learning_rate=1e999", "learning_rate is inf; expected a finite number"),
+    ("--eval_interval=0", "eval_interval is 0; expected int, at least 1"),
+    ("--dropout=1.5", "dropout is 1.5; expected float, at least 0, below 1"),
+    ("--dropout=1", "dropout is 1.0; expected float, at least 0, below 1"),
+    ("--learning_rate=0", "learning_rate is 0.0; expected float, above 0"),
+    ("--dtype=bfloat", "dtype is 'bfloat'; expected auto | float32 | bfloat16; the nearest is 'bfloat16'"),
+    ("--eval_interval", "--eval_interval needs a value"),
+])
+def test_a_wrong_value_says_what_was_passed_and_what_is_accepted(argv, message):
+    with pytest.raises(ValueError) as raised:
+        parse(argv)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_config_file_overrides_defaults_and_the_command_line_overrides_it(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text("import time\n# upstream's files do such things\nout_dir = 'run-' + str(int(time.time() * 0))\n"
+                      "learning_rate = 1\neval_interval = eval_interval // 2\n_helper = 3\ndropout = _helper / 10\n")
+    parsed = parse(str(config), "--dropout=0.2")
+    assert (parsed.out_dir, parsed.learning_rate, parsed.eval_interval, parsed.dropout) == ("run-0", 1.0, 1000, 0.2)
+
+
+def test_the_order_on_the_command_line_counts(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text("eval_interval = 7\n")
+    assert parse("--eval_interval=3", str(config)).eval_interval == 7
+
+
+@pytest.mark.parametrize("source, message", [
+    ("learning_rat = 1", "unknown option learning_rat; the nearest is learning_rate"),
+    ("eval_interval = 'x'", "eval_interval is 'x' (str); expected int"),
+    ("\nx = 1 / 0", "line 2: ZeroDivisionError"),
+    ("\n\nx = = 1", "line 3: SyntaxError"),
+    ("dropout = 1.5", "dropout is 1.5"),
+])
+def test_a_bad_config_file_is_one_clear_line(tmp_path, source, message):
+    config = tmp_path / "config.py"
+    config.write_text(source)
+    with pytest.raises(ValueError) as raised:
+        parse(str(config))
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_helper_variable_of_a_config_file_is_ignored_with_a_word(tmp_path, capsys):
+    config = tmp_path / "config.py"
+    config.write_text("tokens = 5\neval_interval = tokens * 2\n")
+    assert parse(str(config)).eval_interval == 10
+    assert "tokens is no option" in capsys.readouterr().err
+
+
+def test_a_missing_config_file_is_named():
+    with pytest.raises(FileNotFoundError, match="no config file 'nowhere.py'"):
+        parse("nowhere.py")
+
+
+def test_help_lists_every_key_with_default_and_meaning(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert left.value.code == 0
+    for words in ("Things to set.", "Files:", "--eval_interval=2000", "steps between evaluations", "int, at least 1",
+                  "--top_k=200", "auto | float32 | bfloat16", "Also --data."):
+        assert words in text
+
+
+def test_check_holds_for_an_instance_made_in_python():
+    options.check(Options())
+    with pytest.raises(ValueError, match="dropout is 2.0"):
+        options.check(Options(dropout=2.0))
+    with pytest.raises(ValueError, match=r"eval_interval is 'x' \(str\)"):
+        options.check(Options(eval_interval="x"))
+
+
+def test_post_init_checks_what_spans_fields():
+    @dataclass
+    class Pair:
+        n_embd: int = option(8, "width")
+        n_head: int = option(2, "heads")
+
+        def __post_init__(self):
+            if self.n_embd % self.n_head:
+                raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+
+    with pytest.raises(ValueError, match="not divisible"):
+        options.parse(Pair, ["--n_head=3"], "prog")
+
+
+def test_a_positional_field_takes_one_bare_word():
+    @dataclass
+    class Named:
+        source: str = option("", "what", positional=True)
+        seed: int = option(1, "seed")
+
+    parsed = options.parse(Named, ["my.txt", "--seed=2"], "prog")
+    assert (parsed.source, parsed.seed) == ("my.txt", 2)
+    with pytest.raises(ValueError, match="takes one"):
+        options.parse(Named, ["a", "b"], "prog")
+
+
+def test_importing_options_needs_no_torch():
+    # `nanogpt-fast --help` is instant only while nothing heavy is imported on the way.
+    code = "import sys, nanogpt_fast.options; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code])
+    assert done.returncode == 0
