@@ -13,6 +13,7 @@ for all ops ("reference") or op by op ("auto,attention=reference"). Who says it,
 The choice made by `use` lives in a `threading.local`, not a ContextVar: torch.compile(fullgraph=True) can trace the former.
 """
 import contextlib
+import functools
 import os
 import threading
 import warnings
@@ -110,17 +111,18 @@ def notice(message):
     warnings.warn(f"nanogpt_fast: {message}", RuntimeWarning, stacklevel=3)
 
 
-def _import_triton():
+@functools.cache
+def triton_import_error():
+    """None where Triton can be imported, else why not. Asked only when a kernel could run: the import takes 0.2 s."""
     try:
-        import triton
+        import triton  # noqa: F401
     except Exception as error:  # a broken installation fails in many ways; the reason is kept and shown
-        return None, f"{type(error).__name__}: {error}"
-    return triton, None
+        return f"Triton cannot be imported ({type(error).__name__}: {error}); pip install triton"
+    return None
 
 
-triton, triton_import_error = _import_triton()
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so it cannot change within a process.
-_interpreted = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+_interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 def interpreted():
@@ -130,8 +132,6 @@ def interpreted():
 
 def triton_why_not(tensor):
     """None where a Triton kernel can run on this tensor's device, else the reason."""
-    if triton is None:
-        return f"Triton cannot be imported ({triton_import_error}); pip install triton"
-    if tensor.is_cuda or _interpreted:
-        return None
-    return f"Triton kernels need a CUDA tensor, this one is on {tensor.device.type}"
+    if not tensor.is_cuda and not _interpreted:
+        return f"Triton kernels need a CUDA tensor, this one is on {tensor.device.type}"
+    return triton_import_error()

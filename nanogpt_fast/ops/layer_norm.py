@@ -12,3 +12,11 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
     _backend.choose("layer_norm", (), backend)
     x, y = reference.add_layer_norm(x, branch, weight, bias, eps=eps, dropout_p=dropout_p)
     return x, y if out_dtype is None else y.to(out_dtype)
+
+
+CANDIDATES = ()  # ((implementation name, why_not(x, weight, bias)), ...), fastest first; what `explain` and `doctor` read
+
+
+def implementation(x, weight, bias, *, backend=None):
+    """The name of the implementation that add_layer_norm takes for these arguments ("triton", "reference")."""
+    return _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias))

@@ -1,0 +1,343 @@
+"""The GPT: nanoGPT's classes, names, initialisation and numbers, on the ops of `nanogpt_fast.ops`.
+
+Read it beside nanoGPT's model.py: what is different is that attention, LayerNorm, the MLP and the loss call an op, which runs
+a fused kernel where one can run and otherwise exactly nanoGPT's PyTorch calls (`backend.py` tells which and why).
+
+One thing more is fused on a GPU: the residual add, its dropout and the LayerNorm behind them are one kernel. A block then
+hands on the residual stream and the branch still to be added to it (`Block.fused`) instead of their sum. That path bypasses
+the calls of a few submodules, so it is taken block by block, only where `unfused_reason` finds them untouched: a hook, a
+subclass, a replaced or parametrized submodule always gets the ordinary two lines of `Block.forward`.
+
+B batch, T sequence, C = n_embd, H = n_head, D = C / H head size, V = vocab_size.
+"""
+import inspect
+import math
+
+import torch
+import torch.nn as nn
+from torch.nn.modules import module as _nn_module
+
+from . import backend as _backend
+from . import reference
+from .config import GPTConfig
+from .ops import attention, cross_entropy, layer_norm, mlp
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with an optional bias, eps 1e-5."""
+
+    backend = None  # parsed choice of the model it belongs to; None: no opinion
+
+    def __init__(self, ndim, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+
+    def forward(self, input):
+        return layer_norm.layer_norm(input, self.weight, self.bias, backend=self.backend)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention with one packed projection: rows q, k, v of c_attn."""
+
+    backend = None
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head != 0:
+            raise ValueError(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}; every head gets n_embd / n_head channels")
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.attn_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.n_embd = config.n_embd
+        self.dropout = config.dropout  # of the attention weights; may be changed later
+        self.flash = True              # False: the (T, T) weights are written out, step by step, as nanoGPT's slow path
+
+    def branch(self, x):
+        """The attention without its residual dropout: x (B, T, C) -> (B, T, C)."""
+        qkv = self.c_attn(x)                                                     # (B, T, 3C)
+        if self.flash:
+            p = self.dropout if self.training else 0.0
+            y = attention.causal_attention_qkvpacked(qkv, self.n_head, dropout_p=p, backend=self.backend)
+        else:
+            y = reference.causal_attention_qkvpacked(qkv, self.n_head, dropout_p=_p(self.attn_dropout),
+                                                     attend=reference.causal_attention_manual)
+        return self.c_proj(y)                                                    # (B, T, C)
+
+    def forward(self, x):
+        return self.resid_dropout(self.branch(x))
+
+
+class MLP(nn.Module):
+    """Linear to 4C, GELU, Linear back to C, dropout."""
+
+    backend = None
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate="tanh" if getattr(config, "activation", "gelu") == "gelu_tanh" else "none")
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def branch(self, x):
+        """The MLP without its dropout: x (B, T, C) -> (B, T, C)."""
+        reason = touched(self.c_fc, nn.Linear) or touched(self.c_proj, nn.Linear) or touched(self.gelu, nn.GELU)
+        if reason is not None:
+            _backend.notice(f"an MLP runs its own modules, not the fused op: {reason}")
+            return self.c_proj(self.gelu(self.c_fc(x)))
+        return mlp.gelu_mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias,
+                            activation="gelu_tanh" if self.gelu.approximate == "tanh" else "gelu", backend=self.backend)
+
+    def forward(self, x):
+        return self.dropout(self.branch(x))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+    def fused(self, x, branch, p):
+        """The same block with each residual add moved into the LayerNorm behind it.
+
+        x (B, T, C) is the residual stream, branch (B, T, C) or None what is still to be added to it, after dropout with
+        probability p. Returns the same three for the next block.
+        """
+        x, h = layer_norm.add_layer_norm(x, branch, self.ln_1.weight, self.ln_1.bias, dropout_p=p, backend=self.ln_1.backend)
+        x, h = layer_norm.add_layer_norm(x, self.attn.branch(h), self.ln_2.weight, self.ln_2.bias,
+                                         dropout_p=_p(self.attn.resid_dropout), backend=self.ln_2.backend)
+        return x, self.mlp.branch(h), _p(self.mlp.dropout)
+
+    def unfused_reason(self):
+        """None where `fused` computes what calling this block would; else why it would not."""
+        return (touched(self, Block) or touched(self.ln_1, LayerNorm) or touched(self.ln_2, LayerNorm)
+                or touched(self.attn, CausalSelfAttention) or touched(self.attn.resid_dropout, nn.Dropout)
+                or touched(self.mlp, MLP) or touched(self.mlp.dropout, nn.Dropout))
+
+
+def touched(module, cls):
+    """None where calling `module` is exactly cls.forward on plain parameters; else what somebody did to it, as text.
+
+    Seen are: another class (a replacement, a subclass, nn.utils.parametrize), a hook of any kind, a `forward` set on the
+    instance, a parameter that is a tensor subclass (DTensor, a quantized weight).
+    """
+    if type(module) is not cls:
+        return f"{type(module).__name__} stands where {cls.__name__} did"
+    if (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+            or _nn_module._has_any_global_hook()):
+        return f"{cls.__name__} has a hook"
+    if "forward" in module.__dict__:
+        return f"{cls.__name__}.forward was replaced on the instance"
+    for name, parameter in module._parameters.items():
+        if parameter is not None and type(parameter) not in (nn.Parameter, torch.Tensor):
+            return f"{cls.__name__}.{name} is a {type(parameter).__name__}"
+    return None
+
+
+def _p(dropout):
+    """The probability with which an nn.Dropout drops now: obeys a later change of .p and of train/eval."""
+    return dropout.p if dropout.training else 0.0
+
+
+class GPT(nn.Module):
+    """nanoGPT's GPT. backend: "auto" (default), "fused", "reference", or e.g. "auto,attention=reference"; see backend.py."""
+
+    def __init__(self, config, backend=None):
+        super().__init__()
+        check_config(config)
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # one Parameter under two names (https://arxiv.org/abs/1608.05859)
+
+        # The order of these draws is nanoGPT's: the same seed gives the same weights, and the same random state afterwards.
+        self.apply(self._init_weights)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # 2 n_layer branches are added to the residual stream: keep its variance (GPT-2)
+                torch.nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+
+        self.set_backend(backend)
+        print("number of parameters: %.2fM" % (self.get_num_params() / 1e6,))
+
+    def set_backend(self, spec):
+        """Choose implementations for this model: see `backend.parse`. None: what the environment variable says, else auto."""
+        choices = _backend.parse(spec)
+        for module in self.modules():
+            if isinstance(module, (GPT, LayerNorm, CausalSelfAttention, MLP)):
+                module.backend = choices
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            torch.nn.init.normal_(module.weight, mean=0.0, std=0.02)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            torch.nn.init.normal_(module.weight, mean=0.0, std=0.02)
+
+    def forward(self, idx, targets=None, return_logits=True):
+        """idx (B, T) int64 token ids; targets (B, T) int64, -1 where there is none.
+
+        Returns (logits, loss): with targets (B, T, V) and the mean cross-entropy, 0-d; without, (B, 1, V) of the last position
+        and None. return_logits=False: logits are None when there is a loss, and a fused loss then never makes them.
+        Raises ValueError where T > block_size, IndexError (on a CPU) for a token id or target outside the vocabulary.
+        """
+        b, t = idx.size()
+        if t > self.config.block_size:
+            raise ValueError(f"Cannot forward sequence of length {t}, block size is only {self.config.block_size}")
+        x = self._final_norm(self._blocks(self.embed(idx)))                         # (B, T, C)
+
+        if targets is None:  # only the last position predicts anything new; the list keeps the T dimension
+            return self.lm_head(x[:, [-1], :]), None
+        reason = touched(self.lm_head, nn.Linear) or (None if self.lm_head.bias is None else "lm_head has a bias")
+        if reason is not None:
+            _backend.notice(f"the vocabulary head runs its own module, not the fused loss: {reason}")
+            logits = self.lm_head(x)                                                # (B, T, V)
+            loss = nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+            return logits if return_logits else None, loss
+        loss, logits = cross_entropy.linear_cross_entropy(x, self.lm_head.weight, targets, ignore_index=-1,
+                                                          return_logits=return_logits, backend=self.backend)
+        return logits, loss
+
+    def embed(self, idx, start=0):
+        """Token plus position embeddings with dropout: idx (B, T) at positions start .. start + T - 1 -> (B, T, C)."""
+        pos = torch.arange(start, start + idx.size(1), dtype=torch.long, device=idx.device)
+        try:
+            tok_emb = self.transformer.wte(idx)                                     # (B, T, C)
+        except IndexError as error:
+            raise IndexError(f"token ids must lie in 0..{self.config.vocab_size - 1} (vocab_size {self.config.vocab_size}); "
+                             f"these run from {idx.min().item()} to {idx.max().item()}") from error
+        return self.transformer.drop(tok_emb + self.transformer.wpe(pos))
+
+    def _blocks(self, x):
+        """All blocks: (B, T, C) -> (residual, branch still to be added or None, its dropout probability)."""
+        branch, p = None, 0.0
+        norms_fused = self._norm_implementation(x) != "reference"
+        for block in self.transformer.h:
+            reason = block.unfused_reason() if norms_fused and isinstance(block, Block) else "not asked for"
+            if reason is None:
+                x, branch, p = block.fused(x, branch, p)
+                continue
+            if norms_fused:
+                _backend.notice(f"a block runs unfused: {reason}")
+            x, branch, p = block(_add(x, branch, p)), None, 0.0
+        return x, branch, p
+
+    def _final_norm(self, residual):
+        x, branch, p = residual
+        ln_f = self.transformer.ln_f
+        if branch is None or touched(ln_f, LayerNorm) is not None:
+            return ln_f(_add(x, branch, p))
+        return layer_norm.add_layer_norm(x, branch, ln_f.weight, ln_f.bias, dropout_p=p, backend=ln_f.backend)[1]
+
+    def _norm_implementation(self, x):
+        """Which add + LayerNorm the blocks would take for the residual stream x: the fused walk pays only with a kernel."""
+        if not self.transformer.h or not isinstance(self.transformer.h[0], Block) or type(self.transformer.h[0].ln_1) is not LayerNorm:
+            return "reference"
+        ln = self.transformer.h[0].ln_1
+        return layer_norm.implementation(x, ln.weight, ln.bias, backend=self.backend)
+
+    def get_num_params(self, non_embedding=True):
+        """Number of parameters. non_embedding leaves out the positions; the token embedding counts, it is the head's weight too."""
+        n_params = sum(p.numel() for p in self.parameters())
+        return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
+
+    def crop_block_size(self, block_size):
+        """Shorten the context to the first `block_size` positions, in place."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f"crop_block_size({block_size}): the context can only shrink, to between 1 and {self.config.block_size}")
+        self.config.block_size = block_size
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+
+    @classmethod
+    def from_pretrained(cls, model_type, override_args=None, *, activation=None, backend=None):
+        """GPT-2's weights: `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`, or a folder written by transformers' save_pretrained.
+
+        override_args: only {"dropout": p}. activation: "gelu" (erf) or "gelu_tanh"; None is nanoGPT's erf for the four names
+        (OpenAI trained them with tanh, which is a little closer), and what the folder's config.json says for a folder.
+        """
+        from .pretrained import load_gpt2
+        config, state_dict = load_gpt2(model_type, override_args or {}, activation)
+        model = cls(config, backend=backend)
+        model.load_state_dict(state_dict)
+        return model
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW in two groups: tensors of two and more dimensions decay, biases and LayerNorm weights do not."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        decay = [p for p in trained if p.dim() >= 2]
+        nodecay = [p for p in trained if p.dim() < 2]
+        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": nodecay, "weight_decay": 0.0}]
+        print(f"num decayed parameter tensors: {len(decay)}, with {sum(p.numel() for p in decay):,} parameters")
+        print(f"num non-decayed parameter tensors: {len(nodecay)}, with {sum(p.numel() for p in nodecay):,} parameters")
+        # The fused step is one loop over all tensors instead of several kernels for each: 148 tensors at GPT-2 124M.
+        fused = "fused" in inspect.signature(torch.optim.AdamW).parameters and device_type in ("cuda", "cpu")
+        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, **(dict(fused=True) if fused else {}))
+        print(f"using fused AdamW: {fused}")
+        return optimizer
+
+    def flops_per_token(self, block_size=None):
+        """Multiply-adds of one token's forward and backward, times two (PaLM, appendix B): 6 N + 12 L H D T."""
+        cfg = self.config
+        T = cfg.block_size if block_size is None else block_size
+        return 6 * self.get_num_params() + 12 * cfg.n_layer * cfg.n_head * (cfg.n_embd // cfg.n_head) * T
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt):
+        """Model FLOPs utilisation in units of an A100's bf16 peak (312 TFLOP/s), as nanoGPT reports it, whatever the machine.
+
+        fwdbwd_per_iter: sequences an iteration; dt: seconds an iteration.
+        """
+        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter * (1.0 / dt) / 312e12
+
+    def estimate_hardware_mfu(self, fwdbwd_per_iter, dt, device=None):
+        """The same share of the peak of the GPU that is really there, or None where its peak is not known."""
+        from .hardware import peak_flops
+        device = next(self.parameters()).device if device is None else torch.device(device)
+        peak = peak_flops(device)
+        return None if peak is None else self.estimate_mfu(fwdbwd_per_iter, dt) * 312e12 / peak
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """Complete idx (B, T) int64 by max_new_tokens tokens -> (B, T + max_new_tokens).
+
+        temperature divides the logits (0: greedy); top_k keeps the k most likely tokens and all that tie with the k-th.
+        The model's train/eval mode is left alone: call .eval() first. See `generation.py`.
+        """
+        from .generation import generate
+        return generate(self, idx, max_new_tokens, temperature=temperature, top_k=top_k)
+
+
+def _add(x, branch, p):
+    return x if branch is None else x + nn.functional.dropout(branch, p, training=p > 0)
+
+
+def check_config(config):
+    """ValueError naming the field that cannot be."""
+    for name in ("block_size", "vocab_size", "n_head", "n_embd"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    if not isinstance(config.n_layer, int) or config.n_layer < 0:
+        raise ValueError(f"n_layer is {config.n_layer!r}; it must be a whole number of at least 0")
+    if not 0.0 <= config.dropout <= 1.0:
+        raise ValueError(f"dropout is {config.dropout!r}; it is a probability, between 0 and 1")
+    if getattr(config, "activation", "gelu") not in ("gelu", "gelu_tanh"):
+        raise ValueError(f"activation is {config.activation!r}; expected 'gelu' (erf) or 'gelu_tanh'")
