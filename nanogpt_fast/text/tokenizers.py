@@ -1,0 +1,258 @@
+"""Tokenizers: text to integers and back, behind one interface.
+
+    tokenizer.encode(text) -> list of int        tokenizer.vocab_size        tokenizer.save(path), load(path)
+    tokenizer.decode(ids)  -> str                ids: any iterable of int, or a 1-D tensor or array
+
+    CharTokenizer   one id per character; its file is nanoGPT's meta.pkl, readable by nanoGPT and written by it
+    WordTokenizer   one id per word, punctuation mark or whitespace character, the most frequent first, up to a limit
+    GPT2Tokenizer   GPT-2's byte-pair encoding through tiktoken (pip install "nanogpt-fast[gpt2]")
+
+`load(path)` tells by the file which of them it holds. `to_state()` and `from_state(state)` carry a tokenizer inside a
+checkpoint as a dict of strings and lists, which torch.load(weights_only=True) accepts.
+
+What cannot be encoded, decoded or read raises TokenizerError, a ValueError, that names the character, the id or the file.
+"""
+import collections
+import io
+import json
+import pickle
+import re
+
+from nanogpt_fast.files import replacing
+
+UNKNOWN = "<unk>"
+
+
+class TokenizerError(ValueError):
+    """A text, an id or a file that this tokenizer cannot take; the message names it."""
+
+
+def from_state(state):
+    """The tokenizer that `to_state` described: {"kind": "char", "chars": [...]}, {"kind": "word", ...} or {"kind": "gpt2"}."""
+    kind = state.get("kind") if isinstance(state, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise TokenizerError(f"a tokenizer's state is a dict with 'kind' one of {', '.join(KINDS)}; this is {_short(state)}")
+    try:
+        return KINDS[kind](**{key: value for key, value in state.items() if key != "kind"})
+    except TypeError as error:  # a field too many or too few, or of a type that cannot be a vocabulary
+        raise TokenizerError(f"this state does not describe a {kind!r} tokenizer: {error}") from None
+
+
+def load(path):
+    """Read a tokenizer from a file that `save` or nanoGPT's prepare.py wrote. Raises FileNotFoundError, TokenizerError."""
+    with open(path, "rb") as f:
+        content = f.read()
+    try:
+        return from_state(_read_json(content) if content.lstrip().startswith(b"{") else _read_meta(content))
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from None
+
+
+class Tokenizer:
+    """What the three have in common: a vocabulary with ids 0 .. vocab_size - 1, and a file."""
+
+    def save(self, path):
+        """Write the tokenizer to `path` (under a temporary name first, then renamed)."""
+        with replacing(path) as f:  # surrogatepass: a lone surrogate is a character to Python and must come back as it was
+            f.write(json.dumps(self.to_state(), ensure_ascii=False, indent=1).encode("utf-8", "surrogatepass"))
+
+    @classmethod
+    def load(cls, path):
+        """Like the module's `load`, and a TokenizerError where the file holds a tokenizer of another kind."""
+        tokenizer = load(path)
+        if not isinstance(tokenizer, cls):
+            raise TokenizerError(f"{path} holds a {type(tokenizer).__name__}, not a {cls.__name__}")
+        return tokenizer
+
+    def _checked(self, ids):
+        ids = [int(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+        for i in ids:  # also the negative ones, which Python's lists would take from the end
+            if not 0 <= i < self.vocab_size:
+                raise TokenizerError(f"token id {i} is outside this vocabulary of {self.vocab_size} (0 to {self.vocab_size - 1})")
+        return ids
+
+    def __eq__(self, other):
+        return type(self) is type(other) and self.to_state() == other.to_state()
+
+    def __repr__(self):
+        return f"{type(self).__name__}(vocab_size={self.vocab_size})"
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character; `chars` lists them by id. No unknowns: a character that is not there raises TokenizerError."""
+
+    def __init__(self, chars):
+        chars = list(chars)
+        if not chars or not all(isinstance(c, str) and len(c) == 1 for c in chars) or len(set(chars)) < len(chars):
+            raise TokenizerError(f"a character vocabulary is one character or more, each once; this is {_short(chars)}")
+        self.itos = dict(enumerate(chars))
+        self.stoi = {c: i for i, c in self.itos.items()}
+
+    @classmethod
+    def from_text(cls, text):
+        """The vocabulary of a text: its distinct characters in code point order, as nanoGPT's prepare.py numbers them."""
+        if not text:
+            raise TokenizerError("the text is empty: there is no vocabulary to build from it")
+        return cls(sorted(set(text)))
+
+    @property
+    def vocab_size(self):
+        return len(self.itos)
+
+    def encode(self, text):
+        try:
+            return [self.stoi[c] for c in text]
+        except KeyError as missing:
+            c = missing.args[0]
+            raise TokenizerError(f"character {c!r} (U+{ord(c):04X}) at position {text.index(c)} is not in this vocabulary of "
+                                 f"{self.vocab_size}: {_short(''.join(self.stoi))}") from None
+
+    def decode(self, ids):
+        return "".join([self.itos[i] for i in self._checked(ids)])
+
+    def to_state(self):
+        return {"kind": "char", "chars": list(self.stoi)}
+
+    def save(self, path):
+        """Write nanoGPT's meta.pkl: a pickled {"vocab_size", "itos", "stoi"}."""
+        with replacing(path) as f:
+            pickle.dump({"vocab_size": self.vocab_size, "itos": self.itos, "stoi": self.stoi}, f)
+
+
+class WordTokenizer(Tokenizer):
+    """One id per word, punctuation mark or whitespace character, so that joining the pieces gives the text back exactly.
+
+    words:   the pieces by id
+    unknown: what `encode` does with a piece that is not among them. "mark" gives the id of "<unk>", which is then words[0];
+             "error" raises TokenizerError naming the piece.
+    """
+
+    # Every character falls into exactly one of the three, so nothing of the text is lost: words (with inner apostrophes, as in
+    # "don't"), whitespace, and the rest. "<unk>" would be split into "<", "unk", ">": no text contains the mark by accident.
+    PIECES = re.compile(r"\w+(?:'\w+)*|\s|[^\w\s]")
+    RULES = ("mark", "error")
+
+    def __init__(self, words, unknown="mark"):
+        words = list(words)
+        if unknown not in self.RULES:
+            raise TokenizerError(f"unknown={unknown!r}; the rules for unknown words are {', '.join(self.RULES)}")
+        if not words or not all(isinstance(w, str) and w for w in words) or len(set(words)) < len(words):
+            raise TokenizerError(f"a word vocabulary is one word or more, each once, none empty; this is {_short(words)}")
+        if unknown == "mark" and words[0] != UNKNOWN:
+            raise TokenizerError(f"with unknown='mark' the first word is {UNKNOWN!r}; here it is {words[0]!r}")
+        self.words, self.unknown = words, unknown
+        self.ids = {w: i for i, w in enumerate(words)}
+
+    @classmethod
+    def from_text(cls, text, max_vocab_size=None, unknown="mark"):
+        """The vocabulary of a text: its pieces, the most frequent first (ties in code point order), `max_vocab_size` at most.
+
+        Under the rule "mark" one of the places is taken by "<unk>".
+        """
+        if not text:
+            raise TokenizerError("the text is empty: there is no vocabulary to build from it")
+        first = [UNKNOWN] if unknown == "mark" else []
+        if max_vocab_size is not None and max_vocab_size <= len(first):
+            raise TokenizerError(f"max_vocab_size={max_vocab_size} leaves no place for a word (at least {len(first) + 1})")
+        counts = collections.Counter(cls.PIECES.findall(text))
+        by_frequency = sorted(counts, key=lambda piece: (-counts[piece], piece))
+        return cls((first + by_frequency)[:max_vocab_size], unknown)
+
+    @property
+    def vocab_size(self):
+        return len(self.words)
+
+    def encode(self, text):
+        pieces = self.PIECES.findall(text)
+        if self.unknown == "mark":
+            return [self.ids.get(piece, 0) for piece in pieces]
+        try:
+            return [self.ids[piece] for piece in pieces]
+        except KeyError as missing:
+            raise TokenizerError(f"word {missing.args[0]!r} is not in this vocabulary of {self.vocab_size}; "
+                                 "unknown='mark' would stand in for it") from None
+
+    def decode(self, ids):
+        return "".join([self.words[i] for i in self._checked(ids)])
+
+    def to_state(self):
+        return {"kind": "word", "words": list(self.words), "unknown": self.unknown}
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's 50,257 byte-pair tokens. "<|endoftext|>" in a text is the token of that name, as in nanoGPT's sample.py.
+
+    tiktoken fetches the vocabulary once and keeps it. Where the package or the vocabulary cannot be had: RuntimeError.
+    Bytes cannot hold a lone surrogate: it comes back as U+FFFD. Any other text comes back as it was.
+    """
+
+    def __init__(self):
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise RuntimeError(f"GPT-2's tokenizer needs a package ({error}): pip install tiktoken, "
+                               "or use a char or word tokenizer") from error
+        try:
+            self.bpe = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # tiktoken lets through whatever requests, the disk or its own hash check raise
+            raise RuntimeError("GPT-2's vocabulary is fetched over the network on first use, and that failed: "
+                               f"{type(error).__name__}: {_short(error)}. Connect once, or point TIKTOKEN_CACHE_DIR to a "
+                               "cache that has it, or use a char or word tokenizer.") from error
+
+    @property
+    def vocab_size(self):
+        return self.bpe.n_vocab
+
+    def encode(self, text):
+        return self.bpe.encode(text, allowed_special={"<|endoftext|>"})
+
+    def decode(self, ids):
+        return self.bpe.decode(self._checked(ids))
+
+    def to_state(self):
+        return {"kind": "gpt2"}
+
+
+KINDS = {"char": CharTokenizer, "word": WordTokenizer, "gpt2": GPT2Tokenizer}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """A pickle is a program; one that names no class or function can build only numbers, strings, lists and dicts."""
+
+    def find_class(self, module, name):
+        raise TokenizerError(f"refused: it asks for {module}.{name}, and a vocabulary is made of strings and integers only")
+
+
+def _read_meta(content):
+    """nanoGPT's meta.pkl {vocab_size, stoi, itos} as the state of a CharTokenizer."""
+    try:
+        meta = _PlainUnpickler(io.BytesIO(content)).load()
+    except TokenizerError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything: UnpicklingError, EOFError, KeyError, MemoryError ...
+        raise TokenizerError("neither a tokenizer's JSON nor a readable meta.pkl "
+                             f"({type(error).__name__}: {_short(error)})") from None
+    if not isinstance(meta, dict) or not all(isinstance(meta.get(name), dict) for name in ("stoi", "itos")):
+        raise TokenizerError("a meta.pkl holds a dict with vocab_size, stoi and itos; this one does not")
+    stoi, itos = meta["stoi"], meta["itos"]
+    try:
+        chars = [itos[i] for i in range(len(itos))]
+        consistent = stoi == {c: i for i, c in enumerate(chars)} and meta.get("vocab_size") == len(chars)
+    except (KeyError, TypeError):  # a number is missing, or something stands where a character should
+        consistent = False
+    if not consistent:
+        raise TokenizerError(f"its parts contradict each other: vocab_size {_short(meta.get('vocab_size'))}, {len(itos)} in "
+                             f"itos, {len(stoi)} in stoi; they should number the same characters from 0 without a gap")
+    return {"kind": "char", "chars": chars}
+
+
+def _read_json(content):
+    try:
+        return json.loads(content.decode("utf-8", "surrogatepass"))
+    except ValueError as error:
+        raise TokenizerError(f"damaged JSON: {error}") from None
+
+
+def _short(value, limit=120):
+    text = value if isinstance(value, str) else str(value) if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= limit else text[:limit] + " ..."
