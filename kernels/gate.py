@@ -1,0 +1,309 @@
+"""The compile gate: every kernel, in every row of its tile table, compiled without a GPU and held to limits.
+
+    python -m nanogpt_fast.kernels.gate [--arch 90] [--only NAME] [--json FILE]
+
+A wrong kernel shows in the tests; a slow one hides on a machine that can't run it. Much of what makes one slow is decided by the
+compiler, though, and the compiler needs no GPU: registers that don't fit, shared memory that leaves room for one block, a matmul that
+misses the tensor cores' fast instruction, loads of 2 bytes where 16 would go. This module compiles each kernel ahead of time and prints
+
+    regs spill      registers and stack bytes (spills) of a thread, from the machine code
+    shared  blocks  bytes of shared memory of a block; how many blocks fit a multiprocessor at once (registers, shared memory,
+                    warps, tensor memory); two or more let one block's epilogue run beside another's main loop
+    wgmma mma tc5   tensor-core instructions: sm_90's asynchronous kind, sm_80's, sm_100's
+    load store      the widest global access of a thread in bytes ("tma": the copy engine does it)
+    narrow          load instructions of less than 16 bytes
+    MB GFLOP floor  what the launch must move and compute at GPT-2 124M shapes, B=64, T=1024, and so the time in microseconds that
+                    no kernel can beat on an H200
+    s               seconds to compile from an empty cache
+
+What each kernel file has to say for that is in `gate_case.py`. `tests/test_gate.py` fails on what `failures` finds.
+"""
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+KB = 1024
+
+# Bytes of shared memory: what one block may have, and what a multiprocessor has (a block also takes 1 KB for the system).
+# Warps and blocks: what a multiprocessor holds. CUDA C++ programming guide, "Technical specifications per compute capability".
+ARCHITECTURES = {
+    80: dict(shared_block=163 * KB, shared_sm=164 * KB, warps=64, blocks=32),
+    86: dict(shared_block=99 * KB, shared_sm=100 * KB, warps=48, blocks=16),
+    89: dict(shared_block=99 * KB, shared_sm=100 * KB, warps=48, blocks=24),
+    90: dict(shared_block=227 * KB, shared_sm=228 * KB, warps=64, blocks=32),
+    100: dict(shared_block=227 * KB, shared_sm=228 * KB, warps=64, blocks=32),
+}
+REGISTERS_SM = 65536            # on all of them, in four partitions
+REGISTER_UNIT = 256             # a warp's registers are handed out in units of 256
+SYSTEM_SHARED = 1 * KB
+TENSOR_MEMORY_COLUMNS = 512     # sm_100
+
+H200_BYTES_PER_SECOND = 4.3e12  # a copy's, measured by others; 4.8e12 on paper
+H200_FLOPS_PER_SECOND = 790e12  # bf16, dense, sustained; 989e12 on paper
+
+WIDE = 16                       # bytes of the widest load that all architectures have (sm_100 also has 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one case compiled to."""
+    arch: int
+    name: str
+    tile_row: str
+    warps: int
+    registers: int
+    spill_bytes: int
+    shared: int
+    resident_blocks: int
+    wgmma: int
+    mma: int
+    tcgen05: int
+    widest_load: int                # bytes; 0: no load
+    widest_store: int
+    tma: bool
+    narrow_loads: int
+    large_half_dots: int            # tl.dot with half-precision operands: 64 rows and more
+    small_half_dots: int            # fewer rows
+    bytes: int | None
+    flops: int | None
+    floor_us: float | None
+    compile_seconds: float
+    in_model: bool
+    allowed_spill_bytes: int
+    spill_reason: str
+    allowed_narrow_loads: int
+    narrow_reason: str
+
+
+# ------------------------------------------------------------------------------------------------------------- the cases
+
+
+def kernel_modules():
+    """The modules of this package that describe launches, by name."""
+    package = sys.modules[__package__]
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name not in ("gate", "gate_case"):
+            module = importlib.import_module(f"{__package__}.{module.name}")
+            if hasattr(module, "gate_cases"):
+                yield module
+
+
+def all_cases(arch):
+    """{name: Case} for one architecture."""
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
+        raise RuntimeError("TRITON_INTERPRET is set, so Triton interprets kernels and can't compile them; unset it for the gate")
+    cases = {}
+    for module in kernel_modules():
+        for case in module.gate_cases(arch):
+            if case.name in cases:
+                raise ValueError(f"two gate cases for sm_{arch} are called {case.name!r}")
+            cases[case.name] = case
+    return cases
+
+
+# ------------------------------------------------------------------------------------------------------- compile and read
+
+
+def compile_case(case, arch):
+    """Compile one case for sm_<arch> and read the result."""
+    names = case.kernel.arg_names
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    divisible = [name for name, kind in case.signature.items() if kind.startswith("*") or name in case.divisible]
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    options = dict(num_warps=case.num_warps, num_stages=case.num_stages, **case.options)
+    start = time.perf_counter()
+    compiled = triton.compile(ASTSource(case.kernel, signature, dict(case.constexprs), attrs),
+                              target=GPUTarget("cuda", arch, 32), options=options)
+    seconds = time.perf_counter() - start
+
+    ptx = compiled.asm["ptx"]
+    registers, spill_bytes = resources(compiled.asm["cubin"])
+    # With warp specialisation the block has more warps than num_warps says; the PTX knows.
+    warps = math.ceil(int(re.search(r"\.reqntid\s+(\d+)", ptx).group(1)) / 32)
+    shared, tensor_memory = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0) or 0
+    loads, stores, tma_load, tma_store = global_accesses(ptx)
+    large, small = half_dots(compiled.asm["ttir"])
+    return Row(
+        arch=arch, name=case.name, tile_row=case.tile_row, warps=warps, registers=registers, spill_bytes=spill_bytes, shared=shared,
+        resident_blocks=resident_blocks(arch, registers, shared, warps, tensor_memory),
+        wgmma=len(re.findall(r"\bwgmma\.mma_async", ptx)), mma=len(re.findall(r"(?<![\w.])mma\.sync", ptx)),
+        tcgen05=len(re.findall(r"\btcgen05\.mma", ptx)),
+        widest_load=max(loads, default=0), widest_store=max(stores, default=0), tma=tma_load or tma_store,
+        narrow_loads=sum(size < WIDE for size in loads), large_half_dots=large, small_half_dots=small,
+        bytes=case.bytes, flops=case.flops, floor_us=floor_us(case.bytes, case.flops), compile_seconds=seconds, in_model=case.in_model,
+        allowed_spill_bytes=case.allowed_spill_bytes, spill_reason=case.spill_reason,
+        allowed_narrow_loads=case.allowed_narrow_loads, narrow_reason=case.narrow_reason)
+
+
+def resources(cubin):
+    """(registers, stack bytes) of a thread. Triton has no arrays of its own on the stack: what lies there is spilled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+                              check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"REG:(\d+)\s+STACK:(\d+)", text)
+    return max(int(reg) for reg, _ in found), max(int(stack) for _, stack in found)
+
+
+def resident_blocks(arch, registers, shared, warps, tensor_memory=0):
+    """How many blocks a multiprocessor holds at once; 0 where not even one fits."""
+    limits = ARCHITECTURES[arch]
+    if shared > limits["shared_block"]:
+        return 0
+    # Each of the four partitions holds whole warps.
+    per_warp = math.ceil(max(registers, 1) * 32 / REGISTER_UNIT) * REGISTER_UNIT
+    by_registers = REGISTERS_SM // 4 // per_warp * 4 // warps
+    by_shared = limits["shared_sm"] // (math.ceil(shared / 128) * 128 + SYSTEM_SHARED)
+    by_tensor_memory = TENSOR_MEMORY_COLUMNS // tensor_memory if tensor_memory else limits["blocks"]
+    return min(by_registers, by_shared, limits["warps"] // warps, limits["blocks"], by_tensor_memory)
+
+
+def global_accesses(ptx):
+    """(sizes in bytes of the load instructions, of the stores, does TMA load, does TMA store)."""
+    def sizes(op):
+        found = re.findall(rf"\b{op}\.(?:volatile\.|relaxed\.\w+\.|acquire\.\w+\.)?global[\w.:]*?(?:\.v(\d+))?\.[bfus](\d+)\b", ptx)
+        return [int(vector or 1) * int(bits) // 8 for vector, bits in found]
+    copies = [int(size, 0) for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\],\s*(0x[0-9a-f]+|\d+)", ptx)]
+    tma_load = re.search(r"cp\.async\.bulk[\w.:]*\.shared::c\w+\.global", ptx) is not None
+    tma_store = re.search(r"cp\.async\.bulk[\w.:]*\.global\.shared::c\w+", ptx) is not None
+    return sizes("ld") + copies, sizes("st"), tma_load, tma_store
+
+
+def half_dots(ttir):
+    """(how many half-precision `tl.dot` have 64 rows or more, how many have fewer)."""
+    rows = [int(m) for m in re.findall(r"tt\.dot\b[^\n]*?: tensor<(?:\d+x)?(\d+)x\d+x(?:bf16|f16)>", ttir)]
+    return sum(m >= 64 for m in rows), sum(m < 64 for m in rows)
+
+
+def floor_us(bytes, flops):
+    """The microseconds on an H200 that the launch can't beat, or None where it isn't counted."""
+    if bytes is None and flops is None:
+        return None
+    return 1e6 * max((bytes or 0) / H200_BYTES_PER_SECOND, (flops or 0) / H200_FLOPS_PER_SECOND)
+
+
+# ------------------------------------------------------------------------------------------------------------- the limits
+
+
+def failures(row):
+    """What is wrong with a row, as sentences; empty where nothing is."""
+    found, limits = [], ARCHITECTURES[row.arch]
+    if row.spill_bytes > row.allowed_spill_bytes:
+        found.append(f"spills {row.spill_bytes} bytes a thread, {row.allowed_spill_bytes} are declared")
+    if row.shared > limits["shared_block"]:
+        found.append(f"takes {row.shared} bytes of shared memory, a block may have {limits['shared_block']}")
+    elif row.resident_blocks == 0:
+        found.append(f"doesn't fit a multiprocessor: {row.registers} registers in {row.warps} warps")
+    if row.narrow_loads > row.allowed_narrow_loads:
+        found.append(f"{row.narrow_loads} loads are narrower than {WIDE} bytes, {row.allowed_narrow_loads} are declared")
+    if row.arch == 90 and row.large_half_dots and row.wgmma == 0:
+        found.append("has a half-precision matmul of 64 rows or more and no wgmma")
+    if row.arch == 90 and row.large_half_dots and not row.small_half_dots and row.mma > 0:
+        found.append(f"{row.mma} mma.sync: not every half-precision matmul of 64 rows or more became wgmma")
+    return [f"sm_{row.arch} {row.name} ({row.tile_row}): {what}" for what in found]
+
+
+# ------------------------------------------------------------------------------------------------------------ all of them
+
+
+def _compile_by_name(task):
+    """In a worker process: kernels can't be pickled, so a worker looks the case up again."""
+    arch, name = task
+    return compile_case(all_cases(arch)[name], arch)
+
+
+@contextlib.contextmanager
+def _cache(cold):
+    """Triton's cache as it is, or (cold) an empty one that is thrown away afterwards."""
+    if not cold:
+        yield
+        return
+    before = os.environ.get("TRITON_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder     # the workers inherit it
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["TRITON_CACHE_DIR"]
+            else:
+                os.environ["TRITON_CACHE_DIR"] = before
+
+
+def compile_all(archs=tuple(ARCHITECTURES), only="", cold=False, workers=None):
+    """Rows of every case whose name contains `only`, in the order of the cases.
+
+    Compiled by processes (as many as there are cores unless `workers` says otherwise). cold: from an empty cache, so that
+    `compile_seconds` means something.
+    """
+    tasks = [(arch, name) for arch in archs for name in all_cases(arch) if only in name]
+    workers = min(workers or os.cpu_count() or 1, len(tasks))
+    if not tasks:
+        return []
+    with _cache(cold):
+        # spawn: a forked child would inherit PyTorch's and LLVM's locks, held by threads that don't exist in it
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return list(pool.map(_compile_by_name, tasks))
+
+
+def table(rows):
+    """The rows as text, one line each."""
+    width = max([len(row.name) for row in rows] + [6])
+    tile_width = max([len(row.tile_row) for row in rows] + [4])
+    lines = [f"{'kernel':{width}} {'tile':{tile_width}} {'sm':>3} {'warps':>5} {'regs':>4} {'spill':>5} {'shared':>7} {'blocks':>6} "
+             f"{'wgmma':>5} {'mma':>4} {'tc5':>3} {'load':>4} {'store':>5} {'narrow':>6} {'MB':>7} {'GFLOP':>7} {'floor us':>8} {'s':>5}"]
+    for row in rows:
+        load = "tma" if row.tma and row.widest_load < WIDE else row.widest_load
+        mb = "" if row.bytes is None else f"{row.bytes / 1e6:.1f}"
+        gflop = "" if row.flops is None else f"{row.flops / 1e9:.1f}"
+        floor = "" if row.floor_us is None else f"{row.floor_us:.1f}"
+        lines.append(f"{row.name:{width}} {row.tile_row:{tile_width}} {row.arch:>3} {row.warps:>5} {row.registers:>4} {row.spill_bytes:>5} "
+                     f"{row.shared:>7} {row.resident_blocks:>6} {row.wgmma:>5} {row.mma:>4} {row.tcgen05:>3} {load:>4} "
+                     f"{row.widest_store:>5} {row.narrow_loads:>6} {mb:>7} {gflop:>7} {floor:>8} {row.compile_seconds:>5.1f}")
+        if row.spill_bytes and row.spill_reason:
+            lines.append(f"    spill: {row.spill_reason}")
+    for arch in sorted({row.arch for row in rows if row.in_model}):
+        model = [row.compile_seconds for row in rows if row.arch == arch and row.in_model]
+        lines.append(f"sm_{arch}: the {len(model)} kernels of a GPT-2 124M training step compile in {sum(model):.1f} s, one after the other, "
+                     "from an empty cache")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m nanogpt_fast.kernels.gate", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES), help="compute capability; default: all")
+    parser.add_argument("--only", default="", metavar="NAME", help="only kernels whose name contains NAME")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
+    parser.add_argument("--workers", type=int, help="processes that compile; default: one a core")
+    args = parser.parse_args(argv)
+    rows = compile_all(tuple(args.arch or ARCHITECTURES), args.only, cold=True, workers=args.workers)
+    print(f"Triton {triton.__version__}; floors: H200 at {H200_BYTES_PER_SECOND / 1e12} TB/s and {H200_FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s")
+    print(table(rows))
+    found = [line for row in rows for line in failures(row)]
+    print("\n".join(found) if found else f"{len(rows)} compiled, all within the limits")
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""The compile gate: every kernel within its limits, and a gate that notices when one isn't.
+
+`make test` compiles for sm_90, `make test-all` for every architecture. No GPU is needed. Triton must not be interpreting.
+"""
+import os
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET", "0") != "0":
+    pytest.skip("TRITON_INTERPRET is set: nothing is compiled in this process", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+
+from nanogpt_fast.kernels import gate  # noqa: E402
+from nanogpt_fast.kernels.gate_case import Case  # noqa: E402
+
+
+@pytest.mark.parametrize("arch", [90] + [pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 86, 89, 100)])
+def test_every_kernel_in_every_tile_row_keeps_the_limits(arch):
+    rows = gate.compile_all((arch,), workers=2)
+    assert rows, "no kernel module has gate_cases"
+    assert not [line for row in rows for line in gate.failures(row)]
+
+
+def test_every_kernel_is_in_a_case():
+    for module in gate.kernel_modules():
+        kernels = {name for name, value in vars(module).items()
+                   if isinstance(value, triton.JITFunction) and name.endswith("_kernel") and value.__module__ == module.__name__}
+        covered = {case.kernel.__name__ for arch in gate.ARCHITECTURES for case in module.gate_cases(arch)}
+        assert kernels <= covered, f"{module.__name__}: no gate case compiles {', '.join(sorted(kernels - covered))}"
+
+
+def test_every_module_with_kernels_describes_them():
+    import pathlib
+    folder = pathlib.Path(gate.__file__).parent
+    described = {module.__name__.rsplit(".", 1)[1] for module in gate.kernel_modules()}
+    launching = {path.stem for path in folder.glob("*.py") if "_kernel[" in path.read_text()}
+    assert launching <= described, f"{', '.join(sorted(launching - described))}: kernels without gate_cases"
+
+
+# --------------------------------------------------------------------------------------------------- planted faults
+# One kernel, made wrong by one choice at a time.
+
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, stride, N, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * stride + columns, mask=columns < N, other=0.0)
+    tl.store(y_ptr + row * stride + columns, x, mask=columns < N)
+
+
+def copy_case(**changes):
+    return Case(**{**dict(
+        name="copy", kernel=copy_kernel, signature={"x_ptr": "*bf16", "y_ptr": "*bf16", "stride": "i32", "N": "i32"},
+        constexprs={"BLOCK": 1024}, divisible=("stride", "N"), num_warps=4, tile_row="test"), **changes})
+
+
+@triton.jit
+def matmul_kernel(a_ptr, b_ptr, c_ptr, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        a = tl.load(a_ptr + m[:, None] * K + (start + k)[None, :])     # [BLOCK_M, BLOCK_K]
+        b = tl.load(b_ptr + n[:, None] * K + (start + k)[None, :])     # [BLOCK_N, BLOCK_K]
+        acc = tl.dot(a, b.T, acc)
+    tl.store(c_ptr + m[:, None] * BLOCK_N + n[None, :], acc)
+
+
+def matmul_case(half="bf16", block=(128, 128, 64), **changes):
+    return Case(**{**dict(
+        name="matmul", kernel=matmul_kernel, signature={"a_ptr": f"*{half}", "b_ptr": f"*{half}", "c_ptr": "*fp32", "K": "i32"},
+        constexprs=dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), block)), divisible=("K",), num_warps=4, tile_row="test"), **changes})
+
+
+def test_a_good_kernel_passes():
+    row = gate.compile_case(copy_case(), 90)
+    assert (row.widest_load, row.widest_store, row.narrow_loads, row.spill_bytes) == (16, 16, 0, 0)
+    assert gate.failures(row) == []
+
+
+def test_a_stride_not_marked_divisible_is_found_as_narrow_loads():
+    row = gate.compile_case(copy_case(divisible=()), 90)
+    assert row.widest_load == 2
+    assert "narrower than 16 bytes" in gate.failures(row)[0]
+    declared = gate.compile_case(copy_case(divisible=(), allowed_narrow_loads=row.narrow_loads, narrow_reason="test"), 90)
+    assert gate.failures(declared) == []
+
+
+def test_a_kernel_that_spills_is_found():
+    case = matmul_case(block=(128, 256, 64), num_stages=2)      # 128 x 256 fp32 on 128 threads: all 256 registers
+    row = gate.compile_case(case, 90)
+    assert row.registers == 255 and row.spill_bytes > 0
+    assert "spills" in gate.failures(row)[0]
+    declared = gate.compile_case(matmul_case(block=(128, 256, 64), num_stages=2, allowed_spill_bytes=row.spill_bytes, spill_reason="test"), 90)
+    assert gate.failures(declared) == []
+
+
+@pytest.mark.parametrize("arch, stages, fits", [(86, 2, True), (86, 5, False), (90, 5, True)])
+def test_shared_memory_over_the_limit_of_the_architecture_is_found(arch, stages, fits):
+    row = gate.compile_case(matmul_case(num_stages=stages), arch)
+    complaints = [line for line in gate.failures(row) if "shared memory" in line]
+    assert bool(complaints) != fits, (row.shared, complaints)
+
+
+def test_a_half_precision_matmul_without_wgmma_is_found():
+    good = gate.compile_case(matmul_case(), 90)
+    assert good.wgmma > 0 and good.large_half_dots == 1 and gate.failures(good) == []
+    row = gate.compile_case(matmul_case(num_warps=2), 90)       # wgmma needs groups of four warps
+    assert row.wgmma == 0 and row.mma > 0
+    assert any("no wgmma" in line for line in gate.failures(row))
+
+
+def test_tensor_core_instructions_are_counted_by_architecture():
+    assert gate.compile_case(matmul_case(num_stages=2), 80).mma > 0
+    assert gate.compile_case(matmul_case(num_stages=2), 100).tcgen05 > 0
+    assert gate.compile_case(matmul_case("fp16", (32, 64, 64), num_stages=2), 90).small_half_dots == 1
+
+
+# Expected values by hand from the limits in the CUDA programming guide.
+@pytest.mark.parametrize("arch, registers, shared, warps, blocks", [
+    (90, 178, 96 * 1024, 4, 2),     # registers: 65536 / (184 * 128) = 2.8; shared: 228 / 97 = 2.3
+    (90, 255, 64 * 1024, 8, 1),     # registers: 65536 / (256 * 256) = 1
+    (90, 32, 0, 4, 16),             # warps: 64 / 4
+    (86, 32, 0, 4, 12),             # warps: 48 / 4
+    (90, 16, 0, 1, 32),             # blocks
+    (80, 64, 80 * 1024, 4, 2),      # shared: 164 / 81
+    (86, 64, 100 * 1024, 4, 0),     # over the 99 KB a block may have
+])
+def test_resident_blocks(arch, registers, shared, warps, blocks):
+    assert gate.resident_blocks(arch, registers, shared, warps) == blocks
+
+
+def test_the_floor_is_the_slower_of_memory_and_arithmetic():
+    assert gate.floor_us(4.3e6, None) == pytest.approx(1.0)
+    assert gate.floor_us(4.3e6, 790e6 * 3) == pytest.approx(3.0)
+    assert gate.floor_us(None, None) is None
+
+
+def test_a_case_that_forgets_an_argument_or_a_reason_is_refused():
+    with pytest.raises(ValueError, match="doesn't describe .N."):
+        copy_case(signature={"x_ptr": "*bf16", "y_ptr": "*bf16", "stride": "i32"}, divisible=("stride",))
+    with pytest.raises(ValueError, match="come together"):
+        copy_case(allowed_spill_bytes=8)
+    with pytest.raises(ValueError, match="come together"):
+        copy_case(allowed_narrow_loads=8)
+
+
+def test_the_command_prints_a_line_per_kernel_and_writes_json(tmp_path, monkeypatch, capsys):
+    row = gate.compile_case(copy_case(bytes=4_300_000, in_model=True), 90)
+    monkeypatch.setattr(gate, "compile_all", lambda *args, **kwargs: [row])
+    assert gate.main(["--arch", "90", "--json", str(tmp_path / "rows.json")]) == 0
+    out = capsys.readouterr().out
+    assert "copy" in out and "1 compiled, all within the limits" in out and "from an empty cache" in out
+    assert '"floor_us": 1.0' in (tmp_path / "rows.json").read_text()
+    monkeypatch.setattr(gate, "compile_all", lambda *args, **kwargs: [gate.compile_case(copy_case(divisible=()), 90)])
+    assert gate.main(["--arch", "90"]) == 1
