@@ -4,6 +4,7 @@
 """
 from .backend import use
 from .config import GPTConfig
+from .explain import explain
 from .model import GPT, MLP, Block, CausalSelfAttention, LayerNorm
 
 __version__ = "0.1.0"

@@ -55,6 +55,7 @@ _environment = parse(os.environ.get("NANOGPT_FAST_BACKEND") or "auto")
 
 class _Local(threading.local):
     choices = None  # dict set by `use`, or None
+    record = None   # list filled by `recording`, or None
 
 
 _local = _Local()
@@ -82,22 +83,40 @@ def choose(op, candidates, model_choices=None, args=()):
     right, else the reason as text. "reference" is implied at the end. Raises RuntimeError under "fused" when none can run.
     """
     wanted = choice(op, model_choices)
-    if wanted == "reference":
-        return "reference"
+    name, reasons = ("reference", ["asked for"]) if wanted == "reference" else _first_that_can(candidates, wanted, args)
+    if _local.record is not None:
+        _local.record.append((op, wanted, name, reasons))
+        return "reference"  # nothing is launched while recording
+    if name != "reference" or wanted == "reference":
+        return name
+    if wanted == "fused":
+        raise RuntimeError(f"backend='fused', but no kernel can run {op}: {'; '.join(reasons) or 'there is none'}. "
+                           "Use backend='auto' to fall back, or `nanogpt-fast doctor` to see what is missing.")
+    if torch.cuda.is_available():  # without a GPU nobody expects kernels: `explain` and `doctor` say it, no warning does
+        notice(f"{op} runs on plain PyTorch ({'; '.join(reasons) or 'no kernel'})")
+    return name
+
+
+def _first_that_can(candidates, wanted, args):
     reasons = []
     for name, why_not in candidates:
         reason = why_not(*args)
         if reason is None and wanted == "auto" and name == "triton" and interpreted():
             reason = "Triton's interpreter checks kernels, it is not fast; backend='fused' runs it"
         if reason is None:
-            return name
+            return name, reasons
         reasons.append(f"{name}: {reason}")
-    if wanted == "fused":
-        raise RuntimeError(f"backend='fused', but no kernel can run {op}: {'; '.join(reasons) or 'there is none'}. "
-                           "Use backend='auto' to fall back, or `nanogpt-fast doctor` to see what is missing.")
-    if torch.cuda.is_available():  # without a GPU nobody expects kernels: `explain` and `doctor` say it, no warning does
-        notice(f"{op} runs on plain PyTorch ({'; '.join(reasons) or 'no kernel'})")
-    return "reference"
+    return "reference", reasons
+
+
+@contextlib.contextmanager
+def recording():
+    """Inside the block ops note what they would choose, (op, wanted, name, reasons), and all run the reference."""
+    before, _local.record = _local.record, []
+    try:
+        yield _local.record
+    finally:
+        _local.record = before
 
 
 _noticed = set()
