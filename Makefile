@@ -1,0 +1,55 @@
+# Two commands: `make demo` trains a small GPT and completes a prompt; `make test` runs the tests. Both make .venv first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+CPU_WHEELS = https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test test-all gate clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/nanogpt-fast demo $(DEMO)
+
+# Triton decides at import whether it interprets, so kernels are executed in a process of their own (tests/conftest.py).
+# The exit status is the first failure's, but both halves always run.
+test test-all: $(VENV)/.installed-test
+	@status=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile $(if $(filter test-all,$@),--all) $(TEST) || status=1; \
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -q -n 2 $(if $(filter test-all,$@),--all) $(TEST) || status=1; \
+	exit $$status
+
+gate: $(VENV)/.installed
+	$(BIN)/python -m nanogpt_fast.kernels.gate
+
+# Without an NVIDIA driver the CPU build of torch is enough, and gigabytes smaller: its index is tried first, without
+# retries; where it cannot be reached the default index decides. torch's version stands in constraints.txt alone.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "nanogpt_fast needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Python's venv module is missing. On Debian and Ubuntu: sudo apt-get install python3-venv"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if [ -e /proc/driver/nvidia/version ] || command -v nvidia-smi >/dev/null 2>&1; then \
+	  echo "Installing torch (CUDA build: there is an NVIDIA driver) ..."; \
+	  $(PIP) install -q -r constraints.txt; \
+	else \
+	  echo "Installing torch (CPU build: no NVIDIA driver) ..."; \
+	  $(PIP) --retries 0 --timeout 5 install -q --index-url $(CPU_WHEELS) --extra-index-url $(CPU_WHEELS) -r constraints.txt 2>/dev/null \
+	  || { echo "PyTorch's CPU wheel index cannot be reached; taking the default index."; $(PIP) install -q -r constraints.txt; }; \
+	fi
+	@touch $@
+
+SOURCES = setup.py pyproject.toml $(wildcard csrc/*)
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	@echo "Installing nanogpt_fast ..."
+	@$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.torch $(SOURCES)
+	@echo "Installing nanogpt_fast and what its tests need ..."
+	@$(PIP) install -q -c constraints.txt -e ".[test]"
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build *.egg-info
