@@ -66,7 +66,7 @@ def parse(cls, argv, prog):
         name = key.replace("-", "_")
         name = aliases.get(name, name)
         if name not in fields:
-            raise ValueError(f"unknown option --{key}; the nearest is --{_nearest(name, fields)} (`{prog} --help` lists them all)")
+            raise ValueError(f"unknown option --{key}; the nearest is --{nearest(name, fields)} (`{prog} --help` lists them all)")
         if not equals:
             following = words[0] if words and not words[0].startswith("--") else None
             if kinds[name] == (bool,) and (following is None or following.lower() not in ("true", "false")):
@@ -117,7 +117,8 @@ def _kinds(cls):
     return {field.name: typing.get_args(hints[field.name]) or (hints[field.name],) for field in dataclasses.fields(cls)}
 
 
-def _nearest(name, names):
+def nearest(name, names):
+    """Which of these names is spelled most like `name`."""
     return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
 
 
@@ -140,10 +141,10 @@ def _run_config(path, values, kinds):
             values[name] = _conform(value, name, kinds[name], f"{path}: ")
         elif not name.startswith("_") and isinstance(value, (int, float, str)):
             # A helper of the file's own is fine, as upstream has it; a slip of the pen is not.
-            nearest = _nearest(name, values)
-            if difflib.SequenceMatcher(None, name, nearest).ratio() > 0.7:
-                raise ValueError(f"{path}: unknown option {name}; the nearest is {nearest} (a helper of your own: name it _{name})")
-            print(f"{path}: {name} is no option and sets nothing (the nearest is {nearest})", file=sys.stderr)
+            near = nearest(name, values)
+            if difflib.SequenceMatcher(None, name, near).ratio() > 0.7:
+                raise ValueError(f"{path}: unknown option {name}; the nearest is {near} (a helper of your own: name it _{name})")
+            print(f"{path}: {name} is no option and sets nothing (the nearest is {near})", file=sys.stderr)
 
 
 def _line_in(traceback, path):
@@ -195,7 +196,7 @@ def _check_range(value, field, kinds):
                         ("above", lambda a, b: a <= b), ("below", lambda a, b: a >= b)):
         outside = outside or (limits.get(name) is not None and fails(value, limits[name]))
     if outside:
-        hint = f"; the nearest is {_nearest(value, choices)!r}" if choices and isinstance(value, str) else ""
+        hint = f"; the nearest is {nearest(value, choices)!r}" if choices and isinstance(value, str) else ""
         raise ValueError(f"{field.name} is {value!r}; expected {_accepts(field, kinds)}{hint}")
 
 

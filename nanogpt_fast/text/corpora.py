@@ -1,0 +1,108 @@
+"""Corpora: the texts to learn from, as one string each.
+
+    embedded          Python's own language reference, which every installation carries: nothing is downloaded
+    shakespeare       tinyshakespeare, downloaded once and checked by its sha256; GPT-2 tokens, as in nanoGPT
+    shakespeare_char  the same text; characters, as in nanoGPT
+    PATH              any UTF-8 text file, or a folder: all its text files, in the order of their names
+
+Line endings become "\\n" and a byte-order mark is dropped, as Python's text mode does. Errors name the file, and for bytes
+that are not UTF-8 their position.
+"""
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from nanogpt_fast.files import replacing
+
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TOKENIZER = {"embedded": "char", "shakespeare": "gpt2", "shakespeare_char": "char"}  # each corpus by name, with its default
+
+PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))  # the alphabet of the embedded corpus: 96 characters
+ASCII_FOR = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "--", "\u2026": "..."})
+
+
+def embedded():
+    """Python's language reference as text, about 370,000 characters of printable ASCII and newlines.
+
+    The reference itself differs from one Python version to the next, so figures measured on it belong to a version. What
+    could differ for no good reason does not: topics come in the order of their names, and everything is folded to PRINTABLE,
+    which is also the vocabulary, whether or not a version's text happens to use all of it. Topics quote one another (a fifth of the text): every paragraph is kept once, or the
+    validation split would be a text that the model has seen.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise RuntimeError("this Python carries no pydoc_data, which the embedded corpus is made of (some distributions strip it); "
+                           "use a text file of your own, or 'shakespeare_char'") from None
+    seen, kept = set(), []
+    for name in sorted(topics):
+        for paragraph in topics[name].split("\n\n"):
+            paragraph = "".join(c for c in paragraph.strip("\n").translate(ASCII_FOR) if c in PRINTABLE)
+            if paragraph and paragraph not in seen:
+                seen.add(paragraph)
+                kept.append(paragraph)
+    return "\n\n".join(kept) + "\n"
+
+
+def shakespeare(path):
+    """tinyshakespeare, from the file `path`; downloaded to it first where it is missing. Raises ValueError, RuntimeError."""
+    path = Path(path)
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as answer:
+                content = answer.read()
+        except (urllib.error.URLError, OSError) as error:
+            raise RuntimeError(f"{SHAKESPEARE_URL} could not be downloaded ({error}). Offline: put the file at {path} yourself, "
+                               "or use the corpus 'embedded', which needs no network") from error
+        _check_shakespeare(content, SHAKESPEARE_URL)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(content)
+    content = path.read_bytes()
+    _check_shakespeare(content, path)
+    return decode(content, path)
+
+
+def _check_shakespeare(content, where):
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHAKESPEARE_SHA256:
+        raise ValueError(f"{where} is not tinyshakespeare: its sha256 is {found}, expected {SHAKESPEARE_SHA256}. "
+                         "Remove the file to download it again, or prepare it by its path to use it as it is")
+
+
+def read(path):
+    """The text of a file, or of all text files below a folder (hidden and binary ones are left out). Raises ValueError."""
+    path = Path(path)
+    if path.is_file():
+        text = decode(path.read_bytes(), path)
+    elif path.is_dir():
+        contents = ((file, file.read_bytes()) for file in _files_below(path))
+        texts = [decode(content, file) for file, content in contents if b"\0" not in content[:8192]]  # git's sign of a binary
+        if not texts:
+            raise ValueError(f"{path} holds no text file")
+        text = "".join(text if text.endswith("\n") or not text else text + "\n" for text in texts)
+    else:
+        raise FileNotFoundError(f"{path} is neither a file nor a folder")
+    if not text.strip():
+        raise ValueError(f"{path} is empty: there is nothing to learn from")
+    return text
+
+
+def _files_below(folder):
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
+
+
+def decode(content, where):
+    """The text of these UTF-8 bytes. Raises ValueError naming `where` and the position of the first byte that is wrong."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{where} is not UTF-8: byte 0x{content[error.start]:02x} at position {error.start} (line {line}), "
+                         f"{error.reason}. Convert it, for example: iconv -f latin1 -t utf-8") from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")

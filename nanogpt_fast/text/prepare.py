@@ -1,0 +1,190 @@
+"""Prepare a data set: text in, nanoGPT's files out (C29), and `nanogpt-fast prepare`.
+
+    data/<name>/train.bin, val.bin   token ids, raw little-endian uint16, no header: the first 90 % of the text and the rest
+    data/<name>/meta.pkl             nanoGPT's character vocabulary; a word or GPT-2 tokenizer goes to tokenizer.json instead
+    data/<name>/source.json          what they were made from: a text that has changed is prepared again, silently stale
+                                     data is never trained on
+
+`find(dataset)` is what the trainer calls: it takes the name of a prepared folder, of a corpus, or the path of a text, and
+prepares what is not there yet.
+"""
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanogpt_fast import options
+from nanogpt_fast.files import replacing
+from nanogpt_fast.options import option
+from nanogpt_fast.text import corpora, tokenizers
+
+FILES = ("train.bin", "val.bin")
+VOCABULARIES = ("meta.pkl", "tokenizer.json")
+MAX_VOCAB_SIZE = 65_535  # what uint16 holds
+CHUNK = 1 << 20          # characters encoded at a time: a Python list of ids takes 8 bytes for each
+
+
+@dataclass
+class PrepareOptions:
+    """Turn a text into the token files that `nanogpt-fast train` and nanoGPT read.
+
+    source is `embedded` (Python's language reference, nothing is downloaded), `shakespeare` (GPT-2 tokens), `shakespeare_char`
+    (characters), a text file, or a folder of text files.
+    """
+
+    source: str = option("embedded", "the corpus or path", positional=True)
+    name: str = option("", "folder below data_dir to write; empty: the corpus's own name, or the file's without its suffix")
+    tokenizer: str = option("", "empty: characters (GPT-2's for `shakespeare`)", choices=("", "char", "word", "gpt2"))
+    vocab_size: int | None = option(None, "word tokenizer: keep this many of the most frequent words", minimum=2)
+    val_fraction: float = option(0.1, "share of the text, its end, held back for validation", above=0, below=1)
+    data_dir: str = option("data", "where data sets live")
+
+
+def main(argv):
+    """The command `nanogpt-fast prepare`."""
+    given = options.parse(PrepareOptions, argv, "nanogpt-fast prepare")
+    folder = Path(given.data_dir, given.name or _name_of(given.source))
+    text = _read(given.source, folder)
+    write(text, folder, _tokenizer_kind(given), source=given.source, vocab_limit=given.vocab_size, val_fraction=given.val_fraction)
+    print(f"train on it: nanogpt-fast train --dataset={folder.name}"
+          + ("" if given.data_dir == "data" else f" --data_dir={given.data_dir}"))
+
+
+def find(dataset, data_dir="data", say=print):
+    """The folder (a Path) with the token files of `dataset`, prepared first where they are missing or made from another text.
+
+    dataset: the name of a folder below `data_dir`, or the path of one, that holds train.bin and val.bin; a corpus by name; a
+    text file or a folder of them. Raises FileNotFoundError naming what could be meant, ValueError where preparing would
+    overwrite a data set that was made from something else, and what `write` raises.
+    """
+    how = dict(kind=corpora.TOKENIZER.get(dataset, "char"))
+    if dataset in corpora.TOKENIZER:
+        folder = Path(data_dir, dataset)
+        if _is_prepared(folder):  # such a text never changes, and what nanoGPT's prepare.py wrote under this name is as good
+            return folder
+        text = _read(dataset, folder)
+    else:
+        for folder in (Path(data_dir, dataset), Path(dataset)):
+            if _is_prepared(folder):
+                return folder
+        if not Path(dataset).exists():
+            known = sorted(path.parent.name for path in Path(data_dir).glob("*/train.bin"))
+            raise FileNotFoundError(
+                f"no data set {dataset!r}: {Path(data_dir, dataset)} lacks {' or '.join(FILES)}, and there is no text of that name. "
+                f"Prepared in {data_dir}: {', '.join(known) or 'nothing'}. Corpora: {', '.join(corpora.TOKENIZER)}. "
+                "A text of your own: --dataset=FILE")
+        folder, text = Path(data_dir, _name_of(dataset)), corpora.read(dataset)
+        if _is_prepared(folder):
+            about = _source(folder)
+            if about.get("sha256") == _sha256(text):
+                return folder
+            if about.get("source") != os.path.abspath(dataset):
+                raise ValueError(f"{folder} holds a data set made from {about.get('source') or 'something else'}: give this one another "
+                                 f"name with `nanogpt-fast prepare {dataset} --name=NAME`, then train with --dataset=NAME")
+            how = {key: about[key] for key in ("kind", "vocab_limit", "val_fraction")}  # the text has changed, the wishes not
+    say(f"preparing {dataset} in {folder}")
+    write(text, folder, source=dataset, say=say, **how)
+    return folder
+
+
+def write(text, folder, kind="char", *, source="", vocab_limit=None, val_fraction=0.1, say=print):
+    """Write the token files of `text` to `folder`; returns the tokenizer. kind: "char", "word" or "gpt2".
+
+    Everything is written under temporary names first. Then train.bin goes and comes back last, so that an interruption leaves
+    the former data set, the new one, or visibly none: never parts of both. Raises ValueError where the vocabulary does not
+    fit 16 bits or a split would be empty.
+    """
+    folder = Path(folder)
+    tokenizer = _build_tokenizer(text, kind, source, vocab_limit)
+    if tokenizer.vocab_size > MAX_VOCAB_SIZE:
+        raise ValueError(f"this text has a vocabulary of {tokenizer.vocab_size:,}; the files hold 16-bit ids, {MAX_VOCAB_SIZE:,} at "
+                         "most. Use --tokenizer=gpt2, or --tokenizer=word --vocab_size=20000")
+    cut = int(len(text) * (1 - val_fraction))
+    splits = {"train.bin": text[:cut], "val.bin": text[cut:]}
+    if not all(splits.values()):
+        raise ValueError(f"a text of {len(text)} characters cannot be split into training and validation text: use a longer one")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    with contextlib.ExitStack() as renames:  # leaves in reverse order: train.bin, entered first, is renamed last
+        for name, part in splits.items():
+            file = renames.enter_context(replacing(folder / name))
+            counts[name] = sum(_write_ids(file, tokenizer, chunk) for chunk in _chunks(part, kind))
+        about = dict(source=source if source in corpora.TOKENIZER else os.path.abspath(source), sha256=_sha256(text), kind=kind,
+                     vocab_limit=vocab_limit, val_fraction=val_fraction)
+        renames.enter_context(replacing(folder / "source.json")).write(json.dumps(about, indent=1).encode())
+        for former in ("train.bin", *VOCABULARIES):
+            (folder / former).unlink(missing_ok=True)
+        tokenizer.save(folder / VOCABULARIES[kind != "char"])
+    say(f"{len(text):,} characters, a vocabulary of {tokenizer.vocab_size:,} ({kind}): "
+        f"{counts['train.bin']:,} tokens to train, {counts['val.bin']:,} to validate, in {folder}")
+    return tokenizer
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a data folder; GPT-2's where it holds none, which is nanoGPT's convention. Raises TokenizerError."""
+    for name in VOCABULARIES:
+        if Path(folder, name).exists():
+            return tokenizers.load(Path(folder, name))
+    return tokenizers.GPT2Tokenizer()
+
+
+def _is_prepared(folder):
+    return all((folder / name).is_file() for name in FILES)
+
+
+def _name_of(source):
+    return source if source in corpora.TOKENIZER else Path(source).resolve().stem
+
+
+def _tokenizer_kind(given):
+    if given.vocab_size is not None and given.tokenizer != "word":
+        raise ValueError(f"vocab_size belongs to --tokenizer=word; the tokenizer here is {given.tokenizer or 'the default'!r}")
+    return given.tokenizer or corpora.TOKENIZER.get(given.source, "char")
+
+
+def _read(source, folder):
+    if source == "embedded":
+        return corpora.embedded()
+    if source in corpora.TOKENIZER:
+        return corpora.shakespeare(folder / "input.txt")  # where nanoGPT's prepare.py keeps it too
+    if not Path(source).exists():
+        nearest = options.nearest(source, corpora.TOKENIZER)
+        raise FileNotFoundError(f"{source!r} is no file, no folder and no corpus; the corpora are {', '.join(corpora.TOKENIZER)} "
+                                f"(nearest: {nearest})")
+    return corpora.read(source)
+
+
+def _source(folder):
+    try:
+        return json.loads((folder / "source.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _sha256(text):
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _build_tokenizer(text, kind, source, vocab_limit):
+    if kind == "gpt2":
+        return tokenizers.GPT2Tokenizer()
+    if kind == "word":
+        return tokenizers.WordTokenizer.from_text(text, vocab_limit)
+    return tokenizers.CharTokenizer(corpora.PRINTABLE) if source == "embedded" else tokenizers.CharTokenizer.from_text(text)
+
+
+def _chunks(text, kind):
+    if kind != "char":  # a cut would split a word, or a byte pair that belongs together
+        return [text]
+    return (text[start:start + CHUNK] for start in range(0, len(text), CHUNK))
+
+
+def _write_ids(file, tokenizer, text):
+    ids = np.array(tokenizer.encode(text), dtype="<u2")
+    file.write(ids.tobytes())
+    return len(ids)
