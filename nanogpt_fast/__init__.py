@@ -2,10 +2,24 @@
 
     from nanogpt_fast import GPT, GPTConfig      # instead of: from model import GPT, GPTConfig
 """
-from .backend import use
-from .config import GPTConfig
-from .explain import explain
-from .model import GPT, MLP, Block, CausalSelfAttention, LayerNorm
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors; at run time see __getattr__
+    from .backend import use
+    from .config import GPTConfig
+    from .explanation import explain
+    from .model import GPT, MLP, Block, CausalSelfAttention, LayerNorm
 
 __version__ = "0.1.0"
 __all__ = ["LayerNorm", "CausalSelfAttention", "MLP", "Block", "GPTConfig", "GPT"]  # what nanoGPT's model.py defines
+
+# Where each public name lives. No module of the package may have one of these names: importing it would hide the name.
+_HOME = {**{name: "model" for name in __all__}, "GPTConfig": "config", "use": "backend", "explain": "explanation"}
+
+
+def __getattr__(name):
+    """Import a public name when it is asked for: `nanogpt-fast --help` need not wait for torch."""
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
