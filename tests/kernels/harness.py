@@ -1,0 +1,464 @@
+"""How a kernel is checked: on a CPU in Triton's interpreter, on a GPU for real, by the same tests.
+
+A kernel can be wrong in ways that an `allclose` against PyTorch does not show. What is here, and the mistake it finds:
+
+    install_interpreter_patches   the interpreter multiplies the bit patterns of bf16 numbers and truncates when it casts to
+                                  bf16; with the patches it computes what the GPU computes. Nothing happens on a GPU.
+    assert_close_to_oracle        a small systematic error (eps, N-1, a missing term) hides below any absolute tolerance in
+                                  bf16. Error is measured against fp64, bounded by the plain path's own, and must have no bias.
+    guarded_outputs               launchers allocate with torch.empty: here that memory is full of a marked NaN, so an element
+                                  never written is found, and lies between canaries, so a store out of bounds is found.
+    with_nan_margins              a load out of bounds reads NaN.
+    assert_grid_order_is_free     programs run in ascending, reversed and shuffled order must give the same bits, and no two
+                                  may store to one address: on a GPU they run at once, in no order.
+    planted_fault                 the checks themselves are checked: a fault written into the kernel's source must be seen.
+
+Everything about the interpreter is an attribute of Triton's own module that exists from 3.6 to 3.9.
+"""
+import contextlib
+import importlib.util
+import math
+import os
+import re
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The interpreter, made right for bf16
+# ---------------------------------------------------------------------------------------------------------------------------
+# The interpreter keeps a bf16 number as the uint16 of its bits. Loads, stores, reshapes and selects may treat bits as bits;
+# arithmetic may not. Each patch decodes to fp32, calls what was there before, and rounds the result to bf16 again.
+
+
+def interpreter_problem():
+    """None, or why the interpreter cannot work with these versions."""
+    if INTERPRETED and triton.__version__.startswith("3.6.") and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+        return (f"Triton {triton.__version__}'s interpreter turns one-element arrays into scalars in a way that NumPy "
+                f"{np.__version__} refuses; use NumPy below 2.4 with it (pip install 'numpy<2.4'), or a newer Triton")
+    return None
+
+
+def bf16_to_fp32(bits):
+    """uint16 bit patterns of bf16 -> float32, exactly."""
+    return (np.asarray(bits, np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def fp32_to_bf16(values):
+    """float32 -> uint16 bit patterns of bf16, to nearest, ties to even; NaN stays NaN. What the GPU's cast does."""
+    bits = np.array(values, np.float32, copy=True, order="C").view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return (np.where(is_nan, bits | np.uint32(0x400000), rounded) >> np.uint32(16)).astype(np.uint16)
+
+
+def _is_bf16(handle):
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _decoded(handle):
+    """The handle with its numbers in fp32 if they are bf16, else the handle itself."""
+    return TensorHandle(bf16_to_fp32(handle.data), tl.float32) if _is_bf16(handle) else handle
+
+
+def _encoded(handle):
+    """The handle's fp32 numbers rounded to bf16; comparisons (booleans) stay as they are."""
+    return handle if handle.data.dtype == np.bool_ else TensorHandle(fp32_to_bf16(handle.data), tl.bfloat16)
+
+
+def _patched_cast(original):
+
+    def cast_impl(self, src, dst_type):
+        src = _decoded(src)
+        if dst_type.scalar == tl.bfloat16:  # through fp32, which holds fp16 and bf16 exactly
+            return TensorHandle(fp32_to_bf16(src.data.astype(np.float32)), tl.bfloat16)
+        return original(self, src, dst_type)
+
+    return cast_impl
+
+
+def _patched_arithmetic(original, positions):
+    """`original(self, *handles, ...)` with the bf16 handles at `positions` decoded and a result in bf16 encoded."""
+
+    def arithmetic(self, *args):
+        if not any(_is_bf16(args[i]) for i in positions):
+            return original(self, *args)
+        args = [_decoded(arg) if i in positions else arg for i, arg in enumerate(args)]
+        return _encoded(original(self, *args))
+
+    return arithmetic
+
+
+def _patched_dot(original):
+
+    def create_dot(self, a, b, d, *rest):  # a, b bf16; the accumulator d is fp32 and stays so
+        return original(self, _decoded(a), _decoded(b), d, *rest)
+
+    return create_dot
+
+
+def _patched_reduction(original):
+
+    def apply(self, input):
+        for tensor in input if isinstance(input, tuple) else (input, ):
+            if tensor.dtype.scalar == tl.bfloat16:
+                raise TypeError("a reduction or scan over bf16: the interpreter would add bit patterns, and a GPU would round "
+                                "at every step. Widen to fp32 first")
+        return original(self, input)
+
+    return apply
+
+
+def interpreter_patches():
+    """{attribute of the interpreter's builder: its replacement}. Each has a test that it is needed and right."""
+    builder = interpreter.InterpreterBuilder
+    return {
+        "create_dot": _patched_dot(builder.create_dot),
+        "cast_impl": _patched_cast(builder.cast_impl),
+        "binary_op": _patched_arithmetic(builder.binary_op, (0, 1)),
+        "unary_op": _patched_arithmetic(builder.unary_op, (0, )),
+        "create_fma": _patched_arithmetic(builder.create_fma, (0, 1, 2)),
+        "create_clampf": _patched_arithmetic(builder.create_clampf, (0, 1, 2)),
+    }
+
+
+before_patches = {}  # what the patches replaced: filled by install_interpreter_patches, for the tests that show the need
+
+
+def install_interpreter_patches():
+    """Make the interpreter compute with bf16 numbers instead of their bit patterns, for the whole process. No-op on a GPU."""
+    if not INTERPRETED or before_patches:
+        return
+    builder = interpreter.InterpreterBuilder
+    for name, replacement in interpreter_patches().items():
+        before_patches[name] = getattr(builder, name)
+        setattr(builder, name, replacement)
+    if not hasattr(builder, "get_bf16"):  # Triton 3.6 has no bf16 constants
+        builder.get_bf16 = lambda self, value: self.create_fp_trunc(self.get_fp32(value), tl.bfloat16)
+    interpreter.ReduceScanOpInterface.apply = _patched_reduction(interpreter.ReduceScanOpInterface.apply)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The error rule
+# ---------------------------------------------------------------------------------------------------------------------------
+ERROR_FACTOR = {"forward": 2.0, "gradient": 3.0}  # times the plain low-precision path's own error (STYLE.md)
+STANDARD_ERRORS = 6.0  # of the signed mean error: chance passes it once in 5e8
+FEWEST_FOR_BIAS = 64  # distinct values; below that a mean has no reliable standard error
+
+
+def assert_close_to_oracle(out, oracle, plain, direction, *, what="out", check_bias=True):
+    """The kernel's `out` is as near to the fp64 `oracle` as plain PyTorch in low precision (`plain`) is, and not biased.
+
+    out, plain: the kernel's result and the plain path's on the same inputs, any dtype. oracle: fp64. direction: "forward"
+    (2 times the plain error) or "gradient" (3 times). Raises AssertionError saying which bound broke, by how much.
+
+    Magnitude: root mean square and largest error are each at most factor * max(plain's, rounding). `rounding` is what
+    rounding the exact answer to out's dtype may cost (half a unit in the last place), so a plain path that happens to be
+    exact (a copy, one element, x of equal values) does not forbid the kernel's rounding. The factor is widened by 1 + 16/n:
+    the ratio of two errors measured on n elements scatters, and without it one-element tensors would fail by chance.
+
+    Bias: the mean error, and the mean error in the direction of the oracle's sign (a result scaled by 1 - d has no mean
+    error, but this), lie within 6 standard errors of 0. Errors within a row are correlated (one rstd, one softmax
+    denominator), so the standard error is the larger of that over elements and that over row means. fp32's own unit
+    (1.2e-7) is always allowed.
+
+    Where the oracle rounds to inf or nan in out's dtype, out must be the same; where it does not, out must be finite.
+    """
+    factor = ERROR_FACTOR[direction]
+    shapes = [tuple(t.shape) for t in (out, oracle, plain)]
+    assert shapes[0] == shapes[1] == shapes[2], f"{what}: the shapes of out, oracle and plain are {shapes}"
+    assert oracle.dtype == torch.float64, f"{what}: the oracle is {oracle.dtype}, expected float64"
+    if out.numel() == 0:
+        return
+    expected = oracle.detach().to(out.dtype)  # the correctly rounded answer; its inf and nan are right
+    out, oracle, plain = (t.detach().double().cpu() for t in (out, oracle, plain))
+    finite = expected.isfinite().cpu()
+    wrong = out.isfinite() != finite
+    assert not wrong.any(), (f"{what}: {int(wrong.sum())} of {out.numel()} elements are finite where fp64 is not, or the "
+                             f"reverse; first at {_first(wrong)}: {out[_first(wrong)]} against {oracle[_first(wrong)]}")
+    same = finite | (out == expected.double().cpu()) | (out.isnan() & oracle.isnan())
+    assert same.all(), f"{what}: inf or nan of the wrong kind at {_first(~same)}"
+    if not finite.any():
+        return
+    error = torch.where(finite, out - oracle, 0.0)
+    plain_error = torch.where(finite & plain.isfinite(), plain - oracle, 0.0)
+    exact = torch.where(finite, oracle, 0.0)
+
+    n = int(finite.sum())
+    info = torch.finfo(expected.dtype)
+    slack = factor * (1 + 16 / n)
+    for name, size in (("largest", lambda t: float(t.abs().max())), ("rms", lambda t: float(t.square().mean().sqrt()))):
+        rounding = 0.5 * info.eps * size(exact) + info.tiny * info.eps
+        bound = slack * max(size(plain_error), rounding)
+        assert size(error) <= bound, (
+            f"{what}: {name} error {size(error):.3g} against fp64 is over {slack:.3g} times the larger of the plain path's "
+            f"({size(plain_error):.3g}) and rounding ({rounding:.3g}); {direction}, {n} elements, "
+            f"worst at {_first(error.abs() == error.abs().max())}")
+    if check_bias:
+        _assert_unbiased(error, exact, what)
+
+
+def _assert_unbiased(error, exact, what):
+    distinct = exact[exact != 0].float().unique().numel()  # repeated values repeat one error: they are one observation
+    if distinct < FEWEST_FOR_BIAS:
+        return
+    allowed = torch.finfo(torch.float32).eps * float(exact.square().mean().sqrt())
+    for name, signed in (("mean error", error), ("mean error along the sign of the exact value", error * exact.sign())):
+        rows = signed.reshape(-1, signed.size(-1)).mean(1)
+        standard = float(signed.std()) / math.sqrt(distinct)
+        if rows.numel() >= 8:
+            standard = max(standard, float(rows.std()) / math.sqrt(rows.numel()))
+        bound = STANDARD_ERRORS * (1 + 16 / distinct) * standard + allowed
+        mean = float(signed.mean())
+        assert abs(mean) <= bound, (f"{what}: biased. {name} {mean:.3g} is {abs(mean) / max(standard, 1e-300):.1f} standard "
+                                    f"errors from 0 (bound {bound:.3g}, {distinct} distinct values)")
+
+
+def _first(mask):
+    return tuple(mask.nonzero()[0].tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Memory: poison, margins, canaries
+# ---------------------------------------------------------------------------------------------------------------------------
+MARGIN_BYTES = 4096  # on either side; a multiple of every alignment a kernel may count on, wider than a row of C=768 in bf16
+# A quiet NaN with a payload that no arithmetic makes by itself; for integers a large odd number.
+POISON = {
+    torch.float64: (torch.int64, 0x7FF8_DEAD_BEEF_DEAD), torch.float32: (torch.int32, 0x7FC0_DEAD),
+    torch.float16: (torch.int16, 0x7EAD), torch.bfloat16: (torch.int16, 0x7FED),
+    torch.int64: (torch.int64, 0x5EAD_BEEF_DEAD_BEEF), torch.int32: (torch.int32, 0x5EAD_BEEF), torch.int16: (torch.int16, 0x5EAD),
+    torch.int8: (torch.int8, 0x5A), torch.uint8: (torch.uint8, 0xA5), torch.bool: (torch.uint8, 1),
+}
+_real_empty = torch.empty
+
+
+def _poisoned_storage(span, dtype, device):
+    """(flat tensor of margin + span + margin elements, all poison; margin in elements)."""
+    bits_dtype, poison = POISON[dtype]
+    margin = MARGIN_BYTES // dtype.itemsize
+    flat = _real_empty(span + 2 * margin, dtype=bits_dtype, device=device).fill_(poison)
+    return flat.view(dtype), margin
+
+
+def _span(size, stride):
+    return 0 if 0 in size else 1 + sum((n - 1) * s for n, s in zip(size, stride))
+
+
+def is_poison(tensor):
+    """True where an element still holds the poison it was allocated with."""
+    bits_dtype, poison = POISON[tensor.dtype]
+    return tensor.contiguous().view(bits_dtype) == poison
+
+
+def with_nan_margins(tensor):
+    """A copy of `tensor`, same values, shape and strides, that lies between NaNs (which also fill the gaps between its rows)."""
+    flat, margin = _poisoned_storage(_span(tensor.shape, tensor.stride()), tensor.dtype, tensor.device)
+    view = flat.as_strided(tensor.shape, tensor.stride(), margin)
+    if 0 in tensor.stride():  # expanded: write each element once
+        index = tuple(slice(0, 1) if s == 0 else slice(None) for s in tensor.stride())
+        view[index].copy_(tensor.detach()[index])
+    else:
+        view.copy_(tensor.detach())
+    return view
+
+
+@dataclass
+class Allocations:
+    """What was allocated inside `guarded_outputs`: (flat storage, margin, the tensor handed out)."""
+    made: list = field(default_factory=list)
+
+    def assert_canaries_alive(self):
+        for flat, margin, tensor in self.made:
+            ends = torch.cat([flat[:margin], flat[flat.numel() - margin:]])
+            assert is_poison(ends).all(), f"a kernel stored outside an output of shape {tuple(tensor.shape)}, {tensor.dtype}"
+
+    def assert_all_written(self):
+        for _, _, tensor in self.made:
+            if tensor.dtype.itemsize == 1 or tensor.numel() == 0:  # one byte has no value to spare for poison
+                continue
+            left = is_poison(tensor)
+            assert not left.any(), (f"{int(left.sum())} of {left.numel()} elements of an output of shape {tuple(tensor.shape)}, "
+                                    f"{tensor.dtype} were never written (or computed from such an element), first at {_first(left)}")
+
+
+@contextlib.contextmanager
+def guarded_outputs(*, all_written=True):
+    """Inside, torch.empty, torch.empty_like, torch.empty_strided and Tensor.new_empty give poison between canaries.
+
+    At the end every canary must be alive and, unless `all_written=False` (scratch memory that is meant to stay half empty),
+    every element written. Yields the Allocations.
+    """
+    allocations = Allocations()
+    real = {"empty": torch.empty, "empty_like": torch.empty_like, "empty_strided": torch.empty_strided,
+            "new_empty": torch.Tensor.new_empty}
+
+    def guard(tensor):
+        if type(tensor) is not torch.Tensor or tensor.numel() == 0 or tensor.device.type == "meta" or tensor.dtype not in POISON:
+            return tensor
+        flat, margin = _poisoned_storage(_span(tensor.shape, tensor.stride()), tensor.dtype, tensor.device)
+        guarded = flat.as_strided(tensor.shape, tensor.stride(), margin)
+        allocations.made.append((flat, margin, guarded))
+        return guarded
+
+    def guarding(name):
+        return lambda *args, **kwargs: guard(real[name](*args, **kwargs))
+
+    torch.empty, torch.empty_like, torch.empty_strided = guarding("empty"), guarding("empty_like"), guarding("empty_strided")
+    torch.Tensor.new_empty = guarding("new_empty")
+    try:
+        yield allocations
+    finally:
+        torch.empty, torch.empty_like, torch.empty_strided = real["empty"], real["empty_like"], real["empty_strided"]
+        torch.Tensor.new_empty = real["new_empty"]
+    allocations.assert_canaries_alive()
+    if all_written:
+        allocations.assert_all_written()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Grid order
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def grid_order(order="ascending"):
+    """Inside, the interpreter runs the programs of every launch in this order: ascending, reversed or shuffled (torch's generator).
+
+    Also watches the stores: two programs of a launch that store to one address raise AssertionError at the end, naming
+    the kernel. On a GPU nothing is changed and nothing watched.
+    """
+    if not INTERPRETED:
+        yield
+        return
+    builder_class, executor_class = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    real_idx, real_dim = builder_class.set_grid_idx, builder_class.set_grid_dim
+    real_store, real_call = builder_class.create_masked_store, executor_class.__call__
+    launches, collisions = [], []
+
+    def call(self, *args, **kwargs):
+        launches.append({"kernel": self.fn.__name__, "stores": [], "program": -1, "order": None})
+        real_call(self, *args, **kwargs)
+        collisions.extend(_collisions(launches.pop()))
+
+    def set_grid_dim(self, nx, ny, nz):
+        programs = np.arange(nx * ny * nz)
+        launches[-1]["order"] = {"ascending": lambda: programs, "reversed": lambda: programs[::-1],
+                                 "shuffled": lambda: torch.randperm(programs.size).numpy()}[order]()
+        real_dim(self, nx, ny, nz)
+
+    def set_grid_idx(self, x, y, z):  # called in ascending order; the program that runs is another one
+        launch, (_, ny, nz) = launches[-1], self.grid_dim
+        launch["program"] = program = int(launch["order"][(x * ny + y) * nz + z])
+        real_idx(self, program // (ny * nz), program // nz % ny, program % nz)
+
+    def create_masked_store(self, ptrs, value, mask, *rest):
+        addresses, stored = np.broadcast_arrays(ptrs.data, mask.data)
+        launches[-1]["stores"].append((launches[-1]["program"], addresses[stored].ravel()))
+        return real_store(self, ptrs, value, mask, *rest)
+
+    builder_class.set_grid_idx, builder_class.set_grid_dim = set_grid_idx, set_grid_dim
+    builder_class.create_masked_store, executor_class.__call__ = create_masked_store, call
+    try:
+        yield
+    finally:
+        builder_class.set_grid_idx, builder_class.set_grid_dim = real_idx, real_dim
+        builder_class.create_masked_store, executor_class.__call__ = real_store, real_call
+    assert not collisions, "; ".join(collisions)
+
+
+def _collisions(launch):
+    """Sentences about addresses that two programs of one launch stored to."""
+    if not launch["stores"]:
+        return []
+    addresses = np.concatenate([a for _, a in launch["stores"]])
+    programs = np.concatenate([np.full(a.size, p) for p, a in launch["stores"]])
+    by_address = np.lexsort((programs, addresses))
+    addresses, programs = addresses[by_address], programs[by_address]
+    twice = (addresses[1:] == addresses[:-1]) & (programs[1:] != programs[:-1])
+    if not twice.any():
+        return []
+    first = int(np.argmax(twice))
+    return [f"{launch['kernel']}: programs {programs[first]} and {programs[first + 1]} store to the same address "
+            f"({int(twice.sum())} addresses are shared)"]
+
+
+def assert_grid_order_is_free(run):
+    """`run()` -> tensor or tuple of tensors gives the same bits in ascending, reversed and two shuffled orders of its programs.
+
+    On a GPU the order is the hardware's: the same bits from four runs.
+    """
+    first = None
+    for order in ("ascending", "reversed", "shuffled", "shuffled"):
+        with grid_order(order):
+            outputs = run()
+        outputs = [o.detach().clone() for o in ((outputs, ) if isinstance(outputs, torch.Tensor) else outputs) if o is not None]
+        first = outputs if first is None else first
+        for i, (a, b) in enumerate(zip(first, outputs, strict=True)):
+            assert same_bits(a, b), f"output {i} depends on the order of the programs: {order} differs from ascending"
+
+
+def same_bits(a, b):
+    """True if the tensors have one dtype, one shape and equal bits (so NaN equals NaN, and 0.0 is not -0.0)."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return bool(torch.equal(a.contiguous().view(torch.uint8) if a.dim() else a.reshape(1).view(torch.uint8),
+                            b.contiguous().view(torch.uint8) if b.dim() else b.reshape(1).view(torch.uint8)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Planted faults
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def planted_fault(module, pattern, replacement, count=1):
+    """Inside, `module` (a kernel file) behaves as if `re.sub(pattern, replacement)` had been done in its source.
+
+    pattern: a regular expression that matches exactly `count` times, else ValueError: a fault that changes nothing proves
+    nothing. The mutated source is imported beside the module, so relative imports work, and its functions replace the
+    module's for the duration. Callers that hold a function of the module from before (`from module import f`) do not see it.
+    """
+    source = Path(module.__file__).read_text()
+    mutated, found = re.subn(pattern, replacement, source)
+    if found != count:
+        raise ValueError(f"the fault {pattern!r} applies {found} times to {Path(module.__file__).name}, expected {count}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, Path(module.__file__).name)  # Triton reads a kernel's source from its file
+        path.write_text(mutated)
+        name = f"{module.__name__}_with_a_fault"
+        spec = importlib.util.spec_from_file_location(name, path)
+        mutant = importlib.util.module_from_spec(spec)
+        sys.modules[name] = mutant
+        before = {}
+        try:
+            spec.loader.exec_module(mutant)
+            shared = [key for key in vars(mutant) if key in vars(module) and not key.startswith("__")]
+            before = {key: getattr(module, key) for key in shared}
+            vars(module).update({key: getattr(mutant, key) for key in shared})
+            yield mutant
+        finally:
+            vars(module).update(before)
+            del sys.modules[name]
+
+
+def assert_fault_is_seen(module, pattern, replacement, check, count=1):
+    """`check()` passes as the kernel is, and raises AssertionError with the fault planted."""
+    check()
+    with planted_fault(module, pattern, replacement, count):
+        try:
+            check()
+        except AssertionError:
+            return
+    raise AssertionError(f"no check saw the fault {pattern!r} -> {replacement!r} in {module.__name__}")
