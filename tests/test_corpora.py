@@ -1,0 +1,252 @@
+"""Corpora and the files made from them (C29): read and written as nanoGPT does, with clear errors for texts that are none."""
+import hashlib
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanogpt_fast.text import corpora, prepare, tokenizers
+
+TEXT = "To be, or not to be, that is the question.\n" * 30
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # data/ is relative, as nanoGPT's is
+    return tmp_path
+
+
+def tokens(folder, split):
+    return np.fromfile(Path(folder) / f"{split}.bin", dtype="<u2")
+
+
+def offline(*args, **kwargs):
+    raise OSError("network is unreachable")
+
+
+# ---------------------------------------------------------------------------------------------------------- corpora
+
+def test_the_embedded_corpus_is_printable_ascii_with_every_paragraph_once():
+    text = corpora.embedded()
+    paragraphs = [p for p in text.rstrip("\n").split("\n\n") if p]
+    assert 300_000 < len(text) < 600_000 and set(text) <= set(corpora.PRINTABLE)
+    assert len(paragraphs) == len(set(paragraphs))
+    assert text == corpora.embedded()
+
+
+def test_the_embedded_vocabulary_is_the_same_on_every_python_version():
+    assert prepare.write(corpora.embedded(), "data/embedded", source="embedded").vocab_size == 96
+
+
+def test_a_python_without_pydoc_data_says_so(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
+    with pytest.raises(RuntimeError, match="carries no pydoc_data"):
+        corpora.embedded()
+
+
+def shakespeare_file():
+    here = Path(__file__).parent.parent
+    found = os.environ.get("NANOGPT_FAST_SHAKESPEARE") or here / "data/shakespeare_char/input.txt"
+    if not Path(found).is_file():
+        pytest.skip("set NANOGPT_FAST_SHAKESPEARE to tinyshakespeare's input.txt")
+    return Path(found)
+
+
+def test_shakespeare_gives_the_figures_that_nanogpt_prints(monkeypatch, tmp_path):
+    content = shakespeare_file().read_bytes()
+    monkeypatch.setattr(corpora.urllib.request, "urlopen", lambda url, timeout: open(shakespeare_file(), "rb"))
+    folder = prepare.find("shakespeare_char")
+    assert (folder / "input.txt").read_bytes() == content
+    assert (len(tokens(folder, "train")), len(tokens(folder, "val"))) == (1_003_854, 111_540)
+    assert tokens(folder, "train")[:10].tolist() == [18, 47, 56, 57, 58, 1, 15, 47, 58, 47]
+    assert tokens(folder, "val")[:10].tolist() == [12, 0, 0, 19, 30, 17, 25, 21, 27, 10]
+    meta = pickle.loads((folder / "meta.pkl").read_bytes())
+    assert meta["vocab_size"] == 65 and [meta["stoi"][c] for c in "hii there"] == [46, 47, 47, 1, 58, 46, 43, 56, 43]
+
+
+def test_offline_shakespeare_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(corpora.urllib.request, "urlopen", offline)
+    with pytest.raises(RuntimeError, match=r"network is unreachable.*put the file at data.shakespeare_char.input\.txt"):
+        prepare.find("shakespeare_char")
+    assert not Path("data/shakespeare_char/train.bin").exists()
+
+
+def test_a_download_that_is_another_text_is_refused_and_not_kept(monkeypatch, tmp_path):
+    (tmp_path / "proxy").write_bytes(b"<html>log in first</html>")
+    monkeypatch.setattr(corpora.urllib.request, "urlopen", lambda url, timeout: open(tmp_path / "proxy", "rb"))
+    with pytest.raises(ValueError, match="is not tinyshakespeare: its sha256 is"):
+        corpora.shakespeare("input.txt")
+    assert not Path("input.txt").exists()
+
+
+def test_a_text_file_is_read_as_pythons_text_mode_does(tmp_path):
+    (tmp_path / "windows.txt").write_bytes("\ufeffone\r\ntwo\rthrée\n".encode())
+    assert corpora.read("windows.txt") == "one\ntwo\nthrée\n"
+
+
+def test_bytes_that_are_not_utf8_are_named_with_their_position(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"good\nna\xefve")
+    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8: byte 0xef at position 7 \(line 2\)"):
+        corpora.read("latin.txt")
+
+
+def test_a_folder_is_its_text_files_in_order_without_hidden_and_binary_ones(tmp_path):
+    for name, content in {"b.txt": b"second", "a/x.md": b"third\n", "a.txt": b"first\n", ".git/c": b"hidden", "image.png": b"\x89P\0G"}.items():
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_bytes(content)
+    assert corpora.read("texts") == "first\nsecond\nthird\n"
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\n"])
+def test_an_empty_file_or_folder_is_an_error(tmp_path, content):
+    (tmp_path / "empty.txt").write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="empty.txt is empty"):
+        corpora.read("empty.txt")
+    with pytest.raises(ValueError, match="folder holds no text file"):
+        corpora.read("folder")
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+def test_the_files_are_nanogpts(tmp_path):
+    prepare.write(TEXT, "data/play")
+    chars = sorted(set(TEXT))
+    cut = int(len(TEXT) * 0.9)
+    assert "".join(chars[i] for i in tokens("data/play", "train")) == TEXT[:cut]
+    assert "".join(chars[i] for i in tokens("data/play", "val")) == TEXT[cut:]
+    assert pickle.loads(Path("data/play/meta.pkl").read_bytes()) == {
+        "vocab_size": len(chars), "stoi": {c: i for i, c in enumerate(chars)}, "itos": dict(enumerate(chars))}
+
+
+def test_files_that_nanogpts_prepare_wrote_are_read(tmp_path):
+    folder = tmp_path / "data/theirs"
+    folder.mkdir(parents=True)
+    chars = sorted(set(TEXT))
+    ids = np.array([chars.index(c) for c in TEXT], dtype=np.uint16)
+    ids[:900].tofile(folder / "train.bin")
+    ids[900:].tofile(folder / "val.bin")
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(chars), "itos": dict(enumerate(chars)),
+                                                    "stoi": {c: i for i, c in enumerate(chars)}}))
+    assert prepare.find("theirs") == Path("data/theirs")
+    assert prepare.load_tokenizer("data/theirs").decode(tokens("data/theirs", "train")) == TEXT[:900]
+
+
+def test_long_texts_are_encoded_in_pieces_without_a_seam(monkeypatch):
+    monkeypatch.setattr(prepare, "CHUNK", 7)
+    prepare.write(TEXT, "data/play")
+    assert prepare.load_tokenizer("data/play").decode(tokens("data/play", "train")) == TEXT[:int(len(TEXT) * 0.9)]
+
+
+def test_a_word_tokenizer_is_kept_and_replaces_a_former_vocabulary():
+    prepare.write(TEXT, "data/play")
+    prepare.write(TEXT, "data/play", "word", vocab_limit=8)
+    tokenizer = prepare.load_tokenizer("data/play")
+    assert isinstance(tokenizer, tokenizers.WordTokenizer) and tokenizer.vocab_size == 8
+    assert not Path("data/play/meta.pkl").exists()
+    prepare.write(TEXT, "data/play")
+    assert not Path("data/play/tokenizer.json").exists()
+
+
+def test_a_vocabulary_that_16_bits_cannot_number_is_refused(monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_VOCAB_SIZE", 10)
+    with pytest.raises(ValueError, match="vocabulary of 17; the files hold 16-bit ids, 10 at most"):
+        prepare.write(TEXT, "data/play")
+    assert prepare.write(TEXT, "data/play", "word", vocab_limit=10).vocab_size == 10
+
+
+def test_a_text_too_short_to_split_is_refused():
+    with pytest.raises(ValueError, match="1 characters cannot be split"):
+        prepare.write("x", "data/x")
+
+
+def test_a_failure_on_the_way_leaves_the_former_data_whole(monkeypatch):
+    prepare.write(TEXT, "data/play")
+    before = {path.name: path.read_bytes() for path in Path("data/play").iterdir()}
+
+    def full_disk(file, tokenizer, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare, "_write_ids", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        prepare.write(TEXT[::-1] + "new", "data/play")
+    assert {path.name: path.read_bytes() for path in Path("data/play").iterdir()} == before
+
+
+def test_a_crash_between_the_renames_leaves_no_mixture(monkeypatch):
+    prepare.write(TEXT, "data/play")
+    monkeypatch.setattr(tokenizers.CharTokenizer, "save", lambda self, path: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare.write(TEXT + "ß", "data/play")
+    with pytest.raises(FileNotFoundError, match="no data set 'play'"):
+        prepare.find("play")
+
+
+# ---------------------------------------------------------------------------------------------------------- find
+
+def test_a_text_is_prepared_when_it_is_named_and_again_only_when_it_changes(tmp_path):
+    said = []
+    (tmp_path / "my.txt").write_text(TEXT)
+    assert prepare.find("my.txt", say=said.append) == Path("data/my")
+    assert said[0] == "preparing my.txt in data/my"
+    written = os.stat("data/my/train.bin").st_mtime_ns
+    prepare.find("my.txt")
+    assert os.stat("data/my/train.bin").st_mtime_ns == written
+    (tmp_path / "my.txt").write_text(TEXT + TEXT.upper())
+    os.utime(tmp_path / "my.txt", (0, 0))  # a copy may carry any date
+    prepare.find("my.txt")
+    assert len(tokens("data/my", "train")) == int(2 * len(TEXT) * 0.9)
+
+
+def test_a_text_that_changed_keeps_the_tokenizer_it_was_prepared_with(tmp_path):
+    (tmp_path / "my.txt").write_text(TEXT)
+    prepare.main(["my.txt", "--tokenizer=word", "--vocab_size=9", "--val_fraction=0.5"])
+    (tmp_path / "my.txt").write_text(TEXT * 2)
+    tokenizer = prepare.load_tokenizer(prepare.find("my.txt"))
+    assert isinstance(tokenizer, tokenizers.WordTokenizer) and tokenizer.vocab_size == 9
+    assert len(tokens("data/my", "train")) == len(tokens("data/my", "val"))
+
+
+def test_another_text_of_the_same_name_is_not_taken_for_it_and_overwrites_nothing(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "my.txt").write_text(TEXT + folder)
+    prepare.find("one/my.txt")
+    with pytest.raises(ValueError, match=r"data/my holds a data set made from .*one/my.txt.*--name=NAME"):
+        prepare.find("two/my.txt")
+
+
+def test_a_prepared_folder_is_found_by_name_and_by_path(tmp_path):
+    prepare.write(TEXT, "data/play")
+    assert prepare.find("play") == Path("data/play")
+    assert prepare.find("data/play") == Path("data/play")
+    assert prepare.find(str(tmp_path / "data/play")) == tmp_path / "data/play"
+
+
+def test_a_data_set_that_is_not_there_says_what_is():
+    prepare.write(TEXT, "data/play")
+    with pytest.raises(FileNotFoundError, match="no data set 'plya'.*Prepared in data: play. Corpora: embedded, shakespeare"):
+        prepare.find("plya")
+
+
+def test_the_command_prepares_and_says_how_to_train(tmp_path, capsys):
+    (tmp_path / "my.txt").write_text(TEXT)
+    prepare.main(["my.txt", "--name", "other"])
+    out = capsys.readouterr().out
+    assert "train on it: nanogpt-fast train --dataset=other" in out and "17 (char): 1,161 tokens to train" in out
+    assert hashlib.sha256(TEXT.encode()).hexdigest() in Path("data/other/source.json").read_text()
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["nowhere.txt"], "'nowhere.txt' is no file, no folder and no corpus"),
+    (["shakespear"], "nearest: shakespeare"),
+    (["embedded", "--vocab_size=10"], "vocab_size belongs to --tokenizer=word"),
+    (["embedded", "--tokenizer=bpe"], "tokenizer is 'bpe'; expected"),
+    (["embedded", "--val_fraction=1"], "val_fraction is 1.0"),
+])
+def test_bad_requests_are_one_clear_line(argv, message):
+    with pytest.raises((ValueError, FileNotFoundError)) as raised:
+        prepare.main(argv)
+    assert message in str(raised.value)
