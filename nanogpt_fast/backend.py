@@ -92,7 +92,7 @@ def choose(op, candidates, model_choices=None, args=()):
     if wanted == "fused":
         raise RuntimeError(f"backend='fused', but no kernel can run {op}: {'; '.join(reasons) or 'there is none'}. "
                            "Use backend='auto' to fall back, or `nanogpt-fast doctor` to see what is missing.")
-    notice(f"{op} runs on plain PyTorch ({'; '.join(reasons) or 'no kernel'})")
+    notice_unfused(f"{op} runs on plain PyTorch ({'; '.join(reasons) or 'no kernel'})")
     return name
 
 
@@ -124,13 +124,18 @@ _noticed = set()
 def notice(message):
     """Warn, once per process and message, that something runs slower than it could.
 
-    Silent while torch.compile traces (a warning breaks the graph) and where no kernel could run anyway: without a GPU nobody
-    expects one, and `explain` and `doctor` tell.
+    Silent while torch.compile traces: a warning breaks the graph.
     """
-    if torch.compiler.is_compiling() or message in _noticed or not (torch.cuda.is_available() or _interpreted):
+    if torch.compiler.is_compiling() or message in _noticed:
         return
     _noticed.add(message)
     warnings.warn(f"nanogpt_fast: {message}", RuntimeWarning, stacklevel=3)
+
+
+def notice_unfused(message):
+    """`notice`, where a kernel could have run. Without a GPU nobody expects one, and `explain` and `doctor` tell."""
+    if torch.cuda.is_available() or _interpreted:
+        notice(message)
 
 
 @functools.cache

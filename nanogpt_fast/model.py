@@ -86,7 +86,7 @@ class MLP(nn.Module):
         """The MLP without its dropout: x (B, T, C) -> (B, T, C)."""
         reason = touched(self.c_fc, nn.Linear) or touched(self.c_proj, nn.Linear) or touched(self.gelu, nn.GELU)
         if reason is not None:
-            _backend.notice(f"an MLP calls its own modules, not the fused op: {reason}")
+            _backend.notice_unfused(f"an MLP calls its own modules, not the fused op: {reason}")
             return self.c_proj(self.gelu(self.c_fc(x)))
         return mlp.gelu_mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias,
                             activation="gelu_tanh" if self.gelu.approximate == "tanh" else "gelu", backend=self.backend)
@@ -209,7 +209,7 @@ class GPT(nn.Module):
             return self.lm_head(x[:, [-1], :]), None
         reason = touched(self.lm_head, nn.Linear) or (None if self.lm_head.bias is None else "lm_head has a bias")
         if reason is not None:
-            _backend.notice(f"the vocabulary head is called as it is, not the fused loss: {reason}")
+            _backend.notice_unfused(f"the vocabulary head is called as it is, not the fused loss: {reason}")
             logits = self.lm_head(x)                                                # (B, T, V)
             loss = nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
             return logits if return_logits else None, loss
@@ -237,7 +237,7 @@ class GPT(nn.Module):
                 x, branch, p = block.fused(x, branch, p)
                 continue
             if norms_fused:
-                _backend.notice(f"a block runs unfused: {reason}")
+                _backend.notice_unfused(f"a block runs unfused: {reason}")
             x, branch, p = block(_add(x, branch, p)), None, 0.0
         return x, branch, p
 
