@@ -1,0 +1,78 @@
+"""The command `nanogpt-fast`, also `python -m nanogpt_fast`: picks a subcommand, and turns errors into one line.
+
+Nothing heavy is imported before a subcommand is chosen. Every subcommand is a function that takes the words after its name
+and returns an exit status or None. Exit status: 0 done, 2 something in what was asked or found cannot be (one line says
+what), 130 interrupted, 1 a bug (with its traceback).
+"""
+import os
+import sys
+import traceback
+from importlib import import_module
+from importlib.util import find_spec
+
+COMMANDS = {  # name: (module, function, what it does)
+    "demo": ("demo", "main", "train a small GPT on text that Python carries, and complete a prompt"),
+    "prepare": ("text.prepare", "main", "turn a text into token files: embedded, shakespeare, a file, a folder"),
+    "train": ("training", "main", "train a GPT, with nanoGPT's config files and names"),
+    "sample": ("sampling", "sample", "complete a prompt with a trained GPT, or with GPT-2"),
+    "chat": ("sampling", "chat", "complete prompts that you type"),
+    "ladder": ("ladder", "main", "train the small models from bigram to GPT and compare them"),
+    "convert": ("convert", "main", "convert a step-by-step GPT's checkpoint to nanoGPT's layout, and back"),
+    "run": ("run", "main", "run a nanoGPT script unedited on the fused kernels"),
+    "doctor": ("doctor", "main", "what runs here, what does not, and why"),
+    "verify": ("verify", "main", "check every op against float64, on this machine"),
+    "bench": ("bench", "main", "time training and generation end to end"),
+}
+
+
+def main(argv=None):
+    """Run the command line (default: sys.argv) and return the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    commands = available()
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage(commands))
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from nanogpt_fast import __version__
+        print(f"nanogpt-fast {__version__}")
+        return 0
+    if argv[0] not in commands:
+        from nanogpt_fast.options import nearest
+        print(f"nanogpt-fast: no command {argv[0]!r}; the nearest is {nearest(argv[0], commands)} (`nanogpt-fast --help` lists them "
+              "all)", file=sys.stderr)
+        return 2
+    module, function, _ = commands[argv[0]]
+    try:
+        return getattr(import_module(f"nanogpt_fast.{module}"), function)(argv[1:]) or 0
+    except KeyboardInterrupt:
+        print(f"\nnanogpt-fast {argv[0]}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `nanogpt-fast sample | head`: the reader has seen enough; spare Python's own flush the complaint
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        if os.environ.get("NANOGPT_FAST_TRACEBACK") or not is_for_the_user(error):
+            raise
+        print(f"nanogpt-fast {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def available():
+    """The part of COMMANDS whose modules are installed."""
+    return {name: entry for name, entry in COMMANDS.items() if find_spec(f"nanogpt_fast.{entry[0]}")}
+
+
+def usage(commands):
+    lines = ["usage: nanogpt-fast COMMAND [...]        (COMMAND --help says more)", ""]
+    lines += [f"  {name:<10}{about}" for name, (_, _, about) in commands.items()]
+    return "\n".join(lines + ["", "To begin with: nanogpt-fast train --dataset=embedded",
+                              "NANOGPT_FAST_TRACEBACK=1 shows where in the code an error was raised."])
+
+
+def is_for_the_user(error):
+    """True for an error whose text is meant to be read by the one who typed the command: this package raised it, or the
+    operating system did. Anything else is a bug, and its traceback is what somebody needs to see."""
+    if isinstance(error, OSError):
+        return True
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return os.path.realpath(raised_in).startswith(os.path.dirname(os.path.realpath(__file__)) + os.sep)
