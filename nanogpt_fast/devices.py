@@ -1,0 +1,121 @@
+"""Where a run computes: the device, the dtype of its forward pass, and the ranks that torchrun started."""
+import contextlib
+import os
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GROUPS = ("nccl", "gloo", "mpi", "ucc")  # torch.distributed's backends
+
+
+def choose_device(name="auto"):
+    """torch.device for "auto" (CUDA, else MPS, else CPU) or for a name such as "cpu", "cuda", "cuda:1", "mps".
+
+    Raises ValueError for a name that is none, RuntimeError where this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}; expected auto, cpu, cuda, cuda:0, cuda:1, ... or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RuntimeError(f"device={name}, but PyTorch {torch.__version__} sees {torch.cuda.device_count() or 'no'} CUDA device(s) "
+                           "here; device=auto takes what there is")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise RuntimeError("device=mps, but there is no Apple GPU that PyTorch can use here; device=auto takes what there is")
+    return device
+
+
+def choose_dtype(name, device):
+    """torch.dtype for "auto" or a name. auto: bfloat16 on GPUs that compute in it, float16 on older ones, float32 elsewhere."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type != "cuda":
+        return torch.float32
+    with torch.cuda.device(device):
+        # Emulated bfloat16 (before Ampere) is slower than float16, which those GPUs have in hardware.
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def autocast(device, dtype):
+    """The context in which a forward pass runs. Parameters stay float32; float32 needs no context."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.amp.autocast(device.type, dtype)
+
+
+def describe(device):
+    """The device in words: "cpu (2 threads)", "cuda (NVIDIA H200)"."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together. Alone: rank 0 of 1."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @property
+    def is_master(self):
+        """True on the one rank that prints, logs and writes checkpoints."""
+        return self.rank == 0
+
+    def mean(self, tensor):
+        """The mean of a float tensor over all ranks, in place, without waiting for it."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor)
+            tensor /= self.size
+        return tensor
+
+    def gather(self, value):
+        """[value of rank 0, value of rank 1, ...] of a picklable object, on every rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+
+@contextlib.contextmanager
+def ranks(group_backend, device):
+    """`with ranks("nccl", device) as (ranks, device)`: join the processes of torchrun, or be alone without it.
+
+    group_backend: one of GROUPS, or None for nccl on CUDA and gloo elsewhere. Every rank of a machine gets its own GPU.
+    """
+    if "RANK" not in os.environ:
+        yield Ranks(), device
+        return
+    here = Ranks(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
+    if device.type == "cuda":
+        device = choose_device(f"cuda:{here.local_rank}")
+        torch.cuda.set_device(device)
+    elif group_backend == "nccl":
+        raise ValueError(f"backend=nccl connects NVIDIA GPUs, and the device is {device}; use backend=gloo")
+    torch.distributed.init_process_group(group_backend or ("nccl" if device.type == "cuda" else "gloo"))
+    try:
+        yield here, device
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def is_master():
+    """True on the rank that prints; without torchrun always."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def start_reading(tensor):
+    """Copy a small tensor to the host without waiting; returns a function that waits and gives its values as a list."""
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read():
+        copied.synchronize()
+        return host.tolist()
+    return read
