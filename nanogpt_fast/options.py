@@ -69,7 +69,7 @@ def parse(cls, argv, prog):
             raise ValueError(f"unknown option --{key}; the nearest is --{nearest(name, fields)} (`{prog} --help` lists them all)")
         if not equals:
             following = words[0] if words and not words[0].startswith("--") else None
-            if kinds[name] == (bool,) and (following is None or following.lower() not in ("true", "false")):
+            if bool in kinds[name] and (following is None or following.lower() not in ("true", "false", *_words(fields[name]))):
                 text = "True"
             elif following is None:
                 raise ValueError(f"--{key} needs a value: --{key}=... ({_accepts(fields[name], kinds[name])})")
@@ -119,7 +119,7 @@ def _kinds(cls):
 
 def nearest(name, names):
     """Which of these names is spelled most like `name`."""
-    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(name, list(map(str, names)), n=1, cutoff=0.0)[0]
 
 
 def _run_config(path, values, kinds):
@@ -154,6 +154,11 @@ def _line_in(traceback, path):
             line = traceback.tb_lineno
         traceback = traceback.tb_next
     return line
+
+
+def _flag_words(field):
+    """What may follow `--flag` as its value; any other word stands for itself."""
+    return {str(choice).lower() for choice in field.metadata.get("choices") or ()} | {"true", "false"}
 
 
 def _from_text(text, name, kinds):
@@ -196,8 +201,13 @@ def _check_range(value, field, kinds):
                         ("above", lambda a, b: a <= b), ("below", lambda a, b: a >= b)):
         outside = outside or (limits.get(name) is not None and fails(value, limits[name]))
     if outside:
-        hint = f"; the nearest is {nearest(value, choices)!r}" if choices and isinstance(value, str) else ""
+        hint = f"; the nearest is {nearest(value, map(str, choices))!r}" if choices and isinstance(value, str) else ""
         raise ValueError(f"{field.name} is {value!r}; expected {_accepts(field, kinds)}{hint}")
+
+
+def _words(field):
+    """The words among the choices of a field: "auto" beside True and False."""
+    return [choice for choice in field.metadata.get("choices") or () if isinstance(choice, str)]
 
 
 def _accepts(field, kinds):
