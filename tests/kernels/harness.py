@@ -238,8 +238,8 @@ MARGIN_BYTES = 4096  # on either side; a multiple of every alignment a kernel ma
 POISON = {
     torch.float64: (torch.int64, 0x7FF8_DEAD_BEEF_DEAD), torch.float32: (torch.int32, 0x7FC0_DEAD),
     torch.float16: (torch.int16, 0x7EAD), torch.bfloat16: (torch.int16, 0x7FED),
-    torch.int64: (torch.int64, 0x5EAD_BEEF_DEAD_BEEF), torch.int32: (torch.int32, 0x5EAD_BEEF), torch.int16: (torch.int16, 0x5EAD),
-    torch.int8: (torch.int8, 0x5A), torch.uint8: (torch.uint8, 0xA5), torch.bool: (torch.uint8, 1),
+    torch.int64: (torch.int64, 0x5EAD_BEEF_DEAD_BEEF), torch.int32: (torch.int32, 0x5EAD_BEEF),
+    torch.int16: (torch.int16, 0x5EAD), torch.int8: (torch.int8, 0x5A), torch.uint8: (torch.uint8, 0xA5), torch.bool: (torch.uint8, 1),
 }
 _real_empty = torch.empty
 
@@ -263,7 +263,7 @@ def is_poison(tensor):
 
 
 def with_nan_margins(tensor):
-    """A copy of `tensor`, same values, shape and strides, that lies between NaNs (which also fill the gaps between its rows)."""
+    """A copy of `tensor`, same values, shape and strides, that lies between NaNs; they also fill the gaps between its rows."""
     flat, margin = _poisoned_storage(_span(tensor.shape, tensor.stride()), tensor.dtype, tensor.device)
     view = flat.as_strided(tensor.shape, tensor.stride(), margin)
     if 0 in tensor.stride():  # expanded: write each element once
@@ -289,8 +289,8 @@ class Allocations:
             if tensor.dtype.itemsize == 1 or tensor.numel() == 0:  # one byte has no value to spare for poison
                 continue
             left = is_poison(tensor)
-            assert not left.any(), (f"{int(left.sum())} of {left.numel()} elements of an output of shape {tuple(tensor.shape)}, "
-                                    f"{tensor.dtype} were never written (or computed from such an element), first at {_first(left)}")
+            assert not left.any(), (f"{int(left.sum())} of {left.numel()} elements of an output {tuple(tensor.shape)}, {tensor.dtype} "
+                                    f"were never written (or computed from such an element), first at {_first(left)}")
 
 
 @contextlib.contextmanager
@@ -305,7 +305,7 @@ def guarded_outputs(*, all_written=True):
             "new_empty": torch.Tensor.new_empty}
 
     def guard(tensor):
-        if type(tensor) is not torch.Tensor or tensor.numel() == 0 or tensor.device.type == "meta" or tensor.dtype not in POISON:
+        if type(tensor) is not torch.Tensor or tensor.numel() == 0 or tensor.is_meta or tensor.dtype not in POISON:
             return tensor
         flat, margin = _poisoned_storage(_span(tensor.shape, tensor.stride()), tensor.dtype, tensor.device)
         guarded = flat.as_strided(tensor.shape, tensor.stride(), margin)
@@ -334,7 +334,7 @@ def guarded_outputs(*, all_written=True):
 
 @contextlib.contextmanager
 def grid_order(order="ascending"):
-    """Inside, the interpreter runs the programs of every launch in this order: ascending, reversed or shuffled (torch's generator).
+    """Inside, the interpreter runs the programs of every launch in this order: ascending, reversed, shuffled (torch's generator).
 
     Also watches the stores: two programs of a launch that store to one address raise AssertionError at the end, naming
     the kernel. On a GPU nothing is changed and nothing watched.
