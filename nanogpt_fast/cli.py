@@ -13,7 +13,7 @@ from importlib.util import find_spec
 COMMANDS = {  # name: (module, function, what it does)
     "demo": ("demo", "main", "train a small GPT on text that Python carries, and complete a prompt"),
     "prepare": ("text.prepare", "main", "turn a text into token files: embedded, shakespeare, a file, a folder"),
-    "train": ("training", "main", "train a GPT, with nanoGPT's config files and names"),
+    "train": ("training", "run", "train a GPT, with nanoGPT's config files and names"),
     "sample": ("sampling", "sample", "complete a prompt with a trained GPT, or with GPT-2"),
     "chat": ("sampling", "chat", "complete prompts that you type"),
     "ladder": ("ladder", "main", "train the small models from bigram to GPT and compare them"),

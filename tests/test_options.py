@@ -47,6 +47,19 @@ def test_a_bool_may_stand_alone_or_have_a_value(argv, expected):
     assert parse(*argv).compile is expected
 
 
+@pytest.mark.parametrize("argv, expected", [
+    ((), "auto"), (("--compile",), True), (("--compile", "auto"), "auto"), (("--compile=False",), False), (("--compile", "--x=1"), True)])
+def test_a_bool_may_have_a_third_value(argv, expected):
+    @dataclass
+    class Third:
+        compile: bool | str = option("auto", "compile", choices=("auto", True, False))
+        x: int = option(0, "another")
+
+    assert options.parse(Third, argv, "prog").compile is expected
+    with pytest.raises(ValueError, match="compile is 'atuo'; expected auto | True | False; the nearest is 'auto'"):
+        options.parse(Third, ["--compile=atuo"], "prog")
+
+
 @pytest.mark.parametrize("text, expected", [("a=b", "a=b"), ("123", "123"), ("'quoted'", "quoted"), ("", ""), ("True", "True")])
 def test_a_string_stays_what_was_typed(text, expected):
     assert parse(f"--out_dir={text}").out_dir == expected
