@@ -1,9 +1,197 @@
-"""Linear cross-entropy: the vocabulary head and its loss. (Kernels slot in here; until then every call takes the reference.)"""
+"""Linear cross-entropy: the vocabulary head and its loss in one op, so that the logits need not exist for the loss to be had.
+
+    logits = x W^T,   loss = mean or sum over rows of  -log softmax(logits)[target]
+
+`return_logits=True` is the drop-in (nanoGPT's forward returns its logits): they are written once, in half precision under
+autocast, and stay intact; the backward makes its gradient from them, and adds what arrives through them. `return_logits=False` is
+for training: loss and gradients are made together, a chunk of rows at a time, and the memory for the logits is never needed.
+Formulas, traffic and the kernels are in `kernels/cross_entropy.py`.
+"""
+import torch
+
 from .. import backend as _backend
 from .. import reference
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean", return_logits=True, backend=None):
-    _backend.choose("cross_entropy", (), backend)
-    loss, logits = reference.linear_cross_entropy(x, weight, targets, ignore_index=ignore_index, reduction=reduction)
-    return loss, logits if return_logits else None
+    """Cross-entropy of logits = x weight^T against targets: (loss, logits), or (loss, None) with return_logits=False.
+
+    x (..., C) and weight (V, C), floating point; targets int64 with one element a row of x. loss: a scalar, fp32 under autocast, else of
+    x's dtype. logits (..., V) in the autocast dtype or x's; their rows may lie further apart than V, so that each starts
+    aligned. Rows whose target is `ignore_index` count for nothing; reduction "mean" divides by the number of the others (none: nan), "sum"
+    does not. A target outside of the vocabulary raises IndexError on a CPU and makes the loss nan on a GPU: asking would stop
+    the host. Changing the returned logits in place before the backward raises there.
+    backend: a choice for each op as `backend.parse` gives it, or None.
+
+    Raises ValueError (shapes, devices, reduction), TypeError (dtypes), RuntimeError (backend "fused" where the kernel can't run; a
+    second derivative, which only the reference has).
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}: expected 'mean' or 'sum'")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets are {targets.dtype}: expected int64")
+    if weight.dim() != 2 or x.dim() == 0 or x.size(-1) != weight.size(1):
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected (..., C) and (V, C)")
+    if targets.numel() * x.size(-1) != x.numel():
+        raise ValueError(f"targets {tuple(targets.shape)}: expected one for each row of x {tuple(x.shape)}")
+    if implementation(x, weight, targets, backend=backend) == "reference":
+        targets = targets if targets.is_contiguous() else targets.contiguous()
+        loss, logits = reference.linear_cross_entropy(x, weight, targets, ignore_index=ignore_index, reduction=reduction)
+        return loss, logits if return_logits else None
+    grad = torch.is_grad_enabled()
+    op = _LossAndLogits if return_logits else _Loss
+    return op.apply(x, weight, targets, _dtype(x), ignore_index, reduction, grad and x.requires_grad, grad and weight.requires_grad)
+
+
+def implementation(x, weight, targets, *, backend=None):
+    """The name of the implementation that linear_cross_entropy takes for these arguments ("triton", "reference")."""
+    return _backend.choose("cross_entropy", CANDIDATES, backend, (x, weight, targets))
+
+
+def _triton_why_not(x, weight, targets):
+    if (reason := _backend.triton_why_not(x)) is not None:
+        return reason
+    if not x.device == weight.device == targets.device:
+        return f"x is on {x.device}, weight on {weight.device}, targets on {targets.device}"
+    if x.dtype not in _DTYPES or weight.dtype not in _DTYPES:
+        return f"x is {x.dtype} and weight {weight.dtype}; the kernel takes float32, float16 and bfloat16"
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return f"x is {x.dtype}, weight {weight.dtype} and autocast is off"  # the reference raises PyTorch's own error
+    return None
+
+
+CANDIDATES = (("triton", _triton_why_not),)
+
+
+def _kernels():
+    from ..kernels import cross_entropy  # here, since importing Triton takes 0.2 s and not every user runs a kernel
+    return cross_entropy
+
+
+def _dtype(x):
+    """Of the logits: what the vocabulary head's matmul computes in."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def _reduce(losses, targets, ignore_index, reduction, dtype):
+    """(loss, count): the loss as a scalar of `dtype`, and what the gradient is to be divided by, an fp32 scalar."""
+    loss = losses.sum()
+    if reduction == "sum":
+        return loss.to(dtype), torch.ones_like(loss)
+    count = (targets != ignore_index).sum().to(torch.float32)
+    # Nothing counts: the loss is 0 / 0 = nan, as PyTorch's; the gradient, 0 as PyTorch's too, must not become 0 / 0.
+    return (loss / count).to(dtype), count.clamp(min=1)
+
+
+def _loss_dtype(x):
+    return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def _no_second_derivative():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("linear_cross_entropy's kernel has no second derivative (create_graph=True); use backend='reference'")
+
+
+class _Loss(torch.autograd.Function):
+    """The loss alone. The forward also makes the gradients of the sum of the losses; the backward scales them."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype, ignore_index, reduction, need_dx, need_dw):
+        rows, targets = x.reshape(-1, x.size(-1)).to(dtype), targets.reshape(-1)
+        run = _raw.linear_cross_entropy if torch.compiler.is_compiling() else _kernels().forward_backward
+        losses, dx, dw = run(rows, weight.to(dtype), targets, ignore_index, need_dx, need_dw)
+        loss, count = _reduce(losses, targets, ignore_index, reduction, _loss_dtype(x))
+        ctx.save_for_backward(dx, dw, count)
+        ctx.x_shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype)
+        return loss, None
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        _no_second_derivative()
+        dx, dw, count = ctx.saved_tensors
+        scale = grad_loss.to(torch.float32) / count
+        need_dx, need_dw = ctx.needs_input_grad[:2]
+        dx = _scaled(dx, scale, ctx.dtypes[0]).view(ctx.x_shape) if need_dx else None
+        dw = _scaled(dw, scale, ctx.dtypes[1]) if need_dw else None
+        return dx, dw, None, None, None, None, None, None
+
+
+class _LossAndLogits(torch.autograd.Function):
+    """Loss and logits. The backward makes the gradients from the logits, which are there anyway."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype, ignore_index, reduction, need_dx, need_dw):
+        rows, targets = x.reshape(-1, x.size(-1)).to(dtype), targets.reshape(-1)
+        run = _raw.linear_cross_entropy_logits if torch.compiler.is_compiling() else _kernels().forward
+        losses, logits, maxima, log_sums = run(rows, weight.to(dtype), targets, ignore_index)
+        loss, count = _reduce(losses, targets, ignore_index, reduction, _loss_dtype(x))
+        logits = logits.view(*x.shape[:-1], logits.size(-1))
+        ctx.save_for_backward(x, weight, targets, logits, maxima, log_sums, count)
+        ctx.dtype, ctx.ignore_index, ctx.needs = dtype, ignore_index, (need_dx, need_dw)
+        if not torch.compiler.is_compiling():  # a graph is sent zeros through logits that nothing uses; here None spares their cost
+            ctx.set_materialize_grads(False)
+        return loss, logits
+
+    @staticmethod
+    def backward(ctx, grad_loss, grad_logits):
+        _no_second_derivative()
+        x, weight, targets, logits, maxima, log_sums, count = ctx.saved_tensors
+        scale = torch.zeros_like(count) if grad_loss is None else grad_loss.to(torch.float32) / count
+        if grad_logits is not None:
+            grad_logits = grad_logits.reshape(-1, logits.size(-1))
+        run = _raw.linear_cross_entropy_backward if torch.compiler.is_compiling() else _kernels().backward
+        dx, dw = run(logits.view(-1, logits.size(-1)), maxima, log_sums, x.reshape(-1, x.size(-1)).to(ctx.dtype), weight.to(ctx.dtype),
+                     targets, scale, grad_logits, ctx.ignore_index, *ctx.needs)
+        need_dx, need_dw = ctx.needs
+        dx = dx.view(x.shape).to(x.dtype) if need_dx else None
+        dw = dw.to(weight.dtype) if need_dw else None
+        return dx, dw, None, None, None, None, None, None
+
+
+def _scaled(gradient, scale, dtype):
+    """gradient * scale in fp32, rounded once."""
+    if torch.compiler.is_compiling():
+        return (gradient.to(torch.float32) * scale).to(dtype)  # Inductor makes one kernel of it
+    return _kernels().scaled(gradient, scale, dtype)
+
+
+# -------------------------------------------------------------------------------------------------- what torch.compile sees
+
+_library = torch.library.Library("nanogpt_fast", "FRAGMENT")
+_raw = torch.ops.nanogpt_fast
+
+
+def _define(schema, implementation, fake):
+    name = schema.split("(")[0]
+    _library.define(schema)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nanogpt_fast::{name}", fake, lib=_library)
+
+
+def _fake_gradients(x, weight, need_dx, need_dw):
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    return dx, weight.new_empty(weight.shape if need_dw else (0,), dtype=torch.float32)
+
+
+def _fake_loss(x, weight, targets, ignore_index, need_dx, need_dw):
+    return x.new_empty(x.size(0), dtype=torch.float32), *_fake_gradients(x, weight, need_dx, need_dw)
+
+
+def _fake_logits(x, weight, targets, ignore_index):
+    losses, maxima, log_sums = (x.new_empty(x.size(0), dtype=torch.float32) for _ in range(3))
+    return losses, _kernels().empty_logits(x.size(0), weight.size(0), x), maxima, log_sums
+
+
+def _fake_backward(logits, maxima, log_sums, x, weight, targets, scale, grad_logits, ignore_index, need_dx, need_dw):
+    return _fake_gradients(x, weight, need_dx, need_dw)
+
+
+_define("linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool need_dx, bool need_dw) "
+        "-> (Tensor, Tensor, Tensor)", lambda *args: _kernels().forward_backward(*args), _fake_loss)
+_define("linear_cross_entropy_logits(Tensor x, Tensor weight, Tensor targets, int ignore_index) "
+        "-> (Tensor, Tensor, Tensor, Tensor)", lambda *args: _kernels().forward(*args), _fake_logits)
+_define("linear_cross_entropy_backward(Tensor logits, Tensor maxima, Tensor log_sums, Tensor x, Tensor weight, Tensor targets, "
+        "Tensor scale, Tensor? grad_logits, int ignore_index, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
+        lambda *args: _kernels().backward(*args), _fake_backward)

@@ -1,0 +1,320 @@
+"""Linear cross-entropy: the loss behind a vocabulary head and its gradients, without a matrix of probabilities.
+
+    logits    = x W^T                                            x (N, C), W (V, C), logits (N, V)
+    loss_i    = log sum_j exp(logits_ij) - logits_i,target(i)    0 where target(i) is ignore_index
+    dlogits   = softmax(logits) - onehot(target)                 0 in the rows that are ignored
+    dx        = scale * dlogits W                                scale = (gradient of the loss) / (rows that count)
+    dW        = scale * dlogits^T x
+
+Plain PyTorch under autocast writes the logits in half precision, a copy in fp32, the fp32 log-softmax, its fp32 gradient and the
+half-precision one: 16 bytes and more for each of N * V elements, 53 GB at 64 x 1024 tokens and V = 50,304. Here each logit is
+half precision from the matmul on, and a row is read from memory once for its maximum and its sum, and once more, out of the cache,
+for its gradient. cuBLAS does the three matmuls: nothing that could be fused into them would save a byte of the rest.
+
+Two ways through, which share the arithmetic:
+
+    forward_backward    the logits never exist. Chunk by chunk: logits into one buffer, loss and dlogits in place, and at once
+                        dx = dlogits W and dW += dlogits^T x, since the logits won't be there later and their matmul costs too much
+                        to do twice. Between the forward and the backward only dx (half) and dW (fp32) are held.
+    forward, backward   the caller wants the logits. They are written once and stay as they are; each row leaves its maximum and
+                        its log-sum, and the backward makes dlogits from those in a chunk buffer. Making them in the forward would
+                        save one reading of the logits (1.5 ms of 6.6 GB on an H200) but could not take in a gradient that arrives
+                        through the logits without two more matmuls (15 ms), and a compiled graph always sends one, if only zeros.
+
+dlogits are stored unscaled: times 1/N most of them would vanish in fp16 (and all of them under 65,536 rows' worth of it). The scale
+is applied in fp32 to the finished sums; only where a gradient through the logits has to be added does it come before.
+
+After "Online normalizer calculation for softmax" (Milakov and Gimelshein, 2018), sections 2 and 3; the chunks after "Liger Kernel"
+(Hsu et al., 2024), section 3.2, with larger ones, see `chunk_rows`.
+"""
+import torch
+import triton
+import triton.language as tl
+
+from .gate_case import Case
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1.0e38)  # in place of -inf, from which -inf can't be subtracted: fp16 logits can overflow to it
+
+
+@triton.jit
+def _online(tile, maximum, total):
+    """Take a tile [BLOCK_V] into the running maximum (a scalar) and the sums of exp(logit - maximum), one a column [BLOCK_V]."""
+    new_maximum = tl.maximum(maximum, tl.max(tile, axis=0))
+    rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
+    return new_maximum, total * rescale + tl.exp2((tile - new_maximum) * LOG2_E)
+
+
+@triton.jit
+def _gradient(tile, cols, maximum, factor, hot):
+    """softmax - onehot of a tile [BLOCK_V]. factor: 1 / sum; hot: the target's column, or -1 for none."""
+    p = tl.exp2((tile - maximum) * LOG2_E) * factor
+    return tl.where(cols == hot, p - 1.0, p)
+
+
+@triton.jit
+def _loss_kernel(logits_ptr,            # (rows, V), rows apart by stride; with GRADIENT overwritten by dlogits
+                 targets_ptr,           # (rows,) int64
+                 losses_ptr,            # (rows,) fp32
+                 maxima_ptr,            # (rows,) fp32, or None with GRADIENT
+                 log_sums_ptr,          # (rows,) fp32, or None with GRADIENT: log sum_j exp(logits_ij - maximum_i)
+                 V, stride, ignore_index,
+                 GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
+    logits_ptr += row * stride
+    target = tl.load(targets_ptr + row)
+    counts = target != ignore_index
+    inside = (target >= 0) & (target < V)
+    target_logit = tl.load(logits_ptr + target, mask=inside, other=0.0).to(tl.float32)
+    block = tl.arange(0, BLOCK_V)
+    full = V // BLOCK_V  # tiles without a mask; what is left is the tail
+
+    maximum = LOWEST
+    total = tl.zeros([BLOCK_V], tl.float32)  # summed up at the end only: the tiles need one reduction each instead of two
+    for i in range(full):
+        tile = tl.load(logits_ptr + i * BLOCK_V + block, eviction_policy="evict_last").to(tl.float32)
+        maximum, total = _online(tile, maximum, total)
+    tail = full * BLOCK_V + block
+    tail_tile = tl.load(logits_ptr + tail, mask=tail < V, other=float("-inf")).to(tl.float32)
+    maximum, total = _online(tail_tile, maximum, total)
+    total = tl.sum(total, axis=0)
+
+    # A target outside of the vocabulary can't raise from here; nan is what can't be overlooked. maximum - target_logit comes first:
+    # the log-sum would be rounded to 1e-3 beside logits of 1e4.
+    log_sum = tl.log(total)
+    loss = tl.where(inside, (maximum - target_logit) + log_sum, float("nan"))
+    tl.store(losses_ptr + row, tl.where(counts, loss, 0.0))
+    if GRADIENT:
+        factor = tl.where(counts, tl.where(inside, 1.0 / total, float("nan")), 0.0)
+        hot = tl.where(counts, target, -1)
+        tl.debug_barrier()  # target_logit has been read by every thread before any of them overwrites it
+        tl.store(logits_ptr + tail, _gradient(tail_tile, tail, maximum, factor, hot).to(logits_ptr.dtype.element_ty), mask=tail < V)
+        for i in range(full):  # backwards: what was read last is nearest, a row of 100 KB in the first-level cache
+            cols = (full - 1 - i) * BLOCK_V + block
+            tile = tl.load(logits_ptr + cols).to(tl.float32)
+            dlogits = _gradient(tile, cols, maximum, factor, hot)
+            tl.store(logits_ptr + cols, dlogits.to(logits_ptr.dtype.element_ty))
+    else:
+        tl.store(maxima_ptr + row, maximum)
+        tl.store(log_sums_ptr + row, log_sum)
+
+
+@triton.jit
+def _dlogits_kernel(logits_ptr,         # (rows, V), rows apart by stride
+                    targets_ptr,        # (rows,) int64
+                    maxima_ptr,         # (rows,) fp32
+                    log_sums_ptr,       # (rows,) fp32
+                    grad_logits_ptr,    # (rows, V), rows apart by stride_grad: what arrives through the logits; or None
+                    scale_ptr,          # fp32 scalar, applied where grad_logits is added; or None
+                    dlogits_ptr,        # (rows, V), rows apart by stride_out
+                    V, stride, stride_grad, stride_out, ignore_index,
+                    ADD: tl.constexpr, BLOCK_V: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    dlogits_ptr += row * stride_out
+    if ADD:
+        grad_logits_ptr += row * stride_grad
+        scale = tl.load(scale_ptr)
+    target = tl.load(targets_ptr + row)
+    counts = target != ignore_index
+    inside = (target >= 0) & (target < V)
+    maximum = tl.load(maxima_ptr + row)
+    factor = tl.exp2(-tl.load(log_sums_ptr + row) * LOG2_E)
+    factor = tl.where(counts, tl.where(inside, factor, float("nan")), 0.0)
+    hot = tl.where(counts, target, -1)
+    block = tl.arange(0, BLOCK_V)
+    full = V // BLOCK_V
+
+    for i in range(full):  # tiles without a mask
+        cols = i * BLOCK_V + block
+        tile = tl.load(logits_ptr + cols).to(tl.float32)
+        dlogits = _gradient(tile, cols, maximum, factor, hot)
+        if ADD:
+            dlogits = dlogits * scale + tl.load(grad_logits_ptr + cols).to(tl.float32)
+        tl.store(dlogits_ptr + cols, dlogits.to(dlogits_ptr.dtype.element_ty))
+    cols = full * BLOCK_V + block
+    tile = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
+    dlogits = _gradient(tile, cols, maximum, factor, hot)
+    if ADD:
+        dlogits = dlogits * scale + tl.load(grad_logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+    tl.store(dlogits_ptr + cols, dlogits.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
+
+
+# (largest V, BLOCK_V, warps), for every architecture: one program reads one row, shared memory holds nothing but the reductions.
+# 16 columns a thread are two 16-byte loads in flight, 32 KB a multiprocessor with two blocks, which is what its share of the
+# bandwidth (36 GB/s) times the latency (0.8 us) asks for. Two blocks of 16 warps and not more: their two rows of 100 KB then fit
+# the first-level cache and all rows under way the second (26 of 50 MB), so that the second reading costs no memory traffic.
+TILES = (
+    (256, 256, 1),
+    (2048, 1024, 4),
+    (8192, 2048, 4),
+    (2 ** 31 - 1, 8192, 16),
+)
+
+
+def tile(V):
+    """(BLOCK_V, warps) for V columns."""
+    return next((block, warps) for largest, block, warps in TILES if V <= largest)
+
+
+def chunk_rows(N):
+    """Rows of one chunk of N: 4,096 or more, at most 8 chunks.
+
+    Fewer rows than 4,096 leave the matmuls short of work. Each further chunk reads and writes dW in fp32 once more, 2 * 4 * V * C bytes
+    (309 MB or 72 us on an H200 at V = 50,304, C = 768: 16 chunks would cost 1.1 ms, 8 cost 0.5), and 8 chunks hold an eighth of
+    the logits. All chunks get equally many rows, to within one.
+    """
+    most = max(4096, triton.cdiv(N, 8))
+    return triton.cdiv(N, triton.cdiv(N, most)) if N else most
+
+
+def empty_logits(rows, V, like):
+    """(rows, V) in which each row starts at a multiple of 16 elements, so that loads are wide and cuBLAS takes its fast kernels
+    when V is odd (GPT-2's own 50,257). Contiguous where V is a multiple of 16."""
+    logits = torch.empty(rows, (V + 15) // 16 * 16, dtype=like.dtype, device=like.device)
+    if logits.size(1) > V:  # oneDNN's bf16 matmul multiplies what lies between the rows by zero: there must be no nan
+        logits[:, V:] = 0
+    return logits[:, :V]
+
+
+def check(x, weight, targets):
+    """Raise TypeError or ValueError unless x (N, C) and weight (V, C) are of one dtype, targets (N,) int64, all on one device."""
+    if x.dim() != 2 or weight.dim() != 2 or x.size(1) != weight.size(1):
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected (N, C) and (V, C)")
+    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"x is {x.dtype} and weight is {weight.dtype}: expected both float32, both float16 or both bfloat16")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets are {targets.dtype}: expected int64")
+    if targets.shape != x.shape[:1]:
+        raise ValueError(f"targets {tuple(targets.shape)}: expected ({x.size(0)},), one a row of x")
+    if not x.device == weight.device == targets.device:
+        raise ValueError(f"x is on {x.device}, weight on {weight.device}, targets on {targets.device}: expected one device")
+
+
+def check_range(targets, V, ignore_index):
+    """Raise IndexError for a target outside of the vocabulary, on a CPU. On a GPU looking would stop the host: the loss is nan."""
+    if targets.device.type == "cpu":
+        outside = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
+        if outside.any():
+            raise IndexError(f"Target {targets[outside][0].item()} is out of bounds: expected 0 to {V - 1}, or {ignore_index} to ignore")
+
+
+def row_losses(logits, targets, ignore_index, *, gradient):
+    """One launch: losses (rows,) fp32 of logits (rows, V), with the last stride 1, and targets (rows,).
+
+    gradient: True overwrites logits with dlogits, unscaled, and returns (losses, None, None). False leaves them and returns
+    (losses, maxima, log_sums), each (rows,) fp32; maximum + log_sum is the log-sum-exp, kept apart because fp32 can't hold their
+    sum to better than 1e-3 at 1e4. A target outside of the vocabulary makes its loss, and its row of dlogits, nan.
+    """
+    rows, V = logits.shape
+    losses, maxima, log_sums = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
+    if gradient:
+        maxima = log_sums = None
+    if rows:
+        block, warps = tile(V)
+        with torch.cuda.device_of(logits):
+            _loss_kernel[(rows,)](logits, targets, losses, maxima, log_sums, V, logits.stride(0), ignore_index,
+                                  GRADIENT=gradient, BLOCK_V=block, num_warps=warps)
+    return losses, maxima, log_sums
+
+
+def row_gradients(logits, targets, maxima, log_sums, ignore_index, out, grad_logits=None, scale=None):
+    """One launch: out (rows, V) = dlogits, unscaled; with grad_logits (rows, V), scale * dlogits + grad_logits.
+
+    All matrices with the last stride 1; scale a scalar fp32 tensor.
+    """
+    rows, V = logits.shape
+    if rows:
+        block, warps = tile(V)
+        with torch.cuda.device_of(logits):
+            _dlogits_kernel[(rows,)](logits, targets, maxima, log_sums, grad_logits, scale, out,
+                                     V, logits.stride(0), 0 if grad_logits is None else grad_logits.stride(0), out.stride(0),
+                                     ignore_index, ADD=grad_logits is not None, BLOCK_V=block, num_warps=warps)
+
+
+def add_dw(dw, dlogits, x, first):
+    """dw (V, C) fp32 += dlogits^T (V, rows) x (rows, C), summed in fp32 also where the operands are half; `first` overwrites dw."""
+    if dw.is_cuda:
+        if first:
+            torch.mm(dlogits.t(), x, out_dtype=torch.float32, out=dw)
+        else:
+            torch.addmm(dw, dlogits.t(), x, out_dtype=torch.float32, out=dw)
+        return
+    x = x.float()  # no matmul of a CPU takes half and gives fp32; columns by the thousand, so that no fp32 (rows, V) comes to be
+    for v in range(0, dw.size(0), 1024):
+        part = dw[v:v + 1024]
+        torch.addmm(part, dlogits[:, v:v + 1024].t().float(), x, beta=0 if first else 1, out=part)
+
+
+def scaled(gradient, scale, dtype):
+    """gradient * scale in fp32, rounded once, to dtype. scale: a scalar fp32 tensor."""
+    return torch.mul(gradient, scale.view(1), out=torch.empty_like(gradient, dtype=dtype))
+
+
+def forward_backward(x, weight, targets, ignore_index, need_dx, need_dw):
+    """Losses, and the gradients of their sum; the logits exist one chunk at a time.
+
+    x (N, C) and weight (V, C) of one dtype: float32, float16 or bfloat16; targets (N,) int64.
+    Returns losses (N,) fp32; dx (N, C) in x's dtype, or empty (0,) unless need_dx; dW (V, C) fp32, or empty (0,) unless need_dw.
+    Raises TypeError, ValueError; IndexError for a target outside of the vocabulary on a CPU.
+    """
+    check(x, weight, targets)
+    check_range(targets, weight.size(0), ignore_index)
+    (N, C), V = x.shape, weight.size(0)
+    rows = chunk_rows(N)
+    buffer = empty_logits(min(rows, N), V, x)
+    losses = torch.empty(N, dtype=torch.float32, device=x.device)
+    dx = torch.empty(N if need_dx else 0, *(C,) * need_dx, dtype=x.dtype, device=x.device)
+    dw = torch.empty(V if need_dw else 0, *(C,) * need_dw, dtype=torch.float32, device=x.device)
+    if N == 0:
+        dw.zero_()
+    for n in range(0, N, rows):
+        x_chunk, target_chunk = x[n:n + rows], targets[n:n + rows]
+        logits = buffer[:x_chunk.size(0)]
+        torch.mm(x_chunk, weight.t(), out=logits)
+        losses[n:n + rows] = row_losses(logits, target_chunk, ignore_index, gradient=need_dx or need_dw)[0]
+        if need_dx:
+            torch.mm(logits, weight, out=dx[n:n + rows])  # these are dlogits by now
+        if need_dw:
+            add_dw(dw, logits, x_chunk, first=n == 0)
+    return losses, dx, dw
+
+
+def forward(x, weight, targets, ignore_index):
+    """Losses (N,) fp32; logits (N, V) in x's dtype, rows padded to 16 elements; maxima and log-sums (N,) fp32 for `backward`."""
+    check(x, weight, targets)
+    check_range(targets, weight.size(0), ignore_index)
+    logits = empty_logits(x.size(0), weight.size(0), x)
+    torch.mm(x, weight.t(), out=logits)
+    losses, maxima, log_sums = row_losses(logits, targets, ignore_index, gradient=False)
+    return losses, logits, maxima, log_sums
+
+
+def backward(logits, maxima, log_sums, x, weight, targets, scale, grad_logits, ignore_index, need_dx, need_dw):
+    """The gradients of scale * sum(losses) + sum(grad_logits * logits).
+
+    logits, maxima, log_sums: what `forward` gave. scale: a scalar fp32 tensor. grad_logits (N, V) in the logits' dtype, any strides, or
+    None. Returns dx (N, C) in x's dtype, or empty (0,); dW (V, C) fp32, or empty (0,).
+    """
+    check(x, weight, targets)
+    (N, C), V = x.shape, weight.size(0)
+    rows = chunk_rows(N)
+    dlogits = empty_logits(min(rows, N), V, x)
+    dx = torch.empty(N if need_dx else 0, *(C,) * need_dx, dtype=x.dtype, device=x.device)
+    dw = torch.empty(V if need_dw else 0, *(C,) * need_dw, dtype=torch.float32, device=x.device)
+    if N == 0:
+        dw.zero_()
+    for n in range(0, N, rows):
+        part = slice(n, n + rows)
+        out = dlogits[:min(rows, N - n)]
+        grad_chunk = None if grad_logits is None else grad_logits[part]
+        if grad_chunk is not None and grad_chunk.stride(1) != 1:
+            grad_chunk = grad_chunk.contiguous()
+        row_gradients(logits[part], targets[part], maxima[part], log_sums[part], ignore_index, out, grad_chunk, scale)
+        if need_dx:
+            torch.mm(out, weight, out=dx[part])
+        if need_dw:
+            add_dw(dw, out, x[part], first=n == 0)
+    if grad_logits is None:
+        dx, dw = scaled(dx, scale, dx.dtype) if need_dx else dx, dw.mul_(scale)
+    return dx, dw
