@@ -1,4 +1,237 @@
-"""Everything static is in pyproject.toml; this file only builds the C++/CUDA extension `nanogpt_fast._C`."""
-from setuptools import setup
+"""Builds the C++/CUDA extension `nanogpt_fast._C`; everything static is in pyproject.toml.
 
-setup()
+The extension needs a C++17 compiler, pybind11 and ninja, not torch. The CUDA part is built where nvcc is found: in CUDA_HOME
+(or CUDA_PATH), on PATH, in /usr/local/cuda. What is missing costs only the part that needs it, and the reason is printed, and kept
+for `nanogpt-fast doctor`: in `_C.build_info()`, or, where there is no extension at all, in `nanogpt_fast/_C_missing.txt`.
+
+    NANOGPT_FAST_CUDA=0             no CUDA part
+    NANOGPT_FAST_CUDA=1             the CUDA part or a failed build; nvcc is fetched from PyPI where the machine has none
+    NANOGPT_FAST_CUDA_ARCHS=90,100  only these architectures
+    CXX=clang++                     another compiler
+"""
+import ctypes
+import glob
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+ARCHS = ("80", "86", "89", "90", "100", "120")  # A100, RTX 30, RTX 40 and L4, H100, B200, RTX 50; the newest also as PTX
+MISSING = "_C_missing.txt"
+
+# definition.h asks for arithmetic that no compiler may contract; the other two let loops with comparisons be vectorised.
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+X86_ISAS = {"avx2": ["-mavx2"],
+            "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]}
+
+
+# ---------------------------------------------------------------- what this machine has
+
+def cuda_wanted():
+    value = os.environ.get("NANOGPT_FAST_CUDA", "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"NANOGPT_FAST_CUDA is {value!r}; expected 0 (forbid), 1 (demand) or nothing (where nvcc is found)")
+    return value
+
+
+def find_nvcc():
+    """(command, None) or (None, why not)."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [os.path.join(home, "bin", "nvcc") for home in homes]
+    candidates += [found for found in [shutil.which("nvcc")] if found] + ["/usr/local/cuda/bin/nvcc"]
+    if cuda_wanted() == "1":  # PyPI's nvidia-cuda-nvcc, which setup_requires brought
+        candidates += [found for folder in sys.path for found in glob.glob(os.path.join(folder, "nvidia", "cu*", "bin", "nvcc"))]
+    for candidate in candidates:
+        if os.access(candidate, os.X_OK):
+            return candidate, None
+    return None, "nvcc was not found in CUDA_HOME, on PATH or in /usr/local/cuda"
+
+
+def nvcc_from_pypi():
+    """What to ask of PyPI where nvcc is demanded and not here: not newer than the driver, if there is one, allows."""
+    if cuda_wanted() != "1" or find_nvcc()[0]:
+        return []
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        pass  # no driver here: built for another machine
+    limit = ""
+    if version.value:
+        major, minor = version.value // 1000, version.value % 1000 // 10
+        if major < 13:
+            raise SystemExit(f"NANOGPT_FAST_CUDA=1: the driver allows CUDA {major}.{minor}, and PyPI has nvcc for 13.0 and later only. "
+                             f"Install the CUDA {major}.{minor} toolkit and set CUDA_HOME.")
+        limit = f",<{major}.{minor + 1}"
+    parts = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl", "nvidia-cuda-runtime")
+    return [f"{part}>=13{limit}" for part in parts]
+
+
+def cuda_architectures(nvcc):
+    """Those asked for that this nvcc knows; the others are named."""
+    asked = re.findall(r"\d+", os.environ.get("NANOGPT_FAST_CUDA_ARCHS", "").replace(".", "")) or list(ARCHS)
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = set(re.findall(r"compute_(\d+)", listed))
+    for arch in asked:
+        if arch not in known:
+            print(f"nanogpt_fast: this nvcc does not know sm_{arch}; it is left out", file=sys.stderr)
+    archs = sorted({arch for arch in asked if arch in known}, key=int)
+    if not archs:
+        raise CompileError(f"{nvcc} knows none of the architectures {', '.join(asked)}")
+    return archs
+
+
+def nvcc_version(nvcc):
+    found = re.search(r"release (\d+\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    return found.group(1) if found else "unknown"
+
+
+# ---------------------------------------------------------------- the build
+
+def q(words):
+    return shlex.join(words).replace("$", "$$")
+
+
+def ninja_path(path):
+    return re.sub(r"([$ :])", r"$\1", path)
+
+
+def text_macro(name, value):
+    return f'-D{name}="{value}"'
+
+
+class NinjaBuildExt(build_ext):
+    """build_ext that compiles through ninja: in parallel, C++ and CUDA alike, and only what changed."""
+
+    def run(self):
+        super().run()  # distutils reports a failed optional extension and goes on; the reason was kept below
+        for extension in self.extensions:
+            for folder in self.package_folders(extension):
+                path = os.path.join(folder, MISSING)
+                if reason := getattr(extension, "missing", None):
+                    os.makedirs(folder, exist_ok=True)
+                    with open(path, "w") as file:
+                        file.write(reason + "\n")
+                elif os.path.exists(path):
+                    os.remove(path)
+
+    def package_folders(self, extension):
+        """Where the extension goes: the wheel's tree, and for editable and in-place builds the sources."""
+        folders = [os.path.dirname(os.path.join(self.build_lib, *self.get_ext_fullname(extension.name).split(".")))]
+        if self.inplace or self.editable_mode:
+            folders.append(os.path.join(ROOT, "nanogpt_fast"))
+        return folders
+
+    def build_extension(self, extension):
+        try:
+            self.ninja(self.get_ext_fullpath(extension.name))
+        except CompileError as error:
+            extension.missing = str(error)
+            # A failed build leaves no older library behind that would hide the failure.
+            for folder in self.package_folders(extension):
+                for stale in glob.glob(os.path.join(folder, "_C.*.so")):
+                    os.remove(stale)
+            print(f"nanogpt_fast: the C++/CUDA extension is NOT built: {error}\n"
+                  "nanogpt_fast: everything works without it; sampling runs on plain PyTorch, slower.", file=sys.stderr)
+            raise
+
+    def ninja(self, target):
+        compiler = shlex.split(os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), ""))
+        if not compiler or not shutil.which(compiler[0]):
+            raise CompileError(f"no C++ compiler ({compiler[0] if compiler else 'c++, g++, clang++'}) was found; "
+                               "install one (Debian, Ubuntu: apt install g++) or name it in CXX, and install again")
+        python = sysconfig.get_paths()["include"]
+        if not os.path.exists(os.path.join(python, "Python.h")):
+            raise CompileError(f"Python.h is not in {python}; install Python's headers (Debian, Ubuntu: apt install python3-dev)")
+        try:
+            import ninja
+            import pybind11
+        except ImportError as error:  # only without build isolation
+            raise CompileError(f"{error.name} is missing; pip install pybind11 ninja, or build with isolation") from error
+
+        if cuda_wanted() == "0":
+            nvcc, why_not = None, "NANOGPT_FAST_CUDA=0 was set when it was built"
+        else:
+            nvcc, why_not = find_nvcc()
+        if nvcc is None:
+            if cuda_wanted() == "1":
+                raise CompileError(f"NANOGPT_FAST_CUDA=1, but {why_not}")
+            print(f"nanogpt_fast: building the CPU part of the extension only: {why_not}", file=sys.stderr)
+
+        os.makedirs(self.build_temp, exist_ok=True)
+        os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+        plan = os.path.join(self.build_temp, "build.ninja")
+        with open(plan, "w") as file:
+            file.write(self.ninja_file(os.path.abspath(target), compiler, [python, pybind11.get_include()], nvcc, why_not))
+        done = subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-C", self.build_temp], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True)
+        print(done.stdout)
+        if done.returncode:
+            raise CompileError("the compiler failed:\n" + "\n".join(done.stdout.splitlines()[-40:]))
+
+    def ninja_file(self, target, compiler, includes, nvcc, why_not):
+        """The text of build.ninja: a rule per tool, an edge per object."""
+        source = os.path.join(ROOT, "csrc")
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
+            version = tomllib.load(file)["project"]["version"]
+        name = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()
+        about = [text_macro("NGF_VERSION", version), text_macro("NGF_COMPILER", name[0].replace('"', "") if name else compiler[0])]
+        objects = [("cpu", "cpu.cpp", ["-DNGF_X86"] if x86 else []), ("cpu_baseline", "cpu_row.cpp", ["-DNGF_ISA=baseline"])]
+        if x86:
+            objects += [(f"cpu_{isa}", "cpu_row.cpp", [f"-DNGF_ISA={isa}", *flags]) for isa, flags in X86_ISAS.items()]
+        link = []
+        if nvcc:
+            archs = cuda_architectures(nvcc)
+            about += ["-DNGF_CUDA", text_macro("NGF_CUDA_VERSION", nvcc_version(nvcc)),
+                      text_macro("NGF_CUDA_ARCHS", " ".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[-1]}"]))]
+            generate = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+            generate.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+            # -t 0 compiles the architectures in parallel. cudart is static: nothing to find at run time, and it imports without a driver.
+            nvcc_command = [nvcc, "-ccbin", compiler[0], "-std=c++17", "-O3", "-t", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden", *generate]
+            home = os.path.dirname(os.path.dirname(os.path.realpath(self.real_nvcc(nvcc))))
+            folders = [os.path.join(home, lib) for lib in ("lib64", "lib") if glob.glob(os.path.join(home, lib, "libcudart_static.a"))]
+            if not folders:
+                raise CompileError(f"libcudart_static.a is not beside {nvcc} (looked in {home}/lib64 and {home}/lib)")
+            link = [f"-L{folders[0]}", "-lcudart_static", "-ldl", "-lrt"]
+        else:
+            about.append(text_macro("NGF_CUDA_WHY_NOT", why_not))
+        objects.append(("bindings", "bindings.cpp", [*about, *(f"-I{include}" for include in includes)]))
+
+        shared = ["-dynamiclib", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        lines = ["rule cxx", f"  command = {q([*compiler, *CXX_FLAGS, '-pthread'])} $flags -MMD -MF $out.d -c $in -o $out",
+                 "  depfile = $out.d", "  deps = gcc",
+                 "rule link", f"  command = {q([*compiler, *shared, '-pthread'])} $in $libraries -o $out"]
+        for name, file, flags in objects:
+            lines += [f"build {name}.o: cxx {ninja_path(os.path.join(source, file))}", f"  flags = {q(flags)}"]
+        outputs = [f"{name}.o" for name, _, _ in objects]
+        if nvcc:
+            lines += ["rule nvcc", f"  command = {q(nvcc_command)} -MMD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc",
+                      f"build cuda.o: nvcc {ninja_path(os.path.join(source, 'cuda.cu'))}"]
+            outputs.append("cuda.o")
+        lines += [f"build {ninja_path(target)}: link {' '.join(outputs)}", f"  libraries = {q(link)}", ""]
+        return "\n".join(lines)
+
+    @staticmethod
+    def real_nvcc(nvcc):
+        """nvcc may be a script or a link elsewhere; it says itself where its toolkit is."""
+        dry = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
+        found = re.search(r"^#\$ TOP=(.*)$", dry.stderr, re.MULTILINE)
+        return os.path.join(found.group(1).strip(), "bin", "nvcc") if found else nvcc
+
+
+setup(
+    ext_modules=[Extension("nanogpt_fast._C", sources=glob.glob("csrc/*.c*"), depends=glob.glob("csrc/*.h"), optional=cuda_wanted() != "1")],
+    cmdclass={"build_ext": NinjaBuildExt},
+    setup_requires=nvcc_from_pypi(),
+)

@@ -1,0 +1,101 @@
+// nanogpt_fast._C: addresses and numbers in, tokens at an address out. It knows nothing of torch; ops/sample.py checks the tensors.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "sampler.h"
+
+namespace py = pybind11;
+using ngf::Batch;
+
+#ifndef NGF_VERSION  // all given by setup.py
+#define NGF_VERSION "unknown"
+#endif
+#ifndef NGF_CUDA_VERSION
+#define NGF_CUDA_VERSION ""
+#endif
+#ifndef NGF_CUDA_ARCHS
+#define NGF_CUDA_ARCHS ""
+#endif
+#ifndef NGF_CUDA_WHY_NOT
+#define NGF_CUDA_WHY_NOT ""
+#endif
+
+namespace {
+
+Batch make_batch(uintptr_t logits, const std::string& type, int64_t rows, int64_t vocab, int64_t row_stride, uintptr_t temperature_rows,
+                 float temperature, uintptr_t top_k_rows, int64_t top_k, uintptr_t top_p_rows, float top_p, uintptr_t min_p_rows,
+                 float min_p, uintptr_t seed, uintptr_t offset, uintptr_t token) {
+  Batch batch;
+  batch.logits = (const void*)logits;
+  if (type == "float32") batch.type = ngf::LogitType::fp32;
+  else if (type == "bfloat16") batch.type = ngf::LogitType::bf16;
+  else if (type == "float16") batch.type = ngf::LogitType::fp16;
+  else throw std::invalid_argument("type is '" + type + "'; expected float32, bfloat16 or float16");
+  if (rows < 0 || rows > INT32_MAX) throw std::invalid_argument("rows is " + std::to_string(rows) + "; expected 0 to 2^31 - 1");
+  if (vocab < 1 || vocab > ngf::MAX_VOCAB)
+    throw std::invalid_argument("vocab is " + std::to_string(vocab) + "; expected 1 to " + std::to_string(ngf::MAX_VOCAB));
+  if (rows > 0 && !(logits && seed && offset && token)) throw std::invalid_argument("logits, seed, offset and token must not be null");
+  batch.rows = rows;
+  batch.vocab = vocab;
+  batch.row_stride = row_stride;
+  batch.temperature = {(const float*)temperature_rows, temperature};
+  batch.top_k = {(const int64_t*)top_k_rows, top_k};
+  batch.top_p = {(const float*)top_p_rows, top_p};
+  batch.min_p = {(const float*)min_p_rows, min_p};
+  batch.seed = (const int64_t*)seed;
+  batch.offset = (int64_t*)offset;
+  batch.token = (int64_t*)token;
+  return batch;
+}
+
+}  // namespace
+
+// The arguments that describe a batch, the same for both samplers.
+#define NGF_BATCH_PARAMETERS                                                                                                       \
+  uintptr_t logits, const std::string &type, int64_t rows, int64_t vocab, int64_t row_stride, uintptr_t temperature_rows,          \
+      float temperature, uintptr_t top_k_rows, int64_t top_k, uintptr_t top_p_rows, float top_p, uintptr_t min_p_rows, float min_p, \
+      uintptr_t seed, uintptr_t offset, uintptr_t token
+#define NGF_BATCH_ARGUMENTS                                                                                                     \
+  logits, type, rows, vocab, row_stride, temperature_rows, temperature, top_k_rows, top_k, top_p_rows, top_p, min_p_rows, min_p, \
+      seed, offset, token
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The sampler in C++ and CUDA. Pointers are addresses; those of one call lie in one memory (host, or one GPU).";
+  module.attr("__version__") = NGF_VERSION;
+
+  module.def("build_info", [] {
+    py::dict info;
+    info["version"] = NGF_VERSION;
+    info["compiler"] = NGF_COMPILER;
+    info["cpu_isas"] = ngf::cpu_isas();
+#ifdef NGF_CUDA
+    info["cuda"] = NGF_CUDA_VERSION;
+#else
+    info["cuda"] = py::none();
+#endif
+    info["cuda_archs"] = NGF_CUDA_ARCHS;
+    info["cuda_why_not"] = NGF_CUDA_WHY_NOT;
+    return info;
+  }, "What was built: version, compiler, cpu_isas that run here (best first), cuda (None without nvcc), cuda_archs, cuda_why_not.");
+
+  module.def("sample_cpu", [](NGF_BATCH_PARAMETERS, int threads, const std::string& isa) {
+    const Batch batch = make_batch(NGF_BATCH_ARGUMENTS);
+    py::gil_scoped_release others_may_run;
+    ngf::sample_cpu(batch, threads, isa.c_str());
+  }, "Draw one token per row into `token`. `*_rows` are addresses of one value per row, or 0 for the value beside them.");
+
+#ifdef NGF_CUDA
+  module.def("sample_cuda", [](NGF_BATCH_PARAMETERS, int device, uintptr_t stream) {
+    const Batch batch = make_batch(NGF_BATCH_ARGUMENTS);
+    py::gil_scoped_release others_may_run;
+    ngf::sample_cuda(batch, device, (void*)stream);
+  }, "The same as one launch on a CUDA stream.");
+  module.def("cuda_why_not", [](int device) { return std::string(ngf::cuda_why_not(device)); },
+             "Why the launch cannot work on this device, or ''.");
+#else
+  module.def("cuda_why_not", [](int) { return std::string("the extension was built without CUDA: ") + NGF_CUDA_WHY_NOT; },
+             "Why the launch cannot work on this device, or ''.");
+#endif
+}
