@@ -1,38 +1,426 @@
-"""Generation: complete a prompt token by token."""
+"""Generation: complete prompts token by token, with a static KV cache.
+
+Two ways lead to the next token's logits:
+
+    cached     prefill sends the prompt through the model once and keeps every layer's keys and values; decode then sends one
+               token a row.
+    uncached   nanoGPT's loop: the last block_size tokens go through the whole model for every new one. It is taken where the
+               cache would not be right (a hook, a subclass, a replaced submodule, dropout in train mode), which is said once.
+
+Past block_size positions restart at 0 in the cropped window, so every cached key is stale: from there on the window is encoded
+anew at every step, as nanoGPT does.
+
+The state of a model that is being generated from (`Session`) lives outside the model: pickling and copying a model never meet
+a CUDA graph. It is checked against the model at every call: nothing in it outlives an optimizer step, a load or a move.
+"""
+import weakref
+
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
+from . import backend, reference
+from .ops import attention, layer_norm, mlp
 
-def check(idx, max_new_tokens, temperature, top_k):
+
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, min_p=None, stop=None, seed=None, rng=None,
+             num_samples=1, stream=False, use_cache=True):
+    """Complete prompts.
+
+    idx: (B, T) int64, or a list of 1-D prompts of different lengths.  num_samples: completions of each prompt, one prefill.
+    temperature (0: greedy), top_k, top_p, min_p: see `ops.sample`.
+    stop: a token id, or a list of ids and of sequences of ids; a row ends before the first of them, which is not returned.
+    rng: "torch" draws as nanoGPT does, from torch's generator; "philox" takes our own counter-based sampler, one seed a row.
+        None: "torch" on a CPU unless `seed` is given, else "philox".
+    seed: an int (row i draws from seed + i) or one int a row: a row's text then depends on its seed and prompt alone.
+        None: seeds come from torch's generator, so torch.manual_seed decides.
+
+    Returns (B * num_samples, T + max_new_tokens) int64, or, for a list of prompts or with `stop`, a list of 1-D tensors.
+    stream=True: an iterator instead; each step yields a list with, for every row, the list of its newly decided token ids
+    (empty for a row that has ended, or that waits to see whether a stop sequence goes on).
+    """
+    prompts = idx
+    if not torch.is_tensor(idx):
+        prompts = [torch.as_tensor(prompt, dtype=torch.long) for prompt in idx]
+        for i, prompt in enumerate(prompts):
+            if prompt.dim() != 1:
+                raise ValueError(f"prompt {i} has shape {tuple(prompt.shape)}; a list holds 1-D prompts")
+    elif idx.dim() != 2:
+        raise ValueError(f"idx has shape {tuple(idx.shape)}; expected (B, T), one row a prompt, or a list of 1-D prompts")
+    check(prompts, max_new_tokens, temperature, top_k, top_p, min_p, num_samples)
+    stops = stop_sequences(stop)
+
+    device = next(model.parameters()).device
+    prompts = [prompt.to(device) for prompt in prompts for _ in range(num_samples)]
+    run = Run(model, prompts, num_samples, dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p), rng, seed, use_cache)
+    if stream:
+        return run.stream(max_new_tokens, stops)
+    if stops:
+        new = [[] for _ in prompts]
+        for released in run.stream(max_new_tokens, stops):
+            for tokens, more in zip(new, released):
+                tokens.extend(more)
+        return [torch.cat((prompt, torch.tensor(tokens, dtype=torch.long, device=device))) for prompt, tokens in zip(prompts, new)]
+    new = run.tokens(max_new_tokens)                                                # (rows, max_new_tokens)
+    rows = [torch.cat((prompt, tokens)) for prompt, tokens in zip(prompts, new)]
+    if not torch.is_tensor(idx):
+        return rows
+    return torch.stack(rows) if rows else idx.new_zeros(0, idx.size(1) + max_new_tokens)
+
+
+def check(prompts, max_new_tokens, temperature, top_k, top_p=None, min_p=None, num_samples=1):
     """ValueError naming the argument that cannot be."""
-    if idx.dim() != 2:
-        raise ValueError(f"idx has shape {tuple(idx.shape)}; expected (B, T), one row a prompt")
-    if idx.size(1) == 0:
-        raise ValueError("the prompt is empty; give at least one token (nanoGPT's habit is a newline)")
+    for i, prompt in enumerate(prompts):
+        if prompt.numel() == 0:
+            raise ValueError(f"the prompt is empty (row {i}); give at least one token (nanoGPT's habit is a newline)")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
     if not temperature >= 0:
         raise ValueError(f"temperature is {temperature}; it must be positive, or 0 for greedy")
     if top_k is not None and top_k <= 0:
         raise ValueError(f"top_k is {top_k}; it must be at least 1, or None for no limit")
+    for name, value in (("top_p", top_p), ("min_p", min_p)):
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} is {value}; it is a share of the probability, between 0 and 1, or None for no limit")
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
 
 
-def draw(logits, temperature, top_k):
-    """One token a row from logits (B, V), with torch's generator, as nanoGPT draws it -> (B, 1) int64."""
+def stop_sequences(stop):
+    """`stop` as a list of tuples of token ids."""
+    if stop is None:
+        return []
+    stops = [stop] if isinstance(stop, int) else list(stop)
+    sequences = [(s,) if isinstance(s, int) else tuple(int(token) for token in s) for s in stops]
+    if () in sequences:
+        raise ValueError("stop holds an empty sequence; give token ids or non-empty sequences of them")
+    return sequences
+
+
+def draw(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """One token a row from logits (B, V), with torch's generator, as nanoGPT draws it -> (B,) int64."""
     if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
+        return logits.argmax(dim=-1)
+    if top_p is not None or min_p is not None:
+        from .ops import sample as sampler
+        probs = sampler.sample_probs(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        return torch.multinomial(probs, num_samples=1)[:, 0]
     logits = logits / temperature
     if top_k is not None:
         kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
-        logits = logits.masked_fill(logits < kth, float("-inf"))     # ties with the k-th stay
-    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+        logits = logits.masked_fill(logits < kth, float("-inf"))                    # ties with the k-th stay
+    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)[:, 0]
 
 
-@torch.no_grad()
-def generate(model, idx, max_new_tokens, *, temperature=1.0, top_k=None):
-    """nanoGPT's loop: the last block_size tokens go through the whole model for every new one."""
-    check(idx, max_new_tokens, temperature, top_k)
-    for _ in range(max_new_tokens):
-        logits, _ = model(idx[:, -model.config.block_size:])
-        idx = torch.cat((idx, draw(logits[:, -1, :], temperature, top_k)), dim=1)
-    return idx
+class Run:
+    """One call of `generate`: rows of tokens that grow by one a step."""
+
+    def __init__(self, model, prompts, num_samples, filters, rng, seed, use_cache):
+        self.model, self.prompts, self.filters = model, prompts, filters
+        self.block_size = model.config.block_size
+        self.device = next(model.parameters()).device
+        if rng not in (None, "torch", "philox"):
+            raise ValueError(f"rng is {rng!r}; expected 'torch', 'philox' or None")
+        if rng == "torch" and seed is not None:
+            raise ValueError("seed needs rng='philox'; with rng='torch' call torch.manual_seed")
+        self.rng = rng or ("torch" if self.device.type == "cpu" and seed is None else "philox")
+        rows = len(prompts)
+        if self.rng == "philox":
+            self.seeds = row_seeds(seed, rows, self.device)
+            self.offsets = torch.zeros(rows, dtype=torch.long, device=self.device)
+
+        self.lengths = [prompt.numel() for prompt in prompts]                       # tokens of each row so far, on the host
+        self.longest = max(self.lengths, default=0)
+        reason = cache_why_not(model) if use_cache else "use_cache=False"
+        if reason is not None and use_cache:
+            backend.notice(f"generate recomputes the whole context for every token: {reason}")
+        self.session = None if reason is not None or rows == 0 else session_of(model, rows)
+        self.num_samples = num_samples                                              # so many rows in a row are still equal
+        self.fresh = True                                                           # the cache does not hold these rows yet
+
+    def tokens(self, n):
+        """n new tokens of every row, (rows, n) int64 on the device; the host never waits for one."""
+        self._room(n)
+        for _ in range(n):
+            self.step()
+        rows = len(self.prompts)
+        if rows == 0 or n == 0:
+            return torch.empty(rows, n, dtype=torch.long, device=self.device)
+        first = torch.tensor([length - n for length in self.lengths], device=self.device)
+        return self.history.gather(1, first[:, None] + torch.arange(n, device=self.device))
+
+    def stream(self, n, stops):
+        """Yields, step by step, the token ids that each row has newly decided."""
+        self._room(n)
+        longest_stop = max(map(len, stops), default=1)
+        pending = [[] for _ in self.prompts]                                        # drawn, but maybe the start of a stop
+        ended = [False] * len(self.prompts)
+        for _ in range(n):
+            if all(ended):
+                return
+            drawn = self.step().tolist()
+            released = []
+            for i, token in enumerate(drawn):
+                out = []
+                if not ended[i]:
+                    pending[i].append(token)
+                    hit = next((s for s in stops if tuple(pending[i][-len(s):]) == s), None)
+                    if hit is not None:
+                        out, ended[i] = pending[i][:-len(hit)], True
+                    else:
+                        keep = could_start(pending[i][-(longest_stop - 1):] if longest_stop > 1 else [], stops)
+                        out, pending[i] = pending[i][:len(pending[i]) - keep], pending[i][len(pending[i]) - keep:]
+                released.append(out)
+            yield released
+        if any(pending[i] and not ended[i] for i in range(len(pending))):
+            yield [[] if ended[i] else tokens for i, tokens in enumerate(pending)]
+
+    def _room(self, n):
+        width = self.longest + n
+        self.history = torch.zeros(len(self.prompts), width, dtype=torch.long, device=self.device)
+        for row, prompt in enumerate(self.prompts):
+            self.history[row, :prompt.numel()] = prompt
+        self.rows = torch.arange(len(self.prompts), device=self.device)
+        self.ends = torch.tensor(self.lengths, dtype=torch.long, device=self.device)  # `lengths` on the device
+
+    @torch.no_grad()
+    def step(self):
+        """Draw one token for every row; returns them, (rows,) int64 on the device."""
+        if not self.prompts:
+            return self.ends
+        token = self.sample(self.logits())
+        if self.session is not None:
+            self.session.feed(token, self.ends)
+        self.history[self.rows, self.ends] = token
+        self.ends += 1
+        self.lengths = [length + 1 for length in self.lengths]
+        self.longest += 1
+        self.fresh = False
+        return token
+
+    def sample(self, logits):
+        if self.rng == "torch":
+            return draw(logits, **self.filters)
+        from .ops import sample as sampler
+        token = sampler.sample(logits, **self.filters, seed=self.seeds, offset=self.offsets)
+        self.offsets += 1
+        return token
+
+    def logits(self):
+        """Logits of the next token of every row, (rows, V)."""
+        if self.session is None:
+            return self._windows(range(len(self.prompts)), self._model_logits)
+        if self.session.owner is not self:                                          # first step, or another run took the cache
+            self.session.owner, self.fresh = self, True
+        inside = [length <= self.block_size for length in self.lengths]
+        if not any(inside):
+            return self._windows(range(len(self.prompts)), self.session.encode)
+        if self.fresh:
+            copies, self.num_samples = self.num_samples, 1                          # equal prompts go through once
+            logits = self.session.prefill(self.history[::copies, :min(self.longest, self.block_size)],
+                                          self.ends[::copies].clamp(max=self.block_size), copies)
+        else:
+            logits = self.session.decode(min(self.longest, self.block_size))
+        outside = [row for row, is_inside in enumerate(inside) if not is_inside]
+        if outside:
+            logits[torch.tensor(outside, device=self.device)] = self._windows(outside, self.session.encode)
+        return logits
+
+    def _windows(self, rows, encode):
+        """Logits behind the last block_size tokens of the given rows, each encoded from position 0."""
+        logits = None
+        for length in sorted({self.lengths[row] for row in rows}):                  # rows of one length go together
+            group = [row for row in rows if self.lengths[row] == length]
+            window = self.history[torch.tensor(group, device=self.device), max(0, length - self.block_size):length]
+            some = encode(window)                                                   # (len(group), V)
+            if logits is None:
+                logits = some.new_empty(len(rows), some.size(-1))
+            logits[torch.tensor([list(rows).index(row) for row in group], device=self.device)] = some
+        return logits
+
+    def _model_logits(self, window):
+        return self.model(window)[0][:, -1, :]
+
+
+def could_start(tail, stops):
+    """How many of the last tokens of `tail` could be the beginning of a stop sequence."""
+    for keep in range(len(tail), 0, -1):
+        if any(len(s) > keep and tuple(tail[-keep:]) == s[:keep] for s in stops):
+            return keep
+    return 0
+
+
+def row_seeds(seed, rows, device):
+    """One int64 seed a row: given, counted up from an int, or drawn from torch's generator."""
+    if seed is None:
+        return torch.randint(2 ** 62, (rows,), device=device)
+    if isinstance(seed, int):
+        return torch.arange(seed, seed + rows, device=device)
+    seeds = torch.as_tensor(seed, dtype=torch.long)
+    if seeds.shape != (rows,):
+        raise ValueError(f"seed has {seeds.numel()} values for {rows} rows; give an int or one seed a row")
+    return seeds.to(device)
+
+
+def cache_why_not(model):
+    """None where the cached path computes what calling the model would; else the reason it would not."""
+    from .model import GPT, LayerNorm, touched
+    if type(model).forward is not GPT.forward or touched(model, type(model)) is not None:
+        return touched(model, GPT)
+    t = model.transformer
+    reason = touched(t.wte, nn.Embedding) or touched(t.wpe, nn.Embedding) or touched(t.drop, nn.Dropout) \
+        or touched(t.ln_f, LayerNorm) or touched(model.lm_head, nn.Linear)
+    for block in t.h:
+        reason = reason or (block.unfused_reason() if hasattr(block, "unfused_reason") else f"a block is a {type(block).__name__}")
+        if reason is not None:
+            return reason
+        reason = touched(block.attn.c_attn, nn.Linear) or touched(block.attn.c_proj, nn.Linear) \
+            or touched(block.mlp.c_fc, nn.Linear) or touched(block.mlp.c_proj, nn.Linear) or touched(block.mlp.gelu, nn.GELU) \
+            or (None if block.attn.flash else "attn.flash is False")
+    dropouts = [m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.training] \
+        + [block.attn.dropout for block in t.h if block.attn.training]
+    return reason or ("the model is in train mode with dropout" if any(dropouts) else None)
+
+
+_sessions = weakref.WeakKeyDictionary()  # model -> {(rows, dtype): Session}
+
+
+def session_of(model, rows):
+    """The session of a model for so many rows, brought up to date with the model's weights."""
+    device = next(model.parameters()).device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else next(model.parameters()).dtype
+    kept = _sessions.setdefault(model, {})
+    session = kept.get((rows, dtype))
+    if session is None or session.signature != signature(model):
+        kept.clear()                                                                # one cache at a time: they are large
+        session = kept[rows, dtype] = Session(model, rows, dtype)
+    session.refresh()
+    return session
+
+
+def signature(model):
+    """What a session was built for: where every weight lies, its dtype and shape, and the choice of implementations."""
+    return (model.config.block_size, str(model.backend), str(backend._local.choices),
+            tuple((p.data_ptr(), p.dtype, tuple(p.shape)) for p in model.parameters()))
+
+
+class Layer:
+    """One block's weights, in the dtype that the matmuls take."""
+
+    def __init__(self, block, cast):
+        self.ln_1 = (block.ln_1.weight, block.ln_1.bias)
+        self.ln_2 = (block.ln_2.weight, block.ln_2.bias)
+        self.c_attn = (cast(block.attn.c_attn.weight), cast(block.attn.c_attn.bias))
+        self.c_proj = (cast(block.attn.c_proj.weight), cast(block.attn.c_proj.bias))
+        self.c_fc = (cast(block.mlp.c_fc.weight), cast(block.mlp.c_fc.bias))
+        self.mlp_proj = (cast(block.mlp.c_proj.weight), cast(block.mlp.c_proj.bias))
+        self.activation = "gelu_tanh" if block.mlp.gelu.approximate == "tanh" else "gelu"
+
+
+class Session:
+    """A model's weights in the dtype of generation, and the KV cache of `rows` rows.
+
+    The residual stream is as under autocast: fp32 (the embedding's dtype), every matmul in `dtype`. The cache holds, a layer,
+    keys and values (rows, H, block_size, D).
+    """
+
+    def __init__(self, model, rows, dtype):
+        self.signature = signature(model)
+        self.model_ref = weakref.ref(model)
+        self.rows, self.dtype = rows, dtype
+        self.n_head = model.config.n_head
+        self.block_size = model.config.block_size
+        self.choices = model.backend
+        self.copies = []                                                            # (parameter, its copy in dtype)
+        self.layers = [Layer(block, self._cast) for block in model.transformer.h]
+        self.head = (self._cast(model.lm_head.weight), self._cast(model.lm_head.bias))
+        self.wte, self.wpe = model.transformer.wte.weight, model.transformer.wpe.weight
+        self.ln_f = (model.transformer.ln_f.weight, model.transformer.ln_f.bias)
+        device = self.wte.device
+        D = model.config.n_embd // self.n_head
+        self.cache = torch.zeros(len(self.layers), 2, rows, self.n_head, self.block_size, D, dtype=dtype, device=device)
+        self.token = torch.zeros(rows, dtype=torch.long, device=device)             # the last token of each row ...
+        self.position = torch.zeros(rows, dtype=torch.long, device=device)          # ... and where it stands
+        self.row = torch.arange(rows, device=device)
+        self.owner = None                                                           # the Run whose tokens the cache holds
+
+    def _cast(self, parameter):
+        if parameter is None or parameter.dtype == self.dtype:
+            return parameter
+        copy = torch.empty_like(parameter, dtype=self.dtype, requires_grad=False)
+        self.copies.append((weakref.ref(parameter), copy))
+        return copy
+
+    def refresh(self):
+        """Bring the half-precision copies up to date: the weights may have been trained since."""
+        for parameter, copy in self.copies:
+            copy.copy_(parameter())
+
+    def feed(self, token, position):
+        """Set the token that the next `decode` processes, and its position, a row each."""
+        self.token.copy_(token)
+        self.position.copy_(position.clamp(max=self.block_size - 1))                # a row past the window is encoded elsewhere
+
+    def prefill(self, idx, lengths, copies=1):
+        """Encode prompts idx (B, T), padded on the right to their lengths (B,), into the cache -> logits (B * copies, V).
+
+        Row i of the prompts becomes rows i * copies ... of the cache. Padding is harmless: attention is causal, and decoding
+        overwrites it from position `lengths` on.
+        """
+        x = self._trunk(idx, self._keep_keys(copies))                               # (B, T, C)
+        last = x[torch.arange(x.size(0), device=x.device), lengths - 1]             # (B, C)
+        return self._head(last).repeat_interleave(copies, dim=0)
+
+    def encode(self, idx):
+        """Logits behind idx (B, T), without the cache -> (B, V)."""
+        return self._head(self._trunk(idx, lambda layer, k, v: None)[:, -1])
+
+    def decode(self, upto):
+        """Process `token` at `position` in every row, with the cache -> logits (rows, V). upto: longest row, in tokens."""
+        def attend(layer, qkv):                                                     # (rows, 3C)
+            q, k, v = reference.split_heads(qkv[:, None], self.n_head)              # (rows, H, 1, D)
+            keys, values = self.cache[layer]
+            keys[self.row, :, self.position] = k[:, :, 0]
+            values[self.row, :, self.position] = v[:, :, 0]
+            y = decode_attention(q, keys[:, :, :upto], values[:, :, :upto], self.position, self.choices)
+            return y.transpose(1, 2).flatten(1)                                     # (rows, C)
+        x = self.wte[self.token] + self.wpe[self.position]                          # (rows, C)
+        return self._head(self._layers(x, attend))
+
+    def _keep_keys(self, copies):
+        def keep(layer, k, v):                                                      # (B, H, T, D)
+            for slot, new in zip(self.cache[layer], (k, v)):
+                slot[:, :, :new.size(2)] = new.repeat_interleave(copies, dim=0)
+        return keep
+
+    def _trunk(self, idx, keep):
+        def attend(layer, qkv):                                                     # (B, T, 3C)
+            _, k, v = reference.split_heads(qkv, self.n_head)
+            keep(layer, k, v)
+            return attention.causal_attention_qkvpacked(qkv, self.n_head, backend=self.choices)
+        x = self.wte[idx] + self.wpe[:idx.size(1)]                                  # (B, T, C)
+        return self._layers(x, attend)
+
+    def _layers(self, x, attend):
+        """The blocks and the final norm, on x (..., C) -> (..., C) in `dtype`."""
+        with torch.autocast(x.device.type, enabled=False):                          # the weights are cast already
+            branch = None
+            for i, layer in enumerate(self.layers):
+                x, h = self._norm(x, branch, layer.ln_1)
+                x, h = self._norm(x, F.linear(attend(i, F.linear(h, *layer.c_attn)), *layer.c_proj), layer.ln_2)
+                branch = mlp.gelu_mlp(h, *layer.c_fc, *layer.mlp_proj, activation=layer.activation, backend=self.choices)
+            return self._norm(x, branch, self.ln_f)[1]
+
+    def _norm(self, x, branch, weights):
+        return layer_norm.add_layer_norm(x, branch, *weights, out_dtype=self.dtype, backend=self.choices)
+
+    def _head(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, *self.head)
+
+
+def decode_attention(q, keys, values, position, choices=None):
+    """Attention of one query a row over its cache: q (B, H, 1, D), keys and values (B, H, T, D), keys 0..position seen."""
+    seen = torch.arange(keys.size(2), device=q.device) <= position[:, None]         # (B, T)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None, :])

@@ -315,14 +315,15 @@ class GPT(nn.Module):
         return None if peak is None else self.estimate_mfu(fwdbwd_per_iter, dt) * 312e12 / peak
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **more):
         """Complete idx (B, T) int64 by max_new_tokens tokens -> (B, T + max_new_tokens).
 
         temperature divides the logits (0: greedy); top_k keeps the k most likely tokens and all that tie with the k-th.
-        The model's train/eval mode is left alone: call .eval() first. See `generation.py`.
+        The model's train/eval mode is left alone: call .eval() first. More keywords than nanoGPT's (top_p, min_p, stop, seed,
+        rng, num_samples, stream, use_cache; a list of prompts of different lengths) are told in `generation.generate`.
         """
         from .generation import generate
-        return generate(self, idx, max_new_tokens, temperature=temperature, top_k=top_k)
+        return generate(self, idx, max_new_tokens, temperature=temperature, top_k=top_k, **more)
 
 
 def _add(x, branch, p):
