@@ -141,7 +141,7 @@ def train(o):
 def _train(o, ranks, device, ops):
     dtype = devices.choose_dtype(o.dtype, device)
     context = devices.autocast(device, dtype)
-    compiled = o.compile if o.compile != "auto" else device.type == "cuda" and ops_backend.triton is not None
+    compiled = o.compile if o.compile != "auto" else device.type == "cuda" and ops_backend.triton_import_error() is None
     if o.gradient_accumulation_steps % ranks.size:
         raise ValueError(f"gradient_accumulation_steps is {o.gradient_accumulation_steps}; {ranks.size} ranks share them, so it must "
                          f"be a multiple of {ranks.size}")
