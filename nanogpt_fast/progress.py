@@ -62,7 +62,7 @@ class Progress:
             self.since, self.paused = (now, iter_num + 1), 0.0
             self.rate = self.tokens / seconds
             self._record({"iter": iter_num, "loss": loss, "lr": lr, "ms_per_step": round(seconds * 1e3, 3),
-                          "tokens_per_s": round(self.rate, 1), "mfu": round(mfu(seconds), 5)})
+                          "tokens_per_s": round(self.rate, 1), "mfu": round(mfu(seconds), 7)})
             if self.bar is None:
                 left = (self.total - iter_num - 1) * seconds
                 print(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms, mfu {mfu(seconds) * 100:.2f}%, "
