@@ -137,6 +137,9 @@ def build_model(checkpoint, path, *, dropout=None, backend=None):
         model = GPT(GPTConfig(**args), backend=backend)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its model_args describe no GPT: {error}") from None
+    if "lm_head.bias" in checkpoint["model"]:  # a converted classic model, whose head is a matrix of its own
+        from .convert import untie_head
+        untie_head(model)
     _check_weights(checkpoint["model"], model.state_dict(), path)
     model.load_state_dict(checkpoint["model"])
     return model

@@ -363,6 +363,17 @@ def save_checkpoint(path, model, tokenizer=None):
                     "tokenizer": None if tokenizer is None else tokenizer.to_state()}, f)
 
 
+def is_checkpoint(path):
+    """True where a readable torch file at `path` says that it holds a model of this file."""
+    try:
+        checkpoint = torch.load(path, map_location="meta", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # whatever it is, it is not ours
+        return False
+    return isinstance(checkpoint, dict) and "classic" in checkpoint
+
+
 def load_checkpoint(path, device="auto"):
     """(model in eval mode, tokenizer or None) from what `save_checkpoint` wrote. Nothing in the file can run code.
 
