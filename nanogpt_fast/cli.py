@@ -4,6 +4,7 @@ Nothing heavy is imported before a subcommand is chosen. Every subcommand is a f
 and returns an exit status or None. Exit status: 0 done, 2 something in what was asked or found cannot be (one line says
 what), 130 interrupted, 1 a bug (with its traceback).
 """
+import io
 import os
 import sys
 import traceback
@@ -42,6 +43,8 @@ def main(argv=None):
               "all)", file=sys.stderr)
         return 2
     module, function, _ = commands[argv[0]]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character is no reason to stop
     try:
         return getattr(import_module(f"nanogpt_fast.{module}"), function)(argv[1:]) or 0
     except KeyboardInterrupt:
@@ -71,8 +74,8 @@ def usage(commands):
 
 def is_for_the_user(error):
     """True for an error whose text is meant to be read by the one who typed the command: this package raised it, or the
-    operating system did. Anything else is a bug, and its traceback is what somebody needs to see."""
-    if isinstance(error, OSError):
+    operating system did, or a GPU is too small. Anything else is a bug, and its traceback is what somebody needs to see."""
+    if isinstance(error, OSError) or type(error).__name__ == "OutOfMemoryError":
         return True
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     return os.path.realpath(raised_in).startswith(os.path.dirname(os.path.realpath(__file__)) + os.sep)

@@ -1,0 +1,122 @@
+"""The command line itself: which commands there are, how fast help is, and that an error is one line and an exit status."""
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, entry_points, version
+
+import pytest
+
+import nanogpt_fast
+from nanogpt_fast import cli
+
+
+def command(*argv, **environment):
+    return subprocess.run([sys.executable, "-m", "nanogpt_fast", *argv], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def raising(error):
+    def run(argv):
+        raise error
+    return run
+
+
+def test_help_lists_the_commands_that_are_installed_and_no_other(capsys, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "fly", ("flying", "main", "not built"))
+    assert cli.main([]) == cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in ("prepare", "train", "sample", "chat"):
+        assert f"\n  {name} " in text
+    assert "fly" not in text
+
+
+def test_every_listed_command_can_be_called():
+    from importlib import import_module
+    for name, (module, function, _) in cli.available().items():
+        assert callable(getattr(import_module(f"nanogpt_fast.{module}"), function, None)), f"{name}: nanogpt_fast.{module}.{function}"
+
+
+@pytest.mark.parametrize("name", ["prepare", "train", "sample", "chat"])
+def test_every_command_has_help_that_lists_its_options(name, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([name, "--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0 and text.startswith(f"usage: nanogpt-fast {name}") and text.count("\n  --") >= 5
+    assert max(map(len, text.splitlines())) <= 128
+
+
+def test_help_waits_for_nothing_heavy():
+    code = ("import sys, nanogpt_fast.cli\nassert nanogpt_fast.cli.main(['--help']) == 0\n"
+            "sys.exit(any(heavy in sys.modules for heavy in ('torch', 'numpy', 'triton', 'matplotlib')))")
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_the_console_script_and_the_module_are_the_same_function():
+    try:
+        version("nanogpt-fast")
+    except PackageNotFoundError:
+        pytest.skip("the package runs from its source tree and is not installed")
+    script, = entry_points(group="console_scripts", name="nanogpt-fast")
+    assert script.load() is cli.main
+    done = command("--version")
+    assert (done.returncode, done.stdout) == (0, f"nanogpt-fast {nanogpt_fast.__version__}\n")
+
+
+def test_an_unknown_command_names_the_nearest():
+    done = command("trian")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "nanogpt-fast: no command 'trian'; the nearest is train (`nanogpt-fast --help` lists them all)\n"
+
+
+def test_a_mistake_is_one_line_and_status_2():
+    done = command("prepare", "--tokenzier=char")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == ("nanogpt-fast prepare: unknown option --tokenzier; the nearest is --tokenizer "
+                           "(`nanogpt-fast prepare --help` lists them all)\n")
+
+
+def test_the_traceback_is_there_for_who_asks():
+    done = command("prepare", "--tokenzier=char", NANOGPT_FAST_TRACEBACK="1")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "options.py" in done.stderr
+
+
+def test_training_without_data_says_what_there_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--dataset=nowhere", "--device=cpu"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "no data set 'nowhere'" in err and "Corpora: embedded, shakespeare" in err
+
+
+def test_an_error_that_this_package_did_not_raise_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("nanogpt_fast.text.prepare.main", raising(ValueError("a bug")))  # raised in this file
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["prepare"])
+
+
+def test_what_the_operating_system_refuses_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("nanogpt_fast.text.prepare.main", raising(PermissionError(13, "Permission denied", "data")))
+    assert cli.main(["prepare"]) == 2
+    assert capsys.readouterr().err == "nanogpt-fast prepare: [Errno 13] Permission denied: 'data'\n"
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("nanogpt_fast.text.prepare.main", raising(KeyboardInterrupt()))
+    assert cli.main(["prepare"]) == 130
+    assert capsys.readouterr().err == "\nnanogpt-fast prepare: interrupted\n"
+
+
+def test_the_exit_status_of_a_command_is_handed_on(monkeypatch):
+    monkeypatch.setattr("nanogpt_fast.text.prepare.main", lambda argv: 143)
+    assert cli.main(["prepare"]) == 143
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+def test_a_reader_that_leaves_early_is_no_error():
+    done = subprocess.run(f"{sys.executable} -m nanogpt_fast prepare --help | head -1", shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("usage:") and done.stderr == ""
+
+
+def test_text_that_the_terminal_cannot_show_is_no_error():
+    code = "from nanogpt_fast import cli\nimport nanogpt_fast.text.prepare as p\np.main = lambda argv: print('é漢')\ncli.main(['prepare'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout) == (0, b"??\n"), done.stderr
