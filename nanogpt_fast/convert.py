@@ -24,15 +24,17 @@ models are asked for logits at the end, and a difference raises, too: no convers
 import contextlib
 import io
 import re
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
 from . import checkpoint as checkpoints
-from . import classic
+from . import classic, options
 from .classic import ClassicConfig, ClassicGPT
 from .config import GPTConfig
 from .model import GPT
+from .options import option
 
 # One linear layer or LayerNorm each, by its names in a block; c_attn is the only one that is not one to one.
 IN_A_BLOCK = {"ln1": "ln_1", "sa.proj": "attn.c_proj", "ln2": "ln_2", "ff.0": "mlp.c_fc", "ff.2": "mlp.c_proj"}
@@ -116,6 +118,28 @@ def convert_checkpoint(source, target):
     model = to_classic(gpt)
     classic.save_checkpoint(target, model, tokenizer)
     return model
+
+
+@dataclass
+class ConvertOptions:
+    """Convert a checkpoint of the classic GPT (separate query, key and value) to nanoGPT's layout, or the other way round.
+
+    The file says which it is. Example: nanogpt-fast convert classic.pt out/ckpt.pt
+    """
+
+    source: str = option("", "the checkpoint to read", positional=True)
+    target: str = option("", "the checkpoint to write", positional=True)
+
+    def __post_init__(self):
+        if not self.source or not self.target:
+            raise ValueError("two files are needed: nanogpt-fast convert SOURCE TARGET")
+
+
+def main(argv):
+    """The command `nanogpt-fast convert`."""
+    o = options.parse(ConvertOptions, argv, "nanogpt-fast convert")
+    model = convert_checkpoint(o.source, o.target)
+    print(f"{o.target} holds the {type(model).__name__} that computes what {o.source} does")
 
 
 def save_gpt(path, gpt, tokenizer=None, *, iter_num=0, best_val_loss=float("inf"), config=None):

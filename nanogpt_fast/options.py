@@ -28,8 +28,8 @@ def option(default, help, *, minimum=None, maximum=None, above=None, below=None,
     """A dataclass field with its meaning and its limits.
 
     minimum, maximum: inclusive limits; above, below: exclusive ones. choices: the accepted values. alias: a second name on
-    the command line. section: a heading of the help text, which this field opens. positional: bare words of the command
-    line set this field; without such a field they are config files.
+    the command line. section: a heading of the help text, which this field opens. positional: a bare word of the command
+    line sets this field, the first word the first such field; where there is none, bare words are config files.
     """
     return dataclasses.field(default=default, metadata=dict(
         help=help, minimum=minimum, maximum=maximum, above=above, below=below, choices=choices, alias=alias, section=section,
@@ -48,19 +48,21 @@ def parse(cls, argv, prog):
     kinds = _kinds(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     aliases = {field.metadata["alias"]: name for name, field in fields.items() if field.metadata.get("alias")}
-    positional = next((name for name, field in fields.items() if field.metadata.get("positional")), None)
+    positional = _positional(cls)  # bare words go to these in turn; where there are none, a bare word is a config file
+    waiting = list(positional)
     values = {name: field.default for name, field in fields.items()}
 
     words = list(argv)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            if positional is None:
+            if waiting:
+                values[waiting[0]] = _from_text(word, waiting[0], kinds[waiting[0]])
+                waiting.pop(0)
+            elif not positional:
                 _run_config(word, values, kinds)
-            elif values[positional] != fields[positional].default:
-                raise ValueError(f"{word!r}: {positional} is {values[positional]!r} already; {prog} takes one")
             else:
-                values[positional] = _from_text(word, positional, kinds[positional])
+                raise ValueError(f"{word!r} is one word too many; usage: {prog} {' '.join(positional)} [--key=value ...]")
             continue
         key, equals, text = word[2:].partition("=")
         name = key.replace("-", "_")
@@ -93,9 +95,9 @@ def check(options):
 def help_text(cls, prog):
     """Every key of `cls` with its type, default and meaning; the docstring of `cls` comes first."""
     kinds = _kinds(cls)
-    positional = next((field.name for field in dataclasses.fields(cls) if field.metadata.get("positional")), None)
+    words = " ".join(_positional(cls)) or "[config.py ...]"
     width = min(shutil.get_terminal_size((110, 24)).columns, 128)
-    lines = [f"usage: {prog} [{positional or 'config.py ...'}] [--key=value | --key value ...]", ""]
+    lines = [f"usage: {prog} {words} [--key=value | --key value ...]", ""]
     for paragraph in textwrap.dedent(" " * 4 + (cls.__doc__ or "")).strip().split("\n\n"):
         lines += [textwrap.fill(" ".join(paragraph.split()), width), ""]
     for field in dataclasses.fields(cls):
@@ -115,6 +117,10 @@ def _kinds(cls):
     """{field name: accepted types}; `int | None` gives (int, NoneType)."""
     hints = typing.get_type_hints(cls)
     return {field.name: typing.get_args(hints[field.name]) or (hints[field.name],) for field in dataclasses.fields(cls)}
+
+
+def _positional(cls):
+    return [field.name for field in dataclasses.fields(cls) if field.metadata.get("positional")]
 
 
 def nearest(name, names):

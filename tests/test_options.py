@@ -172,16 +172,18 @@ def test_post_init_checks_what_spans_fields():
         options.parse(Pair, ["--n_head=3"], "prog")
 
 
-def test_a_positional_field_takes_one_bare_word():
+def test_positional_fields_take_bare_words_in_turn():
     @dataclass
     class Named:
         source: str = option("", "what", positional=True)
+        target: str = option("", "where to", positional=True)
         seed: int = option(1, "seed")
 
-    parsed = options.parse(Named, ["my.txt", "--seed=2"], "prog")
-    assert (parsed.source, parsed.seed) == ("my.txt", 2)
-    with pytest.raises(ValueError, match="takes one"):
-        options.parse(Named, ["a", "b"], "prog")
+    parsed = options.parse(Named, ["my.txt", "--seed=2", "out.txt"], "prog")
+    assert (parsed.source, parsed.target, parsed.seed) == ("my.txt", "out.txt", 2)
+    assert options.help_text(Named, "prog").startswith("usage: prog source target [--key=value")
+    with pytest.raises(ValueError, match="'c' is one word too many; usage: prog source target"):
+        options.parse(Named, ["a", "b", "c"], "prog")
 
 
 def test_importing_options_needs_no_torch():
