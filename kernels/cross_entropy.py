@@ -207,9 +207,8 @@ def row_losses(logits, targets, ignore_index, *, gradient):
     sum to better than 1e-3 at 1e4. A target outside of the vocabulary makes its loss, and its row of dlogits, nan.
     """
     rows, V = logits.shape
-    losses, maxima, log_sums = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
-    if gradient:
-        maxima = log_sums = None
+    losses, maxima, log_sums = (torch.empty(rows, dtype=torch.float32, device=logits.device) if wanted else None
+                                for wanted in (True, not gradient, not gradient))
     if rows:
         block, warps = tile(V)
         with torch.cuda.device_of(logits):
