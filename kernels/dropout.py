@@ -66,13 +66,13 @@ def keep_scores(seed, matrix, m0, n0, p, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 @triton.jit
 def keep_scale(p):
     """1 / (1 - p), what a kept element is multiplied by; 0 for p = 1."""
-    p = tl.to_tensor(p).to(tl.float32)
+    p = tl.cast(p, tl.float32)
     return tl.where(p < 1.0, 1.0 / tl.maximum(1.0 - p, 1e-9), 0.0)
 
 
 @triton.jit
 def _threshold(p):
-    return tl.minimum(tl.to_tensor(p).to(tl.float32) * TWO_POW_32, LARGEST_BELOW).to(tl.uint32)
+    return tl.minimum(tl.cast(p, tl.float32) * TWO_POW_32, LARGEST_BELOW).to(tl.uint32)
 
 
 # The same masks in PyTorch, element by element: how a test (or a curious reader) sees what a kernel dropped. ------------------
