@@ -64,6 +64,12 @@ def test_an_untied_biased_head_is_kept_and_its_bias_counts():
     torch.testing.assert_close(logits[:, 0], model(IDX)[0][:, -1], rtol=1e-4, atol=1e-4)
 
 
+def test_a_head_with_bias_that_shares_the_embedding_by_hand_converts_too():
+    model = classic_gpt(tied=False)
+    model.head.weight = model.tok_emb.weight
+    assert_equal_logits(model, to_gpt(model))
+
+
 def test_a_converted_untied_gpt_trains_head_and_embedding_apart():
     model = classic_gpt(tied=False)
     fused = to_gpt(model)
