@@ -1,0 +1,253 @@
+"""Generation: the KV cache gives the tokens of the uncached path, whatever the prompts, and is never stale.
+
+One-row and many-row matmuls round differently (C20), so `same_tokens` lets two runs part only where the two deciding scores,
+computed without the cache, are tied within the measured error of the logits.
+"""
+import contextlib
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn as nn
+
+from nanogpt_fast import GPT, GPTConfig, backend, generation
+
+ERROR = 1e-4  # of a logit between the cached and the uncached path, fp32, these weights: 2e-5 measured
+
+
+def model_of(seed=0, **changes):
+    torch.manual_seed(seed)
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = GPT(GPTConfig(**{**dict(block_size=24, vocab_size=65, n_layer=2, n_head=2, n_embd=32), **changes})).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # at initialisation every next token is about equally likely: sharpen
+            p.mul_(4)
+    return model
+
+
+def prompts_of(*lengths, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(65, (n,), generator=g) for n in lengths]
+
+
+@torch.no_grad()
+def scores(model, tokens):
+    return model(tokens[None, -model.config.block_size:])[0][0, -1]
+
+
+def same_tokens(model, a, b, prompt_length):
+    """a, b: 1-D token tensors. Equal, or they part at a tie of the two chosen scores (greedy)."""
+    if torch.equal(a, b):
+        return True
+    at = int((a != b).nonzero()[0])
+    assert at >= prompt_length
+    logits = scores(model, a[:at])
+    return abs(logits[a[at]] - logits[b[at]]).item() < ERROR
+
+
+LENGTHS = (3, 9, 23, 24, 30, 1)  # shorter, one below, at and beyond block_size 24
+
+
+@pytest.mark.parametrize("changes", [{}, {"bias": False}, {"n_head": 4, "n_embd": 48}, {"activation": "gelu_tanh"}], ids=str)
+def test_greedy_tokens_equal_the_uncached_path_for_ragged_prompts_across_block_size(changes):
+    model, prompts = model_of(**changes), prompts_of(*LENGTHS)
+    for prompt, row in zip(prompts, model.generate(prompts, 40, temperature=0)):
+        alone = model.generate(prompt[None], 40, temperature=0, use_cache=False)[0]
+        assert same_tokens(model, row, alone, len(prompt)), len(prompt)
+
+
+def test_cached_logits_agree_with_the_models_own():
+    model, prompts = model_of(), prompts_of(5, 11)
+    run = generation.Run(model, prompts, 1, dict(temperature=0), None, None, True)
+    run._room(30)
+    for _ in range(30):
+        with torch.no_grad():
+            logits = run.logits().clone()
+        for i, length in enumerate(run.lengths):
+            assert (logits[i] - scores(model, run.history[i, :length])).abs().max() < ERROR
+        token = logits.argmax(-1)                      # what `step` does, with the logits in our hands
+        run.session.feed(token, run.ends)
+        run.history[run.rows, run.ends] = token
+        run.ends += 1
+        run.lengths, run.longest, run.fresh = [n + 1 for n in run.lengths], run.longest + 1, False
+
+
+@pytest.mark.parametrize("filters", [{}, {"temperature": 0.7, "top_k": 7}], ids=str)
+def test_sampled_tokens_follow_torchs_generator_draw_for_draw(filters):
+    model, idx = model_of(), torch.stack(prompts_of(5, 5))
+    torch.manual_seed(1)
+    cached = model.generate(idx, 40, **filters)
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(cached, model.generate(idx, 40, use_cache=False, **filters))
+    assert torch.equal(after, torch.get_rng_state())
+
+
+def test_several_samples_from_one_prefill_are_the_prompt_repeated(monkeypatch):
+    model, idx = model_of(), torch.stack(prompts_of(5, 5))
+    torch.manual_seed(1)
+    repeated = model.generate(idx.repeat_interleave(3, 0), 30)
+    widths = []
+    prefill = generation.Session.prefill
+    monkeypatch.setattr(generation.Session, "prefill",
+                        lambda self, idx, *rest: (widths.append(idx.size(0)), prefill(self, idx, *rest))[1])
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(idx, 30, num_samples=3), repeated)
+    assert widths == [2]
+
+
+def test_a_stop_ends_a_row_before_it_also_when_it_spans_steps():
+    model, idx = model_of(), torch.stack(prompts_of(5))
+    free = model.generate(idx, 30, temperature=0)[0, 5:].tolist()
+    at = next(i for i in range(2, 28) if free[i:i + 2] not in [free[j:j + 2] for j in range(i)])
+    for stop, length in (([free[at:at + 2]], at), ([[999], free[at:at + 2]], at), (free[0], 0), ([64 if free[0] != 64 else 63], None)):
+        row = model.generate(idx, 30, temperature=0, stop=stop)[0][5:].tolist()
+        expected = free if length is None else free[:length]
+        if length is None and stop[0] in free:
+            expected = free[:free.index(stop[0])]
+        assert row == expected
+        streamed = [token for released in model.generate(idx, 30, temperature=0, stop=stop, stream=True) for token in released[0]]
+        assert streamed == expected
+
+
+def test_stop_rows_end_one_by_one():
+    model, prompts = model_of(), prompts_of(4, 9, 6)
+    free = [row[len(p):].tolist() for p, row in zip(prompts, model.generate(prompts, 20, temperature=0))]
+    stop = free[1][3]
+    rows = model.generate(prompts, 20, temperature=0, stop=stop)
+    for prompt, row, tokens in zip(prompts, rows, free):
+        assert row[len(prompt):].tolist() == (tokens[:tokens.index(stop)] if stop in tokens else tokens)
+
+
+def test_a_started_but_unfinished_stop_is_released_at_the_end():
+    model, idx = model_of(), torch.stack(prompts_of(5))
+    free = model.generate(idx, 8, temperature=0)[0, 5:].tolist()
+    steps = list(model.generate(idx, 8, temperature=0, stop=[[free[-1], 999]], stream=True))
+    assert sum((step[0] for step in steps), []) == free
+
+
+def test_streaming_yields_every_token_as_it_is_drawn():
+    model, prompts = model_of(), prompts_of(3, 8)
+    stream = model.generate(prompts, 10, temperature=0, stream=True)
+    first = next(stream)
+    assert [len(tokens) for tokens in first] == [1, 1]
+    rows = [first] + list(stream)
+    assert len(rows) == 10
+    for i, row in enumerate(model.generate(prompts, 10, temperature=0)):
+        assert row[len(prompts[i]):].tolist() == [step[i][0] for step in rows]
+
+
+def test_two_streams_of_one_model_do_not_disturb_each_other():
+    model, prompts = model_of(), prompts_of(3, 8)
+    alone = [model.generate(p[None], 12, temperature=0)[0, len(p):].tolist() for p in prompts]
+    a, b = (model.generate(p[None], 12, temperature=0, stream=True) for p in prompts)
+    together = list(zip(a, b))
+    assert [[pair[i][0][0] for pair in together] for i in (0, 1)] == alone
+
+
+@pytest.mark.parametrize("change", ["train", "load", "double", "crop", "deepcopy"])
+def test_nothing_is_stale_after_a_change_of_the_model(change):
+    model, idx = model_of(), torch.stack(prompts_of(5))
+    before = model.generate(idx, 20, temperature=0)
+    if change == "train":
+        optimizer = torch.optim.SGD(model.parameters(), lr=3.0)
+        model(idx, idx.roll(1, 1))[1].backward()
+        optimizer.step()
+    elif change == "load":
+        model.load_state_dict(model_of(seed=8).state_dict())
+    elif change == "double":
+        model.double()
+    elif change == "crop":
+        model.crop_block_size(8)
+    else:
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            model.transformer.wte.weight.copy_(model_of(seed=8).transformer.wte.weight)
+    after = model.generate(idx, 20, temperature=0)
+    assert same_tokens(model, after[0], model.generate(idx, 20, temperature=0, use_cache=False)[0], 5)
+    if change != "double":
+        assert not torch.equal(before, after)
+
+
+def test_half_precision_copies_follow_the_weights():
+    model, idx = model_of(), torch.stack(prompts_of(5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model.generate(idx, 20, temperature=0)
+        with torch.no_grad():
+            model.transformer.wte.weight.data.copy_(model_of(seed=8).transformer.wte.weight)  # .data: no version counter moves
+        after = model.generate(idx, 20, temperature=0)
+    assert generation._sessions[model].popitem()[1].dtype == torch.bfloat16
+    assert not torch.equal(before, after)
+
+
+def test_a_model_is_pickled_and_copied_after_it_generated():
+    model, idx = model_of(), torch.stack(prompts_of(5))
+    expected = model.generate(idx, 5, temperature=0)
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(twin.generate(idx, 5, temperature=0), expected)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Shifted(GPT):
+    def forward(self, idx, targets=None, **more):
+        logits, loss = super().forward(idx, targets, **more)
+        return logits.roll(1, -1), loss
+
+
+def touch(model, how):
+    attn = model.transformer.h[0].attn
+    if how == "hook":
+        attn.register_forward_hook(lambda module, args, out: 3 * out)
+    elif how == "lora":
+        attn.c_attn.__class__ = Doubled
+    elif how == "mlp":
+        model.transformer.h[1].mlp = nn.Sequential(nn.Linear(32, 32), nn.Tanh())
+    elif how == "subclass":
+        model.__class__ = Shifted
+    elif how == "parametrize":
+        nn.utils.parametrize.register_parametrization(attn.c_proj, "weight", nn.Softplus())
+    elif how == "dropout":
+        model.train().transformer.drop.p = 0.4
+    elif how == "manual":
+        attn.flash = False
+    return model
+
+
+@pytest.mark.parametrize("how", ["hook", "lora", "mlp", "subclass", "parametrize", "dropout", "manual"])
+def test_a_touched_model_is_generated_from_without_the_cache_and_it_is_said(how):
+    model, idx = touch(model_of(), how), torch.stack(prompts_of(5))
+    backend._noticed.clear()
+    torch.manual_seed(2)
+    with pytest.warns(RuntimeWarning, match="recomputes the whole context"):
+        tokens = model.generate(idx, 30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.manual_seed(2)
+        assert torch.equal(tokens, model.generate(idx, 30))  # said once
+    torch.manual_seed(2)
+    plain = idx
+    with torch.no_grad():
+        for _ in range(30):
+            plain = torch.cat((plain, torch.multinomial(model(plain[:, -24:])[0][:, -1].softmax(-1), 1)), 1)
+    assert torch.equal(tokens, plain)
+
+
+def test_what_is_refused():
+    model, idx = model_of(), torch.stack(prompts_of(5))
+    for kwargs, message in ((dict(top_p=1.5), "top_p is 1.5"), (dict(min_p=-0.1), "min_p is -0.1"), (dict(num_samples=0), "num_samples is 0"),
+                            (dict(rng="numpy"), "rng is 'numpy'"), (dict(rng="torch", seed=1), "seed needs rng='philox'"),
+                            (dict(stop=[[]]), "empty sequence"), (dict(seed=[1, 2]), "seed has 2 values for 1 rows")):
+        with pytest.raises(ValueError, match=message):
+            model.generate(idx, 3, **kwargs)
+    with pytest.raises(ValueError, match=r"idx has shape \(5,\)"):
+        model.generate(idx[0], 3)
+    with pytest.raises(ValueError, match=r"prompt is empty \(row 1\)"):
+        model.generate([idx[0], idx[0, :0]], 3)
+    assert model.generate(idx[:0], 3).shape == (0, 8)
