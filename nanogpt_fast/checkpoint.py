@@ -56,7 +56,7 @@ def _system_reason(error):
 def remove_leftovers(folder):
     """Delete the half-written temporary files that a killed run left in its folder."""
     for name in ("ckpt.pt", "last.pt"):
-        for leftover in Path(folder).glob(f".{name}.*.tmp"):
+        for leftover in Path(folder).glob(f"{name}.*.tmp"):
             leftover.unlink(missing_ok=True)
 
 

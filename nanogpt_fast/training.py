@@ -172,6 +172,7 @@ def _train(o, ranks, device, ops):
     if start is not None:
         iter_num, best_val_loss = start["iter_num"], start["best_val_loss"]
         evaluated_at = _continue_exactly(start, optimizer, scaler, train_batches, ranks)
+        start = None  # its weights are in the model now: free the memory
     first_iter = iter_num
 
     network = model

@@ -1,0 +1,190 @@
+"""Stopped and resumed is never stopped: bit for bit on a CPU, however the run ended."""
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import torch
+
+from nanogpt_fast import GPT, checkpoint, progress
+from nanogpt_fast.checkpoint import CheckpointError
+from nanogpt_fast.training import run, train
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny.data(tmp_path)
+    return tmp_path
+
+
+def stop_after(step, monkeypatch, number=signal.SIGINT):
+    """Send this process a signal when step `step` is reported."""
+    original = progress.Progress.step
+
+    def reporting(self, iter_num, *args):
+        original(self, iter_num, *args)
+        if iter_num == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(progress.Progress, "step", reporting)
+
+
+def test_a_run_stopped_at_step_60_and_resumed_equals_one_that_never_stopped(folder, monkeypatch):
+    settings = dict(max_iters=90, lr_decay_iters=90, eval_interval=25, dropout=0.2, gradient_accumulation_steps=2, sample_tokens=3)
+    straight, broken = tiny.options(folder, "straight", **settings), tiny.options(folder, "broken", **settings)
+    expected = train(straight)
+
+    with monkeypatch.context() as patch:
+        stop_after(59, patch)
+        stopped = train(broken)
+    assert stopped.stopped == signal.SIGINT and stopped.iter_num in (60, 61)
+    assert torch.load(folder / "broken" / "last.pt", weights_only=True)["iter_num"] == stopped.iter_num
+    torch.manual_seed(0)  # whatever the process has drawn in between
+    resumed = train(dataclasses.replace(broken, init_from="resume"))
+
+    assert tiny.losses(broken) == tiny.losses(straight) and len(tiny.losses(broken)) == 90
+    assert tiny.evaluations(broken) == tiny.evaluations(straight)
+    for name, tensor in expected.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name])
+    assert resumed.best_val_loss == expected.best_val_loss
+
+
+@pytest.mark.parametrize("step", [9, 19])  # the signal comes when an evaluation is due next
+def test_a_stop_right_before_an_evaluation_does_not_lose_it(step, folder, monkeypatch):
+    straight, broken = tiny.options(folder, "straight"), tiny.options(folder, "broken")
+    train(straight)
+    with monkeypatch.context() as patch:
+        stop_after(step, patch)
+        train(broken)
+    train(dataclasses.replace(broken, init_from="resume"))
+    assert tiny.losses(broken) == tiny.losses(straight) and tiny.evaluations(broken) == tiny.evaluations(straight)
+
+
+def test_a_killed_run_goes_on_from_its_last_evaluation_and_logs_no_step_twice(folder):
+    straight, broken = tiny.options(folder, "straight"), tiny.options(folder, "broken")
+    train(straight)
+    train(dataclasses.replace(broken, max_iters=10))  # what is on disk after the evaluation at step 10 ...
+    with open(folder / "broken" / "metrics.jsonl", "a") as f:  # ... and what a run that was killed at step 12 logged besides
+        f.write('{"iter": 10, "loss": 0.0}\n{"iter": 11, "loss": 0.0}\n{"iter": 12, "lo')
+    train(dataclasses.replace(broken, init_from="resume"))
+    assert [row["iter"] for row in tiny.rows(broken)] == [row["iter"] for row in tiny.rows(straight)]
+    assert tiny.losses(broken) == tiny.losses(straight)
+
+
+def test_float16_resumes_with_the_scale_that_it_had_found(folder):
+    settings = dict(dtype="float16", max_iters=20)
+    straight, broken = tiny.options(folder, "straight", **settings), tiny.options(folder, "broken", **settings)
+    train(straight)
+    train(dataclasses.replace(broken, max_iters=10))
+    state = torch.load(folder / "broken" / "last.pt", weights_only=True)
+    assert state["resume"]["scaler"]["_growth_tracker"] == 10
+    train(dataclasses.replace(broken, init_from="resume"))
+    assert tiny.losses(broken) == tiny.losses(straight)
+
+
+def test_nanogpts_ckpt_pt_is_resumed_with_its_optimizer(folder):
+    o = tiny.options(folder, max_iters=10)
+    train(o)
+    os.remove(folder / "out" / "last.pt")  # nanoGPT knows no such file
+    before = torch.load(folder / "out" / "ckpt.pt", weights_only=True)
+    theirs = {key: before[key] for key in ("model", "optimizer", "model_args", "iter_num", "best_val_loss", "config")}
+    theirs["best_val_loss"] = torch.tensor(before["best_val_loss"])
+    torch.save(theirs, folder / "out" / "ckpt.pt")
+    result = train(dataclasses.replace(o, init_from="resume", max_iters=15, block_size=1024, n_layer=7))  # the checkpoint's sizes count
+    assert result.iter_num == 15 and result.model.config.block_size == 16 and result.model.config.n_layer == 2
+    after = torch.load(folder / "out" / "last.pt", weights_only=True)
+    assert after["optimizer"]["state"][0]["step"] == 15
+    assert list(tiny.losses(o)) == list(range(15))
+
+
+def test_a_finished_run_resumed_does_nothing_more(folder):
+    o = tiny.options(folder, max_iters=5)
+    first = train(o)
+    again = train(dataclasses.replace(o, init_from="resume"))
+    assert again.iter_num == 5 and again.stopped is None and list(tiny.losses(o)) == list(range(5))
+    assert torch.equal(first.model.lm_head.weight, again.model.lm_head.weight)
+
+
+def test_another_batch_size_is_allowed_and_said_not_to_be_the_same_run(folder, capsys):
+    o = tiny.options(folder, max_iters=5)
+    train(o)
+    assert train(dataclasses.replace(o, init_from="resume", batch_size=3, max_iters=7)).iter_num == 7
+    assert "not an exact continuation" in capsys.readouterr().out
+
+
+def test_resuming_on_a_text_with_another_vocabulary_is_refused(folder):
+    o = tiny.options(folder, max_iters=2)
+    train(o)
+    tiny.data(folder, "other", "the quick brown fox jumps over the lazy dog\n" * 50)
+    with pytest.raises(CheckpointError, match="another vocabulary"):
+        train(dataclasses.replace(o, init_from="resume", dataset="other"))
+
+
+def test_resuming_without_or_with_a_damaged_checkpoint_is_a_clear_error(folder):
+    o = tiny.options(folder, init_from="resume")
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        train(o)
+    (folder / "out").mkdir()
+    (folder / "out" / "last.pt").write_bytes(b"PK\3\4 and no more")
+    with pytest.raises(CheckpointError, match="damaged"):
+        train(o)
+
+
+def test_an_optimizer_that_does_not_fit_is_refused(folder):
+    o = tiny.options(folder, max_iters=2)
+    train(o)
+    with pytest.raises(CheckpointError, match="optimizer"):
+        train(dataclasses.replace(o, init_from="resume", block_size=8))  # crops the model; the moments are of 16 positions
+
+
+def test_random_states_come_back():
+    import random
+
+    import numpy
+    states = checkpoint.random_states()
+    drawn = torch.rand(3), numpy.random.rand(3), random.random(), numpy.random.randn()
+    checkpoint.set_random_states(states)
+    again = torch.rand(3), numpy.random.rand(3), random.random(), numpy.random.randn()
+    assert torch.equal(drawn[0], again[0]) and (drawn[1] == again[1]).all() and drawn[2:] == again[2:]
+
+
+def test_ctrl_c_saves_and_leaves_with_a_message(folder):
+    o = tiny.options(folder, max_iters=100_000, lr_decay_iters=100_000, eval_interval=50_000)
+    process = subprocess.Popen([sys.executable, "-m", "nanogpt_fast", "train", *tiny.words(o)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    while "iter 20:" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and not errors
+    saved = torch.load(folder / "out" / "last.pt", weights_only=True)
+    assert saved["iter_num"] > 20
+    assert f"Stopped at step {saved['iter_num']}" in printed and "--init_from=resume" in printed
+
+
+def test_sigterm_saves_and_leaves_too(folder, monkeypatch, capsys):
+    stop_after(3, monkeypatch, signal.SIGTERM)
+    assert run(tiny.words(tiny.options(folder))) == 143
+    assert "Stopped at step 4" in capsys.readouterr().out and (folder / "out" / "last.pt").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handlers are put back
+
+
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(folder, monkeypatch):
+    forward, calls = GPT.forward, []
+
+    def counting(self, *args, **kwargs):
+        calls.append(time.perf_counter())
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, "forward", counting)
+    result = train(tiny.options(folder, eval_iters=100_000))
+    assert result.stopped == signal.SIGINT and result.iter_num == 0 and len(calls) < 10
+    assert (folder / "out" / "last.pt").exists()
+
+
