@@ -6,35 +6,35 @@ Every module of this package that holds `@triton.jit` kernels has a function
         '''One Case for each kernel, in each row of this file's tile table for `arch` (80, 86, 89, 90 or 100).'''
         yield Case(...)
 
-and `gate.py` finds it, compiles each case for that architecture without a GPU and holds it to the limits. Nothing is registered.
-Names decide what is a kernel: a jitted function that is launched on a grid is called `..._kernel` and must be in at least one
-case (a test looks); a jitted function that kernels call is called otherwise.
+and `gate.py` finds it, compiles each case for that architecture without a GPU and holds it to the limits. Nothing is
+registered. Names decide what is a kernel: a jitted function that is launched on a grid is called `..._kernel` and must be in at
+least one case (a test looks); a jitted function that kernels call is called otherwise.
 
 A case describes the launch as Triton's own launcher would specialise it on a GPU:
 
     Case(
-        name="mlp.fc gelu bf16 train",                 # file.kernel and what distinguishes it; unique within one architecture
+        name="mlp.fc gelu bf16 train",                  # file.kernel and what distinguishes it; unique for an architecture
         kernel=_fc_kernel,
-        signature={"x_ptr": "*bf16", "M": "i32", ...},  # every argument that isn't constexpr: *fp32 *bf16 *fp16 *i64 i32 i64 fp32
-        constexprs={"BLOCK_M": 128, "stride": 1, ...},  # constexpr parameters, and ints that are 1 (Triton makes those constants)
-        divisible=("N", "K", "stride_x"),               # ints that are multiples of 16 at this shape; pointers always count as such
+        signature={"x_ptr": "*bf16", "M": "i32", ...},  # every argument that isn't constexpr: *fp32 *bf16 *i64 i32 fp32 ...
+        constexprs={"BLOCK_M": 128, "stride": 1, ...},  # constexpr parameters, None for absent pointers, ints that are 1
+        divisible=("N", "K", "stride_x"),               # ints that are multiples of 16 at this shape; pointers always count
         num_warps=4, num_stages=3,
         tile_row="90: 128x128x64",                      # which row of the table this is, in words
-        bytes=..., flops=...,                           # what the launch must move and compute at GPT-2 124M shapes, see below
+        bytes=..., flops=...,                           # what the launch must move and compute, see below
         in_model=True,                                  # a GPT-2 124M bf16 training step launches exactly this
     )
 
 Leave an int out of `divisible` and loads of a row that starts at a multiple of it become narrow: 2 bytes instead of 16.
 
 `bytes` counts each input once and each output once (what no cache can save), `flops` counts a multiply-add as two; both for
-GPT-2 124M at B=64, T=1024 (C=768, H=12, D=64, V=50304) and None where a case isn't a launch of that model. The gate turns them into
-the floor in microseconds on an H200.
+GPT-2 124M at B=64, T=1024 (C=768, H=12, D=64, V=50304) and None where a case isn't a launch of that model. The gate turns them
+into the floor in microseconds on an H200.
 
-The gate finds by itself which kernels must use `wgmma` on sm_90 (a half-precision `tl.dot` with 64 rows or more). What a case must
-declare is the exception:
+The gate finds by itself which kernels must use `wgmma` on sm_90 (a half-precision `tl.dot` with 64 rows or more). What a case
+must declare is the exception:
 
-    allowed_spill_bytes=16, spill_reason="..."     # stack bytes per thread; the reason is printed beside them
-    allowed_narrow_loads=9, narrow_reason="..."    # load instructions of less than 16 bytes: scalars, a row's statistics, a bias
+    allowed_spill_bytes=16, spill_reason="..."      # stack bytes of a thread; the reason is printed beside them
+    allowed_narrow_loads=9, narrow_reason="..."     # load instructions under 16 bytes: scalars, a row's statistics, a bias
 """
 import dataclasses
 import typing
@@ -71,7 +71,7 @@ class Case:
         expected = set(self.kernel.arg_names)
         if named != expected:
             raise ValueError(f"{self.name}: {self.kernel.__name__} takes arguments that the case doesn't describe "
-                             f"({', '.join(sorted(expected - named)) or 'none'}) or the case describes arguments that it doesn't take "
+                             f"({', '.join(sorted(expected - named)) or 'none'}) or the case describes some it doesn't take "
                              f"({', '.join(sorted(named - expected)) or 'none'})")
         unknown = set(self.divisible) - set(self.signature)
         if unknown:

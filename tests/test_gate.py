@@ -3,6 +3,7 @@
 `make test` compiles for sm_90, `make test-all` for every architecture. No GPU is needed. Triton must not be interpreting.
 """
 import os
+import pathlib
 
 import pytest
 
@@ -26,13 +27,13 @@ def test_every_kernel_in_every_tile_row_keeps_the_limits(arch):
 def test_every_kernel_is_in_a_case():
     for module in gate.kernel_modules():
         kernels = {name for name, value in vars(module).items()
-                   if isinstance(value, triton.JITFunction) and name.endswith("_kernel") and value.__module__ == module.__name__}
+                   if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
+                   and value.__module__ == module.__name__}
         covered = {case.kernel.__name__ for arch in gate.ARCHITECTURES for case in module.gate_cases(arch)}
         assert kernels <= covered, f"{module.__name__}: no gate case compiles {', '.join(sorted(kernels - covered))}"
 
 
 def test_every_module_with_kernels_describes_them():
-    import pathlib
     folder = pathlib.Path(gate.__file__).parent
     described = {module.__name__.rsplit(".", 1)[1] for module in gate.kernel_modules()}
     launching = {path.stem for path in folder.glob("*.py") if "_kernel[" in path.read_text()}
@@ -53,7 +54,8 @@ def copy_kernel(x_ptr, y_ptr, stride, N, BLOCK: tl.constexpr):
 
 def copy_case(**changes):
     return Case(**{**dict(
-        name="copy", kernel=copy_kernel, signature={"x_ptr": "*bf16", "y_ptr": "*bf16", "stride": "i32", "N": "i32"},
+        name="copy", kernel=copy_kernel,
+        signature={"x_ptr": "*bf16", "y_ptr": "*bf16", "stride": "i32", "N": "i32"},
         constexprs={"BLOCK": 1024}, divisible=("stride", "N"), num_warps=4, tile_row="test"), **changes})
 
 
@@ -70,8 +72,10 @@ def matmul_kernel(a_ptr, b_ptr, c_ptr, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 
 def matmul_case(half="bf16", block=(128, 128, 64), **changes):
     return Case(**{**dict(
-        name="matmul", kernel=matmul_kernel, signature={"a_ptr": f"*{half}", "b_ptr": f"*{half}", "c_ptr": "*fp32", "K": "i32"},
-        constexprs=dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), block)), divisible=("K",), num_warps=4, tile_row="test"), **changes})
+        name="matmul", kernel=matmul_kernel,
+        signature={"a_ptr": f"*{half}", "b_ptr": f"*{half}", "c_ptr": "*fp32", "K": "i32"},
+        constexprs=dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), block)), divisible=("K",), num_warps=4,
+        tile_row="test"), **changes})
 
 
 def test_a_good_kernel_passes():
@@ -93,7 +97,8 @@ def test_a_kernel_that_spills_is_found():
     row = gate.compile_case(case, 90)
     assert row.registers == 255 and row.spill_bytes > 0
     assert "spills" in gate.failures(row)[0]
-    declared = gate.compile_case(matmul_case(block=(128, 256, 64), num_stages=2, allowed_spill_bytes=row.spill_bytes, spill_reason="test"), 90)
+    allowed = dict(allowed_spill_bytes=row.spill_bytes, spill_reason="test")
+    declared = gate.compile_case(matmul_case(block=(128, 256, 64), num_stages=2, **allowed), 90)
     assert gate.failures(declared) == []
 
 
