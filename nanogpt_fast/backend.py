@@ -71,6 +71,11 @@ def use(spec):
         _local.choices = before
 
 
+def current():
+    """The choice of the innermost `use` around us ({op: choice}), or None."""
+    return _local.choices
+
+
 def choice(op, model_choices=None):
     """"auto", "fused" or "reference" for `op`; `model_choices` is a parsed dict (of the model) or None."""
     return (_local.choices or model_choices or _environment)[op]

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from . import backend, reference
 from .ops import attention, layer_norm, mlp
+from .ops import sample as sampler
 
 
 @torch.no_grad()
@@ -103,7 +104,6 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     if temperature == 0:
         return logits.argmax(dim=-1)
     if top_p is not None or min_p is not None:
-        from .ops import sample as sampler
         probs = sampler.sample_probs(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         return torch.multinomial(probs, num_samples=1)[:, 0]
     logits = logits / temperature
@@ -202,10 +202,7 @@ class Run:
     def sample(self, logits):
         if self.rng == "torch":
             return draw(logits, **self.filters)
-        from .ops import sample as sampler
-        token = sampler.sample(logits, **self.filters, seed=self.seeds, offset=self.offsets)
-        self.offsets += 1
-        return token
+        return sampler.sample(logits, **self.filters, seed=self.seeds, offset=self.offsets, backend=self.model.backend)  # moves the offsets on
 
     def logits(self):
         """Logits of the next token of every row, (rows, V)."""
@@ -292,17 +289,11 @@ def session_of(model, rows):
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else next(model.parameters()).dtype
     kept = _sessions.setdefault(model, {})
     session = kept.get((rows, dtype))
-    if session is None or session.signature != signature(model):
+    if session is None or not session.is_of(model):
         kept.clear()                                                                # one cache at a time: they are large
         session = kept[rows, dtype] = Session(model, rows, dtype)
     session.refresh()
     return session
-
-
-def signature(model):
-    """What a session was built for: where every weight lies, its dtype and shape, and the choice of implementations."""
-    return (model.config.block_size, str(model.backend), str(backend._local.choices),
-            tuple((p.data_ptr(), p.dtype, tuple(p.shape)) for p in model.parameters()))
 
 
 class Layer:
@@ -326,8 +317,8 @@ class Session:
     """
 
     def __init__(self, model, rows, dtype):
-        self.signature = signature(model)
-        self.model_ref = weakref.ref(model)
+        self.parameters = [(weakref.ref(p), p.data_ptr(), p.dtype) for p in model.parameters()]
+        self.around = backend.current()
         self.rows, self.dtype = rows, dtype
         self.n_head = model.config.n_head
         self.block_size = model.config.block_size
@@ -344,6 +335,12 @@ class Session:
         self.position = torch.zeros(rows, dtype=torch.long, device=device)          # ... and where it stands
         self.row = torch.arange(rows, device=device)
         self.owner = None                                                           # the Run whose tokens the cache holds
+
+    def is_of(self, model):
+        """Whether the model still has the very parameters, in the very memory, and the choices that this was built for."""
+        return (self.choices, self.block_size, self.around) == (model.backend, model.config.block_size, backend.current()) and all(
+            kept() is p and (pointer, dtype) == (p.data_ptr(), p.dtype)
+            for p, (kept, pointer, dtype) in zip(model.parameters(), self.parameters, strict=True))
 
     def _cast(self, parameter):
         if parameter is None or parameter.dtype == self.dtype:

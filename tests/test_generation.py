@@ -148,7 +148,7 @@ def test_two_streams_of_one_model_do_not_disturb_each_other():
     assert [[pair[i][0][0] for pair in together] for i in (0, 1)] == alone
 
 
-@pytest.mark.parametrize("change", ["train", "load", "double", "crop", "deepcopy"])
+@pytest.mark.parametrize("change", ["train", "load", "double", "crop", "deepcopy", "replace"])
 def test_nothing_is_stale_after_a_change_of_the_model(change):
     model, idx = model_of(), torch.stack(prompts_of(5))
     before = model.generate(idx, 20, temperature=0)
@@ -162,6 +162,8 @@ def test_nothing_is_stale_after_a_change_of_the_model(change):
         model.double()
     elif change == "crop":
         model.crop_block_size(8)
+    elif change == "replace":
+        model.transformer.h[0].mlp.c_fc.weight = nn.Parameter(4 * model.transformer.h[0].mlp.c_fc.weight.detach())
     else:
         model = copy.deepcopy(model)
         with torch.no_grad():
@@ -251,3 +253,31 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"prompt is empty \(row 1\)"):
         model.generate([idx[0], idx[0, :0]], 3)
     assert model.generate(idx[:0], 3).shape == (0, 8)
+
+
+def test_with_seeds_a_rows_text_depends_on_its_own_seed_and_prompt_alone():
+    model, prompts = model_of(), prompts_of(3, 9, 24)
+    together = model.generate(prompts, 30, seed=[5, 6, 7], top_p=0.9)
+    for prompt, seed, row in zip(prompts, (5, 6, 7), together):
+        alone = model.generate([prompt], 30, seed=[seed], top_p=0.9)[0]
+        assert torch.equal(row, alone)                 # no tie of two sums is near enough at these seeds
+    assert torch.equal(model.generate(prompts, 30, seed=5, top_p=0.9)[2], together[2])  # an int counts up
+    assert not torch.equal(model.generate(prompts, 30, seed=6, top_p=0.9)[2], together[2])
+
+
+def test_philox_takes_its_seeds_from_torchs_generator():
+    model, idx = model_of(), torch.stack(prompts_of(5, 5))
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(model.generate(idx, 20, rng="philox"))
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    assert torch.equal(runs[0], model.generate(idx, 20, rng="philox", use_cache=False, seed=None) if torch.manual_seed(1) else None)
+
+
+@pytest.mark.parametrize("rng", ["torch", "philox"])
+def test_top_p_of_zero_and_min_p_of_one_are_greedy(rng):
+    model, idx = model_of(), torch.stack(prompts_of(5, 5))
+    greedy = model.generate(idx, 20, temperature=0)
+    assert torch.equal(model.generate(idx, 20, top_p=0.0, rng=rng), greedy)
+    assert torch.equal(model.generate(idx, 20, min_p=1.0, rng=rng), greedy)
