@@ -10,21 +10,22 @@ GROUPS = ("nccl", "gloo", "mpi", "ucc")  # torch.distributed's backends
 
 
 def choose_device(name="auto"):
-    """torch.device for "auto" (CUDA, else MPS, else CPU) or for a name such as "cpu", "cuda", "cuda:1", "mps".
+    """torch.device for "auto" (the accelerator that torch finds: CUDA, MPS, XPU, ...; else the CPU) or for a name such as
+    "cpu", "cuda", "cuda:1", "mps".
 
     Raises ValueError for a name that is none, RuntimeError where this machine has no such device.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device is {name!r}; expected auto, cpu, cuda, cuda:0, cuda:1, ... or mps") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RuntimeError(f"device={name}, but PyTorch {torch.__version__} sees {torch.cuda.device_count() or 'no'} CUDA device(s) "
+    module = getattr(torch, device.type, None)  # torch.cuda, torch.mps, torch.xpu, ...: each counts its devices
+    count = module.device_count() if hasattr(module, "device_count") else 0
+    if device.type != "cpu" and (device.index or 0) >= count:
+        raise RuntimeError(f"device={name}, but PyTorch {torch.__version__} sees {count or 'no'} {device.type.upper()} device(s) "
                            "here; device=auto takes what there is")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise RuntimeError("device=mps, but there is no Apple GPU that PyTorch can use here; device=auto takes what there is")
     return device
 
 

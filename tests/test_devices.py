@@ -1,0 +1,32 @@
+"""Choosing a device: what torch offers, by itself or by name, and a clear error for what is not there."""
+import pytest
+import torch
+
+from nanogpt_fast.devices import choose_device
+
+
+@pytest.mark.parametrize("found", ["cuda", "mps", "xpu"])
+def test_auto_takes_whatever_accelerator_torch_finds(monkeypatch, found):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(found))
+    assert choose_device() == torch.device(found)
+    assert choose_device("cpu") == torch.device("cpu")  # a name overrides it
+
+
+def test_auto_is_the_cpu_where_there_is_no_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert choose_device("auto") == torch.device("cpu")
+
+
+def test_a_name_takes_that_device_and_its_index_counts(monkeypatch):
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 2)
+    assert choose_device("xpu:1") == torch.device("xpu:1")
+    with pytest.raises(RuntimeError, match=r"device=xpu:2, but PyTorch .* sees 2 XPU device\(s\)"):
+        choose_device("xpu:2")
+
+
+@pytest.mark.parametrize("name, error, text", [("gpu", ValueError, "device is 'gpu'; expected auto, cpu, cuda"),
+                                               ("xpu", RuntimeError, "device=xpu, but PyTorch .* sees no XPU")])
+def test_what_is_no_device_or_not_there_is_named(monkeypatch, name, error, text):
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 0)
+    with pytest.raises(error, match=text):
+        choose_device(name)
