@@ -1,0 +1,526 @@
+"""The GELU-MLP around its two matmuls: bias, activation and dropout, forward and backward.
+
+    h    = x w_fc^T + b_fc            (M, F)    M = B*T rows, F = 4C
+    post = act(h)                     (M, F)
+    y    = dropout(post w_proj^T + b_proj)      (M, C)
+
+    dpre   = act'(h) * (dy' w_proj)   (M, F)    dy' = dy through the dropout
+    db_fc  = sum over rows of dpre,   db_proj = sum over rows of dy'
+
+The activation sits between two matmuls, and it can be computed in two places:
+
+  epilogue    in the matmul that makes its input, while the tile is still in registers (`linear_act`, and `linear_dact` for the
+              backward). Forward, a token's h and post are then written once, 16 C bytes in half precision, where the pointwise
+              form moves 24 C: it also reads h. At inference h isn't needed and 8 C remain. The backward moves 16 C (read h,
+              write dpre) where the pointwise form moves 32 C: it also writes d(post) and reads it back. At GPT-2 124M and
+              64 x 1024 tokens that is 0.4 GB a layer forward and 0.8 GB backward: 94 and 187 us at an H200's bandwidth.
+  pointwise   a kernel of its own after cuBLAS's matmul (`act`, `dact`). More traffic, but cuBLAS's main loop.
+
+The epilogue wins only where it runs while another block's main loop keeps the tensor cores busy: GELU takes about 33
+instructions an element, and a K of 768 only 12 steps of the main loop. Hence 128 x 128 tiles of four warps, two blocks a
+multiprocessor, and the epilogue in quarters of a tile, which keeps it from spilling. (A 128 x 256 tile has the better main
+loop, one block a multiprocessor, and spills.)
+
+GELU isn't invertible, so h is kept for the backward. post may be kept too, or be computed again from h by the backward kernel
+on its way (`want_post`); that it may give the same bits, the activation is applied to h as it is stored, rounded.
+
+Bias gradients are summed in fp32: per tile or per group of rows in the kernel, then over these partial sums; no atomics, so the
+bits are always the same. The row groups depend on the shape alone, not on the GPU.
+
+Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016); erf by Abramowitz and Stegun, "Handbook of Mathematical
+Functions", 7.1.26; dropout: dropout.py.
+"""
+import torch
+import triton
+import triton.language as tl
+
+from .dropout import keep_rows, keep_scale
+from .gate_case import Case
+
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu")
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+TANH_CUBIC = tl.constexpr(0.044715)
+
+
+# ---------------------------------------------------------------------------------------------------- the activation, fp32
+
+
+@triton.jit
+def _normal_cdf(x, EXACT: tl.constexpr):
+    """(Phi(x), exp(-x^2 / 2)): the normal distribution function and the exponential that its derivative shares."""
+    e = tl.exp2(x * x * (-0.5 * LOG2_E))
+    if EXACT:
+        return 0.5 + 0.5 * tl.erf(x * SQRT_HALF), e
+    # erfc(u) = (a1 t + ... + a5 t^5) exp(-u^2), t = 1 / (1 + p u), u >= 0, to 1.5e-7: far below bf16's and fp16's rounding.
+    # With u = |x| / sqrt(2) the exponential is the one above, so GELU and GELU' need one exponential and one division.
+    t = 1.0 / (1.0 + (0.3275911 * SQRT_HALF) * tl.abs(x))
+    tail = 0.5 * t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))) * e
+    return tl.where(x > 0, 1.0 - tail, tail), e
+
+
+@triton.jit
+def _tanh_gate(x):
+    """sigmoid(2 z) = (1 + tanh z) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    z = SQRT_2_OVER_PI * x * (1.0 + TANH_CUBIC * x * x)
+    return 1.0 / (1.0 + tl.exp2(z * (-2.0 * LOG2_E)))
+
+
+@triton.jit
+def _act(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """act(x), x fp32."""
+    if ACTIVATION == "gelu":
+        cdf, _ = _normal_cdf(x, EXACT)
+        return x * cdf
+    elif ACTIVATION == "gelu_tanh":
+        return x * _tanh_gate(x)
+    elif ACTIVATION == "relu":
+        return tl.where(x < 0, 0.0, x)      # not maximum: NaN stays NaN, as in PyTorch
+    else:
+        return x
+
+
+@triton.jit
+def _act_and_slope(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """(act(x), act'(x)), x fp32; what isn't used is not computed."""
+    if ACTIVATION == "gelu":
+        cdf, e = _normal_cdf(x, EXACT)
+        return x * cdf, cdf + x * e * INV_SQRT_2PI
+    elif ACTIVATION == "gelu_tanh":
+        gate = _tanh_gate(x)
+        slope_z = SQRT_2_OVER_PI * (1.0 + 3.0 * TANH_CUBIC * x * x)
+        return x * gate, gate + 2.0 * x * gate * (1.0 - gate) * slope_z
+    elif ACTIVATION == "relu":
+        return tl.where(x < 0, 0.0, x), tl.where(x <= 0, 0.0, 1.0)
+    else:
+        return x, tl.full(x.shape, 1.0, tl.float32)
+
+
+# ------------------------------------------------------------------------------------------- matmuls with an epilogue
+
+
+@triton.jit
+def _load(ptr, row, column, rows, columns, stride, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[BLOCK_R, BLOCK_C] of a (rows, columns) matrix at (row, column); zeros outside."""
+    r, c = row + tl.arange(0, BLOCK_R)[:, None], column + tl.arange(0, BLOCK_C)[None, :]
+    return tl.load(ptr + r.to(tl.int64) * stride + c, mask=(r < rows) & (c < columns), other=0.0)
+
+
+@triton.jit
+def _matmul(a_ptr, b_ptr, m, n, M, N, K, stride_a, stride_b, B_IS_NK: tl.constexpr,
+            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """fp32 [BLOCK_M, BLOCK_N] at (m, n) of a b, a (M, K), b (K, N); or of a b^T with b (N, K) where B_IS_NK."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a = _load(a_ptr, m, k, M, K, stride_a, BLOCK_M, BLOCK_K)
+        if B_IS_NK:
+            b = _load(b_ptr, n, k, N, K, stride_b, BLOCK_N, BLOCK_K).T
+        else:
+            b = _load(b_ptr, k, n, K, N, stride_b, BLOCK_K, BLOCK_N)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _tile_origin(N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(row, column, tile row) of this program. Neighbours share rows of a, the larger matrix; b stays in the L2 cache."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile_m = tl.program_id(0) // tiles_n
+    return tile_m * BLOCK_M, tl.program_id(0) % tiles_n * BLOCK_N, tile_m
+
+
+@triton.jit
+def _quarters(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Four [BLOCK_M, BLOCK_N / 4] from left to right, so that an epilogue holds a quarter of its operands at a time.
+
+    Without this the epilogues spill: the accumulator alone takes 128 of 255 registers. (In halves: 56 to 312 bytes backward.)
+    """
+    left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    first, second = left.reshape(BLOCK_M, 2, BLOCK_N // 4).permute(0, 2, 1).split()
+    third, fourth = right.reshape(BLOCK_M, 2, BLOCK_N // 4).permute(0, 2, 1).split()
+    return first, second, third, fourth
+
+
+@triton.jit(do_not_specialize=["M"])     # the number of rows changes from batch to batch: one compilation serves all
+def _linear_act_kernel(
+        x_ptr, w_ptr, b_ptr, h_ptr, y_ptr,      # (M, K), (N, K), (N,) or None, (M, N) or None, (M, N)
+        seed_ptr, dropout_p, M, N, K, stride_x,
+        ACTIVATION: tl.constexpr, EXACT: tl.constexpr, DROPOUT: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    m, n, _ = _tile_origin(N, BLOCK_M, BLOCK_N)
+    acc = _matmul(x_ptr, w_ptr, m, n, M, N, K, stride_x, K, True, BLOCK_M, BLOCK_N, BLOCK_K)
+    quarters = _quarters(acc, BLOCK_M, BLOCK_N)
+    for i in tl.static_range(4):
+        _store_act(quarters[i], b_ptr, h_ptr, y_ptr, seed_ptr, dropout_p, m, n + i * (BLOCK_N // 4), M, N,
+                   ACTIVATION, EXACT, DROPOUT, BLOCK_M, BLOCK_N // 4)
+
+
+@triton.jit
+def _store_act(h, b_ptr, h_ptr, y_ptr, seed_ptr, dropout_p, m, n, M, N,
+               ACTIVATION: tl.constexpr, EXACT: tl.constexpr, DROPOUT: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Add the bias to h [BLOCK_M, BLOCK_N], store it if asked for, and store dropout(act(h))."""
+    row, column = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+    at = row.to(tl.int64)[:, None] * N + column[None, :]
+    inside = (row < M)[:, None] & (column < N)[None, :]
+    if b_ptr is not None:
+        h += tl.load(b_ptr + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    if h_ptr is not None:
+        tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
+    h = h.to(y_ptr.dtype.element_ty).to(tl.float32)     # as stored: see the file's docstring
+    y = _act(h, ACTIVATION, EXACT)
+    if DROPOUT:
+        keep = keep_rows(tl.load(seed_ptr), row.to(tl.int64), dropout_p, BLOCK_N, n)
+        y = tl.where(keep, y * keep_scale(dropout_p), 0.0)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _linear_dact_kernel(
+        dy_ptr, w_ptr, h_ptr, b_ptr,            # (M, K), (K, N), (M, N), (N,) or None: a bias that h lacks
+        dh_ptr, post_ptr, partial_ptr,          # (M, N), (M, N) or None, (tiles in M, N) fp32 or None
+        M, N, K, stride_dy,
+        ACTIVATION: tl.constexpr, EXACT: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    m, n, tile_m = _tile_origin(N, BLOCK_M, BLOCK_N)
+    acc = _matmul(dy_ptr, w_ptr, m, n, M, N, K, stride_dy, N, False, BLOCK_M, BLOCK_N, BLOCK_K)
+    quarters = _quarters(acc, BLOCK_M, BLOCK_N)
+    for i in tl.static_range(4):
+        _store_dact(quarters[i], h_ptr, b_ptr, dh_ptr, post_ptr, partial_ptr, m, n + i * (BLOCK_N // 4), tile_m, M, N,
+                    ACTIVATION, EXACT, BLOCK_M, BLOCK_N // 4)
+
+
+@triton.jit
+def _store_dact(dpost, h_ptr, b_ptr, dh_ptr, post_ptr, partial_ptr, m, n, tile_m, M, N,
+                ACTIVATION: tl.constexpr, EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store dpost * act'(h) [BLOCK_M, BLOCK_N] and, where asked for, act(h) and the sum over this tile's rows."""
+    row, column = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+    at = row.to(tl.int64)[:, None] * N + column[None, :]
+    inside = (row < M)[:, None] & (column < N)[None, :]
+    h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if b_ptr is not None:
+        h += tl.load(b_ptr + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+        h = h.to(dh_ptr.dtype.element_ty).to(tl.float32)
+    post, slope = _act_and_slope(h, ACTIVATION, EXACT)
+    dh = dpost * slope                          # rows past M: dpost is a sum of zeros
+    tl.store(dh_ptr + at, dh.to(dh_ptr.dtype.element_ty), mask=inside)
+    if post_ptr is not None:
+        tl.store(post_ptr + at, post.to(post_ptr.dtype.element_ty), mask=inside)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + tile_m.to(tl.int64) * N + column, tl.sum(dh, axis=0), mask=column < N)
+
+
+# ------------------------------------------------------------------------------------------------------ pointwise kernels
+
+
+@triton.jit(do_not_specialize=["M"])
+def _act_kernel(
+        h_ptr, b_ptr, y_ptr,                    # (M, N), (N,) or None, (M, N)
+        seed_ptr, dropout_p, M, N,
+        ACTIVATION: tl.constexpr, EXACT: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    m, n = tl.program_id(0) // tiles_n * BLOCK_M, tl.program_id(0) % tiles_n * BLOCK_N
+    h = _load(h_ptr, m, n, M, N, N, BLOCK_M, BLOCK_N).to(tl.float32)
+    _store_act(h, b_ptr, None, y_ptr, seed_ptr, dropout_p, m, n, M, N, ACTIVATION, EXACT, DROPOUT, BLOCK_M, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["M", "ROWS"])
+def _dact_kernel(
+        dy_ptr, h_ptr, b_ptr,                   # (M, N), (M, N) or None where act is none, (N,) or None
+        dh_ptr, post_ptr, partial_ptr,          # (M, N) or None, (M, N) or None, (row groups, N) fp32 or None
+        seed_ptr, dropout_p, M, N, ROWS,        # ROWS of one program, a multiple of BLOCK_M
+        ACTIVATION: tl.constexpr, EXACT: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    group, n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n * BLOCK_N
+    column = n + tl.arange(0, BLOCK_N)
+    if b_ptr is not None:
+        b = tl.load(b_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for m in range(group * ROWS, tl.minimum(group * ROWS + ROWS, M), BLOCK_M):
+        row = m + tl.arange(0, BLOCK_M)
+        at = row.to(tl.int64)[:, None] * N + column[None, :]
+        inside = (row < M)[:, None] & (column < N)[None, :]
+        dh = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if DROPOUT:
+            keep = keep_rows(tl.load(seed_ptr), row.to(tl.int64), dropout_p, BLOCK_N, n)
+            dh = tl.where(keep, dh * keep_scale(dropout_p), 0.0)
+        if h_ptr is not None:
+            h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            if b_ptr is not None:
+                h = (h + b[None, :]).to(h_ptr.dtype.element_ty).to(tl.float32)
+            post, slope = _act_and_slope(h, ACTIVATION, EXACT)
+            dh *= slope
+            if post_ptr is not None:
+                tl.store(post_ptr + at, post.to(post_ptr.dtype.element_ty), mask=inside)
+        if dh_ptr is not None:
+            tl.store(dh_ptr + at, dh.to(dh_ptr.dtype.element_ty), mask=inside)
+        total += dh
+    if partial_ptr is not None:
+        tl.store(partial_ptr + group.to(tl.int64) * N + column, tl.sum(total, axis=0), mask=column < N)
+
+
+# ------------------------------------------------------------------------------------------------------------- tile tables
+
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by the precision of the operands and the architecture (the nearest below serves
+# those not named). Chosen with the gate, not yet by measurement: the largest tile with two resident blocks and no spill.
+MATMUL_TILES = {
+    "half": {
+        80: (128, 128, 32, 4, 4),       # 48 KB; with BLOCK_K 64 the epilogue spills 8 bytes
+        86: (128, 128, 32, 4, 3),       # 32 KB: two blocks in 100 KB, which 64 KB would not allow
+        89: (128, 128, 32, 4, 3),
+        90: (128, 128, 64, 4, 3),       # 96 KB: two blocks in 228 KB
+        100: (128, 128, 64, 4, 3),
+    },
+    # fp32 is multiplied as IEEE demands, without tensor cores: every product passes through registers, so the tile is small.
+    "fp32": {80: (64, 64, 32, 4, 2)},
+}
+
+# (BLOCK_M, BLOCK_N, warps): 16 elements a thread, two loads of 16 bytes in half precision. 256 divides GPT-2's widths but 1600
+# (and 4 * 1600), and a row of 256 is whole cache lines.
+POINTWISE_TILE = (8, 256, 4)
+
+# About 8 programs on each of 132 multiprocessors walk the rows when columns are summed: enough to fill a GPU, few enough that
+# the partial sums are small. A constant, so that the sums are the same bits on every GPU.
+SUM_PROGRAMS = 1056
+
+
+def _matmul_tile(precision, arch):
+    table = MATMUL_TILES[precision]
+    return table[max((known for known in table if known <= arch), default=min(table))]
+
+
+def _tile_for(tensor):
+    arch = 90
+    if tensor.is_cuda:
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        arch = 89 if major == 12 else 10 * major + minor    # sm_120: 99 KB of shared memory and mma.sync, like sm_89
+    return _matmul_tile("fp32" if tensor.dtype == torch.float32 else "half", arch)
+
+
+def _rows_per_program(M, tiles_n):
+    """Rows that one program of `_dact_kernel` walks: a multiple of its tile's."""
+    block_m = POINTWISE_TILE[0]
+    rows = triton.cdiv(M, max(1, SUM_PROGRAMS // tiles_n))
+    return max(1, triton.cdiv(rows, block_m)) * block_m
+
+
+# --------------------------------------------------------------------------------------------------------------- launchers
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _check(name, tensor, shape, like, dtypes=None, row_stride_free=False):
+    """Raise unless the tensor has this shape, like's device, like's dtype (or one of `dtypes`), and rows that lie as expected."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
+    if tensor.dtype not in (dtypes or (like.dtype,)):
+        raise TypeError(f"{name} is {tensor.dtype}; expected {' or '.join(map(str, dtypes or (like.dtype,)))}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}; expected {like.device}, where the first argument is")
+    if not (tensor.is_contiguous() or row_stride_free and tensor.stride(-1) == 1):
+        expected = "neighbouring columns" if row_stride_free else "a contiguous tensor"
+        raise ValueError(f"{name} has strides {tensor.stride()}; expected {expected}")
+
+
+def _check_act(x, activation, dropout_p, seed):
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"the input is {x.dtype}; expected {', '.join(map(str, DTYPES))}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
+    if dropout_p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device):
+        raise ValueError(f"dropout_p is {dropout_p}, so seed must be one int64 element on {x.device}; got {seed!r}")
+
+
+def linear_act(x, w, b=None, *, activation="gelu", keep_h=True, dropout_p=0.0, seed=None, tile=None):
+    """(dropout(act(h)), h) of h = x w^T + b in one kernel. x (M, K), rows may lie apart; w (N, K); b (N,) of any float dtype.
+
+    keep_h=False: h isn't written, None is returned for it. activation: "none", "gelu" (erf), "gelu_tanh", "relu".
+    seed: int64, one element, on x's device; where dropout_p > 0. tile: a row as in MATMUL_TILES, for tests.
+    """
+    M, K = x.shape
+    N = w.shape[0]
+    _check_act(x, activation, dropout_p, seed)
+    _check("x", x, (M, K), x, row_stride_free=True)
+    _check("w", w, (N, K), x)
+    if b is not None:
+        _check("b", b, (N,), x, DTYPES)
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    h = torch.empty_like(y) if keep_h else None
+    block_m, block_n, block_k, warps, stages = tile or _tile_for(x)
+    if y.numel():
+        with torch.cuda.device_of(x):
+            _linear_act_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
+                x, w, b, h, y, seed if dropout_p > 0 else None, float(dropout_p), M, N, K, x.stride(0),
+                ACTIVATION=activation, EXACT=x.dtype == torch.float32, DROPOUT=dropout_p > 0,
+                BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
+    return y, h
+
+
+def linear_dact(dy, w, h, b=None, *, activation="gelu", want_post=False, want_db=True, tile=None):
+    """(dh, post, db): dh = (dy w) * act'(h + b) (M, N) in dy's dtype, post = act(h + b), db = dh summed over rows, fp32 (N,).
+
+    dy (M, K), rows may lie apart; w (K, N); h (M, N); b (N,) or None where h has its bias. None for what isn't wanted.
+    """
+    M, K = dy.shape
+    N = w.shape[1]
+    _check_act(dy, activation, 0.0, None)
+    _check("dy", dy, (M, K), dy, row_stride_free=True)
+    _check("w", w, (K, N), dy)
+    _check("h", h, (M, N), dy)
+    if b is not None:
+        _check("b", b, (N,), dy, DTYPES)
+    block_m, block_n, block_k, warps, stages = tile or _tile_for(dy)
+    tiles_m = triton.cdiv(M, block_m)
+    dh = torch.empty_like(h)
+    post = torch.empty_like(h) if want_post else None
+    partial = torch.empty(tiles_m, N, dtype=torch.float32, device=dy.device) if want_db else None
+    if dh.numel():
+        with torch.cuda.device_of(dy):
+            _linear_dact_kernel[(tiles_m * triton.cdiv(N, block_n),)](
+                dy, w, h, b, dh, post, partial, M, N, K, dy.stride(0),
+                ACTIVATION=activation, EXACT=dy.dtype == torch.float32,
+                BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
+    return dh, post, partial.sum(0) if want_db else None
+
+
+def act(h, b=None, *, activation="gelu", dropout_p=0.0, seed=None):
+    """dropout(act(h + b)) (M, N) in h's dtype. h (M, N); b (N,) of any float dtype or None. Arguments as for linear_act."""
+    M, N = h.shape
+    _check_act(h, activation, dropout_p, seed)
+    _check("h", h, (M, N), h)
+    if b is not None:
+        _check("b", b, (N,), h, DTYPES)
+    y = torch.empty_like(h)
+    block_m, block_n, warps = POINTWISE_TILE
+    if y.numel():
+        with torch.cuda.device_of(h):
+            _act_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
+                h, b, y, seed if dropout_p > 0 else None, float(dropout_p), M, N, ACTIVATION=activation,
+                EXACT=h.dtype == torch.float32, DROPOUT=dropout_p > 0, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps)
+    return y
+
+
+def dact(dy, h=None, b=None, *, activation="gelu", dropout_p=0.0, seed=None, want_dh=True, want_post=False, want_db=True):
+    """The backward of `act`: (dh, post, db) as linear_dact returns them, from dy (M, N) instead of a matmul's result.
+
+    h (M, N), or None where activation is "none": then post can't be wanted. want_dh=False leaves only the sum over rows.
+    """
+    M, N = dy.shape
+    _check_act(dy, activation, dropout_p, seed)
+    _check("dy", dy, (M, N), dy)
+    if (h is None) != (activation == "none"):
+        raise ValueError(f"activation is {activation!r} and h is {h if h is None else tuple(h.shape)}; 'none' takes no h, the others do")
+    if h is not None:
+        _check("h", h, (M, N), dy)
+    elif want_post:
+        raise ValueError("want_post needs h")
+    if b is not None:
+        _check("b", b, (N,), dy, DTYPES)
+    block_m, block_n, warps = POINTWISE_TILE
+    tiles_n = triton.cdiv(N, block_n)
+    rows = _rows_per_program(M, tiles_n)
+    groups = triton.cdiv(M, rows)
+    dh = torch.empty_like(dy) if want_dh else None
+    post = torch.empty_like(dy) if want_post else None
+    partial = torch.empty(groups, N, dtype=torch.float32, device=dy.device) if want_db else None
+    if dy.numel() and (want_dh or want_post or want_db):
+        with torch.cuda.device_of(dy):
+            _dact_kernel[(groups * tiles_n,)](
+                dy, h, b if h is not None else None, dh, post, partial, seed if dropout_p > 0 else None, float(dropout_p), M, N,
+                rows,
+                ACTIVATION=activation, EXACT=dy.dtype == torch.float32, DROPOUT=dropout_p > 0,
+                BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps)
+    return dh, post, partial.sum(0) if want_db else None
+
+
+# -------------------------------------------------------------------------------------------------------------------- gate
+
+
+def gate_cases(arch):
+    """Each kernel in each row of the tables, at GPT-2 124M shapes: B=64, T=1024, C=768, F=3072."""
+    M, C, F = 64 * 1024, 768, 3072
+    flops = 2 * M * C * F
+    size = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+    def optional(**pointers):
+        """(signature, constexprs) of pointers that may be None."""
+        return {k: v for k, v in pointers.items() if v}, {k: None for k, v in pointers.items() if not v}
+
+    def linear_act_case(what, kind, act="gelu", keep_h=True, dropout=False):
+        block_m, block_n, block_k, warps, stages = _matmul_tile("fp32" if kind == "fp32" else "half", arch)
+        pointers, nones = optional(x_ptr=f"*{kind}", w_ptr=f"*{kind}", b_ptr="*fp32", h_ptr=keep_h and f"*{kind}",
+                                   y_ptr=f"*{kind}", seed_ptr=dropout and "*i64")
+        moved = M * (C + F + F * keep_h) + C * F
+        return Case(
+            name=f"mlp.linear_act {what} {kind}", kernel=_linear_act_kernel,
+            signature={**pointers, "dropout_p": "fp32", "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"},
+            constexprs={**nones, "ACTIVATION": act, "EXACT": kind == "fp32", "DROPOUT": dropout,
+                        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k},
+            num_warps=warps, num_stages=stages, divisible=("N", "K", "stride_x"),
+            tile_row=f"{block_m}x{block_n}x{block_k} w{warps} s{stages}",
+            bytes=moved * size[kind] + 4 * (C if dropout else F), flops=flops if kind != "fp32" else None,
+            allowed_narrow_loads=20, narrow_reason="the bias, two columns at a time as the accumulator lies, and the seed")
+
+    def linear_dact_case(what, kind, act="gelu", post=False):
+        block_m, block_n, block_k, warps, stages = _matmul_tile("fp32" if kind == "fp32" else "half", arch)
+        pointers, nones = optional(dy_ptr=f"*{kind}", w_ptr=f"*{kind}", h_ptr=f"*{kind}", b_ptr=None, dh_ptr=f"*{kind}",
+                                   post_ptr=post and f"*{kind}", partial_ptr="*fp32")
+        moved = M * (C + 2 * F + F * post) + C * F
+        return Case(
+            name=f"mlp.linear_dact {what} {kind}", kernel=_linear_dact_kernel,
+            signature={**pointers, "M": "i32", "N": "i32", "K": "i32", "stride_dy": "i32"},
+            constexprs={**nones, "ACTIVATION": act, "EXACT": kind == "fp32",
+                        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k},
+            num_warps=warps, num_stages=stages, divisible=("N", "K", "stride_dy"),
+            tile_row=f"{block_m}x{block_n}x{block_k} w{warps} s{stages}",
+            bytes=moved * size[kind] + 4 * F * (M // block_m), flops=flops if kind != "fp32" else None)
+
+    def act_case(what, kind, N, act="gelu", dropout=False, in_model=False):
+        block_m, block_n, warps = POINTWISE_TILE
+        pointers, nones = optional(h_ptr=f"*{kind}", b_ptr="*fp32", y_ptr=f"*{kind}", seed_ptr=dropout and "*i64")
+        return Case(
+            name=f"mlp.act {what} {kind}", kernel=_act_kernel,
+            signature={**pointers, "dropout_p": "fp32", "M": "i32", "N": "i32"},
+            constexprs={**nones, "ACTIVATION": act, "EXACT": kind == "fp32", "DROPOUT": dropout,
+                        "BLOCK_M": block_m, "BLOCK_N": block_n},
+            num_warps=warps, divisible=("N",), tile_row=f"{block_m}x{block_n} w{warps}", bytes=2 * M * N * size[kind] + 4 * N,
+            in_model=in_model, allowed_narrow_loads=2, narrow_reason="the bias and the seed")
+
+    def dact_case(what, kind, N, act="gelu", dropout=False, dh=True, post=False, in_model=False):
+        block_m, block_n, warps = POINTWISE_TILE
+        has_h = act != "none"
+        pointers, nones = optional(dy_ptr=f"*{kind}", h_ptr=has_h and f"*{kind}", b_ptr=has_h and "*fp32",
+                                   dh_ptr=dh and f"*{kind}",
+                                   post_ptr=post and f"*{kind}", partial_ptr="*fp32", seed_ptr=dropout and "*i64")
+        groups = triton.cdiv(M, _rows_per_program(M, triton.cdiv(N, block_n)))
+        return Case(
+            name=f"mlp.dact {what} {kind}", kernel=_dact_kernel,
+            signature={**pointers, "dropout_p": "fp32", "M": "i32", "N": "i32", "ROWS": "i32"},
+            constexprs={**nones, "ACTIVATION": act, "EXACT": kind == "fp32", "DROPOUT": dropout,
+                        "BLOCK_M": block_m, "BLOCK_N": block_n},
+            num_warps=warps, divisible=("N",), tile_row=f"{block_m}x{block_n} w{warps}",
+            bytes=(1 + has_h + dh + post) * M * N * size[kind] + 4 * N * groups, in_model=in_model,
+            allowed_narrow_loads=2, narrow_reason="the bias and the seed")
+
+    yield linear_act_case("fc gelu train", "bf16")
+    yield linear_act_case("fc gelu inference", "bf16", keep_h=False)
+    yield linear_act_case("fc gelu_tanh train", "fp16", act="gelu_tanh")
+    yield linear_act_case("proj dropout", "bf16", act="none", keep_h=False, dropout=True)
+    yield linear_act_case("fc gelu train", "fp32")
+    yield linear_dact_case("gelu", "bf16")
+    yield linear_dact_case("gelu recompute", "bf16", post=True)
+    yield linear_dact_case("gelu_tanh recompute", "fp16", act="gelu_tanh", post=True)
+    yield linear_dact_case("gelu", "fp32")
+    yield act_case("fc gelu", "bf16", F, in_model=True)
+    yield act_case("proj dropout", "bf16", C, act="none", dropout=True)
+    yield act_case("fc gelu", "fp32", F)
+    yield dact_case("fc gelu", "bf16", F, in_model=True)
+    yield dact_case("fc gelu recompute", "bf16", F, post=True)
+    yield dact_case("proj dropout", "bf16", C, act="none", dropout=True)
+    yield dact_case("proj column sums", "bf16", C, act="none", dh=False, in_model=True)
+    yield dact_case("fc gelu", "fp32", F)
