@@ -114,6 +114,7 @@ class NinjaBuildExt(build_ext):
     """build_ext that compiles through ninja: in parallel, C++ and CUDA alike, and only what changed."""
 
     def run(self):
+        self.into_sources = self.inplace or self.editable_mode  # the base class clears `inplace` while it builds
         super().run()  # distutils reports a failed optional extension and goes on; the reason was kept below
         for extension in self.extensions:
             for folder in self.package_folders(extension):
@@ -128,7 +129,7 @@ class NinjaBuildExt(build_ext):
     def package_folders(self, extension):
         """Where the extension goes: the wheel's tree, and for editable and in-place builds the sources."""
         folders = [os.path.dirname(os.path.join(self.build_lib, *self.get_ext_fullname(extension.name).split(".")))]
-        if self.inplace or self.editable_mode:
+        if self.into_sources:
             folders.append(os.path.join(ROOT, "nanogpt_fast"))
         return folders
 

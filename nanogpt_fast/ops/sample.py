@@ -1,0 +1,360 @@
+"""One token per row of logits: temperature, top-k, top-p, min-p and the draw as one launch, the same token on every device.
+
+The definition (csrc/definition.h says it in C++, `sample_plain` below in PyTorch; they agree bit for bit):
+
+    temperature 0, or nothing in the row above -inf: the largest value, the lowest index among equals. Otherwise
+    y = (x - max) / temperature     in fp32; NaN counts as -inf
+    w = round(exp(y) * 2^40)        integers: sums do not depend on their order
+    top-k  keeps i when fewer than k values are strictly greater (ties with the k-th stay, as in nanoGPT)
+    top-p  keeps i when the mass of the strictly greater values is less than p times the mass that top-k kept
+    min-p  keeps i when y >= ln(min_p), applied last
+    the token whose interval of the kept mass, in ascending index, holds a 64-bit Philox draw from (seed, offset)
+
+So a row's token depends on its logits, its parameters, its seed and its offset alone: not on the batch around it, the number of
+threads or the instruction set. nanoGPT's five calls (divide, topk, mask, softmax, multinomial) do the same work in eight launches,
+and `torch.multinomial` waits for the GPU.
+
+Sources: nucleus sampling, Holtzman et al. 2020, section 3.1; min-p, Nguyen et al. 2024; Philox, Salmon et al. 2011.
+"""
+import math
+import os
+
+import torch
+
+from .. import backend as _backend
+
+MAX_VOCAB = 262144
+LOGIT_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+try:
+    from .. import _C
+    _import_error = None
+except ImportError as error:
+    _C, _import_error = None, error
+
+
+# ---------------------------------------------------------------- public
+
+def sample(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=None, offset=None, backend=None):
+    """Draw one token per row. logits (B, V), fp32, bf16 or fp16, V up to 262,144 -> (B,) int64.
+
+    temperature: 0 is greedy.  top_k: at least 1, clamped to V.  top_p, min_p: 0 to 1.  None turns a filter off. Each is a
+    number, or a list or tensor (B,) with one per row.
+    seed: an int (row b draws with seed + b), or an int64 tensor (B,) on the logits' device; None takes seeds from torch's
+    generator, so that `torch.manual_seed` decides.
+    offset: where in its seed's stream a row draws: an int, or an int64 tensor (B,), to which the call adds one.
+
+    Raises ValueError, naming the argument and the row. To see the values of a parameter that is a CUDA tensor, the host waits for
+    the GPU; `sample_out` never does. Backends: "cpp" (the extension, CPU and CUDA) or "reference" (`sample_plain`): the same tokens.
+    """
+    _check_logits(logits)
+    B, device = logits.size(0), logits.device
+    logits = logits.detach()
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    parameters = [_parameter(name, value, B, device) for name, value in
+                  (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p))]
+    if seed is None:
+        seed = torch.randint(-2**63, 2**63 - 1, (B,), device=device)
+    elif not isinstance(seed, torch.Tensor):
+        seed = torch.arange(B, device=device) + _signed("seed", seed)
+    if not isinstance(offset, torch.Tensor):
+        offset = torch.full((B,), _signed("offset", 0 if offset is None else offset), device=device)
+    _check_streams(logits, seed, offset)
+    out = torch.empty(B, dtype=torch.int64, device=device)
+    _call(logits, parameters, seed, offset, out, True, backend)
+    return out
+
+
+def sample_out(logits, *, out, seed, offset, temperature=1.0, top_k=None, top_p=None, min_p=None, backend=None):
+    """`sample` for a captured CUDA graph: writes the tokens to `out`, adds one to `offset`, and returns nothing.
+
+    logits (B, V) with a contiguous last dimension; out, seed, offset (B,) int64, contiguous, on the logits' device.
+    temperature, top_p, min_p: a number, or a contiguous fp32 tensor (B,); top_k: an int, or a contiguous int64 tensor (B,). Tensors are read
+    by the launch itself: a replay sees their new values. One launch, no allocation, no wait for the GPU where the extension runs;
+    for the same reason values inside tensors are not checked, and one that means nothing turns its filter off: temperature not above
+    0 is greedy; top_k below 1, top_p of 1 and min_p of 0 are off.
+
+    Where the extension does not run, the same tokens come from a few dozen launches of PyTorch (they can be captured as well).
+    """
+    _check_logits(logits)
+    if logits.stride(1) != 1:
+        raise ValueError(f"logits has strides {tuple(logits.stride())}; the last dimension must be contiguous")
+    parameters = []
+    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
+        if isinstance(value, torch.Tensor) and (value.dtype != _rows_dtype(name) or not value.is_contiguous()):
+            raise ValueError(f"{name} is {value.dtype} with strides {tuple(value.stride())}; expected a contiguous {_rows_dtype(name)}")
+        parameters.append(_parameter(name, value, logits.size(0), logits.device))
+    _check_streams(logits, seed, offset)
+    _check_rows("out", out, logits)
+    _call(logits.detach(), parameters, seed, offset, out, False, backend)
+
+
+def sample_probs(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """The distribution that `sample` draws from: (B, V) fp32, each row summing to 1; arguments as there. For checking, not for speed."""
+    _check_logits(logits)
+    parameters = [_parameter(name, value, logits.size(0), logits.device) for name, value in
+                  (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p))]
+    _check_values(parameters)
+    weight = _kept_weights(logits.detach(), parameters)
+    return (weight.double() / weight.sum(-1, keepdim=True)).float()
+
+
+# ---------------------------------------------------------------- arguments
+
+# Range, the value that turns the filter off, and how a value outside is answered.
+_RULES = {
+    "temperature": (0.0, 3.4028234e38, 1.0, "a finite number, at least 0 (0 is greedy)"),
+    "top_k": (1, 2**63 - 1, 0, "an integer, at least 1 (None turns top-k off)"),
+    "top_p": (0.0, 1.0, 1.0, "a number from 0 to 1 (None turns top-p off)"),
+    "min_p": (0.0, 1.0, 0.0, "a number from 0 to 1 (None turns min-p off)"),
+}
+
+
+def _rows_dtype(name):
+    return torch.int64 if name == "top_k" else torch.float32
+
+
+def _check_logits(logits):
+    if not isinstance(logits, torch.Tensor) or logits.dtype not in LOGIT_TYPES:
+        raise ValueError(f"logits is {getattr(logits, 'dtype', type(logits))}; expected a tensor of float32, bfloat16 or float16")
+    if logits.dim() != 2 or not 1 <= logits.size(1) <= MAX_VOCAB:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; expected (B, V) with V from 1 to {MAX_VOCAB}")
+
+
+def _check_rows(name, tensor, logits):
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int64 or tensor.shape != logits.shape[:1]:
+        found = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise ValueError(f"{name} is {found}; expected an int64 tensor of shape ({logits.size(0)},), one per row")
+    if tensor.device != logits.device or not tensor.is_contiguous():
+        raise ValueError(f"{name} is on {tensor.device} with strides {tuple(tensor.stride())}; "
+                         f"expected it contiguous on the logits' device, {logits.device}")
+
+
+def _check_streams(logits, seed, offset):
+    _check_rows("seed", seed, logits)
+    _check_rows("offset", offset, logits)
+
+
+def _signed(name, value):
+    """A 64-bit integer as int64 holds it."""
+    if not isinstance(value, int) or not -2**63 <= value < 2**64:
+        raise ValueError(f"{name} is {value!r}; expected None, a 64-bit integer or an int64 tensor (B,)")
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _parameter(name, value, B, device):
+    """(rows, number): a tensor (B,) with one per row and the neutral number, or None and the number for all rows."""
+    low, high, off, expected = _RULES[name]
+    if value is None:
+        if name == "temperature":
+            raise ValueError(f"temperature is None; expected {expected}")
+        return None, off
+    if isinstance(value, (list, tuple)):
+        try:
+            value = torch.tensor(value, dtype=_rows_dtype(name), device=device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} is {value!r}; each row's must be {expected}") from error
+    if isinstance(value, torch.Tensor):
+        if value.shape != (B,) or value.device != device:
+            raise ValueError(f"{name} has shape {tuple(value.shape)} on {value.device}; expected ({B},) on {device}, the logits' device")
+        if value.is_floating_point() == (name == "top_k") or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"{name} is a tensor of {value.dtype}; each row's must be {expected}")
+        return value.to(_rows_dtype(name)).contiguous(), off
+    kinds = int if name == "top_k" else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+    return None, value if name == "top_k" else float(value)
+
+
+def _check_values(parameters):
+    """ValueError for the first row whose parameter is out of range. Reads the tensors."""
+    for (name, (low, high, _, expected)), (rows, _) in zip(_RULES.items(), parameters):
+        if rows is None:
+            continue
+        wrong = ~((rows >= low) & (rows <= high))                                       # a NaN is wrong too
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise ValueError(f"{name} of row {row} is {rows[row].item()}; expected {expected}")
+
+
+# ---------------------------------------------------------------- dispatch
+
+def why_not(logits):
+    """None where the extension can sample from these logits, else the reason."""
+    if _C is None:
+        return _missing()
+    if logits.device.type == "cpu":
+        return None
+    if logits.device.type != "cuda":
+        return f"the extension samples on CPU and CUDA, these logits are on {logits.device.type}"
+    return _cuda_why_not(torch.cuda.current_device() if logits.device.index is None else logits.device.index)
+
+
+CANDIDATES = (("cpp", why_not),)
+_cuda_reasons = {}  # by device: asking takes several calls of the CUDA runtime
+
+
+def _cuda_why_not(device):
+    if device not in _cuda_reasons:
+        reason = _C.cuda_why_not(device)
+        info = _C.build_info()
+        if reason and info["cuda"]:
+            reason = f"the extension (CUDA {info['cuda']}, {info['cuda_archs']}) cannot launch: {reason}"
+        _cuda_reasons[device] = reason or None
+    return _cuda_reasons[device]
+
+
+def _missing():
+    """Why there is no extension: what the build wrote down, or what importing it said."""
+    try:
+        with open(os.path.join(os.path.dirname(os.path.dirname(__file__)), "_C_missing.txt")) as file:
+            return f"the extension nanogpt_fast._C was not built: {file.read().strip()}"
+    except OSError:
+        return f"the extension nanogpt_fast._C cannot be imported ({_import_error}); install nanogpt_fast with pip"
+
+
+def implementation(logits, *, backend=None):
+    """The name of the implementation that `sample` takes for these logits ("cpp", "reference")."""
+    return _backend.choose("sample", CANDIDATES, backend, (logits,))
+
+
+def _call(logits, parameters, seed, offset, out, check, backend):
+    """The launcher directly, or, when torch.compile traces, the registered op. The choice is made there, since tracing cannot ask _C."""
+    flat = [part for pair in parameters for part in pair]
+    run = torch.ops.nanogpt_fast.sample if torch.compiler.is_compiling() else _run
+    run(logits, *flat, seed, offset, out, check, _backend.choice("sample", backend))
+
+
+def _run(logits, temperature_rows, temperature, top_k_rows, top_k, top_p_rows, top_p, min_p_rows, min_p, seed, offset, out, check, choice):
+    parameters = ((temperature_rows, temperature), (top_k_rows, top_k), (top_p_rows, top_p), (min_p_rows, min_p))
+    if check:
+        _check_values(parameters)
+    if _backend.choose("sample", CANDIDATES, {"sample": choice}, (logits,)) == "reference":
+        out.copy_(sample_plain(logits, parameters, seed, offset))
+        offset.add_(1)
+        return
+    numbers = [part for rows, number in parameters for part in (0 if rows is None else rows.data_ptr(), number)]
+    arguments = (logits.data_ptr(), LOGIT_TYPES[logits.dtype], *logits.shape, logits.stride(0), *numbers,
+                 seed.data_ptr(), offset.data_ptr(), out.data_ptr())
+    if logits.is_cuda:
+        _C.sample_cuda(*arguments, logits.device.index, torch.cuda.current_stream(logits.device).cuda_stream)
+    else:
+        _C.sample_cpu(*arguments, torch.get_num_threads(), "")
+
+
+_library = torch.library.Library("nanogpt_fast", "FRAGMENT")
+_library.define("sample(Tensor logits, Tensor? temperature_rows, float temperature, Tensor? top_k_rows, int top_k, Tensor? top_p_rows, "
+                "float top_p, Tensor? min_p_rows, float min_p, Tensor seed, Tensor(a!) offset, Tensor(b!) out, bool check, str choice) -> ()")
+_library.impl("sample", _run, "CPU")
+_library.impl("sample", _run, "CUDA")
+torch.library.register_fake("nanogpt_fast::sample", lambda *arguments: None, lib=_library)
+
+
+# ---------------------------------------------------------------- the definition in PyTorch
+#
+# Runs eagerly even inside a compiled graph (it is behind the op above): a compiler that fused `p * r + c` into one rounding
+# would change weights, and with them tokens.
+
+def sample_plain(logits, parameters, seed, offset):
+    """`sample` without the extension: the same tokens, from PyTorch's operators, without waiting for a GPU. Leaves `offset` alone."""
+    cumulative = _kept_weights(logits, parameters).cumsum(-1)                           # (B, V) int64
+    r = _high_product(_philox(seed, offset), cumulative[:, -1])                         # (B,)
+    return (cumulative <= r[:, None]).sum(-1)                                           # how many intervals end before r
+
+
+def _kept_weights(logits, parameters):
+    """(B, V) int64: what each token weighs after the filters, 0 where it is not kept."""
+    B, V = logits.shape
+    temperature, k, p, m = (torch.full((B, 1), number, dtype=_rows_dtype(name), device=logits.device) if rows is None else rows[:, None]
+                            for name, (rows, number) in zip(_RULES, parameters))
+    x = logits.float()
+    key = _ordered_key(x)                                                               # (B, V) int32
+    top = key.amax(-1, keepdim=True)
+    largest = torch.where(x.isnan(), -math.inf, x).amax(-1, keepdim=True)               # (B, 1)
+    y = torch.where(x == largest, 0.0, (x - largest) / torch.where(temperature > 0, temperature, 1.0))
+    weight = _weight(y)
+
+    rank = torch.where((k > 0) & (k < V), k, V)
+    descending, order = key.sort(-1, descending=True)
+    kept = key >= descending.gather(-1, rank - 1)
+
+    # Sorted, the nucleus is a prefix: where the mass before is less than p times the mass kept. Its last key brings its ties along.
+    weight_descending = torch.where(kept, weight, 0).gather(-1, order)
+    before = weight_descending.cumsum(-1) - weight_descending
+    nucleus = _nucleus_mass(p.clamp(0, 1), weight_descending.sum(-1, keepdim=True))
+    size = (before < nucleus).sum(-1, keepdim=True)
+    kept &= (key >= descending.gather(-1, size - 1)) | ~(p < 1)
+
+    kept &= (y >= m.double().log().float().clamp(max=0)) | ~(m > 0)
+    weight = torch.where(kept, weight, 0)
+
+    single = ~(temperature > 0) | (largest == -math.inf)                                # (B, 1): the lowest index of the largest key
+    first = torch.arange(V, device=key.device) == (key == top).int().argmax(-1, keepdim=True)
+    return torch.where(single, first.long(), weight)
+
+
+def _ordered_key(x):
+    """int32 with the order of the fp32 values; -0 equals 0, NaN is below -inf."""
+    bits = x.view(torch.int32)
+    key = torch.where(bits < 0, bits ^ 0x7fffffff, bits)
+    return torch.where(x.isnan(), -2**31, torch.where(x == 0, 0, key)).int()
+
+
+def _weight(y):
+    """round(exp(y) * 2^40) for y <= 0: weight_of in definition.h, operation by operation."""
+    y = torch.where(y > -29, y, -29.0)
+    n = (y * 1.44269504 + 12582912.0) - 12582912.0                                      # the integer nearest to y / ln 2
+    r = (y + n * -0.693359375) + n * 2.12194440e-4
+    p = torch.full_like(r, 0.00138145988)
+    for coefficient in (0.00836871658, 0.0416683890, 0.166665211, 0.499999940, 1.0, 1.0):
+        p = p * r + coefficient
+    scale = ((n.int() + (127 + 40)) << 23).view(torch.float32)                          # 2^(n + 40)
+    return (p * scale).double().round().long()
+
+
+_LOW = 0xffffffff
+
+
+_LOW = 0xffffffff
+
+
+def _nucleus_mass(p, total):
+    """ceil(p * total) with p in units of 2^-32, at least 1; the product in two halves of p, since int64 has no 64 by 32 bits."""
+    p = (p.double() * 2**32).long()
+    low = total & _LOW
+    carry = (low * (p >> 16) << 16 >> 16)                                               # low * high half of p: below 2^48
+    product = (carry >> 16, ((carry & 0xffff) << 16) + low * (p & 0xffff))              # times 2^16, in units of 2^32 and below
+    return (p * (total >> 32) + product[0] + ((product[1] + _LOW) >> 32)).clamp(min=1)
+
+
+def _nucleus_mass(p, total):
+    """ceil(p * total) with p in units of 2^-32, at least 1. Exact in int64: p goes in two halves, since low * p may pass 2^63."""
+    p = (p.double() * 2**32).long()
+    low = total & _LOW
+    upper, lower = low * (p >> 16), low * (p & 0xffff)                                  # each below 2^48
+    rounded = (upper >> 16) + ((((upper & 0xffff) << 16) + lower + _LOW) >> 32)         # ceil(low * p / 2^32)
+    return (p * (total >> 32) + rounded).clamp(min=1)
+
+
+def _high(x):
+    """The upper 32 of 64 bits, as if unsigned."""
+    return (x >> 32) & _LOW
+
+
+def _high_product(a, b):
+    """The upper 64 of the 128 bits of a * b, both as if unsigned."""
+    a_low, a_high, b_low, b_high = a & _LOW, _high(a), b & _LOW, _high(b)
+    middle = a_high * b_low + _high(a_low * b_low)
+    return a_high * b_high + _high(middle) + _high(a_low * b_high + (middle & _LOW))
+
+
+def _philox(seed, offset):
+    """The first two words of Philox-4x32-10 with key `seed` and counter `offset`, as one int64 with all bits random."""
+    c0, c1, c2, c3 = offset & _LOW, _high(offset), torch.zeros_like(offset), torch.zeros_like(offset)
+    k0, k1 = seed & _LOW, _high(seed)
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = _high(b) ^ c1 ^ k0, b & _LOW, _high(a) ^ c3 ^ k1, a & _LOW
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+    return (c1 << 32) | c0
