@@ -166,7 +166,8 @@ _raw = torch.ops.nanogpt_fast
 def _define(schema, implementation, fake):
     name = schema.split("(")[0]
     _library.define(schema)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    # An exported graph calls the operator with parameters that require grad; what is inside knows no autograd.
+    _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"nanogpt_fast::{name}", fake, lib=_library)
 
 
