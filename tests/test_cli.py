@@ -87,6 +87,41 @@ def test_training_without_data_says_what_there_is(tmp_path, monkeypatch, capsys)
     assert err.count("\n") == 1 and "no data set 'nowhere'" in err and "Corpora: embedded, shakespeare" in err
 
 
+@pytest.mark.parametrize("argument, message", [
+    ("--n_head=5", "n_embd is 12, not divisible by n_head, 5"),
+    ("--dropout=1.5", "dropout is 1.5; expected float, at least 0, below 1"),
+    ("--block_size=0", "block_size is 0; expected int, at least 1"),
+    ("--learning_rat=1", "unknown option --learning_rat; the nearest is --learning_rate"),
+    ("--max_iters=1.5", "max_iters is 1.5 (float); expected int"),
+    ("--block_size=2000", "holds 1,161 tokens; with block_size 2000 it must hold at least 2,001"),
+])
+def test_training_options_that_cannot_be_are_one_line(tmp_path, monkeypatch, capsys, argument, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text("To be, or not to be, that is the question.\n" * 30)
+    small = ["--n_layer=1", "--n_embd=12", "--max_iters=1", "--eval_iters=1", "--gradient_accumulation_steps=1", "--compile=False"]
+    assert cli.main(["train", "--data=my.txt", "--device=cpu", *small, argument]) == 2  # small: should it train all the same
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and err.startswith("nanogpt-fast train: ")
+
+
+@pytest.mark.parametrize("name, damage, message", [
+    ("meta.pkl", lambda whole: whole[:40], "meta.pkl: neither a tokenizer's JSON nor a readable meta.pkl"),
+    ("meta.pkl", lambda whole: b"cos\nsystem\n(S'true'\ntR.", "meta.pkl: refused: it asks for os.system"),
+    ("train.bin", lambda whole: whole[:-1], "train.bin is 2,321 bytes long, which is no whole number of 16-bit tokens"),
+    ("train.bin", lambda whole: b"\x00\x01" * len(whole), "train.bin holds token 256 at position"),
+])
+def test_training_on_damaged_data_is_one_line(tmp_path, monkeypatch, capsys, name, damage, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text("To be, or not to be, that is the question.\n" * 30)
+    assert cli.main(["prepare", "my.txt"]) == 0
+    path = tmp_path / "data/my" / name
+    path.write_bytes(damage(path.read_bytes()))
+    assert cli.main(["train", "--data=my", "--device=cpu", "--n_layer=1", "--n_embd=12", "--n_head=1", "--block_size=8", "--max_iters=1",
+                     "--eval_iters=1", "--gradient_accumulation_steps=1", "--compile=False"]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("nanogpt-fast train: ") == 1 and "Traceback" not in err
+
+
 def test_an_error_that_this_package_did_not_raise_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("nanogpt_fast.text.prepare.main", raising(ValueError("a bug")))  # raised in this file
     with pytest.raises(ValueError, match="a bug"):

@@ -32,8 +32,8 @@ CHUNK = 1 << 20          # characters encoded at a time: a Python list of ids ta
 class PrepareOptions:
     """Turn a text into the token files that `nanogpt-fast train` and nanoGPT read.
 
-    source is `embedded` (Python's language reference, nothing is downloaded), `shakespeare` (GPT-2 tokens), `shakespeare_char`
-    (characters), a text file, or a folder of text files.
+    source is `embedded` (Python's language reference: nothing is downloaded, and the text differs a little from one Python
+    version to the next), `shakespeare` (GPT-2 tokens), `shakespeare_char` (characters), a text file, or a folder of text files.
     """
 
     source: str = option("embedded", "the corpus or path", positional=True)
