@@ -143,9 +143,18 @@ def notice_unfused(message):
         notice(message)
 
 
-@functools.cache
 def triton_import_error():
     """None where Triton can be imported, else why not. Asked only when a kernel could run: the import takes 0.2 s."""
+    return _import_triton()
+
+
+# torch.compile asks once and keeps the answer, instead of tracing through the import and warning about the cache. This is all that
+# torch.compiler.assume_constant_result does, except that it also imports the compiler (1 s) into every program.
+triton_import_error._dynamo_marked_constant = True
+
+
+@functools.cache
+def _import_triton():
     try:
         import triton  # noqa: F401
     except Exception as error:  # a broken installation fails in many ways; the reason is kept and shown
