@@ -3,7 +3,8 @@
 Two ways lead to the next token's logits:
 
     cached     prefill sends the prompt through the model once and keeps every layer's keys and values; decode then sends one
-               token a row.
+               token a row. On CUDA a step of decode and draw is captured in one CUDA graph and replayed: the host looks at a
+               token only when it is asked for one.
     uncached   nanoGPT's loop: the last block_size tokens go through the whole model for every new one. It is taken where the
                cache would not be right (a hook, a subclass, a replaced submodule, dropout in train mode), which is said once.
 
@@ -138,12 +139,14 @@ class Run:
         self.session = None if reason is not None or rows == 0 else session_of(model, rows)
         self.num_samples = num_samples                                              # so many rows in a row are still equal
         self.fresh = True                                                           # the cache does not hold these rows yet
+        self.uncollected = 0                                                        # tokens that only the session holds yet
 
     def tokens(self, n):
         """n new tokens of every row, (rows, n) int64 on the device; the host never waits for one."""
         self._room(n)
         for _ in range(n):
             self.step()
+        self.collect()
         rows = len(self.prompts)
         if rows == 0 or n == 0:
             return torch.empty(rows, n, dtype=torch.long, device=self.device)
@@ -186,18 +189,42 @@ class Run:
 
     @torch.no_grad()
     def step(self):
-        """Draw one token for every row; returns them, (rows,) int64 on the device."""
+        """Draw one token for every row; returns them, (rows,) int64 on the device, to be read before the next step."""
         if not self.prompts:
             return self.ends
-        token = self.sample(self.logits())
-        if self.session is not None:
-            self.session.feed(token, self.ends)
-        self.history[self.rows, self.ends] = token
-        self.ends += 1
+        if self._replays():
+            self.session.replay()
+            token, self.uncollected = self.session.token, self.uncollected + 1
+        else:
+            self.collect()
+            token = self.sample(self.logits())
+            self.history[self.rows, self.ends] = token
+            if self.session is not None:
+                self.session.feed(token, self.ends)
+            self.ends += 1
         self.lengths = [length + 1 for length in self.lengths]
         self.longest += 1
         self.fresh = False
         return token
+
+    def _replays(self):
+        """Whether this step is the captured one: the cache holds our rows, all of them inside the window, our own sampler."""
+        if self.session is None or not self.session.graphs or self.rng != "philox" or self.fresh or self.longest > self.block_size \
+                or not self.session.belongs_to(self):
+            return False
+        if self.uncollected == 0:
+            self.session.start_drawing(self.filters, self.seeds, self.offsets)
+        return True
+
+    def collect(self):
+        """Take over what replayed steps have drawn."""
+        if self.uncollected:
+            at = self.ends[:, None] + torch.arange(self.uncollected, device=self.device)
+            self.history.scatter_(1, at, self.session.drawn.gather(1, at))
+            self.ends += self.uncollected
+            self.offsets += self.uncollected
+            self.uncollected = 0
+            self.session.feed(self.session.token, self.ends - 1)                    # brings positions back into the window
 
     def sample(self, logits):
         if self.rng == "torch":
@@ -208,8 +235,9 @@ class Run:
         """Logits of the next token of every row, (rows, V)."""
         if self.session is None:
             return self._windows(range(len(self.prompts)), self._model_logits)
-        if self.session.owner is not self:                                          # first step, or another run took the cache
-            self.session.owner, self.fresh = self, True
+        if not self.session.belongs_to(self):                                       # first step, or another run took the cache
+            self.session.hand_to(self)
+            self.fresh = True
         inside = [length <= self.block_size for length in self.lengths]
         if not any(inside):
             return self._windows(range(len(self.prompts)), self.session.encode)
@@ -328,13 +356,18 @@ class Session:
         self.head = (self._cast(model.lm_head.weight), self._cast(model.lm_head.bias))
         self.wte, self.wpe = model.transformer.wte.weight, model.transformer.wpe.weight
         self.ln_f = (model.transformer.ln_f.weight, model.transformer.ln_f.bias)
-        device = self.wte.device
+        self.device = device = self.wte.device
         D = model.config.n_embd // self.n_head
         self.cache = torch.zeros(len(self.layers), 2, rows, self.n_head, self.block_size, D, dtype=dtype, device=device)
         self.token = torch.zeros(rows, dtype=torch.long, device=device)             # the last token of each row ...
         self.position = torch.zeros(rows, dtype=torch.long, device=device)          # ... and where it stands
         self.row = torch.arange(rows, device=device)
-        self.owner = None                                                           # the Run whose tokens the cache holds
+        self.owner = None                                                           # weakref of the Run whose rows the cache holds
+        # What the captured step reads and writes besides; see `start_drawing`.
+        self.graphs, self.graph = device.type == "cuda", None
+        self.drawn = torch.zeros(rows, self.block_size + 1, dtype=torch.long, device=device)
+        self.seeds, self.offsets, self.top_k = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
+        self.temperature, self.top_p, self.min_p = (torch.zeros(rows, device=device) for _ in range(3))
 
     def is_of(self, model):
         """Whether the model still has the very parameters, in the very memory, and the choices that this was built for."""
@@ -353,6 +386,48 @@ class Session:
         """Bring the half-precision copies up to date: the weights may have been trained since."""
         for parameter, copy in self.copies:
             copy.copy_(parameter())
+
+    def belongs_to(self, run):
+        return self.owner is not None and self.owner() is run
+
+    def hand_to(self, run):
+        """Give the cache to another run. What the former one has drawn and not yet taken over, it takes now."""
+        former = self.owner() if self.owner is not None else None
+        if former is not None:
+            former.collect()
+        self.owner = weakref.ref(run)
+
+    def start_drawing(self, filters, seeds, offsets):
+        """Set what the captured step draws with. A filter that is None gets the value that turns it off."""
+        self.seeds.copy_(seeds)
+        self.offsets.copy_(offsets)
+        for name, off in (("temperature", None), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
+            getattr(self, name).fill_(off if filters[name] is None else filters[name])
+
+    def replay(self):
+        """One more token for every row, drawn into `token` and `drawn`: a CUDA graph, captured at the first call."""
+        if self.device.type != "cuda":
+            return self._decode_and_draw()
+        if self.graph is None:
+            state = [(tensor, tensor.clone()) for tensor in (self.token, self.position, self.offsets)]
+            side = torch.cuda.Stream(self.device)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):                                           # compile and warm up outside the capture;
+                for _ in range(2):                                                  # what this writes into the cache lies at and
+                    self._decode_and_draw()                                         # behind `position` and is overwritten
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            for tensor, value in state:
+                tensor.copy_(value)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._decode_and_draw()
+        self.graph.replay()
+
+    def _decode_and_draw(self):
+        sampler.sample_out(self.decode(self.block_size), out=self.token, seed=self.seeds, offset=self.offsets,
+                           temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, backend=self.choices)
+        self.position += 1
+        self.drawn.scatter_(1, self.position[:, None], self.token[:, None])
 
     def feed(self, token, position):
         """Set the token that the next `decode` processes, and its position, a row each."""

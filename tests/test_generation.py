@@ -281,3 +281,49 @@ def test_top_p_of_zero_and_min_p_of_one_are_greedy(rng):
     greedy = model.generate(idx, 20, temperature=0)
     assert torch.equal(model.generate(idx, 20, top_p=0.0, rng=rng), greedy)
     assert torch.equal(model.generate(idx, 20, min_p=1.0, rng=rng), greedy)
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """Take the captured step's way on a CPU too: the same function, called instead of replayed."""
+    init = generation.Session.__init__
+    def graphs(self, *args):
+        init(self, *args)
+        self.graphs = True
+    monkeypatch.setattr(generation.Session, "__init__", graphs)
+    steps = []
+    replay = generation.Session.replay
+    monkeypatch.setattr(generation.Session, "replay", lambda self: (steps.append(1), replay(self)))
+    return steps
+
+
+@pytest.mark.parametrize("filters", [dict(temperature=0.0), dict(temperature=0.8, top_k=9), dict(top_p=0.9, min_p=0.01), {}], ids=str)
+def test_the_captured_step_draws_what_single_steps_draw(replayed, filters):
+    model, prompts = model_of(), prompts_of(3, 9, 11)
+    rows = model.generate(prompts, 30, seed=5, **filters)
+    assert len(replayed) == 24 - 11                    # from the second token on, until the longest row leaves the window
+    streamed = list(model.generate(prompts, 30, seed=5, stream=True, **filters))
+    generation._sessions.clear()
+    for i, (prompt, row) in enumerate(zip(prompts, rows)):
+        assert torch.equal(row, model.generate([prompt], 30, seed=5 + i, use_cache=False, **filters)[0])
+        assert row[len(prompt):].tolist() == [step[i][0] for step in streamed]
+
+
+def test_two_streams_of_captured_steps_take_turns(replayed):
+    model, prompts = model_of(), prompts_of(3, 8)
+    alone = [model.generate(p[None], 12, seed=5)[0, len(p):].tolist() for p in prompts]
+    a, b = (model.generate(p[None], 12, seed=5, stream=True) for p in prompts)
+    together = [(next(a), next(a), next(b)) for _ in range(5)]
+    assert [step[0][0] for pair in together for step in pair[:2]] == alone[0][:10]
+    assert [pair[2][0][0] for pair in together] == alone[1][:5]
+
+
+def test_a_model_is_freed_after_it_generated():
+    import gc
+    import weakref
+    model = model_of()
+    model.generate(torch.stack(prompts_of(5)), 3)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
