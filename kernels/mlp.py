@@ -313,7 +313,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _check(name, tensor, shape, like, dtypes=None, row_stride_free=False):
-    """Raise unless the tensor has this shape, like's device, like's dtype (or one of `dtypes`), and rows that lie as expected."""
+    """Raise unless the tensor has this shape, like's device, like's dtype (or one of `dtypes`), and rows as expected."""
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
     if tensor.dtype not in (dtypes or (like.dtype,)):
@@ -414,7 +414,8 @@ def dact(dy, h=None, b=None, *, activation="gelu", dropout_p=0.0, seed=None, wan
     _check_act(dy, activation, dropout_p, seed)
     _check("dy", dy, (M, N), dy)
     if (h is None) != (activation == "none"):
-        raise ValueError(f"activation is {activation!r} and h is {h if h is None else tuple(h.shape)}; 'none' takes no h, the others do")
+        raise ValueError(f"activation is {activation!r} and h is {h if h is None else tuple(h.shape)}; "
+                         "expected no h for 'none', and h for every other")
     if h is not None:
         _check("h", h, (M, N), dy)
     elif want_post:

@@ -1,8 +1,257 @@
-"""The GELU-MLP. (Kernels slot in here; until then every call takes the reference.)"""
+"""The GELU-MLP as one op: two matmuls with bias, activation and dropout, its gradients, and what of it is kept in between.
+
+    y = dropout(act(x w_fc^T + b_fc) w_proj^T + b_proj)
+
+cuBLAS does the matmuls. Where the activation is computed is the op's choice of form: "epilogue", inside the matmul that makes
+its input, or "pointwise", by a kernel of its own after cuBLAS (kernels/mlp.py says what each moves). Both keep, for a token in
+half precision, x (2C bytes), h before the activation (8C) and h after it (8C); with `recompute=True` the backward makes the last
+again.
+"""
+import contextlib
+
+import torch
+import torch.nn.functional as F
+
 from .. import backend as _backend
 from .. import reference
 
+# {(architecture, C): (forward, backward)}: the time of the pointwise form over that of the epilogue form, measured side by side
+# on a GPU of that compute capability (90: H100, H200) at 64 x 1024 tokens. The epilogue form is taken where its ratio is over 1.
+# Nothing is measured yet, so the pointwise form is taken everywhere.
+EPILOGUE_SPEEDUP = {}
 
-def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0, recompute=False, backend=None):
-    _backend.choose("mlp", (), backend)
-    return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, activation_name=activation, dropout_p=dropout_p)
+FORMS = ("epilogue", "pointwise")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0, recompute=False, form=None, backend=None):
+    """dropout(act(x w_fc^T + b_fc) w_proj^T + b_proj): (..., C) in the autocast dtype where autocast is on, else in x's.
+
+    x (..., C), w_fc (F, C), w_proj (C, F), floating point; b_fc (F,), b_proj (C,), or None. F is 4C in a GPT.
+    activation: "gelu" (erf), "gelu_tanh", "relu". dropout_p: 0 when not training; the mask's seed is drawn from the generator of
+    x's device. recompute: keep 10C instead of 18C bytes a token for the backward (half precision), which computes the rest again.
+    form: "epilogue" or "pointwise" forces where the kernels compute the activation; None takes what was measured faster.
+    backend: a choice for each op as `backend.parse` gives it, or None.
+
+    Raises ValueError (shapes, options), RuntimeError (backend "fused" where no kernel can run; a second derivative, which only
+    the reference has). Source: kernels/mlp.py.
+    """
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(reference.ACTIVATIONS)}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
+    if form is not None and form not in FORMS:
+        raise ValueError(f"form is {form!r}; expected one of {', '.join(FORMS)}, or None for the faster one")
+    _check_shapes(x, w_fc, b_fc, w_proj, b_proj)
+    if implementation(x, w_fc, b_fc, w_proj, b_proj, backend=backend) == "reference":
+        return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, activation_name=activation, dropout_p=dropout_p)
+    forms = (form, form) if form else _faster_forms(x)
+    if torch.is_grad_enabled():
+        needs = tuple(t is not None and t.requires_grad for t in (x, w_fc, b_fc, w_proj, b_proj))
+        if any(needs):
+            return _GeluMLP.apply(x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p, recompute, forms, needs)
+    rows, w_fc, w_proj, seed = _operands(x, w_fc, w_proj, dropout_p)
+    run = _raw.mlp_forward if torch.compiler.is_compiling() else _forward
+    y, _, _ = run(rows, w_fc, b_fc, w_proj, b_proj, seed, activation, dropout_p, forms[0], False, False)
+    return y.view(x.shape)
+
+
+def implementation(x, w_fc, b_fc, w_proj, b_proj, *, backend=None):
+    """The name of the implementation that gelu_mlp takes for these arguments ("triton", "reference")."""
+    return _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj))
+
+
+def _triton_why_not(x, w_fc, b_fc, w_proj, b_proj):
+    if (reason := _backend.triton_why_not(x)) is not None:
+        return reason
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast and torch.get_autocast_dtype(x.device.type) not in _DTYPES:
+        return f"autocast is to {torch.get_autocast_dtype(x.device.type)}; the kernels take float32, float16 and bfloat16"
+    for name, t in (("w_fc", w_fc), ("b_fc", b_fc), ("w_proj", w_proj), ("b_proj", b_proj)):
+        if t is None:
+            continue
+        if t.device != x.device:
+            return f"x is on {x.device}, {name} on {t.device}"
+        if t.dtype not in _DTYPES:
+            return f"{name} is {t.dtype}; the kernels take float32, float16 and bfloat16"
+        if t.dtype != x.dtype and not autocast:
+            return f"x is {x.dtype}, {name} {t.dtype} and autocast is off"      # the reference raises PyTorch's own error
+    return None if x.dtype in _DTYPES else f"x is {x.dtype}; the kernels take float32, float16 and bfloat16"
+
+
+CANDIDATES = (("triton", _triton_why_not),)
+
+
+def _check_shapes(x, w_fc, b_fc, w_proj, b_proj):
+    if w_fc.dim() != 2 or x.dim() == 0 or x.size(-1) != w_fc.size(1):
+        raise ValueError(f"x {tuple(x.shape)} and w_fc {tuple(w_fc.shape)}: expected (..., C) and (F, C)")
+    if w_proj.shape != (w_fc.size(1), w_fc.size(0)):
+        raise ValueError(f"w_proj {tuple(w_proj.shape)} and w_fc {tuple(w_fc.shape)}: expected (C, F) and (F, C)")
+    for name, bias, size in (("b_fc", b_fc, w_fc.size(0)), ("b_proj", b_proj, w_fc.size(1))):
+        if bias is not None and bias.shape != (size,):
+            raise ValueError(f"{name} {tuple(bias.shape)}: expected ({size},)")
+
+
+def _faster_forms(x):
+    """(form of the forward, form of the backward) by the table of measurements."""
+    if not (EPILOGUE_SPEEDUP and x.is_cuda):
+        return "pointwise", "pointwise"
+    major, minor = torch.cuda.get_device_capability(x.device)
+    ratios = EPILOGUE_SPEEDUP.get((10 * major + minor, x.size(-1)), (0.0, 0.0))
+    return tuple("epilogue" if ratio > 1 else "pointwise" for ratio in ratios)
+
+
+def _operands(x, w_fc, w_proj, dropout_p):
+    """x as rows and the weights, in the dtype to compute in, as the kernels take them; and a seed where there is dropout.
+
+    Biases stay as they are: kernels add them in fp32.
+    """
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    rows = x.reshape(-1, x.size(-1)).to(dtype)
+    # One element in a row leaves strides free to be anything; a stride of 1 is what the kernels ask for.
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_p > 0 else None
+    return rows, w_fc.to(dtype).contiguous(), w_proj.to(dtype).contiguous(), seed
+
+
+class _GeluMLP(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p, recompute, forms, needs):
+        rows, fc, proj, seed = _operands(x, w_fc, w_proj, dropout_p)
+        need_x, need_w_fc, need_b_fc, need_w_proj, _ = needs
+        need_dh = need_x or need_w_fc or need_b_fc
+        keep_h, keep_post = need_dh or need_w_proj and recompute, need_w_proj and not recompute
+        run = _raw.mlp_forward if torch.compiler.is_compiling() else _forward
+        y, h, post = run(rows, fc, b_fc, proj, b_proj, seed, activation, dropout_p, forms[0], keep_h, keep_post)
+        ctx.save_for_backward(rows if need_w_fc else None, fc if need_x else None, b_fc, proj if need_dh else None,
+                              h if keep_h else None, post if keep_post else None, seed)
+        ctx.shape, ctx.dtypes = x.shape, tuple(None if t is None else t.dtype for t in (x, w_fc, b_fc, w_proj, b_proj))
+        ctx.options = activation, dropout_p, *forms
+        ctx.needs = needs
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("gelu_mlp's kernels have no second derivative (create_graph=True); use backend='reference'")
+        rows, fc, b_fc, proj, h, post, seed = ctx.saved_tensors
+        dy = dy.reshape(-1, dy.size(-1)).contiguous()       # an expanded or transposed gradient has no rows a kernel could read
+        run = _raw.mlp_backward if torch.compiler.is_compiling() else _backward
+        with _no_autocast(dy.device.type):
+            gradients = run(dy, rows, fc, b_fc, proj, h, post, seed, *ctx.options, *ctx.needs)
+            dx, *others = (gradient.to(dtype) if need else None
+                           for gradient, dtype, need in zip(gradients, ctx.dtypes, ctx.needs, strict=True))
+        return dx if dx is None else dx.view(ctx.shape), *others, None, None, None, None, None
+
+
+def _no_autocast(device_type):
+    """A backward called under autocast must compute in the forward's dtypes."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else contextlib.nullcontext()
+
+
+# --------------------------------------------------------------------------------------- matmuls and kernels, without autograd
+
+
+def _kernels():
+    from ..kernels import mlp       # here, since importing Triton takes 0.2 s and not every user runs a kernel
+    return mlp
+
+
+def _forward(x, w_fc, b_fc, w_proj, b_proj, seed, activation, dropout_p, form, keep_h, keep_post):
+    """(y (M, C), h (M, F), post (M, F)); h and post are empty (0,) unless kept. h lacks its bias in the pointwise form."""
+    kernels = _kernels()
+    if form == "epilogue":
+        post, h = kernels.linear_act(x, w_fc, b_fc, activation=activation, keep_h=keep_h)
+    else:
+        h = x @ w_fc.t()
+        post = kernels.act(h, b_fc, activation=activation)
+    if dropout_p == 0:
+        y = F.linear(post, w_proj, None if b_proj is None else b_proj.to(post.dtype))       # cuBLAS adds a bias at no cost
+    elif form == "epilogue":
+        y, _ = kernels.linear_act(post, w_proj, b_proj, activation="none", keep_h=False, dropout_p=dropout_p, seed=seed)
+    else:
+        y = kernels.act(post @ w_proj.t(), b_proj, activation="none", dropout_p=dropout_p, seed=seed)
+    return y, h if keep_h else x.new_empty(0), post if keep_post else x.new_empty(0)
+
+
+def _backward(dy, x, w_fc, b_fc, w_proj, h, post, seed, activation, dropout_p, forward_form, backward_form,
+              need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj):
+    """Gradients of x (M, C) and the parameters; weights' and biases' in fp32. Empty (0,) where not needed.
+
+    x is needed for w_fc's gradient, post or h for w_proj's, the rest for those before the activation; None otherwise.
+    """
+    kernels = _kernels()
+    dx, dw_fc, db_fc, dw_proj, db_proj = (dy.new_empty(0) for _ in range(5))
+    if dropout_p > 0:
+        dy, _, sums = kernels.dact(dy, activation="none", dropout_p=dropout_p, seed=seed, want_db=need_b_proj)
+    elif need_b_proj:
+        _, _, sums = kernels.dact(dy, activation="none", want_dh=False)
+    if need_b_proj:
+        db_proj = sums
+    bias = None if forward_form == "epilogue" else b_fc         # what h lacks
+    need_post = need_w_proj and post is None
+    if need_x or need_w_fc or need_b_fc:
+        if backward_form == "epilogue":
+            dh, again, sums = kernels.linear_dact(dy, w_proj, h, bias, activation=activation,
+                                                  want_post=need_post, want_db=need_b_fc)
+        else:
+            dh, again, sums = kernels.dact(dy @ w_proj, h, bias, activation=activation, want_post=need_post, want_db=need_b_fc)
+        post = again if need_post else post
+        db_fc = sums if need_b_fc else db_fc
+        if need_x:
+            dx = dh @ w_fc
+        if need_w_fc:
+            dw_fc = _weight_gradient(dh, x)
+    elif need_post:
+        post = kernels.act(h, bias, activation=activation)
+    if need_w_proj:
+        dw_proj = _weight_gradient(dy, post)
+    return dx, dw_fc, db_fc, dw_proj, db_proj
+
+
+def _weight_gradient(d, x):
+    """d^T x (N, K) of d (M, N) and x (M, K), summed in fp32 and never rounded to less: a parameter may be fp32 and d half."""
+    if d.dtype == torch.float32:
+        return d.t() @ x
+    if d.is_cuda:
+        return torch.mm(d.t(), x, out_dtype=torch.float32)
+    return d.t().float() @ x.float()        # no matmul of a CPU takes half and gives fp32
+
+
+# -------------------------------------------------------------------------------------------------- what torch.compile sees
+
+_library = torch.library.Library("nanogpt_fast", "FRAGMENT")
+_raw = torch.ops.nanogpt_fast
+
+
+def _define(schema, implementation, fake):
+    name = schema.split("(")[0]
+    _library.define(schema)
+    # An exported graph calls the operator with parameters that require grad; what is inside knows no autograd.
+    _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nanogpt_fast::{name}", fake, lib=_library)
+
+
+def _fake_forward(x, w_fc, b_fc, w_proj, b_proj, seed, activation, dropout_p, form, keep_h, keep_post):
+    inner = (x.size(0), w_fc.size(0))
+    return x.new_empty(x.shape), x.new_empty(inner if keep_h else 0), x.new_empty(inner if keep_post else 0)
+
+
+def _fake_backward(dy, x, w_fc, b_fc, w_proj, h, post, seed, activation, dropout_p, forward_form, backward_form,
+                   need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj):
+    def gradient(needed, *shape, dtype=torch.float32):
+        return dy.new_empty(shape, dtype=dtype) if needed else dy.new_empty(0)
+    inner = next((t.size(1) for t in (h, post) if t is not None), 0)
+    C = dy.size(1)
+    return (gradient(need_x, *dy.shape, dtype=dy.dtype), gradient(need_w_fc, inner, C), gradient(need_b_fc, inner),
+            gradient(need_w_proj, C, inner), gradient(need_b_proj, C))
+
+
+_define("mlp_forward(Tensor x, Tensor w_fc, Tensor? b_fc, Tensor w_proj, Tensor? b_proj, Tensor? seed, str activation, "
+        "float dropout_p, str form, bool keep_h, bool keep_post) -> (Tensor, Tensor, Tensor)",
+        lambda *args: _forward(*args), _fake_forward)
+_define("mlp_backward(Tensor dy, Tensor? x, Tensor? w_fc, Tensor? b_fc, Tensor? w_proj, Tensor? h, Tensor? post, Tensor? seed, "
+        "str activation, float dropout_p, str forward_form, str backward_form, bool need_x, bool need_w_fc, bool need_b_fc, "
+        "bool need_w_proj, bool need_b_proj) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        lambda *args: _backward(*args), _fake_backward)
