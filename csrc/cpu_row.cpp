@@ -70,7 +70,7 @@ template <class Logit> uint64_t mass_of(const Logit* x, int64_t n, const Row& ro
   uint64_t sum = 0;
   for (int64_t i = 0; i < n; ++i) {
     const float y = y_of(row, to_float(x[i]));
-    sum += y >= row.filter.log_min_p ? weight_of(y) : 0;
+    sum += weight_of(y) & (0 - (uint64_t)(y >= row.filter.log_min_p));
   }
   return sum;
 }
@@ -117,7 +117,9 @@ int64_t drop_below(uint32_t cut, int64_t n, const Scratch& s) {
 
 uint64_t weigh(int64_t n, const Row& row, const Scratch& s) {
   uint64_t mass = 0;
-  for (int64_t j = 0; j < n; ++j) mass += s.weight[j] = weight_of(y_of(row, value_of(s.key[j])));
+  const uint32_t* __restrict key = s.key;
+  uint64_t* __restrict weight = s.weight;
+  for (int64_t j = 0; j < n; ++j) mass += weight[j] = weight_of(y_of(row, value_of(key[j])));
   return mass;
 }
 
@@ -167,8 +169,8 @@ template <class Logit> int64_t draw_filtered(const Logit* x, int64_t V, const Ro
   const uint32_t cut = f.nucleus ? cut_by_mass(s.key, s.weight, n, nucleus_mass(f.p, mass)) : 0;
   mass = 0;
   for (int64_t j = 0; j < n; ++j) {
-    const bool kept = s.key[j] >= cut && y_of(row, value_of(s.key[j])) >= f.log_min_p;
-    mass += s.weight[j] = kept ? s.weight[j] : 0;
+    const uint64_t kept = (s.key[j] >= cut) & (y_of(row, value_of(s.key[j])) >= f.log_min_p);
+    mass += s.weight[j] &= 0 - kept;
   }
   uint64_t rest = high_product(row.draw, mass);
   int64_t j = 0;

@@ -72,9 +72,9 @@ NGF_INLINE float to_float(fp16 x) {
 constexpr uint32_t KEY_NEGATIVE_INFINITY = 0x007fffff;
 
 NGF_INLINE uint32_t key_of(float x) {
-  const uint32_t bits = bits_as<uint32_t>(x);
-  const uint32_t key = bits ^ ((bits >> 31) ? 0xffffffffu : 0x80000000u);
-  return (bits & 0x7fffffff) > 0x7f800000 ? 0 : bits == 0x80000000 ? 0x80000000 : key;
+  const uint32_t bits = bits_as<uint32_t>(x), sign = (uint32_t)((int32_t)bits >> 31);   // 0 or all ones
+  const uint32_t number = (bits & 0x7fffffff) <= 0x7f800000;                            // 1, or 0 for a NaN
+  return ((bits ^ (sign | 0x80000000u)) + (bits == 0x80000000u)) & (0 - number);        // masks, not branches: loops vectorise
 }
 
 NGF_INLINE float value_of(uint32_t key) { return bits_as<float>(key ^ ((key >> 31) ? 0x80000000u : 0xffffffffu)); }
@@ -82,8 +82,8 @@ NGF_INLINE float value_of(uint32_t key) { return bits_as<float>(key ^ ((key >> 3
 // ---------------------------------------------------------------- weights
 
 NGF_INLINE float scaled(float x, float max, float temperature) {
-  const float y = divide(x - max, temperature);
-  return x == max ? 0.0f : y;
+  const uint32_t y = bits_as<uint32_t>(divide(x - max, temperature));
+  return bits_as<float>(y & (0 - (uint32_t)(x != max)));                       // a mask again: 0 where x equals max
 }
 
 // round(exp(y) * 2^40) for y <= 0, NaN as -inf. exp is 2^n * polynomial(y - n ln 2), within 1e-7 of the true value.
