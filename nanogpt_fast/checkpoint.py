@@ -221,10 +221,9 @@ def random_states():
     name, keys, *rest = np.random.get_state()
     states = {"torch": torch.get_rng_state(), "python": random.getstate(),
               "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest)}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    if torch.backends.mps.is_available():
-        states["mps"] = torch.mps.get_rng_state()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ... or None
+    if accelerator is not None:
+        states[accelerator.type] = torch.get_device_module(accelerator).get_rng_state()
     return states
 
 
@@ -234,7 +233,6 @@ def set_random_states(states):
     random.setstate(states["python"])
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    if "mps" in states and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(states["mps"])
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type in states:
+        torch.get_device_module(accelerator).set_rng_state(states[accelerator.type])

@@ -28,7 +28,7 @@ class Progress:
             return
         self.total, self.log_interval = total, options.log_interval
         self.folder = Path(options.out_dir)
-        self.smoothed, self.val_loss = None, None
+        self.smoothed = self.val_loss = self.rate = None
         self.rows = _rows_before(self.folder / "metrics.jsonl", start, evaluated_at)
         with replacing(self.folder / "metrics.jsonl") as f:
             f.writelines(json.dumps(row).encode() + b"\n" for row in self.rows)
@@ -69,7 +69,7 @@ class Progress:
                       f"{_short(self.rate)} tok/s, ETA {_clock(left)}", flush=True)
         if self.bar is not None:
             val = "" if self.val_loss is None else f"val {self.val_loss:.4f} "
-            rate = f"{_short(self.rate)} tok/s" if hasattr(self, "rate") else ""
+            rate = "" if self.rate is None else f"{_short(self.rate)} tok/s"
             self.bar.postfix = f"loss {self.smoothed:.4f} {val}{rate}"
             self.bar.update(1)
 

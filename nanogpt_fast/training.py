@@ -117,6 +117,9 @@ def run(argv):
     """`nanogpt-fast train`: exit status 0, or 128 + the signal's number after Ctrl-C (130) or SIGTERM (143)."""
     result = train(options.parse(TrainOptions, argv, "nanogpt-fast train"))
     if result.stopped is None:
+        if devices.is_master() and any(result.out_dir.glob("*.pt")):
+            print(f"Done: best validation loss {result.best_val_loss:.4f}; weights, metrics.jsonl and loss.png are in {result.out_dir}. "
+                  f"Try: nanogpt-fast sample --out_dir={shlex.quote(str(result.out_dir))}")
         return 0
     if devices.is_master():
         words = [word for word in argv if not word.startswith(("--init_from=", "--init-from="))]
@@ -173,7 +176,6 @@ def _train(o, ranks, device, ops):
         iter_num, best_val_loss = start["iter_num"], start["best_val_loss"]
         evaluated_at = _continue_exactly(start, optimizer, scaler, train_batches, ranks)
         start = None  # its weights are in the model now: free the memory
-    first_iter = iter_num
 
     network = model
     if compiled:
@@ -202,11 +204,53 @@ def _train(o, ranks, device, ops):
     _banner(o, model, device, dtype, compiled, ranks, folder, tokens)
     progress = Progress(o, start=iter_num, total=o.max_iters, tokens=tokens, evaluated_at=evaluated_at, active=ranks.is_master)
     losses = {"train": None, "val": None}
+    stop = StopOnSignal(alone=ranks.size == 1)
+
+    def evaluate(lr):
+        """Measure both splits, show a sample, write checkpoints; False where a signal cut the measuring short."""
+        nonlocal losses, best_val_loss, evaluated_at
+        measured = estimate_loss(evaluated_network, batches, o, context, ranks, stop)
+        if measured is None:
+            return False
+        if not math.isfinite(measured["val"]):
+            raise NonFiniteLoss(_advice(o, iter_num, measured["val"], dtype, "those of the validation"))
+        improved = measured["val"] < best_val_loss
+        losses, best_val_loss, evaluated_at = measured, min(best_val_loss, measured["val"]), iter_num
+        text = sample_text(model, tokenizer, o, device, context) if ranks.is_master else None
+        progress.evaluated(iter_num, losses, lr, " (best)" if improved else "", text)
+        if iter_num > 0 and not o.eval_only:
+            if (improved or o.always_save_checkpoint) and ranks.is_master:
+                checkpoints.save(checkpoint(), Path(o.out_dir, "ckpt.pt"))
+            save_last()
+        return True
+
+    def step():
+        """Forward, backward, update; returns the mean loss of the micro-batches and where in the text each of them lies."""
+        total, windows = torch.zeros((), device=device), []
+        for micro_step in range(accumulation):
+            if ranks.size > 1:  # gradients are averaged over the ranks once, with the last micro-batch
+                network.require_backward_grad_sync = micro_step == accumulation - 1
+            windows.append(train_batches.drawn)
+            x, y = train_batches.next()
+            with context:
+                _, loss = network(x, y, return_logits=False)
+                loss = loss / accumulation
+            train_batches.prefetch()  # drawn now, gathered while the backward pass runs
+            scaler.scale(loss).backward()
+            total += loss.detach()
+        if o.grad_clip != 0.0:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return total, windows
+
     # The host reads a step's loss when the next step is already queued, so a GPU never waits for it; a CPU gains nothing by that.
     unread, queued = collections.deque(), 1 if device.type == "cuda" else 0
 
     def read_reports(leave):
-        """Look at the losses of finished steps; True where some rank wants to stop."""
+        """Look at the losses of finished steps, all but the last `leave`; True where some rank wants to stop."""
         stopping = False
         while len(unread) > leave:
             step, lr, windows, report = unread.popleft()
@@ -217,62 +261,28 @@ def _train(o, ranks, device, ops):
                                                                   f"that start at tokens {starts}"))
             progress.step(step, loss, lr, lambda seconds: model.estimate_mfu(o.batch_size * accumulation, seconds))
             stopping |= wants > 0
-        return stopping
+        return stopping or ranks.size == 1 and stop.signal is not None
 
+    # the loop
     stopping = False
     train_batches.prefetch()
-    with contextlib.closing(progress), contextlib.closing(train_batches), StopOnSignal(alone=ranks.size == 1) as stop:
+    with contextlib.closing(progress), contextlib.closing(train_batches), stop:
         while True:
             lr = learning_rate(iter_num, o)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            # evaluate, and write checkpoints
             due = (iter_num % o.eval_interval == 0 or iter_num == o.max_iters) and iter_num != evaluated_at
-            if (due or o.eval_only) and not stopping:
-                stopping = read_reports(leave=0)
+            if due or o.eval_only:
+                stopping |= read_reports(leave=0)
                 with progress.pause():
-                    measured = estimate_loss(evaluated_network, batches, o, context, ranks, stop)
-                    if measured is None:
-                        stopping = True
-                    else:
-                        losses = measured
-                        if not math.isfinite(losses["val"]):
-                            raise NonFiniteLoss(_advice(o, iter_num, losses["val"], dtype, "those of the validation"))
-                        improved = losses["val"] < best_val_loss
-                        best_val_loss, evaluated_at = min(best_val_loss, losses["val"]), iter_num
-                        text = sample_text(model, tokenizer, o, device, context) if ranks.is_master else None
-                        progress.evaluated(iter_num, losses, lr, " (best)" if improved else "", text)
-                        if iter_num > first_iter and not o.eval_only:
-                            if (improved or o.always_save_checkpoint) and ranks.is_master:
-                                checkpoints.save(checkpoint(), Path(o.out_dir, "ckpt.pt"))
-                            save_last()
-            if o.eval_only or stopping or iter_num >= o.max_iters:
+                    stopping = stopping or not evaluate(lr)
+            if stopping or o.eval_only or iter_num >= o.max_iters:
                 break
 
-            # forward, backward, update
-            windows = []  # where in the text each micro-batch lies
-            total = torch.zeros((), device=device)
-            for micro_step in range(accumulation):
-                if ranks.size > 1:  # gradients are averaged over the ranks once, with the last micro-batch
-                    network.require_backward_grad_sync = micro_step == accumulation - 1
-                windows.append(train_batches.drawn)
-                x, y = train_batches.next()
-                with context:
-                    _, loss = network(x, y, return_logits=False)
-                    loss = loss / accumulation
-                train_batches.prefetch()  # gathered while the backward pass runs
-                scaler.scale(loss).backward()
-                total += loss.detach()
-            if o.grad_clip != 0.0:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-
-            # one message to all ranks: the mean loss, and whether anyone was told to stop
-            report = ranks.mean(torch.stack((total, torch.full_like(total, stop.signal is not None))))
+            loss, windows = step()
+            # One message to all ranks: the mean loss, and whether anyone was told to stop.
+            report = ranks.mean(torch.stack((loss, torch.full_like(loss, stop.signal is not None))))
             unread.append((iter_num, lr, windows, devices.start_reading(report)))
             iter_num += 1
             stopping = read_reports(leave=queued)
@@ -360,9 +370,10 @@ def split_backend(spec):
 
 
 def _find_data(o, ranks):
-    """The folder with the token files. One rank prepares what is missing, the others wait for it."""
-    folder = prepare.find(o.dataset, o.data_dir) if ranks.is_master else None
-    return ranks.gather(folder)[0]
+    """The folder with the token files. The first rank of each machine prepares what is missing, the others wait for it."""
+    folder = prepare.find(o.dataset, o.data_dir) if ranks.local_rank == 0 else None
+    ranks.gather(None)
+    return folder or prepare.find(o.dataset, o.data_dir)
 
 
 def _tokenizer(folder):
