@@ -21,8 +21,8 @@ Two ways through, which share the arithmetic:
                         save one reading of the logits (1.5 ms of 6.6 GB on an H200) but could not take in a gradient that arrives
                         through the logits without two more matmuls (15 ms), and a compiled graph always sends one, if only zeros.
 
-dlogits are stored unscaled: times 1/N most of them would vanish in fp16 (and all of them under 65,536 rows' worth of it). The scale
-is applied in fp32 to the finished sums; only where a gradient through the logits has to be added does it come before.
+dlogits are stored unscaled: 1/N of a probability is 1e-10 in training, and fp16 ends at 6e-8. The scale is applied in fp32 to the
+finished sums; only where a gradient through the logits has to be added does it come before.
 
 After "Online normalizer calculation for softmax" (Milakov and Gimelshein, 2018), sections 2 and 3; the chunks after "Liger Kernel"
 (Hsu et al., 2024), section 3.2, with larger ones, see `chunk_rows`.
