@@ -1,22 +1,216 @@
-"""LayerNorm with the residual add before it. (Kernels slot in here; until then every call takes the reference.)"""
+"""LayerNorm, and the residual add that comes before it in a Transformer, as one op each.
+
+    add_layer_norm:  s = x + dropout(branch),  y = LayerNorm(s);  returns (s, y)
+
+A block of nanoGPT adds a branch to the residual stream and normalises the sum for the next branch; `Block.fused` calls this instead,
+and the stream passes through memory once. Formulas, traffic and kernels are in `kernels/layer_norm.py`.
+"""
+import torch
+
 from .. import backend as _backend
 from .. import reference
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_C = 8192  # a row lies in the registers of one program
+
 
 def layer_norm(x, weight, bias, *, eps=1e-5, backend=None):
-    _backend.choose("layer_norm", (), backend)
-    return reference.layer_norm(x, weight, bias, eps)
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, of x's shape and dtype (fp32 under autocast).
+
+    x (..., C), weight (C,), bias (C,) or None; fp32, fp16 or bf16 for a kernel. The variance is the biased one.
+    backend: a choice for each op as `backend.parse` gives it, or None.
+
+    Raises ValueError (shapes), RuntimeError (backend "fused" where the kernel can't run; a second derivative, which only the
+    reference has). Source: Ba, Kiros, Hinton, "Layer normalization", 2016.
+    """
+    _check(x, None, weight, bias)
+    if implementation(x, weight, bias, backend=backend) == "reference":
+        return reference.layer_norm(x, weight, bias, eps)
+    return _LayerNorm.apply(x, weight, bias, eps, torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype)
 
 
 def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtype=None, backend=None):
-    _backend.choose("layer_norm", (), backend)
-    x, y = reference.add_layer_norm(x, branch, weight, bias, eps=eps, dropout_p=dropout_p)
-    return x, y if out_dtype is None else y.to(out_dtype)
+    """(s, y) with s = x + dropout(branch) and y = layer_norm(s). branch None: s is x.
 
+    x (..., C), the residual stream; branch of the same shape; weight (C,), bias (C,) or None. s has x's dtype. y has out_dtype; if
+    None, the kernel writes what the next matmul eats: the autocast dtype, without autocast x's (the reference leaves it fp32
+    under autocast, for the matmul to cast). Kept elements of branch are multiplied by 1 / (1 - dropout_p); the mask is drawn
+    from torch's generator and is the same when activation checkpointing runs the forward again.
+    backend: a choice for each op as `backend.parse` gives it, or None.
 
-CANDIDATES = ()  # ((implementation name, why_not(x, weight, bias)), ...), fastest first; what `explain` and `doctor` read
+    Raises ValueError (shapes, dropout_p), RuntimeError (as layer_norm).
+    """
+    _check(x, branch, weight, bias)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}: expected a probability, 0 to 1")
+    if _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias, branch)) == "reference":
+        s, y = reference.add_layer_norm(x, branch, weight, bias, eps=eps, dropout_p=dropout_p)
+        return s, y if out_dtype is None else y.to(out_dtype)
+    if out_dtype is None:
+        out_dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if branch is None:
+        return x, _LayerNorm.apply(x, weight, bias, eps, out_dtype)
+    seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0 else None
+    return _AddLayerNorm.apply(x, branch, weight, bias, seed, dropout_p, eps, out_dtype)
 
 
 def implementation(x, weight, bias, *, backend=None):
-    """The name of the implementation that add_layer_norm takes for these arguments ("triton", "reference")."""
+    """The name of the implementation that the ops take for these arguments ("triton", "reference")."""
     return _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias))
+
+
+def _check(x, branch, weight, bias):
+    if weight.dim() != 1 or x.dim() == 0 or x.size(-1) != weight.size(0):
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected (..., C) and (C,)")
+    if bias is not None and bias.shape != weight.shape:
+        raise ValueError(f"bias {tuple(bias.shape)}: expected {tuple(weight.shape)} as the weight has, or None")
+    if branch is not None and branch.shape != x.shape:
+        raise ValueError(f"branch {tuple(branch.shape)}: expected {tuple(x.shape)} as x has, or None")
+
+
+def _triton_why_not(x, weight, bias, branch=None):
+    if (reason := _backend.triton_why_not(x)) is not None:
+        return reason
+    for name, tensor in (("x", x), ("branch", branch), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in _DTYPES:
+            return f"{name} is {tensor.dtype}; the kernel takes float32, float16 and bfloat16"
+        if tensor.device != x.device:
+            return f"{name} is on {tensor.device}, x on {x.device}"
+    if not 1 <= x.size(-1) <= _MAX_C:
+        return f"rows have {x.size(-1)} elements; the kernel takes 1 to {_MAX_C}"
+    if branch is not None and branch.dtype != x.dtype and torch.promote_types(x.dtype, branch.dtype) != x.dtype:
+        return f"x is {x.dtype}, branch {branch.dtype}: their sum is not of x's dtype"
+    return None
+
+
+CANDIDATES = (("triton", _triton_why_not),)  # fastest first; what `explain` and `doctor` read too
+
+
+def _kernels():
+    from ..kernels import layer_norm  # here, since importing Triton takes 0.2 s and not every user runs a kernel
+    return layer_norm
+
+
+def _rows(tensor):
+    """(..., C) as (N, C) with adjacent elements in each row; a copy only where strides leave no choice (transposed, expanded)."""
+    C = tensor.size(-1)
+    rows = tensor if tensor.dim() == 2 else tensor.reshape(tensor.numel() // C, C)
+    return rows if rows.stride(1) == 1 or C == 1 else rows.contiguous()
+
+
+def _no_second_derivative():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("layer_norm's kernel has no second derivative (create_graph=True); use backend='reference'")
+
+
+def _forward(x, branch, weight, bias, seed, p, eps, y_dtype):
+    if torch.compiler.is_compiling():
+        return _raw.layer_norm_forward(x, branch, weight, bias, seed, p, eps, y_dtype)
+    return _kernels().forward(x, branch, weight, bias, eps=eps, p=p, seed=seed, y_dtype=y_dtype)
+
+
+def _backward(ctx, dy, ds, s, weight, mean, rstd, seed, p, branch_dtype, need_dweight, need_dbias):
+    dweight_dtype, dbias_dtype = weight.dtype if need_dweight else None, ctx.bias_dtype if need_dbias else None
+    if torch.compiler.is_compiling():
+        dx, dbranch, dweight, dbias = _raw.layer_norm_backward(dy, ds, s, weight, mean, rstd, seed, p, branch_dtype, dweight_dtype, dbias_dtype)
+        dbranch = dbranch if seed is not None or branch_dtype not in (None, s.dtype) else None
+        return dx, dbranch, dweight if need_dweight else None, dbias if need_dbias else None
+    return _kernels().backward(dy, ds, s, weight, mean, rstd, p=p, seed=seed, branch_dtype=branch_dtype,
+                               dweight_dtype=dweight_dtype, dbias_dtype=dbias_dtype)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """y alone."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, y_dtype):
+        rows = _rows(x)
+        _, y, mean, rstd = _forward(rows, None, weight, bias, None, 0.0, eps, y_dtype)
+        ctx.save_for_backward(rows, weight, mean, rstd)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        _no_second_derivative()
+        s, weight, mean, rstd = ctx.saved_tensors
+        dx, _, dweight, dbias = _backward(ctx, _rows(dy), None, s, weight, mean, rstd, None, 0.0, None, *ctx.needs_input_grad[1:3])
+        return dx.view(dy.shape), dweight, dbias, None, None
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    """s and y. The backward adds what arrives through s in the kernel that makes what arrives through y."""
+
+    @staticmethod
+    def forward(ctx, x, branch, weight, bias, seed, p, eps, y_dtype):
+        s, y, mean, rstd = _forward(_rows(x), _rows(branch), weight, bias, seed, p, eps, y_dtype)
+        ctx.save_for_backward(s, weight, mean, rstd, seed)
+        ctx.bias_dtype, ctx.branch_dtype, ctx.p = None if bias is None else bias.dtype, branch.dtype, p
+        if not torch.compiler.is_compiling():  # a graph is sent zeros through an output that nothing uses; None spares their cost
+            ctx.set_materialize_grads(False)
+        return s.view(x.shape), y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, ds, dy):
+        _no_second_derivative()
+        if ds is None and dy is None:
+            return (None,) * 8
+        s, weight, mean, rstd, seed = ctx.saved_tensors
+        dweight = dbias = None
+        if dy is None:  # only the stream was used
+            shape, dx = ds.shape, ds
+            dbranch = _kernels().drop(_rows(ds), p=ctx.p, seed=seed, branch_dtype=ctx.branch_dtype) if seed is not None else ds.to(ctx.branch_dtype)
+        else:
+            shape = dy.shape
+            dx, dbranch, dweight, dbias = _backward(ctx, _rows(dy), None if ds is None else _rows(ds), s, weight, mean, rstd, seed, ctx.p,
+                                                    ctx.branch_dtype, *ctx.needs_input_grad[2:4])
+            dbranch = dx if dbranch is None else dbranch
+        return dx.view(shape), dbranch.view(shape), dweight, dbias, None, None, None, None
+
+
+# -------------------------------------------------------------------------------------------------- what torch.compile sees
+# An operator returns tensors, so what the launchers leave out (None) is a tensor without elements here.
+
+_library = torch.library.Library("nanogpt_fast", "FRAGMENT")
+_raw = torch.ops.nanogpt_fast
+
+
+def _define(schema, implementation, fake):
+    name = schema.split("(")[0]
+    _library.define(schema)
+    # An exported graph calls the operator with parameters that require grad; what is inside knows no autograd.
+    _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nanogpt_fast::{name}", fake, lib=_library)
+
+
+def _present(tensors, like):
+    return tuple(like.new_empty(0) if t is None else t for t in tensors)
+
+
+def _raw_forward(x, branch, weight, bias, seed, p, eps, y_dtype):
+    return _present(_kernels().forward(x, branch, weight, bias, eps=eps, p=p, seed=seed, y_dtype=y_dtype), x)
+
+
+def _fake_forward(x, branch, weight, bias, seed, p, eps, y_dtype):
+    s = x.new_empty(x.shape) if branch is not None else x.new_empty(0)
+    return s, x.new_empty(x.shape, dtype=y_dtype), *(x.new_empty(x.size(0), dtype=torch.float32) for _ in range(2))
+
+
+def _raw_backward(dy, ds, s, weight, mean, rstd, seed, p, branch_dtype, dweight_dtype, dbias_dtype):
+    return _present(_kernels().backward(dy, ds, s, weight, mean, rstd, p=p, seed=seed, branch_dtype=branch_dtype,
+                                        dweight_dtype=dweight_dtype, dbias_dtype=dbias_dtype), s)
+
+
+def _fake_backward(dy, ds, s, weight, mean, rstd, seed, p, branch_dtype, dweight_dtype, dbias_dtype):
+    own_dbranch = branch_dtype is not None and (p > 0 or branch_dtype != s.dtype)
+    return _present((s.new_empty(s.shape), s.new_empty(s.shape, dtype=branch_dtype) if own_dbranch else None,
+                     *(None if dtype is None else s.new_empty(s.size(1), dtype=dtype) for dtype in (dweight_dtype, dbias_dtype))), s)
+
+
+_define("layer_norm_forward(Tensor x, Tensor? branch, Tensor weight, Tensor? bias, Tensor? seed, float p, float eps, "
+        "ScalarType y_dtype) -> (Tensor, Tensor, Tensor, Tensor)", _raw_forward, _fake_forward)
+_define("layer_norm_backward(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor mean, Tensor rstd, Tensor? seed, float p, "
+        "ScalarType? branch_dtype, ScalarType? dweight_dtype, ScalarType? dbias_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+        _raw_backward, _fake_backward)

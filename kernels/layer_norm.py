@@ -1,0 +1,362 @@
+"""LayerNorm with the residual add, and the dropout on what is added, in one kernel; and the backward of all of it in one more.
+
+    s = x + dropout(branch)                                   the residual stream, in x's dtype
+    y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias    over the last dimension, biased variance
+
+Backward, with dy and ds the gradients that arrive through y and s, n the normalised row, g = dy * weight:
+
+    dx      = ds + rstd * (g - mean(g) - n * mean(g * n))
+    dbranch = dropout'(dx), in branch's dtype
+    dweight = sum over rows of dy * n,   dbias = sum over rows of dy
+
+Why one kernel. With a float32 stream and bfloat16 branch and y (what autocast trains with) the forward moves 12 bytes an element:
+reads x 4 and branch 2, writes s 4 and y 2. Apart, PyTorch's add reads 4 + 2 and writes 4, its LayerNorm reads 4 and writes
+4, and the cast for the next matmul reads 4 and writes 2: 24. Dropout adds a mask written and read again, and another read and
+write of the branch. Backward: 16 bytes (s 4, dy 2, ds 4 read; dx 4, dbranch 2 written) instead of about 36.
+
+A row stays in registers between the passes, so the variance is taken from centred values: E[x^2] - E[x]^2 has no correct digit
+left at mean 1e4. The mean is corrected by the mean of what it leaves, since fp32 cannot hold a mean of 1e4 better than 5e-4.
+
+dweight and dbias: each program of the backward walks many rows and keeps its own fp32 sums, which a second kernel adds in a fixed
+order. No atomics: the bits are the same in every run.
+
+Sources: Ba, Kiros, Hinton, "Layer normalization", 2016. Chan, Golub, LeVeque, "Algorithms for computing the sample variance",
+1983 (the corrected two-pass form).
+
+Shapes: N rows of C elements; x, branch, s, y and their gradients (N, C); weight, bias (C,); mean, rstd (N,) fp32.
+"""
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .dropout import keep_rows, keep_scale
+from .gate_case import Case
+
+MAX_C = 8192
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Kernels. A pointer that is None leaves its part of the work out.
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _forward_kernel(
+        x_ptr, branch_ptr, weight_ptr, bias_ptr, seed_ptr,      # (N, C), (N, C) or None, (C,), (C,) or None, (1,) or None
+        s_ptr, y_ptr, mean_ptr, rstd_ptr,                       # (N, C) or None without a branch, (N, C), (N,), (N,)
+        n_rows, C, x_stride, branch_stride, p, eps, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)                    # 64 bits: N * C may pass 2^31
+    columns = tl.arange(0, BLOCK_C)
+    inside = (rows < n_rows)[:, None] & (columns < C)[None, :]                          # [ROWS, BLOCK_C]
+
+    s = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    if branch_ptr is not None:
+        branch = tl.load(branch_ptr + rows[:, None] * branch_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        if seed_ptr is not None:
+            branch = tl.where(keep_rows(tl.load(seed_ptr), rows, p, BLOCK_C), branch * keep_scale(p), 0.0)
+        stored = (s + branch).to(s_ptr.dtype.element_ty)
+        tl.store(s_ptr + rows[:, None] * C + columns[None, :], stored, mask=inside)
+        s = stored.to(tl.float32)                                                       # normalise what backward will read
+
+    mean = tl.sum(s, 1) / C                                                             # [ROWS]
+    centred = tl.where(inside, s - mean[:, None], 0.0)
+    correction = tl.sum(centred, 1) / C
+    centred = tl.where(inside, centred - correction[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / C + eps)
+
+    weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+    y = centred * rstd[:, None] * weight
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + rows[:, None] * C + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(mean_ptr + rows, mean + correction, mask=rows < n_rows)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _backward_kernel(
+        dy_ptr, ds_ptr, s_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,    # (N, C), (N, C) or None, (N, C), (C,), (N,), (N,), (1,) or None
+        dx_ptr, dbranch_ptr, dweight_ptr, dbias_ptr,            # (N, C), (N, C) or None, (programs, C) fp32 or None, the same
+        n_rows, C, dy_stride, ds_stride, s_stride, p, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    columns = tl.arange(0, BLOCK_C)
+    weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+    dweight = tl.zeros([ROWS, BLOCK_C], tl.float32)                                     # this program's share of the sums
+    dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
+
+    for first in range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
+        rows = tl.cast(first, tl.int64) + tl.arange(0, ROWS)
+        inside = (rows < n_rows)[:, None] & (columns < C)[None, :]                      # [ROWS, BLOCK_C]
+        dy = tl.load(dy_ptr + rows[:, None] * dy_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(s_ptr + rows[:, None] * s_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)                  # [ROWS]
+        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
+
+        n = tl.where(inside, (s - mean[:, None]) * rstd[:, None], 0.0)
+        g = dy * weight
+        dx = rstd[:, None] * (g - (tl.sum(g, 1) / C)[:, None] - n * (tl.sum(g * n, 1) / C)[:, None])
+        if ds_ptr is not None:
+            dx += tl.load(ds_ptr + rows[:, None] * ds_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + rows[:, None] * C + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if dbranch_ptr is not None:
+            if seed_ptr is not None:
+                dx = tl.where(keep_rows(tl.load(seed_ptr), rows, p, BLOCK_C), dx * keep_scale(p), 0.0)
+            tl.store(dbranch_ptr + rows[:, None] * C + columns[None, :], dx.to(dbranch_ptr.dtype.element_ty), mask=inside)
+        dweight += dy * n
+        dbias += dy
+
+    partial = tl.program_id(0) * C + columns
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + partial, tl.sum(dweight, 0), mask=columns < C)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + partial, tl.sum(dbias, 0), mask=columns < C)
+
+
+@triton.jit(do_not_specialize=["n_partials"])
+def _sum_partials_kernel(
+        dweight_partial_ptr, dbias_partial_ptr,                 # (partials, C) fp32 or None
+        dweight_ptr, dbias_ptr,                                 # (C,) or None
+        n_partials, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    dweight = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for first in range(0, n_partials, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        inside = (rows < n_partials)[:, None] & (columns < C)[None, :]
+        offsets = rows[:, None] * C + columns[None, :]
+        if dweight_partial_ptr is not None:
+            dweight += tl.load(dweight_partial_ptr + offsets, mask=inside, other=0.0)
+        if dbias_partial_ptr is not None:
+            dbias += tl.load(dbias_partial_ptr + offsets, mask=inside, other=0.0)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + columns, tl.sum(dweight, 0).to(dweight_ptr.dtype.element_ty), mask=columns < C)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + columns, tl.sum(dbias, 0).to(dbias_ptr.dtype.element_ty), mask=columns < C)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _drop_kernel(ds_ptr, seed_ptr, dbranch_ptr, n_rows, C, ds_stride, p, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """dbranch where y has no gradient: the residual's gradient, dropped."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_C)
+    inside = (rows < n_rows)[:, None] & (columns < C)[None, :]
+    ds = tl.load(ds_ptr + rows[:, None] * ds_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    ds = tl.where(keep_rows(tl.load(seed_ptr), rows, p, BLOCK_C), ds * keep_scale(p), 0.0)
+    tl.store(dbranch_ptr + rows[:, None] * C + columns[None, :], ds.to(dbranch_ptr.dtype.element_ty), mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Tiles
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """Rows of a tile, and warps of a program."""
+    rows: int
+    warps: int
+
+
+# {BLOCK_C, the power of two that holds a row: (forward, backward)}, the same for sm_80 to sm_100: these kernels wait for memory.
+# Forward: 32 elements a thread. A row of 1,024 then lies in one warp, whose sums are shuffles without a barrier, and 72 registers
+# leave 28 such programs on a multiprocessor: 130 KB of loads in flight, where 5 TB/s at 0.7 us need 27 KB. Short rows share a tile
+# so that a warp has 1,024 elements to load.
+# Backward: 16 elements a thread, since each holds the running sums of dweight and dbias beside its row: 127 registers, 154 with
+# dropout. From 1,024 on registers are capped at 128, which is not a spill, so that all programs are resident at once.
+TILES = {
+    16: (Tile(32, 1), Tile(16, 1)),
+    32: (Tile(32, 1), Tile(16, 1)),
+    64: (Tile(16, 1), Tile(8, 1)),
+    128: (Tile(8, 1), Tile(4, 1)),
+    256: (Tile(4, 1), Tile(2, 1)),
+    512: (Tile(2, 1), Tile(1, 1)),
+    1024: (Tile(1, 1), Tile(1, 2)),
+    2048: (Tile(1, 2), Tile(1, 4)),
+    4096: (Tile(1, 4), Tile(1, 8)),
+    8192: (Tile(1, 8), Tile(1, 16)),
+}
+# Programs of the backward, per multiprocessor: each has a row in flight and keeps (C,) fp32 sums. Eight rows of 768 are 60 KB
+# in flight, twice what the memory needs; more programs only write more partial sums (132 * 8 of them are 0.8 % of the traffic).
+# With 4 and more warps the registers hold 16 warps, and the rows are longer.
+PROGRAMS_PER_MULTIPROCESSOR = {1: 8, 2: 8, 4: 4, 8: 2, 16: 1}  # by warps
+BACKWARD_REGISTERS = 128
+SUM_TILE = Tile(64, 4)  # with SUM_COLUMNS: 16 fp32 of a row are two sectors of 32 bytes, and C=768 makes 48 programs
+SUM_COLUMNS = 16
+
+
+def block_columns(C):
+    """The power of two that holds a row of C."""
+    return max(16, triton.next_power_of_2(C))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Launchers
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def forward(x, branch, weight, bias, *, eps=1e-5, p=0.0, seed=None, y_dtype=None):
+    """(s, y, mean, rstd) of s = x + dropout(branch, p), y = layer_norm(s). s is None where branch is None (it would be x).
+
+    x (N, C); branch (N, C) or None; weight (C,); bias (C,) or None; each fp32, fp16 or bf16, rows of adjacent elements. seed: int64
+    (1,), where p > 0. s has x's dtype, y has y_dtype (default x's), mean and rstd (N,) are fp32. Raises ValueError, TypeError.
+    """
+    _check_rows("x", x, x.shape, x.device)
+    N, C = x.shape
+    if not 1 <= C <= MAX_C:
+        raise ValueError(f"x has rows of {C} elements; expected 1 to {MAX_C}")
+    if branch is not None:
+        _check_rows("branch", branch, x.shape, x.device)
+    _check_vector("weight", weight, C, x.device)
+    if bias is not None:
+        _check_vector("bias", bias, C, x.device)
+    seed = _check_seed(seed, p, x.device) if branch is not None else None
+
+    s = None if branch is None else torch.empty((N, C), dtype=x.dtype, device=x.device)
+    y = torch.empty((N, C), dtype=y_dtype or x.dtype, device=x.device)
+    mean, rstd = torch.empty(N, dtype=torch.float32, device=x.device), torch.empty(N, dtype=torch.float32, device=x.device)
+    if N > 0:
+        tile, BLOCK_C = TILES[block_columns(C)][0], block_columns(C)
+        with torch.cuda.device_of(x):
+            _forward_kernel[(triton.cdiv(N, tile.rows), )](
+                x, branch, weight, bias, seed, s, y, mean, rstd, N, C, x.stride(0), 0 if branch is None else branch.stride(0),
+                p, eps, ROWS=tile.rows, BLOCK_C=BLOCK_C, num_warps=tile.warps)
+    return s, y, mean, rstd
+
+
+def backward(dy, ds, s, weight, mean, rstd, *, p=0.0, seed=None, branch_dtype=None, dweight_dtype=None, dbias_dtype=None):
+    """(dx, dbranch, dweight, dbias). dy (N, C); ds (N, C) or None, the gradient that arrives through s; the rest as `forward` gave it.
+
+    branch_dtype: the dtype of dbranch, None where there was no branch. dbranch is None too where dx is it: one dtype, no dropout.
+    dweight_dtype, dbias_dtype: the dtype of that gradient, None where it is not wanted. Raises ValueError, TypeError.
+    """
+    _check_rows("s", s, s.shape, s.device)
+    N, C = s.shape
+    _check_rows("dy", dy, s.shape, s.device)
+    if ds is not None:
+        _check_rows("ds", ds, s.shape, s.device)
+    _check_vector("weight", weight, C, s.device)
+    seed = _check_seed(seed, p, s.device) if branch_dtype is not None else None
+
+    dx = torch.empty((N, C), dtype=s.dtype, device=s.device)
+    dbranch = None
+    if branch_dtype is not None and (seed is not None or branch_dtype != s.dtype):
+        dbranch = torch.empty((N, C), dtype=branch_dtype, device=s.device)
+    tile, BLOCK_C = TILES[block_columns(C)][1], block_columns(C)
+    programs = min(PROGRAMS_PER_MULTIPROCESSOR[tile.warps] * _multiprocessors(s.device), triton.cdiv(N, tile.rows))
+    wanted = [dtype is not None for dtype in (dweight_dtype, dbias_dtype)]
+    partials = [torch.empty((programs, C), dtype=torch.float32, device=s.device) if w else None for w in wanted]
+    sums = [torch.empty(C, dtype=dtype, device=s.device) if w else None for w, dtype in zip(wanted, (dweight_dtype, dbias_dtype))]
+    with torch.cuda.device_of(s):
+        if N > 0:
+            _backward_kernel[(programs, )](
+                dy, ds, s, weight, mean, rstd, seed, dx, dbranch, *partials, N, C,
+                dy.stride(0), 0 if ds is None else ds.stride(0), s.stride(0), p,
+                ROWS=tile.rows, BLOCK_C=BLOCK_C, num_warps=tile.warps, **_backward_options(tile))
+        if any(wanted):  # also for no rows: the sum of nothing is 0
+            _sum_partials_kernel[(triton.cdiv(C, SUM_COLUMNS), )](
+                *partials, *sums, programs, C, ROWS=SUM_TILE.rows, BLOCK_C=SUM_COLUMNS, num_warps=SUM_TILE.warps)
+    return dx, dbranch, *sums
+
+
+def _backward_options(tile):
+    return {"maxnreg": BACKWARD_REGISTERS} if tile.warps > 1 else {}
+
+
+def drop(ds, *, p, seed, branch_dtype):
+    """dbranch (N, C) where nothing arrives through y: the gradient ds (N, C) of s, dropped by the forward's mask."""
+    _check_rows("ds", ds, ds.shape, ds.device)
+    N, C = ds.shape
+    seed = _check_seed(seed, p, ds.device)
+    dbranch = torch.empty((N, C), dtype=branch_dtype, device=ds.device)
+    if N > 0:
+        tile, BLOCK_C = TILES[block_columns(C)][0], block_columns(C)
+        with torch.cuda.device_of(ds):
+            _drop_kernel[(triton.cdiv(N, tile.rows), )](ds, seed, dbranch, N, C, ds.stride(0), p,
+                                                         ROWS=tile.rows, BLOCK_C=BLOCK_C, num_warps=tile.warps)
+    return dbranch
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _check_rows(name, tensor, shape, device):
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} is {tensor.dtype}; expected float32, float16 or bfloat16")
+    if tensor.dim() != 2 or tensor.shape != shape or tensor.device != device:
+        raise ValueError(f"{name} is {tuple(tensor.shape)} on {tensor.device}; expected {tuple(shape)} (N, C) on {device}")
+    if tensor.stride(1) != 1 and tensor.size(1) > 1:
+        raise ValueError(f"{name} has strides {tensor.stride()}; the elements of a row must be adjacent: call .contiguous()")
+
+
+def _check_vector(name, tensor, C, device):
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} is {tensor.dtype}; expected float32, float16 or bfloat16")
+    if tensor.shape != (C, ) or tensor.device != device or not tensor.is_contiguous():
+        raise ValueError(f"{name} is {tuple(tensor.shape)} on {tensor.device}, strides {tensor.stride()}; expected ({C},) on {device}, contiguous")
+
+
+def _check_seed(seed, p, device):
+    """The seed where something is dropped, else None."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p is {p}; a dropout probability lies in 0..1")
+    if p == 0.0:
+        return None
+    if seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+        raise ValueError(f"p is {p}, so seed must be one int64 element on {device}; got {seed!r}")
+    return seed
+
+
+_multiprocessor_counts = {}
+
+
+def _multiprocessors(device):
+    """Of the GPU; 1 under the interpreter, so that a program there walks several tiles too."""
+    if device.type != "cuda":
+        return 1
+    if device.index not in _multiprocessor_counts:
+        _multiprocessor_counts[device.index] = torch.cuda.get_device_properties(device).multi_processor_count
+    return _multiprocessor_counts[device.index]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# What the compile gate compiles
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def gate_cases(arch):
+    """One Case for each kernel, in each row of TILES (the same for every `arch`); the row of 1,024 in each variant of a GPT-2 step."""
+    N, C = 64 * 1024, 768
+    S, H = "*fp32", "*bf16"  # the stream and the parameters; what autocast computes in
+    strides = ("x_stride", "branch_stride", "dy_stride", "ds_stride", "s_stride")
+    scalars = {"n_rows": "i32", "n_partials": "i32", "C": "i32", "p": "fp32", "eps": "fp32", **{stride: "i32" for stride in strides}}
+
+    def case(name, kernel, pointers, tile, BLOCK_C, moved=None, **more):
+        given = {arg: scalars[arg] for arg in kernel.arg_names if arg in scalars} | {a: t for a, t in pointers.items() if t is not None}
+        absent = {arg: None for arg, type in pointers.items() if type is None}
+        return Case(
+            name=f"layer_norm.{name}", kernel=kernel, signature=given, constexprs={**absent, "ROWS": tile.rows, "BLOCK_C": BLOCK_C},
+            divisible=tuple(arg for arg in given if arg == "C" or arg in strides), num_warps=tile.warps,
+            tile_row=f"{BLOCK_C}: {tile.rows} rows, {tile.warps} warps", bytes=moved, **more)
+
+    for BLOCK_C, (fwd, bwd) in TILES.items():
+        gpt2 = BLOCK_C == 1024
+        for variant, branch, seed in (("norm", None, None), ("add", H, None), ("add dropout", H, "*i64")):
+            if not gpt2 and variant != "add dropout":  # the variant with most registers stands for the row
+                continue
+            pointers = dict(x_ptr=S, branch_ptr=branch, weight_ptr=S, bias_ptr=S, seed_ptr=seed, s_ptr=S if branch else None, y_ptr=H,
+                            mean_ptr=S, rstd_ptr=S)
+            yield case(f"forward {variant} {BLOCK_C}", _forward_kernel, pointers, fwd, BLOCK_C,
+                       moved=N * (C * (12 if branch else 6) + 8) if gpt2 else None, flops=15 * N * C if gpt2 else None,
+                       in_model=gpt2 and seed is None,
+                       allowed_narrow_loads=3 if seed else 0, narrow_reason="the seed, and in short rows the bias" if seed else "")
+            pointers = dict(dy_ptr=H, ds_ptr=S if branch else None, s_ptr=S, weight_ptr=S, mean_ptr=S, rstd_ptr=S, seed_ptr=seed, dx_ptr=S,
+                            dbranch_ptr=branch, dweight_ptr=S, dbias_ptr=S)
+            yield case(f"backward {variant} {BLOCK_C}", _backward_kernel, pointers, bwd, BLOCK_C,
+                       moved=N * (C * (16 if branch else 10) + 8) if gpt2 else None, flops=18 * N * C if gpt2 else None,
+                       in_model=gpt2 and seed is None, options=_backward_options(bwd),
+                       allowed_narrow_loads=2 * bwd.rows + (1 if seed else 0), narrow_reason="a row's mean and rstd, the seed")
+        yield case(f"drop {BLOCK_C}", _drop_kernel, dict(ds_ptr=S, seed_ptr="*i64", dbranch_ptr=H), fwd, BLOCK_C,
+                   allowed_narrow_loads=1, narrow_reason="the seed")
+    pointers = dict(dweight_partial_ptr=S, dbias_partial_ptr=S, dweight_ptr=S, dbias_ptr=S)
+    yield case("sum partials", _sum_partials_kernel, pointers, SUM_TILE, SUM_COLUMNS, moved=132 * 8 * C * 8, flops=132 * 8 * C * 2,
+               in_model=True)
