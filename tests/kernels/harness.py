@@ -11,14 +11,16 @@ A kernel can be wrong in ways that an `allclose` against PyTorch does not show. 
     with_nan_margins              a load out of bounds reads NaN.
     assert_grid_order_is_free     programs run in ascending, reversed and shuffled order must give the same bits, and no two
                                   may store to one address: on a GPU they run at once, in no order.
+    addresses_of_one_program      offsets past 2^31 are seen in the addresses a program forms, without the memory.
+    pairwise                      few cases that hold every pair of parameters.
     planted_fault                 the checks themselves are checked: a fault written into the kernel's source must be seen.
 
 Everything about the interpreter is an attribute of Triton's own module that exists from 3.6 to 3.9.
 """
 import contextlib
 import importlib.util
+import itertools
 import math
-import os
 import re
 import sys
 import tempfile
@@ -27,127 +29,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import TensorHandle
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from nanogpt_fast.kernels.interpreter import (  # noqa: F401 (tests and conftest take them from here)
+    INTERPRETED, before_patches, bf16_to_fp32, fp32_to_bf16, install_interpreter_patches, interpreter_patches, interpreter_problem)
+
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# The interpreter, made right for bf16
-# ---------------------------------------------------------------------------------------------------------------------------
-# The interpreter keeps a bf16 number as the uint16 of its bits. Loads, stores, reshapes and selects may treat bits as bits;
-# arithmetic may not. Each patch decodes to fp32, calls what was there before, and rounds the result to bf16 again.
-
-
-def interpreter_problem():
-    """None, or why the interpreter cannot work with these versions."""
-    if INTERPRETED and triton.__version__.startswith("3.6.") and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
-        return (f"Triton {triton.__version__}'s interpreter turns one-element arrays into scalars in a way that NumPy "
-                f"{np.__version__} refuses; use NumPy below 2.4 with it (pip install 'numpy<2.4'), or a newer Triton")
-    return None
-
-
-def bf16_to_fp32(bits):
-    """uint16 bit patterns of bf16 -> float32, exactly."""
-    return (np.asarray(bits, np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def fp32_to_bf16(values):
-    """float32 -> uint16 bit patterns of bf16, to nearest, ties to even; NaN stays NaN. What the GPU's cast does."""
-    bits = np.array(values, np.float32, copy=True, order="C").view(np.uint32)
-    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    return (np.where(is_nan, bits | np.uint32(0x400000), rounded) >> np.uint32(16)).astype(np.uint16)
-
-
-def _is_bf16(handle):
-    return handle.dtype.scalar == tl.bfloat16
-
-
-def _decoded(handle):
-    """The handle with its numbers in fp32 if they are bf16, else the handle itself."""
-    return TensorHandle(bf16_to_fp32(handle.data), tl.float32) if _is_bf16(handle) else handle
-
-
-def _encoded(handle):
-    """The handle's fp32 numbers rounded to bf16; comparisons (booleans) stay as they are."""
-    return handle if handle.data.dtype == np.bool_ else TensorHandle(fp32_to_bf16(handle.data), tl.bfloat16)
-
-
-def _patched_cast(original):
-
-    def cast_impl(self, src, dst_type):
-        src = _decoded(src)
-        if dst_type.scalar == tl.bfloat16:  # through fp32, which holds fp16 and bf16 exactly
-            return TensorHandle(fp32_to_bf16(src.data.astype(np.float32)), tl.bfloat16)
-        return original(self, src, dst_type)
-
-    return cast_impl
-
-
-def _patched_arithmetic(original, positions):
-    """`original(self, *handles, ...)` with the bf16 handles at `positions` decoded and a result in bf16 encoded."""
-
-    def arithmetic(self, *args):
-        if not any(_is_bf16(args[i]) for i in positions):
-            return original(self, *args)
-        args = [_decoded(arg) if i in positions else arg for i, arg in enumerate(args)]
-        return _encoded(original(self, *args))
-
-    return arithmetic
-
-
-def _patched_dot(original):
-
-    def create_dot(self, a, b, d, *rest):  # a, b bf16; the accumulator d is fp32 and stays so
-        return original(self, _decoded(a), _decoded(b), d, *rest)
-
-    return create_dot
-
-
-def _patched_reduction(original):
-
-    def apply(self, input):
-        for tensor in input if isinstance(input, tuple) else (input, ):
-            if tensor.dtype.scalar == tl.bfloat16:
-                raise TypeError("a reduction or scan over bf16: the interpreter would add bit patterns, and a GPU would round "
-                                "at every step. Widen to fp32 first")
-        return original(self, input)
-
-    return apply
-
-
-def interpreter_patches():
-    """{attribute of the interpreter's builder: its replacement}. Each has a test that it is needed and right."""
-    builder = interpreter.InterpreterBuilder
-    return {
-        "create_dot": _patched_dot(builder.create_dot),
-        "cast_impl": _patched_cast(builder.cast_impl),
-        "binary_op": _patched_arithmetic(builder.binary_op, (0, 1)),
-        "unary_op": _patched_arithmetic(builder.unary_op, (0, )),
-        "create_fma": _patched_arithmetic(builder.create_fma, (0, 1, 2)),
-        "create_clampf": _patched_arithmetic(builder.create_clampf, (0, 1, 2)),
-    }
-
-
-before_patches = {}  # what the patches replaced: filled by install_interpreter_patches, for the tests that show the need
-
-
-def install_interpreter_patches():
-    """Make the interpreter compute with bf16 numbers instead of their bit patterns, for the whole process. No-op on a GPU."""
-    if not INTERPRETED or before_patches:
-        return
-    builder = interpreter.InterpreterBuilder
-    for name, replacement in interpreter_patches().items():
-        before_patches[name] = getattr(builder, name)
-        setattr(builder, name, replacement)
-    if not hasattr(builder, "get_bf16"):  # Triton 3.6 has no bf16 constants
-        builder.get_bf16 = lambda self, value: self.create_fp_trunc(self.get_fp32(value), tl.bfloat16)
-    interpreter.ReduceScanOpInterface.apply = _patched_reduction(interpreter.ReduceScanOpInterface.apply)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -239,7 +126,8 @@ POISON = {
     torch.float64: (torch.int64, 0x7FF8_DEAD_BEEF_DEAD), torch.float32: (torch.int32, 0x7FC0_DEAD),
     torch.float16: (torch.int16, 0x7EAD), torch.bfloat16: (torch.int16, 0x7FED),
     torch.int64: (torch.int64, 0x5EAD_BEEF_DEAD_BEEF), torch.int32: (torch.int32, 0x5EAD_BEEF),
-    torch.int16: (torch.int16, 0x5EAD), torch.int8: (torch.int8, 0x5A), torch.uint8: (torch.uint8, 0xA5), torch.bool: (torch.uint8, 1),
+    torch.int16: (torch.int16, 0x5EAD), torch.int8: (torch.int8, 0x5A), torch.uint8: (torch.uint8, 0xA5),
+    torch.bool: (torch.uint8, 1),
 }
 _real_empty = torch.empty
 
@@ -289,8 +177,8 @@ class Allocations:
             if tensor.dtype.itemsize == 1 or tensor.numel() == 0:  # one byte has no value to spare for poison
                 continue
             left = is_poison(tensor)
-            assert not left.any(), (f"{int(left.sum())} of {left.numel()} elements of an output {tuple(tensor.shape)}, {tensor.dtype} "
-                                    f"were never written (or computed from such an element), first at {_first(left)}")
+            assert not left.any(), (f"{int(left.sum())} of {left.numel()} elements of an output {tuple(tensor.shape)}, "
+                                    f"{tensor.dtype} were never written (or computed from such an element), first at {_first(left)}")
 
 
 @contextlib.contextmanager
@@ -334,7 +222,7 @@ def guarded_outputs(*, all_written=True):
 
 @contextlib.contextmanager
 def grid_order(order="ascending"):
-    """Inside, the interpreter runs the programs of every launch in this order: ascending, reversed, shuffled (torch's generator).
+    """Inside, the interpreter runs the programs of each launch in this order: ascending, reversed, shuffled (torch's generator).
 
     Also watches the stores: two programs of a launch that store to one address raise AssertionError at the end, naming
     the kernel. On a GPU nothing is changed and nothing watched.
@@ -415,6 +303,59 @@ def same_bits(a, b):
         return False
     return bool(torch.equal(a.contiguous().view(torch.uint8) if a.dim() else a.reshape(1).view(torch.uint8),
                             b.contiguous().view(torch.uint8) if b.dim() else b.reshape(1).view(torch.uint8)))
+
+
+@contextlib.contextmanager
+def addresses_of_one_program(program, grid):
+    """Inside, a launch on grid (1,) runs as program `program` (x, y, z) of `grid`; loads give 0 and stores do nothing.
+
+    Yields a list of ("load" or "store", addresses under the mask as uint64), in order. So a kernel can be asked where the last
+    program of a launch too large for any memory would read and write. Interpreter only.
+    """
+    builder_class = interpreter.InterpreterBuilder
+    real = {name: getattr(builder_class, name) for name in ("set_grid_idx", "set_grid_dim", "create_masked_load", "create_masked_store")}
+    seen = []
+
+    def record(kind, ptrs, mask):
+        addresses, active = np.broadcast_arrays(ptrs.data, mask.data)
+        seen.append((kind, addresses[active].ravel()))
+
+    def load(self, ptrs, mask, *rest):
+        record("load", ptrs, mask)
+        return TensorHandle(np.zeros_like(ptrs.data, dtype=interpreter._get_np_dtype(ptrs.get_element_ty())), ptrs.get_element_ty())
+
+    builder_class.set_grid_dim = lambda self, *dims: real["set_grid_dim"](self, *(tuple(grid) + (1, 1))[:3])
+    builder_class.set_grid_idx = lambda self, *idx: real["set_grid_idx"](self, *(tuple(program) + (0, 0))[:3])
+    builder_class.create_masked_load = load
+    builder_class.create_masked_store = lambda self, ptrs, value, mask, *rest: record("store", ptrs, mask)
+    try:
+        yield seen
+    finally:
+        for name, method in real.items():
+            setattr(builder_class, name, method)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Parameters
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def pairwise(*dimensions):
+    """Tuples with one value of each dimension, such that every pair of values of two dimensions is in at least one of them.
+
+    Most faults that depend on parameters depend on at most two. Greedy: of the tuples left, take the one with most pairs not
+    yet seen (ties: the first), until none has any.
+    """
+    def pairs(case):
+        return {(i, case[i], j, case[j]) for i, j in itertools.combinations(range(len(case)), 2)}
+
+    product = [tuple(case) for case in itertools.product(*dimensions)]
+    unseen, chosen = set().union(*map(pairs, product)), []
+    while unseen:
+        best = max(product, key=lambda case: len(pairs(case) & unseen))
+        unseen -= pairs(best)
+        chosen.append(best)
+    return chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
