@@ -20,7 +20,6 @@ Everything about the interpreter is an attribute of Triton's own module that exi
 import contextlib
 import importlib.util
 import itertools
-import math
 import re
 import sys
 import tempfile
@@ -30,7 +29,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
 
+from nanogpt_fast.error_rule import first_index, measure
 from nanogpt_fast.kernels.interpreter import (  # noqa: F401 (tests and conftest take them from here)
     INTERPRETED, before_patches, bf16_to_fp32, fp32_to_bf16, install_interpreter_patches, interpreter_patches, interpreter_problem)
 
@@ -40,81 +41,15 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # ---------------------------------------------------------------------------------------------------------------------------
 # The error rule
 # ---------------------------------------------------------------------------------------------------------------------------
-ERROR_FACTOR = {"forward": 2.0, "gradient": 3.0}  # times the plain low-precision path's own error (STYLE.md)
-STANDARD_ERRORS = 6.0  # of the signed mean error: chance passes it once in 5e8
-FEWEST_FOR_BIAS = 64  # distinct values; below that a mean has no reliable standard error
-
-
 def assert_close_to_oracle(out, oracle, plain, direction, *, what="out", check_bias=True):
     """The kernel's `out` is as near to the fp64 `oracle` as plain PyTorch in low precision (`plain`) is, and not biased.
 
     out, plain: the kernel's result and the plain path's on the same inputs, any dtype. oracle: fp64. direction: "forward"
-    (2 times the plain error) or "gradient" (3 times). Raises AssertionError saying which bound broke, by how much.
-
-    Magnitude: root mean square and largest error are each at most factor * max(plain's, rounding). `rounding` is what
-    rounding the exact answer to out's dtype may cost (half a unit in the last place), so a plain path that happens to be
-    exact (a copy, one element, x of equal values) does not forbid the kernel's rounding. The factor is widened by 1 + 16/n:
-    the ratio of two errors measured on n elements scatters, and without it one-element tensors would fail by chance.
-
-    Bias: the mean error, and the mean error in the direction of the oracle's sign (a result scaled by 1 - d has no mean
-    error, but this), lie within 6 standard errors of 0. Errors within a row are correlated (one rstd, one softmax
-    denominator), so the standard error is the larger of that over elements and that over row means. fp32's own unit
-    (1.2e-7) is always allowed.
-
-    Where the oracle rounds to inf or nan in out's dtype, out must be the same; where it does not, out must be finite.
+    (2 times the plain error) or "gradient" (3 times). Raises AssertionError saying which bound broke, by how much. The rule and its
+    reasons are in nanogpt_fast/error_rule.py.
     """
-    factor = ERROR_FACTOR[direction]
-    shapes = [tuple(t.shape) for t in (out, oracle, plain)]
-    assert shapes[0] == shapes[1] == shapes[2], f"{what}: the shapes of out, oracle and plain are {shapes}"
-    assert oracle.dtype == torch.float64, f"{what}: the oracle is {oracle.dtype}, expected float64"
-    if out.numel() == 0:
-        return
-    expected = oracle.detach().to(out.dtype)  # the correctly rounded answer; its inf and nan are right
-    out, oracle, plain = (t.detach().double().cpu() for t in (out, oracle, plain))
-    finite = expected.isfinite().cpu()
-    wrong = out.isfinite() != finite
-    assert not wrong.any(), (f"{what}: {int(wrong.sum())} of {out.numel()} elements are finite where fp64 is not, or the "
-                             f"reverse; first at {_first(wrong)}: {out[_first(wrong)]} against {oracle[_first(wrong)]}")
-    same = finite | (out == expected.double().cpu()) | (out.isnan() & oracle.isnan())
-    assert same.all(), f"{what}: inf or nan of the wrong kind at {_first(~same)}"
-    if not finite.any():
-        return
-    error = torch.where(finite, out - oracle, 0.0)
-    plain_error = torch.where(finite & plain.isfinite(), plain - oracle, 0.0)
-    exact = torch.where(finite, oracle, 0.0)
-
-    n = int(finite.sum())
-    info = torch.finfo(expected.dtype)
-    slack = factor * (1 + 16 / n)
-    for name, size in (("largest", lambda t: float(t.abs().max())), ("rms", lambda t: float(t.square().mean().sqrt()))):
-        rounding = 0.5 * info.eps * size(exact) + info.tiny * info.eps
-        bound = slack * max(size(plain_error), rounding)
-        assert size(error) <= bound, (
-            f"{what}: {name} error {size(error):.3g} against fp64 is over {slack:.3g} times the larger of the plain path's "
-            f"({size(plain_error):.3g}) and rounding ({rounding:.3g}); {direction}, {n} elements, "
-            f"worst at {_first(error.abs() == error.abs().max())}")
-    if check_bias:
-        _assert_unbiased(error, exact, what)
-
-
-def _assert_unbiased(error, exact, what):
-    distinct = exact[exact != 0].float().unique().numel()  # repeated values repeat one error: they are one observation
-    if distinct < FEWEST_FOR_BIAS:
-        return
-    allowed = torch.finfo(torch.float32).eps * float(exact.square().mean().sqrt())
-    for name, signed in (("mean error", error), ("mean error along the sign of the exact value", error * exact.sign())):
-        rows = signed.reshape(-1, signed.size(-1)).mean(1)
-        standard = float(signed.std()) / math.sqrt(distinct)
-        if rows.numel() >= 8:
-            standard = max(standard, float(rows.std()) / math.sqrt(rows.numel()))
-        bound = STANDARD_ERRORS * (1 + 16 / distinct) * standard + allowed
-        mean = float(signed.mean())
-        assert abs(mean) <= bound, (f"{what}: biased. {name} {mean:.3g} is {abs(mean) / max(standard, 1e-300):.1f} standard "
-                                    f"errors from 0 (bound {bound:.3g}, {distinct} distinct values)")
-
-
-def _first(mask):
-    return tuple(mask.nonzero()[0].tolist())
+    problem = measure(out, oracle, plain, direction, check_bias=check_bias).problem
+    assert problem is None, f"{what}: {problem}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -178,7 +113,7 @@ class Allocations:
                 continue
             left = is_poison(tensor)
             assert not left.any(), (f"{int(left.sum())} of {left.numel()} elements of an output {tuple(tensor.shape)}, "
-                                    f"{tensor.dtype} were never written (or computed from such an element), first at {_first(left)}")
+                                    f"{tensor.dtype} were never written (or computed from such an element), first at {first_index(left)}")
 
 
 @contextlib.contextmanager

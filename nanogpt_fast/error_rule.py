@@ -1,0 +1,113 @@
+"""When is a kernel's result right? One rule, for the tests and for `nanogpt-fast verify`.
+
+An absolute tolerance that admits bf16's rounding also admits a wrong eps. So the error is taken against fp64 on the same inputs,
+and bounded by the error that plain PyTorch makes in the same precision:
+
+Magnitude: root mean square and largest error are each at most factor * max(plain's, rounding), factor 2 for results and 3 for
+gradients. `rounding` is what rounding the exact answer once may cost (half a unit in the last place), so a plain path that happens to
+be exact (a copy, one element, x of equal values) does not forbid the kernel's rounding. The factor is widened by 1 + 16/n: the
+ratio of two errors measured on n elements scatters, and without it one-element tensors would fail by chance.
+
+Bias: the mean error, and the mean error in the direction of the oracle's sign (a result scaled by 1 - d has no mean error, but
+this), lie within 6 standard errors of 0. Errors within a row are correlated (one rstd, one softmax denominator), so the standard
+error is the larger of that over elements and that over row means. fp32's own unit (1.2e-7) is always allowed.
+
+Where the oracle rounds to inf or nan in the result's dtype, the result must be the same; where it does not, it must be finite.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+
+ERROR_FACTOR = {"forward": 2.0, "gradient": 3.0}  # times the plain low-precision path's own error
+STANDARD_ERRORS = 6.0  # of the signed mean error: chance passes it once in 5e8
+FEWEST_FOR_BIAS = 64  # distinct values; below that a mean has no reliable standard error
+
+
+@dataclass
+class Measurement:
+    """What `measure` found. Relative errors are L2: root mean square of the error over that of the oracle."""
+    largest: float = 0.0            # largest absolute error
+    relative: float = 0.0
+    plain_relative: float = 0.0     # plain PyTorch's
+    bound: float = 0.0              # on `relative`
+    bias: float = 0.0               # of the signed mean errors the one further from 0, in standard errors; 0 where none can be told
+    problem: str | None = None      # None, or which part of the rule is broken, by how much
+
+
+def measure(out, oracle, plain, direction, *, check_bias=True, dtype=None, factor=None):
+    """Hold `out` to the rule. Returns a Measurement.
+
+    out, plain: the kernel's result and the plain path's on the same inputs, any dtype. oracle: fp64. direction: "forward" or
+    "gradient". dtype: whose rounding counts; None is out's (the loss is fp32, but one rounding of bf16 operands is in it).
+    factor: in place of ERROR_FACTOR[direction].
+    """
+    if not out.shape == oracle.shape == plain.shape:
+        return Measurement(problem=f"shapes out {tuple(out.shape)}, oracle {tuple(oracle.shape)}, plain {tuple(plain.shape)}")
+    if oracle.dtype != torch.float64:
+        return Measurement(problem=f"the oracle is {oracle.dtype}, expected float64")
+    if out.numel() == 0:
+        return Measurement()
+    factor = ERROR_FACTOR[direction] if factor is None else factor
+    expected = oracle.detach().to(out.dtype).double().cpu()  # the correctly rounded answer; its inf and nan are right
+    info = torch.finfo(dtype or out.dtype)
+    out, oracle, plain = (t.detach().double().cpu() for t in (out, oracle, plain))
+    finite = expected.isfinite()
+    wrong = out.isfinite() != finite
+    if wrong.any():
+        return Measurement(largest=math.inf, relative=math.inf, problem=(
+            f"{int(wrong.sum())} of {out.numel()} elements are finite where fp64 is not, or the reverse; "
+            f"first at {first_index(wrong)}: {out[first_index(wrong)]} against {oracle[first_index(wrong)]}"))
+    same = finite | (out == expected) | (out.isnan() & oracle.isnan())
+    if not same.all():
+        return Measurement(largest=math.inf, relative=math.inf, problem=f"inf or nan of the wrong kind at {first_index(~same)}")
+    if not finite.any():
+        return Measurement()
+    error = torch.where(finite, out - oracle, 0.0)
+    plain_error = torch.where(finite & plain.isfinite(), plain - oracle, 0.0)
+    exact = torch.where(finite, oracle, 0.0)
+
+    n = int(finite.sum())
+    slack = factor * (1 + 16 / n)
+    found = Measurement()
+    norms = {"largest": lambda t: float(t.abs().max()), "rms": lambda t: float(t.square().mean().sqrt())}
+    for name, size in norms.items():
+        rounding = 0.5 * info.eps * size(exact) + info.tiny * info.eps
+        bound = slack * max(size(plain_error), rounding)
+        if size(error) > bound and found.problem is None:
+            found.problem = (f"{name} error {size(error):.3g} against fp64 is over {slack:.3g} times the larger of the plain path's error "
+                             f"({size(plain_error):.3g}) and rounding ({rounding:.3g}); {direction}, {n} elements, worst at "
+                             f"{first_index(error.abs() == error.abs().max())}")
+    unit = norms["rms"](exact) or 1.0  # an oracle of zeros: absolute errors
+    found.largest = norms["largest"](error)
+    found.relative, found.plain_relative, found.bound = norms["rms"](error) / unit, norms["rms"](plain_error) / unit, bound / unit
+    if check_bias:
+        found.bias, biased = _bias(error, exact)
+        found.problem = found.problem or biased
+    return found
+
+
+def _bias(error, exact):
+    """(the worse bias in standard errors, None or the sentence that names it)."""
+    distinct = exact[exact != 0].float().unique().numel()  # repeated values repeat one error: they are one observation
+    if distinct < FEWEST_FOR_BIAS:
+        return 0.0, None
+    allowed = torch.finfo(torch.float32).eps * float(exact.square().mean().sqrt())
+    worst, problem = 0.0, None
+    for name, signed in (("mean error", error), ("mean error along the sign of the exact value", error * exact.sign())):
+        rows = signed.reshape(-1, signed.size(-1)).mean(1)
+        standard = float(signed.std()) / math.sqrt(distinct)
+        if rows.numel() >= 8:
+            standard = max(standard, float(rows.std()) / math.sqrt(rows.numel()))
+        bound = STANDARD_ERRORS * (1 + 16 / distinct) * standard + allowed
+        mean = float(signed.mean())
+        worst = max(worst, mean / max(standard, 1e-300), key=abs)
+        if abs(mean) > bound and problem is None:
+            problem = (f"biased. {name} {mean:.3g} is {abs(mean) / max(standard, 1e-300):.1f} standard errors from 0 "
+                       f"(bound {bound:.3g}, {distinct} distinct values)")
+    return worst, problem
+
+
+def first_index(mask):
+    """The index of the first True, as a tuple."""
+    return tuple(mask.nonzero()[0].tolist())
