@@ -275,6 +275,7 @@ def test_a_character_of_several_tokens_appears_whole():
 def test_bytes_that_never_become_a_character_do_not_hold_the_text_up_forever():
     pieces, _ = stream(b"a" + b"\xff" * 20 + b"b")
     assert "".join(pieces) == "a" + "\ufffd" * 20 + "b"
+    assert "\ufffd" in "".join(pieces[:10])
     assert stream(b"ab\xc3")[0][-1] == "\ufffd"
 
 
