@@ -230,16 +230,22 @@ class GPT(nn.Module):
     def _blocks(self, x):
         """All blocks: (B, T, C) -> (residual, branch still to be added or None, its dropout probability)."""
         branch, p = None, 0.0
-        norms_fused = self._norm_implementation(x) != "reference"
         for block in self.transformer.h:
-            reason = block.unfused_reason() if norms_fused and isinstance(block, Block) else "not asked for"
-            if reason is None:
+            if self._runs_fused(block, x):
                 x, branch, p = block.fused(x, branch, p)
-                continue
-            if norms_fused:
-                _backend.notice_unfused(f"a block runs unfused: {reason}")
-            x, branch, p = block(_add(x, branch, p)), None, 0.0
+            else:
+                x, branch, p = block(_add(x, branch, p)), None, 0.0
         return x, branch, p
+
+    def _runs_fused(self, block, x):
+        """Whether a block's residual adds move into its LayerNorms: a kernel has to do it, and nothing may have been touched."""
+        if _backend.choice("layer_norm", self.backend) == "reference":
+            return False
+        reason = block.unfused_reason() if isinstance(block, Block) else f"{type(block).__name__} stands where Block did"
+        if reason is not None:
+            _backend.notice_unfused(f"a block runs unfused: {reason}")
+            return False
+        return layer_norm.implementation(x, block.ln_1.weight, block.ln_1.bias, backend=block.ln_1.backend) != "reference"
 
     def _final_norm(self, residual):
         x, branch, p = residual
@@ -247,13 +253,6 @@ class GPT(nn.Module):
         if branch is None or touched(ln_f, LayerNorm) is not None:
             return ln_f(_add(x, branch, p))
         return layer_norm.add_layer_norm(x, branch, ln_f.weight, ln_f.bias, dropout_p=p, backend=ln_f.backend)[1]
-
-    def _norm_implementation(self, x):
-        """Which add + LayerNorm the blocks would take for the residual stream x: the fused walk pays only with a kernel."""
-        if not self.transformer.h or not isinstance(self.transformer.h[0], Block) or type(self.transformer.h[0].ln_1) is not LayerNorm:
-            return "reference"
-        ln = self.transformer.h[0].ln_1
-        return layer_norm.implementation(x, ln.weight, ln.bias, backend=self.backend)
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters. non_embedding leaves out the positions; the token embedding counts, it is the head's weight too."""
