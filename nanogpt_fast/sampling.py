@@ -69,9 +69,9 @@ def sample(argv):
     """The command `nanogpt-fast sample`."""
     o = options.parse(SampleOptions, argv, "nanogpt-fast sample")
     prompt = read_prompt(o.start)
+    torch.manual_seed(o.seed)  # before the model is built, which draws too: so nanoGPT's sample.py does it, and gets this text
     loaded = load(o)
     ids = encode(prompt, loaded, said=set())
-    torch.manual_seed(o.seed)
     began, count = time.perf_counter(), 0
     if o.num_samples == 1:
         say(prompt)
