@@ -35,12 +35,13 @@ class Measurement:
     problem: str | None = None      # None, or which part of the rule is broken, by how much
 
 
-def measure(out, oracle, plain, direction, *, check_bias=True, dtype=None, factor=None):
+def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtype=None, averaged=1):
     """Hold `out` to the rule. Returns a Measurement.
 
     out, plain: the kernel's result and the plain path's on the same inputs, any dtype. oracle: fp64. direction: "forward" or
-    "gradient". dtype: whose rounding counts; None is out's (the loss is fp32, but one rounding of bf16 operands is in it).
-    factor: in place of ERROR_FACTOR[direction].
+    "gradient". factor: in place of ERROR_FACTOR[direction].
+    dtype, averaged: for a mean over `averaged` numbers that were rounded to `dtype`, as the loss is: fp32, but made of bf16 logits. The
+    plain path's one error can then be near zero by luck; what rounding may cost is that of the numbers, averaged out.
     """
     if not out.shape == oracle.shape == plain.shape:
         return Measurement(problem=f"shapes out {tuple(out.shape)}, oracle {tuple(oracle.shape)}, plain {tuple(plain.shape)}")
@@ -50,7 +51,7 @@ def measure(out, oracle, plain, direction, *, check_bias=True, dtype=None, facto
         return Measurement()
     factor = ERROR_FACTOR[direction] if factor is None else factor
     expected = oracle.detach().to(out.dtype).double().cpu()  # the correctly rounded answer; its inf and nan are right
-    info = torch.finfo(dtype or out.dtype)
+    units = torch.finfo(out.dtype), torch.finfo(dtype or out.dtype)
     out, oracle, plain = (t.detach().double().cpu() for t in (out, oracle, plain))
     finite = expected.isfinite()
     wrong = out.isfinite() != finite
@@ -67,12 +68,13 @@ def measure(out, oracle, plain, direction, *, check_bias=True, dtype=None, facto
     plain_error = torch.where(finite & plain.isfinite(), plain - oracle, 0.0)
     exact = torch.where(finite, oracle, 0.0)
 
-    n = int(finite.sum())
+    n = int(finite.sum()) * averaged
     slack = factor * (1 + 16 / n)
     found = Measurement()
     norms = {"largest": lambda t: float(t.abs().max()), "rms": lambda t: float(t.square().mean().sqrt())}
     for name, size in norms.items():
-        rounding = 0.5 * info.eps * size(exact) + info.tiny * info.eps
+        once, each = (0.5 * unit.eps * size(exact) + unit.tiny * unit.eps for unit in units)
+        rounding = max(once, each / math.sqrt(averaged))
         bound = slack * max(size(plain_error), rounding)
         if size(error) > bound and found.problem is None:
             found.problem = (f"{name} error {size(error):.3g} against fp64 is over {slack:.3g} times the larger of the plain path's error "

@@ -196,7 +196,7 @@ FAULTS = {
     "ignored rows counted in the gradient": (r"float\(\"nan\"\)\), 0\.0\)", 'float("nan")), 1.0)', 2),
     "tail not masked": (r"mask=tail < V, other=float\(\"-inf\"\)\)", 'mask=tail < V, other=0.0)', 1),
     "tail masked one short": (r"mask=cols < V\)\n", "mask=cols < V - 1)\n", 1),
-    "tail stored one too far": (r"hot\)\.to\(logits_ptr\.dtype\.element_ty\), mask=tail < V\)", "hot).to(logits_ptr.dtype.element_ty), mask=tail < V + 1)", 1),
+    "tail stored one too far": (r"element_ty\), mask=tail < V\)", "element_ty), mask=tail < V + 1)", 1),
     "last full tile forgotten": (r"for i in range\(full\):  # backwards", "for i in range(1, full):  # backwards", 1),
 }
 

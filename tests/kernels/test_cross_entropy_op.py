@@ -241,7 +241,10 @@ def test_logits_that_were_changed_in_place_are_noticed_in_the_backward():
 
 @ROUTES
 def test_fp16_gradients_survive_a_mean_over_many_rows_under_a_grad_scaler(return_logits):
-    """A probability of 1/V times 1/N is 8e-6 here and 3e-10 in training; fp16 rounds below 6e-5 and ends at 6e-8. The scale of 65,536 comes back in fp32."""
+    """A probability of 1/V times 1/N is 8e-6 here and 3e-10 in training; fp16 rounds below 6e-5 and ends at 6e-8.
+
+    Both are multiplied in fp32: the scale of 65,536 as it arrives, and none at all without a scaler.
+    """
     x, weight, targets = draw(B=16, T=8, V=1000, C=16, dtype=torch.float16, weight_dtype=torch.float32)
     with torch.autocast(DEVICE.type, torch.float16):
         loss, _ = linear_cross_entropy(x, weight, targets, return_logits=return_logits, backend=FUSED)
@@ -335,7 +338,8 @@ def operator_arguments():
     return {
         "linear_cross_entropy": [(x, weight, targets, -1, need_dx, need_dw) for need_dx in (True, False) for need_dw in (True, False)],
         "linear_cross_entropy_logits": [(x, weight, targets, -1)],
-        "linear_cross_entropy_backward": [(*saved, None, -1, True, True), (*saved, logits, -1, True, False), (*saved, None, -1, False, True)],
+        "linear_cross_entropy_backward": [(*saved, None, -1, True, True), (*saved, logits, -1, True, False),
+                                          (*saved, None, -1, False, True)],
     }
 
 
