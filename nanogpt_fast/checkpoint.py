@@ -60,6 +60,14 @@ def remove_leftovers(folder):
             leftover.unlink(missing_ok=True)
 
 
+def latest(folder):
+    """The path of the checkpoint to resume from: last.pt; ckpt.pt where that is the only one, or nanoGPT has trained on from it."""
+    last, best = Path(folder, "last.pt"), Path(folder, "ckpt.pt")
+    if last.is_file() and best.is_file() and best.stat().st_mtime > last.stat().st_mtime:  # a run of ours writes last.pt last
+        return best if read(best)["iter_num"] > read(last)["iter_num"] else last
+    return last if last.is_file() else best
+
+
 def read(path):
     """The dict in a checkpoint file, on the CPU, its weights under plain names (C4). Raises CheckpointError."""
     path = Path(path)

@@ -115,9 +115,10 @@ class NonFiniteLoss(RuntimeError):
 
 def run(argv):
     """`nanogpt-fast train`: exit status 0, or 128 + the signal's number after Ctrl-C (130) or SIGTERM (143)."""
-    result = train(options.parse(TrainOptions, argv, "nanogpt-fast train"))
+    o = options.parse(TrainOptions, argv, "nanogpt-fast train")
+    result = train(o)
     if result.stopped is None:
-        if devices.is_master() and any(result.out_dir.glob("*.pt")):
+        if devices.is_master() and not o.eval_only:
             print(f"Done: best validation loss {result.best_val_loss:.4f}; weights, metrics.jsonl and loss.png are in {result.out_dir}. "
                   f"Try: nanogpt-fast sample --out_dir={shlex.quote(str(result.out_dir))}")
         return 0
@@ -396,9 +397,7 @@ def _initial_model(o, tokenizer, ops):
     if o.init_from != "resume":
         return GPT.from_pretrained(o.init_from, dict(dropout=o.dropout), activation=o.activation, backend=ops), None
 
-    path = Path(o.out_dir, "last.pt")
-    if not path.is_file():
-        path = Path(o.out_dir, "ckpt.pt")
+    path = checkpoints.latest(o.out_dir)
     checkpoint = checkpoints.read(path)
     print(f"resuming from {path}, step {checkpoint['iter_num']}")
     known = checkpoint.get("tokenizer")

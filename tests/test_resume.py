@@ -80,10 +80,10 @@ def test_float16_resumes_with_the_scale_that_it_had_found(folder):
     straight, broken = tiny.options(folder, "straight", **settings), tiny.options(folder, "broken", **settings)
     train(straight)
     train(dataclasses.replace(broken, max_iters=10))
-    state = torch.load(folder / "broken" / "last.pt", weights_only=True)
-    assert state["resume"]["scaler"]["_growth_tracker"] == 10
     train(dataclasses.replace(broken, init_from="resume"))
     assert tiny.losses(broken) == tiny.losses(straight)
+    scalers = [torch.load(folder / name / "last.pt", weights_only=True)["resume"]["scaler"] for name in ("straight", "broken")]
+    assert scalers[0] == scalers[1] and scalers[0]["_growth_tracker"] == 20  # steps since the scale was last changed
 
 
 def test_nanogpts_ckpt_pt_is_resumed_with_its_optimizer(folder):
@@ -99,6 +99,18 @@ def test_nanogpts_ckpt_pt_is_resumed_with_its_optimizer(folder):
     after = torch.load(folder / "out" / "last.pt", weights_only=True)
     assert after["optimizer"]["state"][0]["step"] == 15
     assert list(tiny.losses(o)) == list(range(15))
+
+
+def test_a_ckpt_pt_that_nanogpt_has_trained_further_is_preferred_to_an_older_last_pt(folder):
+    o = tiny.options(folder, max_iters=4)
+    train(o)
+    saved = torch.load(folder / "out" / "ckpt.pt", weights_only=True)
+    torch.save(saved, folder / "out" / "ckpt.pt")  # younger, but no further: last.pt, which can do it exactly
+    os.utime(folder / "out" / "last.pt", (1, 1))
+    assert checkpoint.latest(folder / "out").name == "last.pt"
+    torch.save({**saved, "iter_num": 9}, folder / "out" / "ckpt.pt")
+    assert checkpoint.latest(folder / "out").name == "ckpt.pt"
+    assert train(dataclasses.replace(o, init_from="resume", max_iters=11)).iter_num == 11
 
 
 def test_a_finished_run_resumed_does_nothing_more(folder):
