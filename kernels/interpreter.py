@@ -109,6 +109,18 @@ def interpreter_patches():
     }
 
 
+_callees_patched = set()  # modules of device functions for which Triton's language has been replaced by the interpreter's
+
+
+def _call_device_function(self, *args, **kwargs):
+    """A kernel calls a jitted function. Triton replaces its whole language at every such call, half the time of a test, although
+    what a launch replaces stays until its end, and what a callee's module replaces (tl.core, for tl.sum and tl.philox) for good."""
+    if self.fn.__module__ not in _callees_patched:
+        interpreter._patch_lang(self.fn)
+        _callees_patched.add(self.fn.__module__)
+    return self.rewrite()(*args, **kwargs)
+
+
 before_patches = {}  # what the patches replaced: filled by install_interpreter_patches, for the tests that show the need
 
 
@@ -123,3 +135,4 @@ def install_interpreter_patches():
     if not hasattr(builder, "get_bf16"):  # Triton 3.6 has no bf16 constants
         builder.get_bf16 = lambda self, value: self.create_fp_trunc(self.get_fp32(value), tl.bfloat16)
     interpreter.ReduceScanOpInterface.apply = _patched_reduction(interpreter.ReduceScanOpInterface.apply)
+    interpreter.InterpretedFunction.__call__ = _call_device_function

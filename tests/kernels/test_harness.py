@@ -78,7 +78,7 @@ def copy(x, shift=0, n=None):
     return y
 
 
-# Values on which truncation and rounding differ: ties both ways, a carry into the exponent, infinities, subnormals, the largest.
+# Where truncation and rounding differ: ties both ways, a carry into the exponent, infinities, subnormals, the largest.
 EDGES = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1.99999, 0.0, -0.0, float("inf"), -float("inf"), 1e-40, 3.4028e38, -2.7182818,
                       65504.0, 1e-3, 0.1, 0.2, 0.3, 7.0])
 
@@ -140,8 +140,10 @@ not_in_3_6 = pytest.mark.skipif(triton.__version__.startswith("3.6."), reason="T
     ("cast_impl", lambda d: test_the_cast_to_bf16_rounds_to_nearest_even(d, torch.float32)),
     ("binary_op", lambda d: test_arithmetic_on_bf16_is_on_numbers(d, "multiply", EXPECTED["multiply"])),
     ("create_fma", lambda d: test_arithmetic_on_bf16_is_on_numbers(d, "fma", EXPECTED["fma"])),
-    pytest.param("unary_op", lambda d: test_arithmetic_on_bf16_is_on_numbers(d, "negate", EXPECTED["negate"]), marks=not_in_3_6),
-    pytest.param("create_clampf", lambda d: test_arithmetic_on_bf16_is_on_numbers(d, "clamp", EXPECTED["clamp"]), marks=not_in_3_6),
+    pytest.param("unary_op", lambda d: test_arithmetic_on_bf16_is_on_numbers(d, "negate", EXPECTED["negate"]),
+                 marks=not_in_3_6),
+    pytest.param("create_clampf", lambda d: test_arithmetic_on_bf16_is_on_numbers(d, "clamp", EXPECTED["clamp"]),
+                 marks=not_in_3_6),
 ])
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_without_its_patch_the_interpreter_is_wrong(device, monkeypatch, attribute, test):
@@ -316,6 +318,30 @@ def test_programs_run_in_the_order_asked_for():
             _last_writer_kernel[(2, 3, 2)](y)
         seen.append(y.item())
     assert seen == [11.0, 0.0]
+
+
+# Addresses and parameters ----------------------------------------------------------------------------------------------------
+
+
+@interpreted_only
+def test_the_addresses_of_a_program_far_out_are_seen():
+    x, y = torch.zeros(1), torch.zeros(1)
+    with harness.addresses_of_one_program((1000, ), (1001, )) as seen:
+        _copy_kernel[(1, )](x, y, 16 * 1000 + 4, SHIFT=3, BLOCK=16)
+    (load, loaded), (store, stored) = seen
+    assert (load, store) == ("load", "store")
+    assert loaded.tolist() == [x.data_ptr() + 4 * (16000 + i) for i in range(4)]
+    assert stored.tolist() == [y.data_ptr() + 4 * (16003 + i) for i in range(4)]
+    assert harness.same_bits(copy(torch.ones(3)), torch.ones(3))  # and everything is as before
+
+
+def test_pairwise_holds_every_pair_in_few_cases():
+    dimensions = [range(5), range(4), range(3), range(2)]
+    cases = harness.pairwise(*dimensions)
+    for i in range(4):
+        for j in range(i):
+            assert {(case[i], case[j]) for case in cases} == {(a, b) for a in dimensions[i] for b in dimensions[j]}
+    assert len(cases) <= 25  # of 120; no fewer than 20 can do
 
 
 # Planted faults --------------------------------------------------------------------------------------------------------------

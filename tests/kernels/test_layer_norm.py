@@ -1,0 +1,288 @@
+"""The LayerNorm kernels against fp64: every output of forward and backward, by the error rule of harness.py."""
+import harness
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from nanogpt_fast.kernels import dropout
+from nanogpt_fast.kernels import layer_norm as kernels
+
+ON_GPU = not harness.INTERPRETED
+# 1; odd and short; a power of two; multiples of 4 and 32 that are none; GPT-2's smallest width and its largest, 1,600
+WIDTHS = [1, 7, 32, 100, 384, 768, 1600] + [2048, 5000, 8192] * ON_GPU
+ROWS = [0, 1, 3, "tiles"] + [1000, 65536] * ON_GPU  # none, one, a few, and two tiles with a row of a third
+f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+DTYPES = [  # stream, branch (None: no branch), y, parameters
+    (f32, bf16, bf16, f32),     # bf16 autocast
+    (f32, f16, f16, f32),       # fp16 autocast
+    (f32, f32, f32, f32),       # no autocast
+    (bf16, bf16, bf16, bf16),   # a model cast to bf16
+    (f16, f16, f16, f16),       # a model cast to fp16
+    (f32, None, bf16, f32),     # the first LayerNorm of a model
+    (f32, None, f32, bf16),
+]
+SEED = 0x0123_4567_89AB_CDEF
+
+
+class Problem:
+    """Inputs between NaN margins, and three answers: the kernel's, fp64's, and PyTorch's in the same low precision."""
+
+    def __init__(self, N, C, dtypes=DTYPES[0], bias=True, p=0.0, draw=torch.randn, eps=1e-5, ds=True):
+        stream, branch, self.y_dtype, parameters = dtypes
+        new = lambda *shape, dtype, draw=torch.randn: harness.with_nan_margins(draw(*shape).to(dtype).to(harness.DEVICE))
+        self.x = new(N, C, dtype=stream, draw=draw)
+        self.branch = None if branch is None else new(N, C, dtype=branch)
+        self.weight = new(C, dtype=parameters, draw=lambda n: 1 + 0.3 * torch.randn(n))
+        self.bias = new(C, dtype=parameters) if bias else None
+        self.dy = new(N, C, dtype=self.y_dtype)
+        self.ds = new(N, C, dtype=stream) if ds and branch is not None else None
+        self.eps, self.p = eps, p if branch is not None else 0.0
+        self.seed = torch.tensor([SEED], device=harness.DEVICE)
+        self.keep = dropout.row_mask(SEED, torch.arange(N), C, self.p).to(harness.DEVICE)
+
+    def kernel(self):
+        s, y, mean, rstd = kernels.forward(self.x, self.branch, self.weight, self.bias, eps=self.eps, p=self.p, seed=self.seed, y_dtype=self.y_dtype)
+        dx, dbranch, dweight, dbias = kernels.backward(
+            self.dy, self.ds, self.x if s is None else s, self.weight, mean, rstd, p=self.p, seed=self.seed,
+            branch_dtype=None if self.branch is None else self.branch.dtype, dweight_dtype=self.weight.dtype,
+            dbias_dtype=None if self.bias is None else self.bias.dtype)
+        dbranch = dx if dbranch is None and self.branch is not None else dbranch
+        return {"s": s, "y": y, "dx": dx, "dbranch": dbranch, "dweight": dweight, "dbias": dbias}
+
+    def pytorch(self, dtype=None):
+        """The same in PyTorch, step by step; dtype=torch.float64 for the oracle, None for the dtypes of the inputs."""
+        x, branch, weight, bias, dy, ds = (None if t is None else t.to(dtype or t.dtype).detach().clone() for t in (
+            self.x, self.branch, self.weight, self.bias, self.dy, self.ds))
+        inputs = {"dx": x, "dbranch": branch, "dweight": weight, "dbias": bias}
+        for tensor in inputs.values():
+            if tensor is not None:
+                tensor.requires_grad_()
+        s = x if branch is None else x + torch.where(self.keep, branch / (1 - self.p), 0.0).to(branch.dtype)
+        y = F.layer_norm(s, weight.shape, weight.to(s.dtype), None if bias is None else bias.to(s.dtype), self.eps).to(dtype or self.y_dtype)
+        wanted = {name: t for name, t in inputs.items() if t is not None}
+        outputs, gradients = ([y], [dy]) if ds is None else ([s, y], [ds, dy])
+        results = dict.fromkeys(inputs) | dict(zip(wanted, torch.autograd.grad(outputs, wanted.values(), gradients)))
+        return {"s": None if branch is None else s.detach(), "y": y.detach(), **results}
+
+    def check(self, **options):
+        with harness.guarded_outputs():
+            got = self.kernel()
+        oracle, plain = self.pytorch(torch.float64), self.pytorch()
+        for name, out in got.items():
+            assert (out is None) == (oracle[name] is None), name
+            if out is not None:
+                direction = "gradient" if name.startswith("d") else "forward"
+                harness.assert_close_to_oracle(out, oracle[name], plain[name], direction, what=name, **options)
+
+
+def row_count(N, C):
+    return 2 * kernels.TILES[kernels.block_columns(C)][0].rows + 1 if N == "tiles" else N
+
+
+def ids(value):
+    return "-".join(str(v).removeprefix("torch.") for v in value) if isinstance(value, tuple) else None
+
+
+@pytest.mark.parametrize("N, C, dtypes, bias, p", harness.pairwise(ROWS, WIDTHS, DTYPES, [True, False], [0.0, 0.2]), ids=ids)
+def test_every_output_is_close_to_fp64(N, C, dtypes, bias, p):
+    Problem(row_count(N, C), C, dtypes, bias, p).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=ids)
+@pytest.mark.parametrize("C", WIDTHS)
+def test_every_output_is_close_to_fp64_in_all_combinations(C, dtypes, bias, p):
+    for N in ROWS:
+        Problem(row_count(N, C), C, dtypes, bias, p).check()
+
+
+@given(N=st.integers(0, 40), C=st.integers(1, 300), dtypes=st.sampled_from(DTYPES), bias=st.booleans(), p=st.sampled_from([0.0, 0.1, 0.5]),
+       eps=st.sampled_from([1e-5, 1e-6, 1e-3]), ds=st.booleans())
+@settings(max_examples=200 if ON_GPU else 20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=False)
+def test_any_shape_is_close_to_fp64(N, C, dtypes, bias, p, eps, ds):
+    Problem(N, C, dtypes, bias, p, eps=eps, ds=ds).check()
+
+
+@pytest.mark.parametrize("C", [2048, 4096, 8192])
+def test_the_widest_rows_are_close_to_fp64(C):
+    Problem(3, C, p=0.2).check()
+
+
+@pytest.mark.parametrize("mean", [1e4, -1e4])
+@pytest.mark.parametrize("C", [100, 768])
+def test_rows_of_large_mean_are_right(mean, C):
+    problem = Problem(12, C, (f32, None, f32, f32), draw=lambda *shape: mean + torch.randn(*shape))
+    problem.check()
+    # fp32 holds a mean of 1e4 to within 5e-4: without the correction y would be off by as much
+    assert (problem.kernel()["y"].double() - problem.pytorch(torch.float64)["y"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[2:5], ids=ids)
+@pytest.mark.parametrize("value", [0.0, 1.0, -3e4])
+def test_rows_of_equal_values_give_the_bias(dtypes, value):
+    problem = Problem(4, 100, (dtypes[0], None, *dtypes[2:]), draw=lambda *shape: torch.full(shape, value))
+    got = problem.kernel()
+    torch.testing.assert_close(got["y"], problem.bias.expand(4, 100).to(got["y"].dtype), rtol=0, atol=0)
+    assert all(t.isfinite().all() for t in got.values() if t is not None)
+
+
+def test_fp16_near_overflow_is_right():
+    largest = torch.finfo(f16).max
+    Problem(40, 384, (f16, None, f16, f16), draw=lambda *shape: (torch.randint(0, 2, shape) * 2 - 1) * largest * (0.9 + 0.1 * torch.rand(shape))).check()
+
+
+def test_rows_that_lie_apart_are_read_where_they_lie(device):
+    wide = torch.randn(3, 20, 150, device=device)
+    whole = Problem(20, 100, (f32, f32, f32, f32))
+    for x in (wide[1, :, 30:130], wide[0, 5:6, 50:].expand(20, 100), wide[:, 4, :100].repeat(7, 1)[:20]):
+        whole.x, whole.branch, whole.dy, whole.ds = (harness.with_nan_margins(x) for _ in range(4))
+        whole.check()
+
+
+def test_a_row_of_one_and_no_rows_give_gradients_of_the_right_shape():
+    got = Problem(0, 384).kernel()
+    assert got["y"].shape == (0, 384) and not got["dweight"].any() and not got["dbias"].any()
+    assert torch.equal(Problem(5, 1, DTYPES[2]).kernel()["dweight"], torch.zeros(1, device=harness.DEVICE))
+
+
+# Dropout ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_branch_is_dropped_by_the_mask_and_its_gradient_by_the_same():
+    problem = Problem(30, 100, (f32, f32, f32, f32), p=0.3)
+    problem.x.zero_()
+    got = problem.kernel()
+    assert torch.equal(got["s"] != 0, problem.keep) and torch.equal(got["dbranch"] != 0, problem.keep)
+    torch.testing.assert_close(got["dbranch"], torch.where(problem.keep, got["dx"] / 0.7, 0.0), rtol=1e-6, atol=0)
+
+
+def test_other_seeds_drop_others_and_p_of_one_drops_all():
+    problem = Problem(30, 100, p=0.5)
+    first = problem.kernel()["s"]
+    problem.seed = problem.seed + 1
+    assert not torch.equal(problem.kernel()["s"], first)
+    problem.p = 1.0
+    assert torch.equal(problem.kernel()["s"], problem.x)
+
+
+def test_nothing_depends_on_tiles_but_the_order_of_sums(monkeypatch):
+    problem = Problem(37, 100, (f32, f32, f32, f32), p=0.3)
+    first = problem.kernel()
+    monkeypatch.setitem(kernels.TILES, 128, (kernels.Tile(2, 1), kernels.Tile(8, 2)))
+    second = problem.kernel()
+    assert all(harness.same_bits(first[name], second[name]) for name in (("s", ) if ON_GPU else ("s", "y", "dx", "dbranch")))
+    assert not harness.same_bits(first["dweight"], second["dweight"])  # or the tile was not another
+
+
+def test_the_stream_alone_gives_the_branch_its_gradient():
+    problem = Problem(33, 100, p=0.3)
+    with harness.guarded_outputs():
+        dbranch = kernels.drop(problem.ds, p=0.3, seed=problem.seed, branch_dtype=bf16)
+    expected = torch.where(problem.keep, problem.ds.double() / 0.7, 0.0)
+    harness.assert_close_to_oracle(dbranch, expected, expected.to(bf16), "gradient")
+
+
+# Order, addresses ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_order_of_programs_changes_no_bit(monkeypatch):
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 2)
+    problem = Problem(90, 100, p=0.2)
+    harness.assert_grid_order_is_free(lambda: tuple(problem.kernel().values()))
+    harness.assert_grid_order_is_free(lambda: kernels.drop(problem.ds, p=0.2, seed=problem.seed, branch_dtype=bf16))
+
+
+@pytest.mark.skipif(ON_GPU, reason="addresses are seen in the interpreter")
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:divide by zero")
+def test_offsets_pass_two_to_the_31():
+    C, N = 8192, 2**21  # 2^34 elements
+    stride, last = 3 * C, N - 1
+    x, branch, s, y = torch.zeros(1), torch.zeros(1, dtype=bf16), torch.zeros(1), torch.zeros(1, dtype=bf16)
+    vector, seed = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    with harness.addresses_of_one_program((last, ), (N, )) as seen:
+        kernels._forward_kernel[(1, )](x, branch, vector, vector, seed, s, y, vector, vector, N, C, stride, stride, 0.5, 1e-5, ROWS=1, BLOCK_C=C)
+    rows = [addresses for _, addresses in seen if addresses.size == C]
+    expected = {x.data_ptr() + 4 * last * stride, branch.data_ptr() + 2 * last * stride, s.data_ptr() + 4 * last * C, y.data_ptr() + 2 * last * C,
+                vector.data_ptr()}
+    assert {int(addresses[0]) for addresses in rows} == expected
+    assert all((addresses[-1] - addresses[0]) in (2 * (C - 1), 4 * (C - 1)) for addresses in rows)
+
+    dx, dbranch, partial = torch.zeros(1), torch.zeros(1, dtype=bf16), torch.zeros(1)
+    with harness.addresses_of_one_program((last, ), (N, )) as seen:
+        kernels._backward_kernel[(1, )](y, x, s, vector, vector, vector, seed, dx, dbranch, partial, partial, N, C, stride, stride, C, 0.5, ROWS=1, BLOCK_C=C)
+    rows = [int(addresses[0]) for _, addresses in seen if addresses.size == C]
+    assert {y.data_ptr() + 2 * last * stride, x.data_ptr() + 4 * last * stride, s.data_ptr() + 4 * last * C,
+            dx.data_ptr() + 4 * last * C, dbranch.data_ptr() + 2 * last * C} <= set(rows)
+
+
+# Planted faults: each must make the check above fail ----------------------------------------------------------------------------
+
+FAULTS = {
+    "mask one column too far": (r"\(columns < C\)\[None, :\] {26}# \[ROWS", "(columns <= C)[None, :] # [ROWS"),
+    "narrow mask": (r"\(columns < C\)\[None, :\] {26}# \[ROWS", "(columns < C - 1)[None, :] # [ROWS"),
+    "mask one row too far": (r"inside = \(rows < n_rows\)\[:, None\] & (.*) {26}#", r"inside = (rows <= n_rows)[:, None] & \1 #"),
+    "padding counted in the variance": (r"tl\.where\(inside, s - mean\[:, None\], 0\.0\)", "s - mean[:, None]"),
+    "N-1 variance": (r"tl\.sum\(centred \* centred, 1\) / C", "tl.sum(centred * centred, 1) / (C - 1)"),
+    "eps 1e-3": (r"/ C \+ eps\)", "/ C + 1e-3)"),
+    "no eps": (r"/ C \+ eps\)", "/ C + 1e-30)"),
+    "missing rstd": (r"y = centred \* rstd\[:, None\] \* weight", "y = centred * weight"),
+    "mean not removed from the gradient": (r"g - \(tl\.sum\(g, 1\) / C\)\[:, None\] -", "g -"),
+    "projection not removed": (r" - n \* \(tl\.sum\(g \* n, 1\) / C\)\[:, None\]\)", ")"),
+    "weight forgotten in the gradient": (r"g = dy \* weight\n", "g = dy\n"),
+    "the stream's gradient forgotten": (r"dx \+= tl\.load\(ds_ptr.*\n", "pass\n"),
+    "dweight and dbias swapped": (r"dweight \+= dy \* n\n        dbias \+= dy\n", "dbias += dy * n\n        dweight += dy\n"),
+    "kept elements not scaled": (r"branch \* keep_scale\(p\)", "branch"),
+    "gradient dropped by another mask": (r"dx = tl\.where\(keep_rows\(tl\.load\(seed_ptr\), rows, p", "dx = tl.where(keep_rows(tl.load(seed_ptr), rows + 1, p"),
+    "last partial forgotten": (r"\(rows < n_partials\)", "(rows < n_partials - 1)"),
+    "last rows forgotten": (r"range\(tl\.program_id\(0\) \* ROWS, n_rows,", "range(tl.program_id(0) * ROWS, n_rows - ROWS,"),
+    "another sum normalised than stored": (r"s = stored\.to\(tl\.float32\) .*", "s = s + branch * 1.001"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault):
+    def check():
+        Problem(35, 100, DTYPES[0], p=0.2).check()  # poison and canaries see the masks, the error rule the rest
+        Problem(9, 100, DTYPES[5], draw=lambda *shape: 1e-3 * torch.randn(*shape)).check()
+
+    harness.assert_fault_is_seen(kernels, *FAULTS[fault], check)
+
+
+@pytest.mark.parametrize("fault", ["N-1 variance", "eps 1e-3"])
+def test_small_faults_are_seen_at_gpt2_width_in_bf16(fault):
+    harness.assert_fault_is_seen(kernels, *FAULTS[fault], lambda: Problem(9, 768, DTYPES[0]).check())
+
+
+def test_variance_as_a_difference_of_squares_is_seen():
+    pattern = r"rstd = 1\.0 / tl\.sqrt_rn\(.*\n"
+    fault = "rstd = 1.0 / tl.sqrt_rn(tl.maximum(tl.sum(s * s, 1) / C - mean * mean, 0.0) + eps)\n"
+    harness.assert_fault_is_seen(kernels, pattern, fault, lambda: test_rows_of_large_mean_are_right(1e4, 100))
+
+
+# Launchers -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change, error, message", [
+    (dict(x=torch.zeros(4, 100, dtype=torch.float64)), TypeError, "x is torch.float64; expected float32"),
+    (dict(x=torch.zeros(4, 8200)), ValueError, "rows of 8200 elements; expected 1 to 8192"),
+    (dict(x=torch.zeros(100, 4).T), ValueError, r"x has strides \(1, 4\); the elements of a row must be adjacent"),
+    (dict(x=torch.zeros(100)), ValueError, r"x is \(100,\)"),
+    (dict(branch=torch.zeros(5, 100)), ValueError, r"branch is \(5, 100\) on cpu; expected \(4, 100\)"),
+    (dict(weight=torch.zeros(99)), ValueError, r"weight is \(99,\).*expected \(100,\)"),
+    (dict(bias=torch.zeros(100, dtype=torch.int32)), TypeError, "bias is torch.int32"),
+    (dict(p=1.5), ValueError, "p is 1.5; a dropout probability"),
+    (dict(p=0.5), ValueError, "seed must be one int64 element"),
+])
+def test_launchers_name_the_wrong_argument(change, error, message):
+    arguments = dict(x=torch.zeros(4, 100), branch=torch.zeros(4, 100), weight=torch.zeros(100), bias=torch.zeros(100)) | change
+    with pytest.raises(error, match=message):
+        kernels.forward(**arguments)
+
+
+def test_every_width_has_a_tile():
+    assert all(kernels.block_columns(C) in kernels.TILES and C <= kernels.block_columns(C) for C in range(1, kernels.MAX_C + 1))
+    assert max(kernels.TILES) == kernels.MAX_C == triton.next_power_of_2(kernels.MAX_C)
