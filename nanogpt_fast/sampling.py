@@ -132,6 +132,9 @@ def load(o):
     dtype = devices.choose_dtype(o.dtype, device)
     with contextlib.redirect_stdout(sys.stderr):  # GPT prints its size
         if o.init_from == "resume":
+            if not Path(o.out_dir).exists():
+                raise FileNotFoundError(f"no folder {o.out_dir}: name the one of your run with --out_dir, or train first "
+                                        "(nanogpt-fast train --dataset=embedded)")
             model, tokenizer, meta = checkpoint.load_model(o.out_dir, device, backend=o.backend)
             if tokenizer is None:
                 raise ValueError(f"there is no tokenizer to read a prompt with: {meta['no_tokenizer']}")
