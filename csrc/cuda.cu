@@ -58,7 +58,7 @@ __device__ uint32_t block_max(uint32_t value, Shared& s) {
   return value;
 }
 
-// The sum over the threads before this one.
+// The sum over the threads before this one. The last thing a kernel asks for: no barrier frees `partial` again.
 __device__ uint64_t block_sum_before(uint64_t value, Shared& s) {
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint64_t upto = value;
@@ -70,7 +70,6 @@ __device__ uint64_t block_sum_before(uint64_t value, Shared& s) {
   __syncthreads();
   uint64_t before = upto - value;
   for (uint32_t w = 0; w < warp; ++w) before += s.partial[w];
-  __syncthreads();
   return before;
 }
 

@@ -1,7 +1,7 @@
 // Runs a CUDA kernel on the CPU, one block after the other: every thread is a fiber that runs until it waits.
 //
-// __syncthreads lets nobody pass until all threads of the block wait there, a shuffle until all lanes of the warp do; between waits
-// the threads run one after the other, in ascending, descending or shuffled order. A kernel whose result depends on that
+// __syncthreads lets nobody pass until all threads of the block wait there, a shuffle until all lanes of the warp do; between barriers
+// the warps run one after the other, and so do their lanes between waits, in ascending, descending or shuffled order. A kernel whose result depends on that
 // order lacks a barrier. (Most missing barriers go unseen in ascending order: thread 0, which writes, runs first.) A barrier
 // that some threads never reach is an error, where a GPU would hang or go on.
 //
@@ -82,25 +82,33 @@ inline bool release(uint32_t begin, uint32_t end, State from) {
   return true;
 }
 
+inline std::vector<uint32_t> turns(uint32_t n, Order order, std::mt19937& random) {
+  std::vector<uint32_t> turn(n);
+  for (uint32_t i = 0; i < n; ++i) turn[i] = order == descending ? n - 1 - i : i;
+  if (order == shuffled) std::shuffle(turn.begin(), turn.end(), random);
+  return turn;
+}
+
 inline void run_block(uint32_t block, uint32_t threads, Order order, const std::function<void()>& body) {
   static std::mt19937 random(1);
   block_index.x = block;
   kernel = &body;
   fibers.resize(threads);
-  std::vector<uint32_t> turn(threads);
-  for (uint32_t t = 0; t < threads; ++t) {
-    turn[t] = order == descending ? threads - 1 - t : t;
-    fibers[t].state = State::ready;
-    fibers[t].started = false;
-    fibers[t].stack.resize(32768);
+  for (Fiber& fiber : fibers) {
+    fiber.state = State::ready;
+    fiber.started = false;
+    fiber.stack.resize(32768);
   }
+  const uint32_t warps = threads / 32;
   for (;;) {
-    if (order == shuffled) std::shuffle(turn.begin(), turn.end(), random);
-    for (uint32_t t : turn)
-      if (fibers[t].state == State::ready) run_until_it_waits(t);
-    bool progress = false;
-    for (uint32_t t = 0; t < threads; t += 32) progress |= release(t, t + 32, State::at_shuffle);
-    if (progress || release(0, threads, State::at_barrier)) continue;
+    for (uint32_t warp : turns(warps, order, random)) {  // a warp runs until all of it waits at the barrier: the others have not moved meanwhile
+      const std::vector<uint32_t> lane_turn = turns(32, order, random);
+      do {
+        for (uint32_t lane : lane_turn)
+          if (fibers[warp * 32 + lane].state == State::ready) run_until_it_waits(warp * 32 + lane);
+      } while (release(warp * 32, warp * 32 + 32, State::at_shuffle));
+    }
+    if (release(0, threads, State::at_barrier)) continue;
     for (const Fiber& fiber : fibers)
       if (fiber.state != State::done) throw std::runtime_error("some threads wait where the others never come");
     return;
