@@ -39,8 +39,8 @@ def main(argv=None):
         return 0
     if argv[0] not in commands:
         from nanogpt_fast.options import nearest
-        print(f"nanogpt-fast: no command {argv[0]!r}; the nearest is {nearest(argv[0], commands)} (`nanogpt-fast --help` lists them "
-              "all)", file=sys.stderr)
+        print(f"nanogpt-fast: no command {argv[0]!r}; the nearest is {nearest(argv[0], commands)} "
+              "(`nanogpt-fast --help` lists them all)", file=sys.stderr)
         return 2
     module, function, _ = commands[argv[0]]
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -68,7 +68,8 @@ def parse(cls, argv, prog):
         name = key.replace("-", "_")
         name = aliases.get(name, name)
         if name not in fields:
-            raise ValueError(f"unknown option --{key}; the nearest is --{nearest(name, fields)} (`{prog} --help` lists them all)")
+            raise ValueError(f"unknown option --{key}; the nearest is --{nearest(name, fields)} "
+                             f"(`{prog} --help` lists them all)")
         if not equals:
             following = words[0] if words and not words[0].startswith("--") else None
             if bool in kinds[name] and (following is None or following.lower() not in ("true", "false", *_words(fields[name]))):
@@ -149,7 +150,8 @@ def _run_config(path, values, kinds):
             # A helper of the file's own is fine, as upstream has it; a slip of the pen is not.
             near = nearest(name, values)
             if difflib.SequenceMatcher(None, name, near).ratio() > 0.7:
-                raise ValueError(f"{path}: unknown option {name}; the nearest is {near} (a helper of your own: name it _{name})")
+                raise ValueError(f"{path}: unknown option {name}; the nearest is {near} "
+                                 f"(a helper of your own: name it _{name})")
             print(f"{path}: {name} is no option and sets nothing (the nearest is {near})", file=sys.stderr)
 
 

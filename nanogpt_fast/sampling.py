@@ -29,8 +29,8 @@ class ChatOptions:
     Ctrl-C interrupts a completion, and leaves at the prompt; so does Ctrl-D.
     """
 
-    init_from: str = option("resume", "resume (the checkpoint in out_dir) | gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder of "
-                            "such weights", section="Model")
+    init_from: str = option("resume", "resume (the checkpoint in out_dir) | gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a "
+                            "folder of such weights", section="Model")
     out_dir: str = option("out", "where the checkpoint is (ckpt.pt), or a checkpoint file itself")
     max_new_tokens: int = option(500, "tokens to generate", minimum=0, section="Text")
     temperature: float = option(0.8, "below 1: less random, above: more; 0: greedy", minimum=0)
@@ -43,14 +43,16 @@ class ChatOptions:
     device: str = option("auto", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps", section="Machine")
     dtype: str = option("auto", "auto: bfloat16 on GPUs that have it, float16 on older ones, else float32",
                         choices=("auto", "float32", "bfloat16", "float16"))
-    compile: bool = option(False, "taken for nanoGPT's sake; as there, torch.compile does not reach generation, which has a KV cache "
-                           "and CUDA graphs of its own")
-    backend: str = option("auto", "implementation of the ops: auto, fused, reference, or one by one as in auto,attention=reference")
+    compile: bool = option(False, "taken for nanoGPT's sake; as there, torch.compile does not reach generation, which has a "
+                           "KV cache and CUDA graphs of its own")
+    backend: str = option("auto", "implementation of the ops: auto, fused, reference, or one by one as in "
+                          "auto,attention=reference")
 
     def __post_init__(self):
         ops_backend.parse(self.backend)
         if self.init_from not in ("resume", *SIZES) and not Path(self.init_from).is_dir():
-            raise ValueError(f"init_from is {self.init_from!r}; expected resume, {', '.join(SIZES)}, or a folder of GPT-2 weights")
+            raise ValueError(f"init_from is {self.init_from!r}; expected resume, {', '.join(SIZES)}, or a folder of GPT-2 "
+                             "weights")
 
 
 @dataclass
@@ -60,8 +62,8 @@ class SampleOptions(ChatOptions):
     One sample (--num_samples=1) is printed as it is drawn; several are drawn as one batch.
     """
 
-    start: str = option("\n", r"the prompt, or FILE:prompt.txt; typed alone, \n is a line break; GPT-2 also knows <|endoftext|>",
-                        section="Prompt")
+    start: str = option("\n", r"the prompt, or FILE:prompt.txt; typed alone, \n is a line break; GPT-2 also knows "
+                        "<|endoftext|>", section="Prompt")
     num_samples: int = option(10, "completions to draw", minimum=1)
 
 
@@ -146,7 +148,8 @@ def load(o):
         torch.backends.cudnn.allow_tf32 = True
     if o.compile:
         note("--compile has no effect on generation")
-    note(f"{o.out_dir if o.init_from == 'resume' else o.init_from} on {devices.describe(device)}, {str(dtype).removeprefix('torch.')}")
+    source = o.out_dir if o.init_from == "resume" else o.init_from
+    note(f"{source} on {devices.describe(device)}, {str(dtype).removeprefix('torch.')}")
     return Loaded(model, tokenizer, device, devices.autocast(device, dtype))
 
 
@@ -198,7 +201,8 @@ def complete_batch(loaded, ids, o):
     with torch.no_grad(), loaded.context:
         if not o.stop:  # nothing depends on the text, so the host need not look before the end
             drawn = loaded.model.generate(ids, o.max_new_tokens, num_samples=o.num_samples, **filters(o))
-            return [text.all(row) for text, row in zip(texts, drawn[:, ids.size(1):].tolist())], o.num_samples * o.max_new_tokens
+            new = drawn[:, ids.size(1):]  # (num_samples, max_new_tokens)
+            return [text.all(row) for text, row in zip(texts, new.tolist())], new.numel()
         pieces, count = [[] for _ in texts], 0
         for rows in loaded.model.generate(ids, o.max_new_tokens, num_samples=o.num_samples, stream=True, **filters(o)):
             for piece, text, row in zip(pieces, texts, rows):

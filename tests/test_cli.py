@@ -33,7 +33,8 @@ def test_help_lists_the_commands_that_are_installed_and_no_other(capsys, monkeyp
 def test_every_listed_command_can_be_called():
     from importlib import import_module
     for name, (module, function, _) in cli.available().items():
-        assert callable(getattr(import_module(f"nanogpt_fast.{module}"), function, None)), f"{name}: nanogpt_fast.{module}.{function}"
+        found = getattr(import_module(f"nanogpt_fast.{module}"), function, None)
+        assert callable(found), f"{name}: nanogpt_fast.{module}.{function}"
 
 
 @pytest.mark.parametrize("name", ["prepare", "train", "sample", "chat"])
@@ -87,6 +88,11 @@ def test_training_without_data_says_what_there_is(tmp_path, monkeypatch, capsys)
     assert err.count("\n") == 1 and "no data set 'nowhere'" in err and "Corpora: embedded, shakespeare" in err
 
 
+# Should one of these train all the same, it does not take long.
+TINY = ("--device=cpu", "--n_layer=1", "--n_embd=12", "--max_iters=1", "--eval_iters=1", "--gradient_accumulation_steps=1",
+        "--compile=False")
+
+
 @pytest.mark.parametrize("argument, message", [
     ("--n_head=5", "n_embd is 12, not divisible by n_head, 5"),
     ("--dropout=1.5", "dropout is 1.5; expected float, at least 0, below 1"),
@@ -98,8 +104,7 @@ def test_training_without_data_says_what_there_is(tmp_path, monkeypatch, capsys)
 def test_training_options_that_cannot_be_are_one_line(tmp_path, monkeypatch, capsys, argument, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.txt").write_text("To be, or not to be, that is the question.\n" * 30)
-    small = ["--n_layer=1", "--n_embd=12", "--max_iters=1", "--eval_iters=1", "--gradient_accumulation_steps=1", "--compile=False"]
-    assert cli.main(["train", "--data=my.txt", "--device=cpu", *small, argument]) == 2  # small: should it train all the same
+    assert cli.main(["train", "--data=my.txt", *TINY, argument]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and err.startswith("nanogpt-fast train: ")
 
@@ -116,8 +121,7 @@ def test_training_on_damaged_data_is_one_line(tmp_path, monkeypatch, capsys, nam
     assert cli.main(["prepare", "my.txt"]) == 0
     path = tmp_path / "data/my" / name
     path.write_bytes(damage(path.read_bytes()))
-    assert cli.main(["train", "--data=my", "--device=cpu", "--n_layer=1", "--n_embd=12", "--n_head=1", "--block_size=8", "--max_iters=1",
-                     "--eval_iters=1", "--gradient_accumulation_steps=1", "--compile=False"]) == 2
+    assert cli.main(["train", "--data=my", *TINY, "--block_size=8"]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("nanogpt-fast train: ") == 1 and "Traceback" not in err
 
@@ -147,11 +151,13 @@ def test_the_exit_status_of_a_command_is_handed_on(monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
 def test_a_reader_that_leaves_early_is_no_error():
-    done = subprocess.run(f"{sys.executable} -m nanogpt_fast prepare --help | head -1", shell=True, capture_output=True, text=True)
+    pipe = f"{sys.executable} -m nanogpt_fast prepare --help | head -1"
+    done = subprocess.run(pipe, shell=True, capture_output=True, text=True)
     assert done.stdout.startswith("usage:") and done.stderr == ""
 
 
 def test_text_that_the_terminal_cannot_show_is_no_error():
-    code = "from nanogpt_fast import cli\nimport nanogpt_fast.text.prepare as p\np.main = lambda argv: print('é漢')\ncli.main(['prepare'])"
+    code = ("from nanogpt_fast import cli\nimport nanogpt_fast.text.prepare as p\n"
+            "p.main = lambda argv: print('é漢')\ncli.main(['prepare'])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout) == (0, b"??\n"), done.stderr

@@ -93,7 +93,8 @@ def test_bytes_that_are_not_utf8_are_named_with_their_position(tmp_path):
 
 
 def test_a_folder_is_its_text_files_in_order_without_hidden_and_binary_ones(tmp_path):
-    for name, content in {"b.txt": b"second", "a/x.md": b"third\n", "a.txt": b"first\n", ".git/c": b"hidden", "image.png": b"\x89P\0G"}.items():
+    contents = {"b.txt": b"second", "a/x.md": b"third\n", "a.txt": b"first\n", ".git/c": b"hidden", "image.png": b"\x89P\0G"}
+    for name, content in contents.items():
         (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "texts" / name).write_bytes(content)
     assert corpora.read("texts") == "first\nsecond\nthird\n"

@@ -42,13 +42,15 @@ def test_an_int_is_accepted_for_a_float_and_becomes_one():
 
 
 @pytest.mark.parametrize("argv, expected", [
-    (("--compile",), True), (("--compile=True",), True), (("--compile", "false"), False), (("--compile", "--dropout=0.1"), True)])
+    (("--compile",), True), (("--compile=True",), True), (("--compile", "false"), False),
+    (("--compile", "--dropout=0.1"), True)])
 def test_a_bool_may_stand_alone_or_have_a_value(argv, expected):
     assert parse(*argv).compile is expected
 
 
 @pytest.mark.parametrize("argv, expected", [
-    ((), "auto"), (("--compile",), True), (("--compile", "auto"), "auto"), (("--compile=False",), False), (("--compile", "--x=1"), True)])
+    ((), "auto"), (("--compile",), True), (("--compile", "auto"), "auto"), (("--compile=False",), False),
+    (("--compile", "--x=1"), True)])
 def test_a_bool_may_have_a_third_value(argv, expected):
     @dataclass
     class Third:

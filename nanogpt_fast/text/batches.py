@@ -67,7 +67,8 @@ class Batches:
     def state_dict(self):
         """What a resumed run needs to go on with the same batches; torch's own random state is the caller's to keep.
 
-        {"drawn": (B,) int64 offsets of the prefetched batch or None, "generator": its state or None, "size": tokens in the file}
+        {"drawn": (B,) int64 offsets of the prefetched batch or None, "generator": its state or None,
+        "size": tokens in the file}
         """
         return {"drawn": None if self.drawn is None else self.drawn.clone(), "size": len(self.tokens),
                 "generator": None if self.generator is None else self.generator.get_state()}
@@ -76,8 +77,8 @@ class Batches:
         """Go on where `state_dict` was taken. Raises ValueError where the data or the shape of a batch has changed."""
         drawn = state["drawn"]
         if state["size"] != len(self.tokens):
-            raise ValueError(f"{self.path} holds {len(self.tokens):,} tokens, and held {state['size']:,} when the run was saved: "
-                             "the data has changed, so the run cannot go on exactly")
+            raise ValueError(f"{self.path} holds {len(self.tokens):,} tokens, and held {state['size']:,} when the run was "
+                             "saved: the data has changed, so the run cannot go on exactly")
         if drawn is not None and (drawn.shape != (self.batch_size,) or drawn.max() >= len(self.tokens) - self.block_size):
             raise ValueError(f"the saved batch ({len(drawn)} windows) does not fit batch_size {self.batch_size} and block_size "
                              f"{self.block_size}: resume with the values that the run was saved with")
@@ -106,8 +107,8 @@ class Batches:
         windows = self.tokens[offsets[:, None] + np.arange(self.block_size + 1)]  # (B, T + 1) uint16
         if self.vocab_size is not None and windows.max() >= self.vocab_size:
             b, t = np.argwhere(windows >= self.vocab_size)[0]
-            raise ValueError(f"{self.path} holds token {windows[b, t]} at position {offsets[b] + t}, outside the model's vocabulary of "
-                             f"{self.vocab_size}: the data was prepared with another tokenizer")
+            raise ValueError(f"{self.path} holds token {windows[b, t]} at position {offsets[b] + t}, outside the model's "
+                             f"vocabulary of {self.vocab_size}: the data was prepared with another tokenizer")
         xy = torch.empty(2, self.batch_size, self.block_size, dtype=torch.int64) if target is None else target
         xy.numpy()[0] = windows[:, :-1]
         xy.numpy()[1] = windows[:, 1:]
@@ -125,8 +126,9 @@ def open_tokens(path, block_size=0):
     except FileNotFoundError:
         raise FileNotFoundError(f"no {path}: prepare the data with `nanogpt-fast prepare`") from None
     if size % 2:
-        raise ValueError(f"{path} is {size:,} bytes long, which is no whole number of 16-bit tokens: it is damaged, prepare it again")
+        raise ValueError(f"{path} is {size:,} bytes long, which is no whole number of 16-bit tokens: it is damaged, "
+                         "prepare it again")
     if size // 2 <= block_size:
-        raise ValueError(f"{path} holds {size // 2:,} tokens; with block_size {block_size} it must hold at least {block_size + 1:,}. "
-                         "Use a longer text or a smaller --block_size")
+        raise ValueError(f"{path} holds {size // 2:,} tokens; with block_size {block_size} it must hold at least "
+                         f"{block_size + 1:,}. Use a longer text or a smaller --block_size")
     return np.memmap(path, dtype="<u2", mode="r")

@@ -49,7 +49,8 @@ def main(argv):
     given = options.parse(PrepareOptions, argv, "nanogpt-fast prepare")
     folder = Path(given.data_dir, given.name or _name_of(given.source))
     text = _read(given.source, folder)
-    write(text, folder, _tokenizer_kind(given), source=given.source, vocab_limit=given.vocab_size, val_fraction=given.val_fraction)
+    write(text, folder, _tokenizer_kind(given), source=given.source, vocab_limit=given.vocab_size,
+          val_fraction=given.val_fraction)
     print(f"train on it: nanogpt-fast train --dataset={folder.name}"
           + ("" if given.data_dir == "data" else f" --data_dir={given.data_dir}"))
 
@@ -74,8 +75,8 @@ def find(dataset, data_dir="data", say=print):
         if not Path(dataset).exists():
             known = sorted(path.parent.name for path in Path(data_dir).glob("*/train.bin"))
             raise FileNotFoundError(
-                f"no data set {dataset!r}: {Path(data_dir, dataset)} lacks {' or '.join(FILES)}, and there is no text of that name. "
-                f"Prepared in {data_dir}: {', '.join(known) or 'nothing'}. Corpora: {', '.join(corpora.TOKENIZER)}. "
+                f"no data set {dataset!r}: {Path(data_dir, dataset)} lacks {' or '.join(FILES)}, and there is no text of that "
+                f"name. Prepared in {data_dir}: {', '.join(known) or 'nothing'}. Corpora: {', '.join(corpora.TOKENIZER)}. "
                 "A text of your own: --dataset=FILE")
         folder, text = Path(data_dir, _name_of(dataset)), corpora.read(dataset)
         if _is_prepared(folder):
@@ -83,8 +84,9 @@ def find(dataset, data_dir="data", say=print):
             if about.get("sha256") == _sha256(text):
                 return folder
             if about.get("source") != os.path.abspath(dataset):
-                raise ValueError(f"{folder} holds a data set made from {about.get('source') or 'something else'}: give this one another "
-                                 f"name with `nanogpt-fast prepare {dataset} --name=NAME`, then train with --dataset=NAME")
+                raise ValueError(f"{folder} holds a data set made from {about.get('source') or 'something else'}: give this "
+                                 f"one another name with `nanogpt-fast prepare {dataset} --name=NAME`, then train with "
+                                 "--dataset=NAME")
             how = {key: about[key] for key in ("kind", "vocab_limit", "val_fraction")}  # the text has changed, the wishes not
     say(f"preparing {dataset} in {folder}")
     write(text, folder, source=dataset, say=say, **how)
@@ -101,12 +103,13 @@ def write(text, folder, kind="char", *, source="", vocab_limit=None, val_fractio
     folder = Path(folder)
     tokenizer = _build_tokenizer(text, kind, source, vocab_limit)
     if tokenizer.vocab_size > MAX_VOCAB_SIZE:
-        raise ValueError(f"this text has a vocabulary of {tokenizer.vocab_size:,}; the files hold 16-bit ids, {MAX_VOCAB_SIZE:,} at "
-                         "most. Use --tokenizer=gpt2, or --tokenizer=word --vocab_size=20000")
+        raise ValueError(f"this text has a vocabulary of {tokenizer.vocab_size:,}; the files hold 16-bit ids, "
+                         f"{MAX_VOCAB_SIZE:,} at most. Use --tokenizer=gpt2, or --tokenizer=word --vocab_size=20000")
     cut = int(len(text) * (1 - val_fraction))
     splits = {"train.bin": text[:cut], "val.bin": text[cut:]}
     if not all(splits.values()):
-        raise ValueError(f"a text of {len(text)} characters cannot be split into training and validation text: use a longer one")
+        raise ValueError(f"a text of {len(text)} characters cannot be split into training and validation text: use a longer "
+                         "one")
 
     folder.mkdir(parents=True, exist_ok=True)
     counts = {}
@@ -154,8 +157,8 @@ def _read(source, folder):
         return corpora.shakespeare(folder / "input.txt")  # where nanoGPT's prepare.py keeps it too
     if not Path(source).exists():
         nearest = options.nearest(source, corpora.TOKENIZER)
-        raise FileNotFoundError(f"{source!r} is no file, no folder and no corpus; the corpora are {', '.join(corpora.TOKENIZER)} "
-                                f"(nearest: {nearest})")
+        raise FileNotFoundError(f"{source!r} is no file, no folder and no corpus; the corpora are "
+                                f"{', '.join(corpora.TOKENIZER)} (nearest: {nearest})")
     return corpora.read(source)
 
 
