@@ -9,8 +9,8 @@ Line endings become "\\n" and a byte-order mark is dropped, as Python's text mod
 that are not UTF-8 their position.
 """
 import hashlib
+import http.client
 import os
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def shakespeare(path):
         try:
             with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as answer:
                 content = answer.read()
-        except (urllib.error.URLError, OSError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise RuntimeError(f"{SHAKESPEARE_URL} could not be downloaded ({error}). Offline: put the file at {path} "
                                "yourself, or use the corpus 'embedded', which needs no network") from error
         _check_shakespeare(content, SHAKESPEARE_URL)
