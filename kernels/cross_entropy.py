@@ -6,26 +6,27 @@
     dx        = scale * dlogits W                                scale = (gradient of the loss) / (rows that count)
     dW        = scale * dlogits^T x
 
-Plain PyTorch under autocast writes the logits in half precision, a copy in fp32, the fp32 log-softmax, its fp32 gradient and the
-half-precision one: 16 bytes and more for each of N * V elements, 53 GB at 64 x 1024 tokens and V = 50,304. Here each logit is
-half precision from the matmul on, and a row is read from memory once for its maximum and its sum, and once more, out of the cache,
-for its gradient. cuBLAS does the three matmuls: nothing that could be fused into them would save a byte of the rest.
+Plain PyTorch under autocast writes the logits in half precision, a copy in fp32, the fp32 log-softmax, its fp32 gradient and
+the half-precision one: 16 bytes and more for each of N * V elements, 53 GB at 64 x 1024 tokens and V = 50,304. Here each logit
+is half precision from the matmul on, and a row is read from memory once for its maximum and its sum, and once more, out of the
+cache, for its gradient. cuBLAS does the three matmuls: nothing that could be fused into them would save a byte of the rest.
 
 Two ways through, which share the arithmetic:
 
     forward_backward    the logits never exist. Chunk by chunk: logits into one buffer, loss and dlogits in place, and at once
-                        dx = dlogits W and dW += dlogits^T x, since the logits won't be there later and their matmul costs too much
-                        to do twice. Between the forward and the backward only dx (half) and dW (fp32) are held.
+                        dx = dlogits W and dW += dlogits^T x, since the logits won't be there later and their matmul costs too
+                        much to do twice. Between the forward and the backward only dx (half) and dW (fp32) are held.
     forward, backward   the caller wants the logits. They are written once and stay as they are; each row leaves its maximum and
-                        its log-sum, and the backward makes dlogits from those in a chunk buffer. Making them in the forward would
-                        save one reading of the logits (1.5 ms of 6.6 GB on an H200) but could not take in a gradient that arrives
-                        through the logits without two more matmuls (15 ms), and a compiled graph always sends one, if only zeros.
+                        its log-sum, and the backward makes dlogits from those in a chunk buffer. Making them in the forward
+                        would save one reading of the logits (1.5 ms of 6.6 GB on an H200) but could not take in a gradient that
+                        arrives through the logits without two more matmuls (15 ms), and a compiled graph always sends one, if
+                        only zeros.
 
-dlogits are stored unscaled: 1/N of a probability is 1e-10 in training, and fp16 ends at 6e-8. The scale is applied in fp32 to the
-finished sums; only where a gradient through the logits has to be added does it come before.
+dlogits are stored unscaled: 1/N of a probability is 1e-10 in training, and fp16 ends at 6e-8. The scale is applied in fp32 to
+the finished sums; only where a gradient through the logits has to be added does it come before.
 
-After "Online normalizer calculation for softmax" (Milakov and Gimelshein, 2018), sections 2 and 3; the chunks after "Liger Kernel"
-(Hsu et al., 2024), section 3.2, with larger ones, see `chunk_rows`.
+After "Online normalizer calculation for softmax" (Milakov and Gimelshein, 2018), sections 2 and 3; the chunks after "Liger
+Kernel" (Hsu et al., 2024), section 3.2, with larger ones, see `chunk_rows`.
 """
 import torch
 import triton
@@ -39,7 +40,7 @@ LOWEST = tl.constexpr(-1.0e38)  # in place of -inf, from which -inf can't be sub
 
 @triton.jit
 def _online(tile, maximum, total):
-    """Take a tile [BLOCK_V] into the running maximum (a scalar) and the sums of exp(logit - maximum), one a column [BLOCK_V]."""
+    """Take a tile [BLOCK_V] into the running maximum, a scalar, and the sums of exp(logit - maximum), [BLOCK_V]."""
     new_maximum = tl.maximum(maximum, tl.max(tile, axis=0))
     rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
     return new_maximum, total * rescale + tl.exp2((tile - new_maximum) * LOG2_E)
@@ -79,8 +80,8 @@ def _loss_kernel(logits_ptr,            # (rows, V), rows apart by stride; with 
     maximum, total = _online(tail_tile, maximum, total)
     total = tl.sum(total, axis=0)
 
-    # A target outside of the vocabulary can't raise from here; nan is what can't be overlooked. maximum - target_logit comes first:
-    # the log-sum would be rounded to 1e-3 beside logits of 1e4.
+    # A target outside of the vocabulary can't raise from here; nan is what can't be overlooked. maximum - target_logit comes
+    # first: the log-sum would be rounded to 1e-3 beside logits of 1e4.
     log_sum = tl.log(total)
     loss = tl.where(inside, (maximum - target_logit) + log_sum, float("nan"))
     tl.store(losses_ptr + row, tl.where(counts, loss, 0.0))
@@ -88,7 +89,8 @@ def _loss_kernel(logits_ptr,            # (rows, V), rows apart by stride; with 
         factor = tl.where(counts, tl.where(inside, 1.0 / total, float("nan")), 0.0)
         hot = tl.where(counts, target, -1)
         tl.debug_barrier()  # target_logit has been read by every thread before any of them overwrites it
-        tl.store(logits_ptr + tail, _gradient(tail_tile, tail, maximum, factor, hot).to(logits_ptr.dtype.element_ty), mask=tail < V)
+        tail_tile = _gradient(tail_tile, tail, maximum, factor, hot)
+        tl.store(logits_ptr + tail, tail_tile.to(logits_ptr.dtype.element_ty), mask=tail < V)
         for i in range(full):  # backwards: what was read last is nearest, a row of 100 KB in the first-level cache
             cols = (full - 1 - i) * BLOCK_V + block
             tile = tl.load(logits_ptr + cols).to(tl.float32)
@@ -140,10 +142,11 @@ def _dlogits_kernel(logits_ptr,         # (rows, V), rows apart by stride
     tl.store(dlogits_ptr + cols, dlogits.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
 
 
-# (largest V, BLOCK_V, warps), for every architecture: one program reads one row, shared memory holds nothing but the reductions.
-# 16 columns a thread are two 16-byte loads in flight, 32 KB a multiprocessor with two blocks, which is what its share of the
-# bandwidth (36 GB/s) times the latency (0.8 us) asks for. Two blocks of 16 warps and not more: their two rows of 100 KB then fit
-# the first-level cache and all rows under way the second (26 of 50 MB), so that the second reading costs no memory traffic.
+# (largest V, BLOCK_V, warps), for every architecture: one program reads one row, shared memory holds nothing but the
+# reductions. 16 columns a thread are two 16-byte loads in flight, 32 KB a multiprocessor with two blocks, which is what its
+# share of the bandwidth (36 GB/s) times the latency (0.8 us) asks for. Two blocks of 16 warps and not more: their two rows of
+# 100 KB then fit the first-level cache and all rows under way the second (26 of 50 MB), so that the second reading costs no
+# memory traffic.
 TILES = (
     (256, 256, 1),
     (2048, 1024, 4),
@@ -158,14 +161,12 @@ def tile(V):
 
 
 def chunk_rows(N):
-    """Rows of one chunk of N: 4,096 or more, at most 8 chunks.
+    """Rows of one chunk of N: at most 8 chunks of 4,096 rows and more, equally long but for the last, which may be a few short.
 
-    Fewer rows than 4,096 leave the matmuls short of work. Each further chunk reads and writes dW in fp32 once more, 2 * 4 * V * C bytes
-    (309 MB or 72 us on an H200 at V = 50,304, C = 768: 16 chunks would cost 1.1 ms, 8 cost 0.5), and 8 chunks hold an eighth of
-    the logits. All chunks get equally many rows, to within one.
+    Fewer rows leave the matmuls short of work. More chunks hold less, but each reads and writes dW in fp32 once more: 8 V C bytes,
+    309 MB or 72 us on an H200 at V = 50,304, C = 768. 16 chunks would cost 1.1 ms so, 8 cost 0.5 and hold an eighth of the logits.
     """
-    most = max(4096, triton.cdiv(N, 8))
-    return triton.cdiv(N, triton.cdiv(N, most)) if N else most
+    return triton.cdiv(N, min(8, max(1, N // 4096)))
 
 
 def empty_logits(rows, V, like):
@@ -178,7 +179,7 @@ def empty_logits(rows, V, like):
 
 
 def check(x, weight, targets):
-    """Raise TypeError or ValueError unless x (N, C) and weight (V, C) are of one dtype, targets (N,) int64, all on one device."""
+    """Raise TypeError or ValueError unless x (N, C), weight (V, C) share a dtype, targets (N,) are int64, all on one device."""
     if x.dim() != 2 or weight.dim() != 2 or x.size(1) != weight.size(1):
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected (N, C) and (V, C)")
     if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -192,19 +193,20 @@ def check(x, weight, targets):
 
 
 def check_range(targets, V, ignore_index):
-    """Raise IndexError for a target outside of the vocabulary, on a CPU. On a GPU looking would stop the host: the loss is nan."""
+    """Raise IndexError for a target outside of the vocabulary, on a CPU. On a GPU, looking would stop the host: nan tells."""
     if targets.device.type == "cpu":
         outside = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
         if outside.any():
-            raise IndexError(f"Target {targets[outside][0].item()} is out of bounds: expected 0 to {V - 1}, or {ignore_index} to ignore")
+            raise IndexError(f"Target {targets[outside][0].item()} is out of bounds: expected 0 to {V - 1}, or {ignore_index} "
+                             "where the row is to be ignored")
 
 
 def row_losses(logits, targets, ignore_index, *, gradient):
     """One launch: losses (rows,) fp32 of logits (rows, V), with the last stride 1, and targets (rows,).
 
     gradient: True overwrites logits with dlogits, unscaled, and returns (losses, None, None). False leaves them and returns
-    (losses, maxima, log_sums), each (rows,) fp32; maximum + log_sum is the log-sum-exp, kept apart because fp32 can't hold their
-    sum to better than 1e-3 at 1e4. A target outside of the vocabulary makes its loss, and its row of dlogits, nan.
+    (losses, maxima, log_sums), each (rows,) fp32; maximum + log_sum is the log-sum-exp, kept apart because fp32 can't hold
+    their sum to better than 1e-3 at 1e4. A target outside of the vocabulary makes its loss, and its row of dlogits, nan.
     """
     rows, V = logits.shape
     losses, maxima, log_sums = (torch.empty(rows, dtype=torch.float32, device=logits.device) if wanted else None
@@ -232,14 +234,14 @@ def row_gradients(logits, targets, maxima, log_sums, ignore_index, out, grad_log
 
 
 def add_dw(dw, dlogits, x, first):
-    """dw (V, C) fp32 += dlogits^T (V, rows) x (rows, C), summed in fp32 also where the operands are half; `first` overwrites dw."""
+    """dw (V, C) fp32 += dlogits^T (V, rows) x (rows, C), summed in fp32 from half operands; `first` overwrites dw."""
     if dw.is_cuda:
         if first:
             torch.mm(dlogits.t(), x, out_dtype=torch.float32, out=dw)
         else:
             torch.addmm(dw, dlogits.t(), x, out_dtype=torch.float32, out=dw)
         return
-    x = x.float()  # no matmul of a CPU takes half and gives fp32; columns by the thousand, so that no fp32 (rows, V) comes to be
+    x = x.float()  # no matmul of a CPU takes half and gives fp32; by the thousand, so that no fp32 (rows, V) comes to be
     for v in range(0, dw.size(0), 1024):
         part = dw[v:v + 1024]
         torch.addmm(part, dlogits[:, v:v + 1024].t().float(), x, beta=0 if first else 1, out=part)
@@ -254,8 +256,8 @@ def forward_backward(x, weight, targets, ignore_index, need_dx, need_dw):
     """Losses, and the gradients of their sum; the logits exist one chunk at a time.
 
     x (N, C) and weight (V, C) of one dtype: float32, float16 or bfloat16; targets (N,) int64.
-    Returns losses (N,) fp32; dx (N, C) in x's dtype, or empty (0,) unless need_dx; dW (V, C) fp32, or empty (0,) unless need_dw.
-    Raises TypeError, ValueError; IndexError for a target outside of the vocabulary on a CPU.
+    Returns losses (N,) fp32; dx (N, C) in x's dtype, or empty (0,) unless need_dx; dW (V, C) fp32, or empty (0,) unless
+    need_dw. Raises TypeError, ValueError; IndexError for a target outside of the vocabulary on a CPU.
     """
     check(x, weight, targets)
     check_range(targets, weight.size(0), ignore_index)
@@ -267,7 +269,7 @@ def forward_backward(x, weight, targets, ignore_index, need_dx, need_dw):
     dw = torch.empty(V if need_dw else 0, *(C,) * need_dw, dtype=torch.float32, device=x.device)
     if N == 0:
         dw.zero_()
-    for n in range(0, N, rows):
+    for n in range(0, N, max(rows, 1)):
         x_chunk, target_chunk = x[n:n + rows], targets[n:n + rows]
         logits = buffer[:x_chunk.size(0)]
         torch.mm(x_chunk, weight.t(), out=logits)
@@ -280,7 +282,7 @@ def forward_backward(x, weight, targets, ignore_index, need_dx, need_dw):
 
 
 def forward(x, weight, targets, ignore_index):
-    """Losses (N,) fp32; logits (N, V) in x's dtype, rows padded to 16 elements; maxima and log-sums (N,) fp32 for `backward`."""
+    """Losses (N,) fp32; logits (N, V) in x's dtype, rows padded to 16; maxima and log-sums (N,) fp32 for `backward`."""
     check(x, weight, targets)
     check_range(targets, weight.size(0), ignore_index)
     logits = empty_logits(x.size(0), weight.size(0), x)
@@ -292,8 +294,8 @@ def forward(x, weight, targets, ignore_index):
 def backward(logits, maxima, log_sums, x, weight, targets, scale, grad_logits, ignore_index, need_dx, need_dw):
     """The gradients of scale * sum(losses) + sum(grad_logits * logits).
 
-    logits, maxima, log_sums: what `forward` gave. scale: a scalar fp32 tensor. grad_logits (N, V) in the logits' dtype, any strides, or
-    None. Returns dx (N, C) in x's dtype, or empty (0,); dW (V, C) fp32, or empty (0,).
+    logits, maxima, log_sums: what `forward` gave. scale: a scalar fp32 tensor. grad_logits (N, V) in the logits' dtype, any
+    strides, or None. Returns dx (N, C) in x's dtype, or empty (0,); dW (V, C) fp32, or empty (0,).
     """
     check(x, weight, targets)
     (N, C), V = x.shape, weight.size(0)
@@ -303,7 +305,7 @@ def backward(logits, maxima, log_sums, x, weight, targets, scale, grad_logits, i
     dw = torch.empty(V if need_dw else 0, *(C,) * need_dw, dtype=torch.float32, device=x.device)
     if N == 0:
         dw.zero_()
-    for n in range(0, N, rows):
+    for n in range(0, N, max(rows, 1)):
         part = slice(n, n + rows)
         out = dlogits[:min(rows, N - n)]
         grad_chunk = None if grad_logits is None else grad_logits[part]
@@ -333,8 +335,10 @@ def gate_cases(arch):
             name=f"cross_entropy.loss {'with dlogits ' if gradient else ''}V={columns} {kind}", kernel=_loss_kernel,
             signature={"logits_ptr": f"*{kind}", "targets_ptr": "*i64", "losses_ptr": "*fp32", **saved,
                        "V": "i32", "stride": "i32", "ignore_index": "i32"},
-            constexprs={**({"maxima_ptr": None, "log_sums_ptr": None} if gradient else {}), "GRADIENT": gradient, "BLOCK_V": block},
-            num_warps=warps, divisible=("V", "stride"), tile_row=f"{block} columns w{warps}" + ", 8 launches" * (gradient and model),
+            constexprs={**(dict.fromkeys(("maxima_ptr", "log_sums_ptr")) if gradient else {}),
+                        "GRADIENT": gradient, "BLOCK_V": block},
+            num_warps=warps, divisible=("V", "stride"),
+            tile_row=f"{block} columns w{warps}" + ", 8 launches" * (gradient and model),
             bytes=N * V * widths[kind] * (1 + gradient) + N * (8 + 4 * (1 if gradient else 3)) if model else None,
             flops=N * V * (5 + 3 * gradient) if model else None, in_model=model and kind == "bf16" and gradient, **scalars)
 
@@ -350,7 +354,8 @@ def gate_cases(arch):
             constexprs={**({} if add else {"grad_logits_ptr": None, "scale_ptr": None}), "ADD": add, "BLOCK_V": block},
             num_warps=warps, divisible=("V", "stride", "stride_grad", "stride_out"),
             tile_row=f"{block} columns w{warps}" + ", 8 launches" * model,
-            bytes=N * V * widths[kind] * (2 + add) + N * 16 if model else None, flops=N * V * (4 + 2 * add) if model else None, **scalars)
+            bytes=N * V * widths[kind] * (2 + add) + N * 16 if model else None,
+            flops=N * V * (4 + 2 * add) if model else None, **scalars)
 
     for columns in (256, 1024, 8192, V):
         yield loss_case("bf16", columns, True)

@@ -1,11 +1,12 @@
 """Triton's interpreter, made right for bf16, so that kernels can be checked on a machine without a GPU.
 
-The interpreter keeps a bf16 number as the uint16 of its bits. Loads, stores, reshapes and selects may treat bits as bits; arithmetic
-may not, and does: `tl.dot` and `+` work on bit patterns, and the cast to bf16 truncates where a GPU rounds. Each patch decodes to fp32,
-calls what was there before, and rounds the result to bf16 again.
+The interpreter keeps a bf16 number as the uint16 of its bits. Loads, stores, reshapes and selects may treat bits as bits;
+arithmetic may not, and does: `tl.dot` and `+` work on bit patterns, and the cast to bf16 truncates where a GPU rounds. Each
+patch decodes to fp32, calls what was there before, and rounds the result to bf16 again.
 
-Nothing here runs unless TRITON_INTERPRET=1 and somebody calls `install_interpreter_patches`: the tests (tests/kernels/harness.py) and
-`nanogpt-fast verify`. What is patched are attributes of Triton's own module that exist from 3.6 to 3.9.
+Nothing here runs unless TRITON_INTERPRET=1 and somebody calls `install_interpreter_patches`: the tests
+(tests/kernels/harness.py) and `nanogpt-fast verify`. What is patched are attributes of Triton's own module that exist from 3.6
+to 3.9.
 """
 import os
 
@@ -113,8 +114,9 @@ _callees_patched = set()  # modules of device functions for which Triton's langu
 
 
 def _call_device_function(self, *args, **kwargs):
-    """A kernel calls a jitted function. Triton replaces its whole language at every such call, half the time of a test, although
-    what a launch replaces stays until its end, and what a callee's module replaces (tl.core, for tl.sum and tl.philox) for good."""
+    """A kernel calls a jitted function. Triton replaces its whole language at every such call, half the time of a test,
+    although what a launch replaces stays until its end, and what a callee's module replaces (tl.core, for tl.sum and tl.philox)
+    for good."""
     if self.fn.__module__ not in _callees_patched:
         interpreter._patch_lang(self.fn)
         _callees_patched.add(self.fn.__module__)

@@ -1,16 +1,16 @@
 """When is a kernel's result right? One rule, for the tests and for `nanogpt-fast verify`.
 
-An absolute tolerance that admits bf16's rounding also admits a wrong eps. So the error is taken against fp64 on the same inputs,
-and bounded by the error that plain PyTorch makes in the same precision:
+An absolute tolerance that admits bf16's rounding also admits a wrong eps. So the error is taken against fp64 on the same
+inputs, and bounded by the error that plain PyTorch makes in the same precision:
 
 Magnitude: root mean square and largest error are each at most factor * max(plain's, rounding), factor 2 for results and 3 for
-gradients. `rounding` is what rounding the exact answer once may cost (half a unit in the last place), so a plain path that happens to
-be exact (a copy, one element, x of equal values) does not forbid the kernel's rounding. The factor is widened by 1 + 16/n: the
-ratio of two errors measured on n elements scatters, and without it one-element tensors would fail by chance.
+gradients. `rounding` is what rounding the exact answer once may cost (half a unit in the last place), so a plain path that
+happens to be exact (a copy, one element, x of equal values) does not forbid the kernel's rounding. The factor is widened by 1 +
+16/n: the ratio of two errors measured on n elements scatters, and without it one-element tensors would fail by chance.
 
 Bias: the mean error, and the mean error in the direction of the oracle's sign (a result scaled by 1 - d has no mean error, but
-this), lie within 6 standard errors of 0. Errors within a row are correlated (one rstd, one softmax denominator), so the standard
-error is the larger of that over elements and that over row means. fp32's own unit (1.2e-7) is always allowed.
+this), lie within 6 standard errors of 0. Errors within a row are correlated (one rstd, one softmax denominator), so the
+standard error is the larger of that over elements and that over row means. fp32's own unit (1.2e-7) is always allowed.
 
 Where the oracle rounds to inf or nan in the result's dtype, the result must be the same; where it does not, it must be finite.
 """
@@ -31,7 +31,7 @@ class Measurement:
     relative: float = 0.0
     plain_relative: float = 0.0     # plain PyTorch's
     bound: float = 0.0              # on `relative`
-    bias: float = 0.0               # of the signed mean errors the one further from 0, in standard errors; 0 where none can be told
+    bias: float = 0.0               # of the two mean errors the one further from 0, in standard errors; 0: none can be told
     problem: str | None = None      # None, or which part of the rule is broken, by how much
 
 
@@ -40,8 +40,9 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
 
     out, plain: the kernel's result and the plain path's on the same inputs, any dtype. oracle: fp64. direction: "forward" or
     "gradient". factor: in place of ERROR_FACTOR[direction].
-    dtype, averaged: for a mean over `averaged` numbers that were rounded to `dtype`, as the loss is: fp32, but made of bf16 logits. The
-    plain path's one error can then be near zero by luck; what rounding may cost is that of the numbers, averaged out.
+    dtype, averaged: for a mean over `averaged` numbers that were rounded to `dtype`, as the loss is: fp32, but made of bf16
+    logits. The plain path's one error can then be near zero by luck; what rounding may cost is that of the numbers, averaged
+    out.
     """
     if not out.shape == oracle.shape == plain.shape:
         return Measurement(problem=f"shapes out {tuple(out.shape)}, oracle {tuple(oracle.shape)}, plain {tuple(plain.shape)}")
@@ -77,12 +78,14 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
         rounding = max(once, each / math.sqrt(averaged))
         bound = slack * max(size(plain_error), rounding)
         if size(error) > bound and found.problem is None:
-            found.problem = (f"{name} error {size(error):.3g} against fp64 is over {slack:.3g} times the larger of the plain path's error "
-                             f"({size(plain_error):.3g}) and rounding ({rounding:.3g}); {direction}, {n} elements, worst at "
-                             f"{first_index(error.abs() == error.abs().max())}")
+            found.problem = (
+                f"{name} error {size(error):.3g} against fp64 is over {slack:.3g} times the larger of the plain path's error "
+                f"({size(plain_error):.3g}) and rounding ({rounding:.3g}); {direction}, {n} elements, worst at "
+                f"{first_index(error.abs() == error.abs().max())}")
     unit = norms["rms"](exact) or 1.0  # an oracle of zeros: absolute errors
     found.largest = norms["largest"](error)
-    found.relative, found.plain_relative, found.bound = norms["rms"](error) / unit, norms["rms"](plain_error) / unit, bound / unit
+    found.relative, found.plain_relative, found.bound = (
+        absolute / unit for absolute in (norms["rms"](error), norms["rms"](plain_error), bound))
     if check_bias:
         found.bias, biased = _bias(error, exact)
         found.problem = found.problem or biased

@@ -1,8 +1,8 @@
 """`nanogpt-fast verify`: is what runs on this machine right?
 
-Every op in every implementation that can run here, in each dtype, forward and backward, is held to float64 on the same numbers by
-the rule of `error_rule.py`: at most twice (gradients: three times) the error that plain PyTorch makes in that dtype, and no bias.
-Then the whole GPT: logits, loss, the gradient of every parameter, and the losses of 20 training steps.
+Every op in every implementation that can run here, in each dtype, forward and backward, is held to float64 on the same numbers
+by the rule of `error_rule.py`: at most twice (gradients: three times) the error that plain PyTorch makes in that dtype, and no
+bias. Then the whole GPT: logits, loss, the gradient of every parameter, and the losses of 20 training steps.
 
 Without a GPU the Triton kernels run in Triton's interpreter, on small shapes, in a second process (Triton decides when it is
 imported whether it interprets), and the sampler of the C++ extension runs as it is. What can't run here says why. The exit
@@ -101,7 +101,8 @@ def main(argv):
         print(row, flush=True)
         rows.append(row)
     failed, skipped = (sum(row.result == result for row in rows) for result in ("FAIL", "-"))
-    print(f"\n{len(rows) - skipped} checks in {time.perf_counter() - start:.0f} s, {failed} failed, {skipped} could not run here")
+    print(f"\n{len(rows) - skipped} checks in {time.perf_counter() - start:.0f} s, {failed} failed, "
+          f"{skipped} could not run here")
     if o.json:
         with replacing(o.json) as f:
             f.write(json.dumps({**about, "failed": failed, "rows": [asdict(row) for row in rows]}, indent=1).encode() + b"\n")
@@ -143,8 +144,8 @@ def _survive(op, dtype, shape, rows):
 class Case:
     """An op on one shape, as a training step under autocast calls it.
 
-    make(half): {name: tensor}; half(tensor) is what arrives in the low precision, the others are fp32 (parameters, the residual).
-    call(inputs, backend): {name: result}. differentiate: which results send a gradient back; None is all.
+    make(half): {name: tensor}; half(tensor) is what arrives in the low precision, the others are fp32 (parameters, the
+    residual). call(inputs, backend): {name: result}. differentiate: which results send a gradient back; None is all.
     """
     op: str
     shape: str
@@ -178,14 +179,15 @@ def cases(device, quick):
         return Case("mlp", f"rows={rows} C={C} {form}", lambda half: {
             "x": half(randn(rows, C)), "w_fc": randn(4 * C, C) / C**0.5, "b_fc": 0.1 * randn(4 * C),
             "w_proj": randn(C, 4 * C) / (4 * C)**0.5, "b_proj": 0.1 * randn(C)},
-            lambda t, backend: {"out": mlp.gelu_mlp(t["x"], t["w_fc"], t["b_fc"], t["w_proj"], t["b_proj"], form=form, backend=backend)})
+            lambda t, backend: {"out": mlp.gelu_mlp(**t, form=form, backend=backend)})
 
     def cross_entropy_case(rows, C, V, return_logits):
         targets = torch.randint(0, V, (rows,), device=device)
         targets[::7] = -1
+        fixed = dict(targets=targets, return_logits=return_logits)
 
         def call(t, backend):
-            loss, logits = cross_entropy.linear_cross_entropy(t["x"], t["weight"], targets, return_logits=return_logits, backend=backend)
+            loss, logits = cross_entropy.linear_cross_entropy(**t, **fixed, backend=backend)
             return {"loss": loss, "logits": logits} if return_logits else {"loss": loss}
         return Case("cross_entropy", f"rows={rows} C={C} V={V}" + " logits" * return_logits, lambda half: {
             "x": half(randn(rows, C)), "weight": randn(V, C) / C**0.5}, call, ("loss",))
@@ -204,7 +206,8 @@ def cases(device, quick):
         yield from (cross_entropy_case(21, 32, 257, return_logits) for return_logits in (False, True))
         return
     yield from (attention_case(1, T, 2, D) for T, D in ((1, 64), (65, 32), (129, 64), (130, 128), (70, 80)))
-    yield from (layer_norm_case(rows, C, bias) for rows, C, bias in ((1, 768, True), (24, 96, True), (40, 768, False), (9, 1600, True)))
+    yield from (layer_norm_case(rows, C) for rows, C in ((1, 768), (24, 96), (9, 1600)))
+    yield layer_norm_case(40, 768, bias=False)
     yield from (mlp_case(rows, C, form) for rows, C in ((1, 32), (70, 32), (130, 72)) for form in mlp.FORMS)
     yield from (cross_entropy_case(rows, 32, V, return_logits)
                 for rows, V in ((1, 1000), (50, 65), (21, 257), (5, 50304)) for return_logits in (False, True))
@@ -227,8 +230,8 @@ def check_op(case, dtype, device):
         mean = dict(dtype=dtype, averaged=inputs["x"].size(0)) if name == "loss" else {}
         kind = "gradient" if name in _gradient_names(inputs) else "forward"
         measured = measure(found[name], exact[name], plain[name], kind, **mean)
-        yield Row(implementation=implementation, direction=name, **_numbers(measured), result="FAIL" if measured.problem else "pass",
-                  why=measured.problem or "", **start)
+        yield Row(implementation=implementation, direction=name, **_numbers(measured),
+                  result="FAIL" if measured.problem else "pass", why=measured.problem or "", **start)
 
 
 def _numbers(measured):
@@ -254,7 +257,8 @@ def _autocast(device, dtype):
 def evaluate(case, inputs, backend, device, autocast, cotangents=None):
     """({name: result or gradient}, {name of a result: the gradient that was sent back through it}).
 
-    cotangents None draws them, in numbers that the low precision holds exactly, so that all three evaluations get the same ones.
+    cotangents None draws them, in numbers that the low precision holds exactly, so that all three evaluations get the same
+    ones.
     """
     leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
     with _autocast(device, autocast):
@@ -299,9 +303,14 @@ GPT_FACTOR = {torch.float32: {"forward": 2.0, "gradient": 3.0}, torch.bfloat16: 
 
 def check_gpt(dtype, device, quick):
     """Rows of a small GPT on all kernels: logits, loss, every gradient, and 20 losses of training with AdamW."""
-    config = GPTConfig(block_size=256, vocab_size=1000, n_layer=4, n_head=4, n_embd=256) if device.type == "cuda" else \
-        GPTConfig(block_size=12 if quick else 48, vocab_size=65 if quick else 257, n_layer=2, n_head=2, n_embd=32 if quick else 64)
-    start = dict(op="gpt", dtype=NAMES[dtype], shape=f"L={config.n_layer} T={config.block_size} C={config.n_embd} V={config.vocab_size}")
+    if device.type == "cuda":
+        config = GPTConfig(block_size=256, vocab_size=1000, n_layer=4, n_head=4, n_embd=256)
+    elif quick:
+        config = GPTConfig(block_size=12, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
+    else:
+        config = GPTConfig(block_size=48, vocab_size=257, n_layer=2, n_head=2, n_embd=64)
+    shape = f"L={config.n_layer} T={config.block_size} C={config.n_embd} V={config.vocab_size}"
+    start = dict(op="gpt", dtype=NAMES[dtype], shape=shape)
     autocast = dtype if dtype != torch.float32 else None
     torch.manual_seed(zlib.crc32(b"gpt"))
     B = 8 if device.type == "cuda" else 2

@@ -3,8 +3,8 @@
     logits = x W^T,   loss = mean or sum over rows of  -log softmax(logits)[target]
 
 `return_logits=True` is the drop-in (nanoGPT's forward returns its logits): they are written once, in half precision under
-autocast, and stay intact; the backward makes its gradient from them, and adds what arrives through them. `return_logits=False` is
-for training: loss and gradients are made together, a chunk of rows at a time, and the memory for the logits is never needed.
+autocast, and stay intact; the backward makes its gradient from them, and adds what arrives through them. `return_logits=False`
+is for training: loss and gradients are made together, a chunk of rows at a time, and the memory for the logits is never needed.
 Formulas, traffic and the kernels are in `kernels/cross_entropy.py`.
 """
 import torch
@@ -18,15 +18,15 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean", return_logits=True, backend=None):
     """Cross-entropy of logits = x weight^T against targets: (loss, logits), or (loss, None) with return_logits=False.
 
-    x (..., C) and weight (V, C), floating point; targets int64 with one element a row of x. loss: a scalar, fp32 under autocast, else of
-    x's dtype. logits (..., V) in the autocast dtype or x's; their rows may lie further apart than V, so that each starts
-    aligned. Rows whose target is `ignore_index` count for nothing; reduction "mean" divides by the number of the others (none: nan), "sum"
-    does not. A target outside of the vocabulary raises IndexError on a CPU and makes the loss nan on a GPU: asking would stop
-    the host. Changing the returned logits in place before the backward raises there.
+    x (..., C) and weight (V, C), floating point; targets int64 with one element a row of x. loss: a scalar, fp32 under
+    autocast, else of x's dtype. logits (..., V) in the autocast dtype or x's; their rows may lie further apart than V, so that
+    each starts aligned. Rows whose target is `ignore_index` count for nothing; reduction "mean" divides by the number of the
+    others (none: nan), "sum" does not. A target outside of the vocabulary raises IndexError on a CPU and makes the loss nan on
+    a GPU: asking would stop the host. Changing the returned logits in place before the backward raises there.
     backend: a choice for each op as `backend.parse` gives it, or None.
 
-    Raises ValueError (shapes, devices, reduction), TypeError (dtypes), RuntimeError (backend "fused" where the kernel can't run; a
-    second derivative, which only the reference has).
+    Raises ValueError (shapes, devices, reduction), TypeError (dtypes), RuntimeError (backend "fused" where the kernel can't
+    run; a second derivative, which only the reference has).
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}: expected 'mean' or 'sum'")
@@ -41,8 +41,9 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
         loss, logits = reference.linear_cross_entropy(x, weight, targets, ignore_index=ignore_index, reduction=reduction)
         return loss, logits if return_logits else None
     grad = torch.is_grad_enabled()
+    need_dx, need_dw = grad and x.requires_grad, grad and weight.requires_grad
     op = _LossAndLogits if return_logits else _Loss
-    return op.apply(x, weight, targets, _dtype(x), ignore_index, reduction, grad and x.requires_grad, grad and weight.requires_grad)
+    return op.apply(x, weight, targets, _dtype(x), ignore_index, reduction, need_dx, need_dw)
 
 
 def implementation(x, weight, targets, *, backend=None):
@@ -91,7 +92,8 @@ def _loss_dtype(x):
 
 def _no_second_derivative():
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("linear_cross_entropy's kernel has no second derivative (create_graph=True); use backend='reference'")
+        raise RuntimeError("linear_cross_entropy has no second derivative on its kernels (create_graph=True); "
+                           "backend='reference' has one")
 
 
 class _Loss(torch.autograd.Function):
@@ -130,7 +132,7 @@ class _LossAndLogits(torch.autograd.Function):
         logits = logits.view(*x.shape[:-1], logits.size(-1))
         ctx.save_for_backward(x, weight, targets, logits, maxima, log_sums, count)
         ctx.dtype, ctx.ignore_index, ctx.needs = dtype, ignore_index, (need_dx, need_dw)
-        if not torch.compiler.is_compiling():  # a graph is sent zeros through logits that nothing uses; here None spares their cost
+        if not torch.compiler.is_compiling():  # a graph is sent zeros through logits that nothing uses; eager code None
             ctx.set_materialize_grads(False)
         return loss, logits
 
@@ -142,8 +144,9 @@ class _LossAndLogits(torch.autograd.Function):
         if grad_logits is not None:
             grad_logits = grad_logits.reshape(-1, logits.size(-1))
         run = _raw.linear_cross_entropy_backward if torch.compiler.is_compiling() else _kernels().backward
-        dx, dw = run(logits.view(-1, logits.size(-1)), maxima, log_sums, x.reshape(-1, x.size(-1)).to(ctx.dtype), weight.to(ctx.dtype),
-                     targets, scale, grad_logits, ctx.ignore_index, *ctx.needs)
+        rows = x.reshape(-1, x.size(-1)).to(ctx.dtype)
+        dx, dw = run(logits.view(-1, logits.size(-1)), maxima, log_sums, rows, weight.to(ctx.dtype), targets, scale,
+                     grad_logits, ctx.ignore_index, *ctx.needs)
         need_dx, need_dw = ctx.needs
         dx = dx.view(x.shape).to(x.dtype) if need_dx else None
         dw = dw.to(weight.dtype) if need_dw else None
