@@ -9,10 +9,11 @@ Backward, with dy and ds the gradients that arrive through y and s, n the normal
     dbranch = dropout'(dx), in branch's dtype
     dweight = sum over rows of dy * n,   dbias = sum over rows of dy
 
-Why one kernel. With a float32 stream and bfloat16 branch and y (what autocast trains with) the forward moves 12 bytes an element:
-reads x 4 and branch 2, writes s 4 and y 2. Apart, PyTorch's add reads 4 + 2 and writes 4, its LayerNorm reads 4 and writes
-4, and the cast for the next matmul reads 4 and writes 2: 24. Dropout adds a mask written and read again, and another read and
-write of the branch. Backward: 16 bytes (s 4, dy 2, ds 4 read; dx 4, dbranch 2 written) instead of about 36.
+Why one kernel. With a float32 stream and bfloat16 branch and y (what autocast trains with) the forward moves 12 bytes an
+element: reads x 4 and branch 2, writes s 4 and y 2. Apart, PyTorch's add reads 4 + 2 and writes 4, its LayerNorm reads 4 and
+writes 4, and the cast for the next matmul reads 4 and writes 2: 24. Dropout adds a mask written and read again, and another
+read and write of the branch. Backward: 16 bytes (s 4, dy 2, ds 4 read; dx 4, dbranch 2 written); apart 40: the cast 2 + 4,
+LayerNorm reads dy 4 and s 4 and writes 4, for dx and once more reads 8 for the weights', the add of ds 8 + 4, the cast 4 + 2.
 
 A row stays in registers between the passes, so the variance is taken from centred values: E[x^2] - E[x]^2 has no correct digit
 left at mean 1e4. The mean is corrected by the mean of what it leaves, since fp32 cannot hold a mean of 1e4 better than 5e-4.
@@ -20,8 +21,8 @@ left at mean 1e4. The mean is corrected by the mean of what it leaves, since fp3
 dweight and dbias: each program of the backward walks many rows and keeps its own fp32 sums, which a second kernel adds in a fixed
 order. No atomics: the bits are the same in every run.
 
-Sources: Ba, Kiros, Hinton, "Layer normalization", 2016. Chan, Golub, LeVeque, "Algorithms for computing the sample variance",
-1983 (the corrected two-pass form).
+Sources: Ba, Kiros, Hinton, "Layer normalization", 2016. Chan, Golub, LeVeque, "Algorithms for computing the sample
+variance", 1983 (the corrected two-pass form).
 
 Shapes: N rows of C elements; x, branch, s, y and their gradients (N, C); weight, bias (C,); mean, rstd (N,) fp32.
 """
@@ -77,7 +78,8 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _backward_kernel(
-        dy_ptr, ds_ptr, s_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,    # (N, C), (N, C) or None, (N, C), (C,), (N,), (N,), (1,) or None
+        dy_ptr, ds_ptr, s_ptr,                                  # (N, C), (N, C) or None, (N, C)
+        weight_ptr, mean_ptr, rstd_ptr, seed_ptr,               # (C,), (N,), (N,), (1,) or None
         dx_ptr, dbranch_ptr, dweight_ptr, dbias_ptr,            # (N, C), (N, C) or None, (programs, C) fp32 or None, the same
         n_rows, C, dy_stride, ds_stride, s_stride, p, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     columns = tl.arange(0, BLOCK_C)
@@ -158,11 +160,11 @@ class Tile(NamedTuple):
 
 
 # {BLOCK_C, the power of two that holds a row: (forward, backward)}, the same for sm_80 to sm_100: these kernels wait for memory.
-# Forward: 32 elements a thread. A row of 1,024 then lies in one warp, whose sums are shuffles without a barrier, and 72 registers
-# leave 28 such programs on a multiprocessor: 130 KB of loads in flight, where 5 TB/s at 0.7 us need 27 KB. Short rows share a tile
-# so that a warp has 1,024 elements to load.
-# Backward: 16 elements a thread, since each holds the running sums of dweight and dbias beside its row: 127 registers, 154 with
-# dropout. From 1,024 on registers are capped at 128, which is not a spill, so that all programs are resident at once.
+# Chosen from what the gate compiles, not yet by timing. Forward: 32 elements a thread. A row of 1,024 then lies in one warp, whose
+# sums are shuffles without a barrier, and 72 registers leave 28 such programs on a multiprocessor: 130 KB of loads in
+# flight, where 5 TB/s at 0.7 us need 27 KB. Short rows share a tile, so that a warp has 1,024 elements to load.
+# Backward: 16 elements a thread, since each holds the running sums of dweight and dbias beside its row: 127 registers, 154
+# with dropout. From 1,024 on they are capped at 128, at no spill, so that all programs are resident at once.
 TILES = {
     16: (Tile(32, 1), Tile(16, 1)),
     32: (Tile(32, 1), Tile(16, 1)),
@@ -194,11 +196,12 @@ def block_columns(C):
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
-def forward(x, branch, weight, bias, *, eps=1e-5, p=0.0, seed=None, y_dtype=None):
+def forward(x, branch, weight, bias, *, eps=1e-5, p=0.0, seed=None, y_dtype=None, shape=None):
     """(s, y, mean, rstd) of s = x + dropout(branch, p), y = layer_norm(s). s is None where branch is None (it would be x).
 
-    x (N, C); branch (N, C) or None; weight (C,); bias (C,) or None; each fp32, fp16 or bf16, rows of adjacent elements. seed: int64
-    (1,), where p > 0. s has x's dtype, y has y_dtype (default x's), mean and rstd (N,) are fp32. Raises ValueError, TypeError.
+    x (N, C); branch (N, C) or None; weight (C,); bias (C,) or None; each fp32, fp16 or bf16, rows of adjacent elements.
+    seed: int64 (1,), where p > 0. s has x's dtype, y has y_dtype (default x's); both come contiguous in `shape`, default (N, C):
+    autograd forbids changes in place of outputs that are views. mean and rstd (N,) are fp32. Raises ValueError, TypeError.
     """
     _check_rows("x", x, x.shape, x.device)
     N, C = x.shape
@@ -211,9 +214,9 @@ def forward(x, branch, weight, bias, *, eps=1e-5, p=0.0, seed=None, y_dtype=None
         _check_vector("bias", bias, C, x.device)
     seed = _check_seed(seed, p, x.device) if branch is not None else None
 
-    s = None if branch is None else torch.empty((N, C), dtype=x.dtype, device=x.device)
-    y = torch.empty((N, C), dtype=y_dtype or x.dtype, device=x.device)
-    mean, rstd = torch.empty(N, dtype=torch.float32, device=x.device), torch.empty(N, dtype=torch.float32, device=x.device)
+    s = None if branch is None else torch.empty(shape or (N, C), dtype=x.dtype, device=x.device)
+    y = torch.empty(shape or (N, C), dtype=y_dtype or x.dtype, device=x.device)
+    mean, rstd = (torch.empty(N, dtype=torch.float32, device=x.device) for _ in range(2))
     if N > 0:
         tile, BLOCK_C = TILES[block_columns(C)][0], block_columns(C)
         with torch.cuda.device_of(x):
@@ -224,7 +227,7 @@ def forward(x, branch, weight, bias, *, eps=1e-5, p=0.0, seed=None, y_dtype=None
 
 
 def backward(dy, ds, s, weight, mean, rstd, *, p=0.0, seed=None, branch_dtype=None, dweight_dtype=None, dbias_dtype=None):
-    """(dx, dbranch, dweight, dbias). dy (N, C); ds (N, C) or None, the gradient that arrives through s; the rest as `forward` gave it.
+    """(dx, dbranch, dweight, dbias). dy (N, C); ds (N, C) or None, what arrives through s; the rest as `forward` gave it.
 
     branch_dtype: the dtype of dbranch, None where there was no branch. dbranch is None too where dx is it: one dtype, no dropout.
     dweight_dtype, dbias_dtype: the dtype of that gradient, None where it is not wanted. Raises ValueError, TypeError.
@@ -249,8 +252,8 @@ def backward(dy, ds, s, weight, mean, rstd, *, p=0.0, seed=None, branch_dtype=No
     with torch.cuda.device_of(s):
         if N > 0:
             _backward_kernel[(programs, )](
-                dy, ds, s, weight, mean, rstd, seed, dx, dbranch, *partials, N, C,
-                dy.stride(0), 0 if ds is None else ds.stride(0), s.stride(0), p,
+                dy, ds, s, weight, mean, rstd, seed, dx, dbranch, *partials,
+                N, C, dy.stride(0), 0 if ds is None else ds.stride(0), s.stride(0), p,
                 ROWS=tile.rows, BLOCK_C=BLOCK_C, num_warps=tile.warps, **_backward_options(tile))
         if any(wanted):  # also for no rows: the sum of nothing is 0
             _sum_partials_kernel[(triton.cdiv(C, SUM_COLUMNS), )](
@@ -292,7 +295,8 @@ def _check_vector(name, tensor, C, device):
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} is {tensor.dtype}; expected float32, float16 or bfloat16")
     if tensor.shape != (C, ) or tensor.device != device or not tensor.is_contiguous():
-        raise ValueError(f"{name} is {tuple(tensor.shape)} on {tensor.device}, strides {tensor.stride()}; expected ({C},) on {device}, contiguous")
+        raise ValueError(f"{name} is {tuple(tensor.shape)} on {tensor.device}, strides {tensor.stride()}; "
+                         f"expected ({C},) on {device}, contiguous")
 
 
 def _check_seed(seed, p, device):
@@ -324,33 +328,36 @@ def _multiprocessors(device):
 
 
 def gate_cases(arch):
-    """One Case for each kernel, in each row of TILES (the same for every `arch`); the row of 1,024 in each variant of a GPT-2 step."""
+    """One Case for each kernel in each row of TILES (the same for every `arch`); the row of 1,024 in each variant of GPT-2."""
     N, C = 64 * 1024, 768
     S, H = "*fp32", "*bf16"  # the stream and the parameters; what autocast computes in
     strides = ("x_stride", "branch_stride", "dy_stride", "ds_stride", "s_stride")
     scalars = {"n_rows": "i32", "n_partials": "i32", "C": "i32", "p": "fp32", "eps": "fp32", **{stride: "i32" for stride in strides}}
 
     def case(name, kernel, pointers, tile, BLOCK_C, moved=None, **more):
-        given = {arg: scalars[arg] for arg in kernel.arg_names if arg in scalars} | {a: t for a, t in pointers.items() if t is not None}
-        absent = {arg: None for arg, type in pointers.items() if type is None}
+        given = {arg: scalars[arg] for arg in kernel.arg_names if arg in scalars}
+        given |= {arg: dtype for arg, dtype in pointers.items() if dtype is not None}
+        absent = {arg: None for arg, dtype in pointers.items() if dtype is None}
         return Case(
-            name=f"layer_norm.{name}", kernel=kernel, signature=given, constexprs={**absent, "ROWS": tile.rows, "BLOCK_C": BLOCK_C},
+            name=f"layer_norm.{name}", kernel=kernel, signature=given,
+            constexprs={**absent, "ROWS": tile.rows, "BLOCK_C": BLOCK_C},
             divisible=tuple(arg for arg in given if arg == "C" or arg in strides), num_warps=tile.warps,
             tile_row=f"{BLOCK_C}: {tile.rows} rows, {tile.warps} warps", bytes=moved, **more)
 
     for BLOCK_C, (fwd, bwd) in TILES.items():
         gpt2 = BLOCK_C == 1024
         for variant, branch, seed in (("norm", None, None), ("add", H, None), ("add dropout", H, "*i64")):
-            if not gpt2 and variant != "add dropout":  # the variant with most registers stands for the row
+            if not gpt2 and variant != "add dropout":  # the variant with most registers stands for the others
                 continue
-            pointers = dict(x_ptr=S, branch_ptr=branch, weight_ptr=S, bias_ptr=S, seed_ptr=seed, s_ptr=S if branch else None, y_ptr=H,
+            stream = S if branch else None
+            pointers = dict(x_ptr=S, branch_ptr=branch, weight_ptr=S, bias_ptr=S, seed_ptr=seed, s_ptr=stream, y_ptr=H,
                             mean_ptr=S, rstd_ptr=S)
             yield case(f"forward {variant} {BLOCK_C}", _forward_kernel, pointers, fwd, BLOCK_C,
                        moved=N * (C * (12 if branch else 6) + 8) if gpt2 else None, flops=15 * N * C if gpt2 else None,
                        in_model=gpt2 and seed is None,
                        allowed_narrow_loads=3 if seed else 0, narrow_reason="the seed, and in short rows the bias" if seed else "")
-            pointers = dict(dy_ptr=H, ds_ptr=S if branch else None, s_ptr=S, weight_ptr=S, mean_ptr=S, rstd_ptr=S, seed_ptr=seed, dx_ptr=S,
-                            dbranch_ptr=branch, dweight_ptr=S, dbias_ptr=S)
+            pointers = dict(dy_ptr=H, ds_ptr=stream, s_ptr=S, weight_ptr=S, mean_ptr=S, rstd_ptr=S, seed_ptr=seed,
+                            dx_ptr=S, dbranch_ptr=branch, dweight_ptr=S, dbias_ptr=S)
             yield case(f"backward {variant} {BLOCK_C}", _backward_kernel, pointers, bwd, BLOCK_C,
                        moved=N * (C * (16 if branch else 10) + 8) if gpt2 else None, flops=18 * N * C if gpt2 else None,
                        in_model=gpt2 and seed is None, options=_backward_options(bwd),
@@ -358,5 +365,5 @@ def gate_cases(arch):
         yield case(f"drop {BLOCK_C}", _drop_kernel, dict(ds_ptr=S, seed_ptr="*i64", dbranch_ptr=H), fwd, BLOCK_C,
                    allowed_narrow_loads=1, narrow_reason="the seed")
     pointers = dict(dweight_partial_ptr=S, dbias_partial_ptr=S, dweight_ptr=S, dbias_ptr=S)
-    yield case("sum partials", _sum_partials_kernel, pointers, SUM_TILE, SUM_COLUMNS, moved=132 * 8 * C * 8, flops=132 * 8 * C * 2,
-               in_model=True)
+    yield case("sum partials", _sum_partials_kernel, pointers, SUM_TILE, SUM_COLUMNS,
+               moved=132 * 8 * C * 8, flops=132 * 8 * C * 2, in_model=True)

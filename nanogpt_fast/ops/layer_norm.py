@@ -2,8 +2,8 @@
 
     add_layer_norm:  s = x + dropout(branch),  y = LayerNorm(s);  returns (s, y)
 
-A block of nanoGPT adds a branch to the residual stream and normalises the sum for the next branch; `Block.fused` calls this instead,
-and the stream passes through memory once. Formulas, traffic and kernels are in `kernels/layer_norm.py`.
+A block of nanoGPT adds a branch to the residual stream and normalises the sum for the next branch; `Block.fused` calls this
+instead, and the stream passes through memory once. Formulas, traffic and kernels are in `kernels/layer_norm.py`.
 """
 import torch
 
@@ -15,7 +15,7 @@ _MAX_C = 8192  # a row lies in the registers of one program
 
 
 def layer_norm(x, weight, bias, *, eps=1e-5, backend=None):
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, of x's shape and dtype (fp32 under autocast).
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, of x's shape and dtype (fp32 under CUDA's autocast).
 
     x (..., C), weight (C,), bias (C,) or None; fp32, fp16 or bf16 for a kernel. The variance is the biased one.
     backend: a choice for each op as `backend.parse` gives it, or None.
@@ -26,16 +26,17 @@ def layer_norm(x, weight, bias, *, eps=1e-5, backend=None):
     _check(x, None, weight, bias)
     if implementation(x, weight, bias, backend=backend) == "reference":
         return reference.layer_norm(x, weight, bias, eps)
-    return _LayerNorm.apply(x, weight, bias, eps, torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype)
+    y_dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype  # what F.layer_norm gives
+    return _LayerNorm.apply(x, weight, bias, eps, y_dtype)
 
 
 def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtype=None, backend=None):
     """(s, y) with s = x + dropout(branch) and y = layer_norm(s). branch None: s is x.
 
-    x (..., C), the residual stream; branch of the same shape; weight (C,), bias (C,) or None. s has x's dtype. y has out_dtype; if
-    None, the kernel writes what the next matmul eats: the autocast dtype, without autocast x's (the reference leaves it fp32
-    under autocast, for the matmul to cast). Kept elements of branch are multiplied by 1 / (1 - dropout_p); the mask is drawn
-    from torch's generator and is the same when activation checkpointing runs the forward again.
+    x (..., C), the residual stream; branch of the same shape; weight (C,), bias (C,) or None. s has x's dtype. y has out_dtype;
+    if None, the kernel writes what the next matmul eats: the autocast dtype, without autocast x's (the reference leaves it
+    fp32 under autocast, for the matmul to cast). Kept elements of branch are multiplied by 1 / (1 - dropout_p); the mask is
+    drawn from torch's generator and is the same when activation checkpointing runs the forward again.
     backend: a choice for each op as `backend.parse` gives it, or None.
 
     Raises ValueError (shapes, dropout_p), RuntimeError (as layer_norm).
@@ -106,15 +107,20 @@ def _no_second_derivative():
 
 
 def _forward(x, branch, weight, bias, seed, p, eps, y_dtype):
+    """s, y in x's shape, mean, rstd."""
+    rows, branch = _rows(x), None if branch is None else _rows(branch)
     if torch.compiler.is_compiling():
-        return _raw.layer_norm_forward(x, branch, weight, bias, seed, p, eps, y_dtype)
-    return _kernels().forward(x, branch, weight, bias, eps=eps, p=p, seed=seed, y_dtype=y_dtype)
+        s, y, mean, rstd = _raw.layer_norm_forward(rows, branch, weight, bias, seed, p, eps, y_dtype)
+        return None if branch is None else s.view(x.shape), y.view(x.shape), mean, rstd
+    return _kernels().forward(rows, branch, weight, bias, eps=eps, p=p, seed=seed, y_dtype=y_dtype, shape=x.shape)
 
 
 def _backward(ctx, dy, ds, s, weight, mean, rstd, seed, p, branch_dtype, need_dweight, need_dbias):
+    dy, ds, s = _rows(dy), None if ds is None else _rows(ds), _rows(s)
     dweight_dtype, dbias_dtype = weight.dtype if need_dweight else None, ctx.bias_dtype if need_dbias else None
     if torch.compiler.is_compiling():
-        dx, dbranch, dweight, dbias = _raw.layer_norm_backward(dy, ds, s, weight, mean, rstd, seed, p, branch_dtype, dweight_dtype, dbias_dtype)
+        dx, dbranch, dweight, dbias = _raw.layer_norm_backward(dy, ds, s, weight, mean, rstd, seed, p,
+                                                               branch_dtype, dweight_dtype, dbias_dtype)
         dbranch = dbranch if seed is not None or branch_dtype not in (None, s.dtype) else None
         return dx, dbranch, dweight if need_dweight else None, dbias if need_dbias else None
     return _kernels().backward(dy, ds, s, weight, mean, rstd, p=p, seed=seed, branch_dtype=branch_dtype,
@@ -126,17 +132,16 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, y_dtype):
-        rows = _rows(x)
-        _, y, mean, rstd = _forward(rows, None, weight, bias, None, 0.0, eps, y_dtype)
-        ctx.save_for_backward(rows, weight, mean, rstd)
+        _, y, mean, rstd = _forward(x, None, weight, bias, None, 0.0, eps, y_dtype)
+        ctx.save_for_backward(x, weight, mean, rstd)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(x.shape)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
         _no_second_derivative()
-        s, weight, mean, rstd = ctx.saved_tensors
-        dx, _, dweight, dbias = _backward(ctx, _rows(dy), None, s, weight, mean, rstd, None, 0.0, None, *ctx.needs_input_grad[1:3])
+        x, weight, mean, rstd = ctx.saved_tensors
+        dx, _, dweight, dbias = _backward(ctx, dy, None, x, weight, mean, rstd, None, 0.0, None, *ctx.needs_input_grad[1:3])
         return dx.view(dy.shape), dweight, dbias, None, None
 
 
@@ -145,12 +150,12 @@ class _AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, branch, weight, bias, seed, p, eps, y_dtype):
-        s, y, mean, rstd = _forward(_rows(x), _rows(branch), weight, bias, seed, p, eps, y_dtype)
+        s, y, mean, rstd = _forward(x, branch, weight, bias, seed, p, eps, y_dtype)
         ctx.save_for_backward(s, weight, mean, rstd, seed)
         ctx.bias_dtype, ctx.branch_dtype, ctx.p = None if bias is None else bias.dtype, branch.dtype, p
         if not torch.compiler.is_compiling():  # a graph is sent zeros through an output that nothing uses; None spares their cost
             ctx.set_materialize_grads(False)
-        return s.view(x.shape), y.view(x.shape)
+        return s, y
 
     @staticmethod
     def backward(ctx, ds, dy):
@@ -159,15 +164,15 @@ class _AddLayerNorm(torch.autograd.Function):
             return (None,) * 8
         s, weight, mean, rstd, seed = ctx.saved_tensors
         dweight = dbias = None
-        if dy is None:  # only the stream was used
-            shape, dx = ds.shape, ds
-            dbranch = _kernels().drop(_rows(ds), p=ctx.p, seed=seed, branch_dtype=ctx.branch_dtype) if seed is not None else ds.to(ctx.branch_dtype)
-        else:
-            shape = dy.shape
-            dx, dbranch, dweight, dbias = _backward(ctx, _rows(dy), None if ds is None else _rows(ds), s, weight, mean, rstd, seed, ctx.p,
-                                                    ctx.branch_dtype, *ctx.needs_input_grad[2:4])
+        if dy is not None:
+            dx, dbranch, dweight, dbias = _backward(ctx, dy, ds, s, weight, mean, rstd, seed, ctx.p, ctx.branch_dtype,
+                                                    *ctx.needs_input_grad[2:4])
             dbranch = dx if dbranch is None else dbranch
-        return dx.view(shape), dbranch.view(shape), dweight, dbias, None, None, None, None
+        elif seed is None:  # only the stream was used
+            dx, dbranch = ds, ds.to(ctx.branch_dtype)
+        else:
+            dx, dbranch = ds, _kernels().drop(_rows(ds), p=ctx.p, seed=seed, branch_dtype=ctx.branch_dtype)
+        return dx.view(s.shape), dbranch.view(s.shape), dweight, dbias, None, None, None, None
 
 
 # -------------------------------------------------------------------------------------------------- what torch.compile sees
