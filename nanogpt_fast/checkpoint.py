@@ -19,7 +19,7 @@ from .config import GPTConfig
 from .files import replacing
 from .text import tokenizers
 
-UPSTREAM_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")  # all that nanoGPT's GPTConfig takes
+UPSTREAM_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")  # nanoGPT's GPTConfig
 KEYS = ("model", "model_args", "iter_num", "best_val_loss")  # without these no nanoGPT checkpoint is complete
 
 # nanoGPT's best_val_loss may be a NumPy scalar, whose pickle names these; they build numbers and do nothing else.
@@ -61,7 +61,7 @@ def remove_leftovers(folder):
 
 
 def latest(folder):
-    """The path of the checkpoint to resume from: last.pt; ckpt.pt where that is the only one, or nanoGPT has trained on from it."""
+    """The path of the checkpoint to resume from: last.pt; ckpt.pt where it is alone, or nanoGPT has trained on from it."""
     last, best = Path(folder, "last.pt"), Path(folder, "ckpt.pt")
     if last.is_file() and best.is_file() and best.stat().st_mtime > last.stat().st_mtime:  # a run of ours writes last.pt last
         return best if read(best)["iter_num"] > read(last)["iter_num"] else last
@@ -73,23 +73,24 @@ def read(path):
     path = Path(path)
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
-        raise CheckpointError(f"there is no checkpoint {path} ({', '.join(beside) + ' is there' if beside else 'nor another *.pt beside it'})")
+        raise CheckpointError(f"there is no checkpoint {path}; beside it: {', '.join(beside) or 'no *.pt at all'}")
     _refuse_damage(path)
     try:
         with torch.serialization.safe_globals(NUMPY_SCALARS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        text = str(error)
-        if "Unsupported global" in text or "unsupported GLOBAL" in text or "Unsupported operand" in text or "Unsupported class" in text:
-            reason = next((line.strip() for line in text.splitlines() if "nsupported" in line), "")
+        reason = next((line.strip() for line in str(error).splitlines() if "nsupported" in line), None)  # torch's word for it
+        if reason is not None:
             raise CheckpointError(f"{path} holds Python objects that could run code when loaded, so it is refused ({reason}). "
                                   "A checkpoint holds tensors, numbers, strings, lists and dicts.") from None
         raise CheckpointError(f"{path} is no checkpoint, or a damaged one ({type(error).__name__})") from None
     except Exception as error:  # a damaged file fails in whichever part of torch's reader meets it first
-        raise CheckpointError(f"{path} is no checkpoint, or a damaged one ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'it is cut short'})") from None
+        reason = (str(error).splitlines() or ["it is cut short"])[0][:200]
+        raise CheckpointError(f"{path} is no checkpoint, or a damaged one ({type(error).__name__}: {reason})") from None
     missing = [key for key in KEYS if key not in checkpoint] if isinstance(checkpoint, dict) else KEYS
     if missing or not isinstance(checkpoint["model"], dict) or not isinstance(checkpoint["model_args"], dict):
-        raise CheckpointError(f"{path} is a torch file, but no nanoGPT checkpoint: it lacks {', '.join(missing) or 'a state dict'}")
+        lacks = ", ".join(missing) or "a state dict"
+        raise CheckpointError(f"{path} is a torch file, but no nanoGPT checkpoint: it lacks {lacks}")
     checkpoint["model"] = plain_names(checkpoint["model"])
     checkpoint["best_val_loss"] = float(checkpoint["best_val_loss"])
     checkpoint["iter_num"] = int(checkpoint["iter_num"])
@@ -106,7 +107,7 @@ def _refuse_damage(path):
     except Exception as error:
         damaged = f"its directory ({error})"
     if damaged is not None:
-        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong. Take another copy, or an earlier checkpoint.")
+        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong. Take another copy or an earlier one.")
 
 
 def plain_names(state_dict):
@@ -171,7 +172,7 @@ def load_optimizer(optimizer, state, path):
         fits = len(moments) == len(parameters) and all(
             moment["exp_avg"].shape == p.shape for moment, p in zip(moments, parameters) if moment)
         if not fits:
-            raise ValueError(f"it holds moments of {len(moments)} tensors, the model has {len(parameters)}, or their shapes differ")
+            raise ValueError(f"moments of {len(moments)} tensors, the model has {len(parameters)}, or their shapes differ")
         optimizer.load_state_dict(state)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its optimizer state does not fit the model ({error}). "
@@ -201,8 +202,8 @@ def tokenizer_of(checkpoint, path):
         return None, str(error)
     # A vocabulary may be padded for the matmuls' sake, to a multiple of 128 at most; a larger gap is another vocabulary.
     if not 0 <= vocab_size - tokenizer.vocab_size < 128:
-        raise CheckpointError(f"{path} and {source} don't match: the model has {vocab_size} tokens, the tokenizer {tokenizer.vocab_size}. "
-                              "Was the data prepared anew from another text?")
+        raise CheckpointError(f"{path} and {source} don't match: the model has {vocab_size} tokens, the tokenizer "
+                              f"{tokenizer.vocab_size}. Was the data prepared anew from another text?")
     return tokenizer, None
 
 

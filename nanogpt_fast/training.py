@@ -46,16 +46,16 @@ class TrainOptions:
     eval_iters: int = option(200, "batches of each split that an evaluation averages", minimum=1)
     eval_only: bool = option(False, "evaluate once and leave")
     always_save_checkpoint: bool = option(True, "write ckpt.pt at every evaluation, not only at the best validation loss")
-    init_from: str = option("scratch", "scratch | resume (from out_dir) | gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder of "
-                            "such weights")
+    init_from: str = option("scratch", "scratch | resume (from out_dir) | gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder "
+                            "of such weights")
     sample_tokens: int = option(100, "tokens of text that an evaluation prints; 0 for none", minimum=0)
     wandb_log: bool = option(False, "log to Weights & Biases (pip install wandb)")
     wandb_project: str = option("owt", "its project")
     wandb_run_name: str = option("gpt2", "its name for the run")
     tensorboard: bool = option(False, "log to TensorBoard, in out_dir/tensorboard (pip install tensorboard)")
 
-    dataset: str = option("openwebtext", "folder below data_dir, `embedded`, `shakespeare_char`, `shakespeare`, or a text file or "
-                          "folder", alias="data", section="Data")
+    dataset: str = option("openwebtext", "folder below data_dir, `embedded`, `shakespeare_char`, `shakespeare`, or a text file "
+                          "or folder", alias="data", section="Data")
     data_dir: str = option("data", "where data sets live")
     gradient_accumulation_steps: int = option(40, "micro-batches of a step, shared among the ranks", minimum=1)
     batch_size: int = option(12, "sequences of a micro-batch", minimum=1)
@@ -64,7 +64,7 @@ class TrainOptions:
     n_layer: int = option(12, "blocks", minimum=1, section="Model")
     n_head: int = option(12, "attention heads; they divide n_embd", minimum=1)
     n_embd: int = option(768, "width of the residual stream", minimum=1)
-    dropout: float = option(0.0, "probability of dropping; 0 for pretraining, try 0.1 and more for fine-tuning", minimum=0, below=1)
+    dropout: float = option(0.0, "probability of dropping; 0 for pretraining, 0.1 and more to fine-tune", minimum=0, below=1)
     bias: bool = option(False, "biases in LayerNorms and Linears")
     activation: str = option("gelu", "of the MLP: the erf form, or the tanh form that OpenAI's GPT-2 was trained with",
                              choices=("gelu", "gelu_tanh"))
@@ -82,17 +82,18 @@ class TrainOptions:
     min_lr: float = option(6e-5, "the lowest; about learning_rate / 10", minimum=0)
 
     backend: str = option("auto", "either the implementation of the ops (auto, fused, reference, or one by one as in "
-                          "auto,attention=reference), or what connects the ranks of torchrun (nccl, gloo; nanoGPT's meaning), or "
-                          "both: gloo,reference", section="Machine")
+                          "auto,attention=reference), or what connects the ranks of torchrun (nccl, gloo; nanoGPT's meaning), "
+                          "or both: gloo,reference", section="Machine")
     device: str = option("auto", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
-    dtype: str = option("auto", "of the forward pass (auto: bfloat16 on GPUs that have it, float16 on older ones, else float32)",
+    dtype: str = option("auto", "of the forward pass (auto on GPUs: bfloat16, float16 on old ones; else float32)",
                         choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool | str = option("auto", "torch.compile the model (auto: on CUDA)", choices=("auto", True, False))
     seed: int = option(1337, "of weights, batches and dropout; rank r takes seed + r", minimum=0)
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd is {self.n_embd}, not divisible by n_head, {self.n_head}; every head gets n_embd / n_head channels")
+            raise ValueError(f"n_embd is {self.n_embd}, not divisible by n_head, {self.n_head}; every head gets n_embd / n_head"
+                             " channels")
         split_backend(self.backend)
 
 
@@ -119,8 +120,8 @@ def run(argv):
     result = train(o)
     if result.stopped is None:
         if devices.is_master() and not o.eval_only:
-            print(f"Done: best validation loss {result.best_val_loss:.4f}; weights, metrics.jsonl and loss.png are in {result.out_dir}. "
-                  f"Try: nanogpt-fast sample --out_dir={shlex.quote(str(result.out_dir))}")
+            print(f"Done: best validation loss {result.best_val_loss:.4f}. Weights, metrics.jsonl and loss.png are in "
+                  f"{result.out_dir}. Try: nanogpt-fast sample --out_dir={shlex.quote(str(result.out_dir))}")
         return 0
     if devices.is_master():
         words = [word for word in argv if not word.startswith(("--init_from=", "--init-from="))]
@@ -147,8 +148,8 @@ def _train(o, ranks, device, ops):
     context = devices.autocast(device, dtype)
     compiled = o.compile if o.compile != "auto" else device.type == "cuda" and ops_backend.triton_import_error() is None
     if o.gradient_accumulation_steps % ranks.size:
-        raise ValueError(f"gradient_accumulation_steps is {o.gradient_accumulation_steps}; {ranks.size} ranks share them, so it must "
-                         f"be a multiple of {ranks.size}")
+        raise ValueError(f"gradient_accumulation_steps is {o.gradient_accumulation_steps}; {ranks.size} ranks share them, so it"
+                         f" must be a multiple of {ranks.size}")
     accumulation = o.gradient_accumulation_steps // ranks.size
     torch.manual_seed(o.seed + ranks.rank)
     if device.type == "cuda":
@@ -167,7 +168,7 @@ def _train(o, ranks, device, ops):
     def batches(split, generator=None):
         return Batches(folder, split, o.batch_size, T, device=device, generator=generator, vocab_size=model.config.vocab_size)
 
-    train_batches = batches("train")  # drawn from torch's own generator, where nanoGPT draws them: the same seed, the same batches
+    train_batches = batches("train")  # drawn from torch's own generator, where nanoGPT draws: the same seed, the same batches
 
     # optimizer, and where a resumed run stands
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -247,7 +248,7 @@ def _train(o, ranks, device, ops):
         optimizer.zero_grad(set_to_none=True)
         return total, windows
 
-    # The host reads a step's loss when the next step is already queued, so a GPU never waits for it; a CPU gains nothing by that.
+    # The host reads a step's loss when the next step is queued already, so a GPU never waits for it; a CPU would gain nothing.
     unread, queued = collections.deque(), 1 if device.type == "cuda" else 0
 
     def read_reports(leave):
@@ -257,9 +258,9 @@ def _train(o, ranks, device, ops):
             step, lr, windows, report = unread.popleft()
             loss, wants = report()
             if not math.isfinite(loss):
-                starts = ", ".join(map(str, torch.cat(windows).tolist()))
-                raise NonFiniteLoss(_advice(o, step, loss, dtype, f"seed {o.seed + ranks.rank}, the windows of {train_batches.path} "
-                                                                  f"that start at tokens {starts}"))
+                batch = (f"seed {o.seed + ranks.rank}, the windows of {train_batches.path} that start at tokens "
+                         + ", ".join(map(str, torch.cat(windows).tolist())))
+                raise NonFiniteLoss(_advice(o, step, loss, dtype, batch))
             progress.step(step, loss, lr, lambda seconds: model.estimate_mfu(o.batch_size * accumulation, seconds))
             stopping |= wants > 0
         return stopping or ranks.size == 1 and stop.signal is not None
@@ -349,15 +350,16 @@ def sample_text(model, tokenizer, o, device, context):
     try:
         torch.manual_seed(o.seed)
         with context:
-            ids = model.generate(torch.tensor([prompt], device=device), o.sample_tokens, temperature=0.8, top_k=200)[0, len(prompt):]
+            ids = model.generate(torch.tensor([prompt], device=device), o.sample_tokens, temperature=0.8, top_k=200)
     finally:
         model.train()
         checkpoints.set_random_states(states)
-    return tokenizer.decode([i for i in ids.tolist() if i < tokenizer.vocab_size])  # ids of a padded vocabulary mean nothing
+    drawn = ids[0, len(prompt):].tolist()
+    return tokenizer.decode([i for i in drawn if i < tokenizer.vocab_size])  # the ids that pad a vocabulary mean nothing
 
 
 def split_backend(spec):
-    """"gloo", "reference", "gloo,auto,attention=reference" -> (torch.distributed's backend or None, the ops' choice or None)."""
+    """"gloo", "reference", "gloo,attention=reference" -> (torch.distributed's backend or None, the ops' choice or None)."""
     parts = [part.strip() for part in spec.split(",")]
     groups = [part for part in parts if part in devices.GROUPS]
     ops = ",".join(part for part in parts if part not in devices.GROUPS and part != "auto")
@@ -402,8 +404,9 @@ def _initial_model(o, tokenizer, ops):
     print(f"resuming from {path}, step {checkpoint['iter_num']}")
     known = checkpoint.get("tokenizer")
     if known is not None and tokenizer is not None and known != tokenizer.to_state():
-        raise checkpoints.CheckpointError(f"{path} was trained with another vocabulary than the data set {o.dataset!r} has: its ids mean "
-                                          "other things. Resume on the same data, or prepare this text with the old vocabulary.")
+        raise checkpoints.CheckpointError(
+            f"{path} was trained with another vocabulary than the data set {o.dataset!r} has: the same ids mean other text. "
+            "Resume on the data it was trained on.")
     model = checkpoints.build_model(checkpoint, path, dropout=o.dropout, backend=ops)
     return model, {**checkpoint, "path": path}
 
@@ -425,7 +428,7 @@ def _continue_exactly(start, optimizer, scaler, batches, ranks):
         checkpoints.set_random_states(mine["random"])
         try:
             batches.load_state_dict(mine["batches"])
-        except ValueError as error:  # another batch size or text is a choice, not a mistake; that it is not the same run is said
+        except ValueError as error:  # another batch size or text may be what is wanted; that it is another run is said
             print(f"not an exact continuation: {error}")
     else:
         print(f"saved by {len(resume['ranks'])} ranks, resumed by {ranks.size}: batches and dropout start from fresh seeds")
@@ -439,7 +442,8 @@ def _banner(o, model, device, dtype, compiled, ranks, folder, tokens):
     print(f"device  {where}, {str(dtype).removeprefix('torch.')}, {how}")
     print(f"model   {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, vocabulary {c.vocab_size}: "
           f"{model.get_num_params():,} parameters")
-    print(f"step    {o.gradient_accumulation_steps} x {o.batch_size} x {c.block_size} = {tokens:,} tokens; {o.max_iters:,} steps on {folder}")
+    print(f"step    {o.gradient_accumulation_steps} x {o.batch_size} x {c.block_size} = {tokens:,} tokens; {o.max_iters:,} steps"
+          f" on {folder}")
     for i, line in enumerate(str(explain(model, dtype=dtype)).splitlines()):
         print(f"{'ops' if i == 0 else '':<7} {line}")
     print(f"writes  {o.out_dir}", flush=True)
@@ -449,7 +453,7 @@ def _advice(o, step, loss, dtype, batch):
     """The text of NonFiniteLoss."""
     tries = [f"a lower --learning_rate (it is {o.learning_rate:g})", f"a longer --warmup_iters ({o.warmup_iters})"]
     tries += ["--grad_clip=1.0"] if o.grad_clip == 0 else []
-    tries += ["--dtype=bfloat16 or float32"] if dtype == torch.float16 else ["--dtype=float32"] if dtype == torch.bfloat16 else []
+    tries += {torch.float16: ["--dtype=bfloat16 or float32"], torch.bfloat16: ["--dtype=float32"]}.get(dtype, [])
     tries += ["--backend=reference, to tell whether a kernel is at fault"]
     return (f"step {step}: the loss is {loss}. Its batch: {batch}. No checkpoint was written after it, so "
             f"{Path(o.out_dir, 'last.pt')} is of an earlier step, if there was one. Try " + ", ".join(tries) + ".")

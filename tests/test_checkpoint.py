@@ -36,8 +36,8 @@ def untrained(**changed):
     args = {**ARGS, **changed}
     model = GPT(GPTConfig(**args))
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-    return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), model_args=args, iter_num=7, best_val_loss=torch.tensor(1.5),
-                config=dict(dataset="x"))
+    return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), model_args=args, iter_num=7,
+                best_val_loss=torch.tensor(1.5), config=dict(dataset="x"))
 
 
 def refused(path):
@@ -90,7 +90,8 @@ def test_nanogpts_checkpoint_is_read_whatever_its_prefixes_buffers_and_scalars(t
         model, tokenizer, meta = load_model(tmp_path)
         assert torch.equal(model.transformer.h[1].mlp.c_fc.weight, expected)
         assert model.lm_head.weight is model.transformer.wte.weight and not model.training
-        assert meta["best_val_loss"] == 1.5 and meta["iter_num"] == 7 and tokenizer is None and "meta.pkl" in meta["no_tokenizer"]
+        assert meta["best_val_loss"] == 1.5 and meta["iter_num"] == 7
+        assert tokenizer is None and "meta.pkl" in meta["no_tokenizer"]
 
 
 def test_the_tokenizer_travels_with_the_checkpoint(trained, tmp_path, monkeypatch):
@@ -156,7 +157,8 @@ class Code:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))], ids=["torch", "pickle"])
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, 2))],
+                         ids=["torch", "pickle"])
 def test_a_pickle_that_carries_code_is_refused_and_the_code_not_run(write, tmp_path):
     write({**untrained(), "config": Code(tmp_path / "ran")}, tmp_path / "ckpt.pt")
     assert "code" in refused(tmp_path / "ckpt.pt")
@@ -166,12 +168,12 @@ def test_a_pickle_that_carries_code_is_refused_and_the_code_not_run(write, tmp_p
 @pytest.mark.parametrize("change, complaint", [
     (lambda c: c["model"].pop("transformer.ln_f.weight"), "transformer.ln_f.weight is missing"),
     (lambda c: c["model"].update(extra=torch.zeros(1)), "extra does not belong there"),
-    (lambda c: c["model"].update({"transformer.wpe.weight": torch.zeros(3, 32)}), r"\(3, 32\), its model_args ask for \(16, 32\)"),
+    (lambda c: c["model"].update({"transformer.wpe.weight": torch.zeros(3, 32)}), r"\(3, 32\), .* ask for \(16, 32\)"),
     (lambda c: c["model_args"].update(n_head=5), "n_head"),
     (lambda c: c["model_args"].update(rotary=True), "rotary"),
     (lambda c: c["model_args"].pop("n_embd"), "n_embd"),
     (lambda c: c["model_args"].update(n_embd="wide"), "n_embd"),
-    (lambda c: c.update(tokenizer={"kind": "char", "chars": list("abc")}, model_args={**ARGS, "vocab_size": 4000}), "don't match"),
+    (lambda c: c.update(tokenizer={"kind": "char", "chars": ["a"]}, model_args={**ARGS, "vocab_size": 4000}), "don't match"),
     (lambda c: c.update(tokenizer={"kind": "char", "chars": [chr(i) for i in range(41)]}), "don't match"),
     (lambda c: c.update(tokenizer={"kind": "runes"}), "runes")])
 def test_contents_that_do_not_fit_are_named(change, complaint, tmp_path):

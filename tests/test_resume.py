@@ -34,7 +34,8 @@ def stop_after(step, monkeypatch, number=signal.SIGINT):
 
 
 def test_a_run_stopped_at_step_60_and_resumed_equals_one_that_never_stopped(folder, monkeypatch):
-    settings = dict(max_iters=90, lr_decay_iters=90, eval_interval=25, dropout=0.2, gradient_accumulation_steps=2, sample_tokens=3)
+    settings = dict(max_iters=90, lr_decay_iters=90, eval_interval=25, dropout=0.2, gradient_accumulation_steps=2,
+                    sample_tokens=3)
     straight, broken = tiny.options(folder, "straight", **settings), tiny.options(folder, "broken", **settings)
     expected = train(straight)
 
@@ -94,7 +95,8 @@ def test_nanogpts_ckpt_pt_is_resumed_with_its_optimizer(folder):
     theirs = {key: before[key] for key in ("model", "optimizer", "model_args", "iter_num", "best_val_loss", "config")}
     theirs["best_val_loss"] = torch.tensor(before["best_val_loss"])
     torch.save(theirs, folder / "out" / "ckpt.pt")
-    result = train(dataclasses.replace(o, init_from="resume", max_iters=15, block_size=1024, n_layer=7))  # the checkpoint's sizes count
+    # The sizes are the checkpoint's, whatever the options say, as nanoGPT has it.
+    result = train(dataclasses.replace(o, init_from="resume", max_iters=15, block_size=1024, n_layer=7))
     assert result.iter_num == 15 and result.model.config.block_size == 16 and result.model.config.n_layer == 2
     after = torch.load(folder / "out" / "last.pt", weights_only=True)
     assert after["optimizer"]["state"][0]["step"] == 15

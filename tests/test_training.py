@@ -22,9 +22,10 @@ def folder(tmp_path):
 # ---------------------------------------------------------------------------------------------------- options and schedule
 
 NANOGPT = dict(  # train.py of November 2025
-    out_dir="out", eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False, always_save_checkpoint=True, init_from="scratch",
-    wandb_log=False, wandb_project="owt", wandb_run_name="gpt2", dataset="openwebtext", gradient_accumulation_steps=40, batch_size=12,
-    block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0, bias=False, learning_rate=6e-4, max_iters=600000, weight_decay=1e-1,
+    out_dir="out", eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False, always_save_checkpoint=True,
+    init_from="scratch", wandb_log=False, wandb_project="owt", wandb_run_name="gpt2", dataset="openwebtext",
+    gradient_accumulation_steps=40, batch_size=12, block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0, bias=False,
+    learning_rate=6e-4, max_iters=600000, weight_decay=1e-1,
     beta1=0.9, beta2=0.95, grad_clip=1.0, decay_lr=True, warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5)
 
 
@@ -37,16 +38,17 @@ def test_every_key_of_nanogpt_has_its_default():
 def test_a_config_file_in_nanogpts_style_works(tmp_path):
     config = tmp_path / "config.py"
     config.write_text("import time\nout_dir = 'out-x'\nwandb_run_name = 'ft-' + str(time.time())\nbatch_size = 12\n"
-                      "gradient_accumulation_steps = 5 * 8\ninit_from = 'gpt2-xl' # the largest\nlearning_rate = 1\ndecay_lr = False\n"
-                      "device = 'cpu'\ncompile = False\n")
+                      "gradient_accumulation_steps = 5 * 8\ninit_from = 'gpt2-xl' # the largest\nlearning_rate = 1\n"
+                      "decay_lr = False\ndevice = 'cpu'\ncompile = False\n")
     o = options.parse(TrainOptions, [str(config), "--batch_size=3", "--dropout", "0.5", "--compile"], "train")
     assert (o.out_dir, o.batch_size, o.gradient_accumulation_steps, o.init_from) == ("out-x", 3, 40, "gpt2-xl")
     assert (o.learning_rate, o.decay_lr, o.dropout, o.compile) == (1.0, False, 0.5, True)
 
 
 @pytest.mark.parametrize("word, complaint", [
-    ("--n_head=5", "n_embd"), ("--dropout=1.5", "dropout"), ("--block_size=0", "block_size"), ("--learning_rat=1", "learning_rate"),
-    ("--batch_size=two", "batch_size"), ("--eval_interval=0", "eval_interval"), ("--compile=maybe", "compile"),
+    ("--n_head=5", "n_embd"), ("--dropout=1.5", "dropout"), ("--block_size=0", "block_size"),
+    ("--learning_rat=1", "learning_rate"), ("--batch_size=two", "batch_size"),
+    ("--eval_interval=0", "eval_interval"), ("--compile=maybe", "compile"),
     ("--backend=fast", "nccl"), ("--backend=nccl,gloo", "nccl"), ("--dtype=float64", "dtype"), ("--device=tpu9", "device")])
 def test_an_option_that_cannot_be_is_named(word, complaint, folder):
     with pytest.raises(ValueError, match=complaint):
@@ -75,7 +77,8 @@ def test_the_learning_rate_warms_up_and_decays_as_a_cosine():
 # ---------------------------------------------------------------------------------------------------- the loop
 
 def test_a_step_is_nanogpts_step_bit_for_bit(folder):
-    o = tiny.options(folder, max_iters=6, gradient_accumulation_steps=2, dropout=0.2, grad_clip=0.3, bias=True, weight_decay=0.5)
+    o = tiny.options(folder, max_iters=6, gradient_accumulation_steps=2, dropout=0.2, grad_clip=0.3, bias=True,
+                     weight_decay=0.5)
     train(o)
 
     torch.manual_seed(1337)
@@ -257,7 +260,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where_and_what_to_try(f
         train(dataclasses.replace(o, init_from="resume", max_iters=30, decay_lr=False, learning_rate=1e30, grad_clip=0.0))
     step = max(tiny.losses(o)) + 1
     text = str(caught.value)
-    assert f"step {step}: the loss is nan" in text and "seed 1337" in text and "--learning_rate" in text and "--grad_clip" in text
+    assert all(part in text for part in (f"step {step}: the loss is nan", "seed 1337", "--learning_rate", "--grad_clip"))
     starts = [int(word) for word in text.split("tokens ")[1].split(". ")[0].split(", ")]
     assert len(starts) == 4  # the windows of the batch
     assert (folder / "out" / "last.pt").read_bytes() == before

@@ -17,9 +17,10 @@ def data(folder, name="sums", text=TEXT):
 def options(folder, out="out", **changed):
     """TrainOptions of a tiny run in `folder`, which holds what `data` prepared."""
     given = dict(
-        out_dir=str(Path(folder, out)), dataset="sums", data_dir=str(Path(folder, "data")), eval_interval=10, eval_iters=2, sample_tokens=0,
-        gradient_accumulation_steps=1, batch_size=4, block_size=16, n_layer=2, n_head=2, n_embd=32, learning_rate=1e-2, max_iters=20,
-        lr_decay_iters=20, warmup_iters=5, min_lr=1e-3, device="cpu", dtype="float32", compile=False, backend="reference")
+        out_dir=str(Path(folder, out)), dataset="sums", data_dir=str(Path(folder, "data")), eval_interval=10, eval_iters=2,
+        sample_tokens=0, gradient_accumulation_steps=1, batch_size=4, block_size=16, n_layer=2, n_head=2, n_embd=32,
+        learning_rate=1e-2, max_iters=20, lr_decay_iters=20, warmup_iters=5, min_lr=1e-3, device="cpu", dtype="float32",
+        compile=False, backend="reference")
     return TrainOptions(**{**given, **changed})
 
 
