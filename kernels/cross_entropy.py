@@ -163,8 +163,9 @@ def tile(V):
 def chunk_rows(N):
     """Rows of one chunk of N: at most 8 chunks of 4,096 rows and more, equally long but for the last, which may be a few short.
 
-    Fewer rows leave the matmuls short of work. More chunks hold less, but each reads and writes dW in fp32 once more: 8 V C bytes,
-    309 MB or 72 us on an H200 at V = 50,304, C = 768. 16 chunks would cost 1.1 ms so, 8 cost 0.5 and hold an eighth of the logits.
+    Fewer rows leave the matmuls short of work. More chunks hold less, but each reads and writes dW in fp32 once more: 8 V C
+    bytes, 309 MB or 72 us on an H200 at V = 50,304, C = 768. So 16 chunks would cost 1.1 ms; 8 cost 0.5, and hold an eighth of
+    the logits.
     """
     return triton.cdiv(N, min(8, max(1, N // 4096)))
 

@@ -1,0 +1,31 @@
+"""`nanogpt-fast verify` from the outside: what it refuses, what it says where nothing can run."""
+import json
+
+import pytest
+import torch
+
+from nanogpt_fast import backend, verify
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or backend.triton_import_error() is not None, reason="for Triton without a GPU")
+def test_without_a_gpu_the_kernels_are_interpreted_in_a_second_process(tmp_path, capfd):
+    path = tmp_path / "rows.json"
+    assert verify.main(["--quick", "--only=cross_entropy", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report["interpreted"] and report["failed"] == 0
+    assert all(row["implementation"] == "triton" and row["result"] == "pass" for row in report["rows"])
+    assert "Triton kernels in the interpreter" in capfd.readouterr().out
+
+
+def test_what_cannot_run_here_says_why_and_is_no_failure(monkeypatch, capsys):
+    monkeypatch.setattr(backend, "triton_import_error", lambda: "Triton cannot be imported (a test says so)")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(backend, "_interpreted", False)
+    assert verify.main(["--quick", "--only=cross_entropy,gpt"]) == 0
+    printed = capsys.readouterr().out
+    assert "not run here: triton: Triton kernels need a CUDA tensor" in printed and "0 checks" in printed
+
+
+def test_an_op_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match="there is no 'attentoin'; expected some of attention, layer_norm"):
+        verify.main(["--only=attentoin"])
