@@ -80,11 +80,9 @@ def sample_out(logits, *, out, seed, offset, temperature=1.0, top_k=None, top_p=
     _check_logits(logits)
     if logits.stride(1) != 1:
         raise ValueError(f"logits has strides {tuple(logits.stride())}; the last dimension must be contiguous")
-    parameters = []
-    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
-        if isinstance(value, torch.Tensor) and (value.dtype != _rows_dtype(name) or not value.is_contiguous()):
-            raise ValueError(f"{name} is {value.dtype} with strides {tuple(value.stride())}; expected a contiguous {_rows_dtype(name)}")
-        parameters.append(_parameter(name, value, logits.size(0), logits.device))
+    B, device = logits.size(0), logits.device
+    parameters = [_parameter(name, value, B, device, as_it_is=True) for name, value in
+                  (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p))]
     _check_streams(logits, seed, offset)
     _check_rows("out", out, logits)
     _call(logits.detach(), parameters, seed, offset, out, False, backend)
@@ -123,7 +121,7 @@ def _check_logits(logits):
 
 
 def _check_rows(name, tensor, logits):
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int64 or tensor.shape != logits.shape[:1]:
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype is not torch.int64 or tensor.dim() != 1 or len(tensor) != len(logits):
         found = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise ValueError(f"{name} is {found}; expected an int64 tensor of shape ({logits.size(0)},), one per row")
     if tensor.device != logits.device or not tensor.is_contiguous():
@@ -143,28 +141,31 @@ def _signed(name, value):
     return value - 2**64 if value >= 2**63 else value
 
 
-def _parameter(name, value, B, device):
-    """(rows, number): a tensor (B,) with one per row and the neutral number, or None and the number for all rows."""
+def _parameter(name, value, B, device, as_it_is=False):
+    """(rows, number): a tensor (B,) with one per row and the neutral number, or None and the number for all rows.
+
+    as_it_is: a tensor must be what the launch reads, since a copy would not see new values.
+    """
     low, high, off, expected = _RULES[name]
-    if value is None:
-        if name == "temperature":
-            raise ValueError(f"temperature is None; expected {expected}")
+    if value is None and name != "temperature":
         return None, off
-    if isinstance(value, (list, tuple)):
+    kinds = int if name == "top_k" else (int, float)
+    if isinstance(value, kinds) and low <= value <= high and value is not True:
+        return None, value if name == "top_k" else float(value)
+    if isinstance(value, (list, tuple)) and not as_it_is:
         try:
             value = torch.tensor(value, dtype=_rows_dtype(name), device=device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{name} is {value!r}; each row's must be {expected}") from error
-    if isinstance(value, torch.Tensor):
-        if value.shape != (B,) or value.device != device:
-            raise ValueError(f"{name} has shape {tuple(value.shape)} on {value.device}; expected ({B},) on {device}, the logits' device")
-        if value.is_floating_point() == (name == "top_k") or value.is_complex() or value.dtype == torch.bool:
-            raise ValueError(f"{name} is a tensor of {value.dtype}; each row's must be {expected}")
-        return value.to(_rows_dtype(name)).contiguous(), off
-    kinds = int if name == "top_k" else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
+    if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name} is {value!r}; expected {expected}")
-    return None, value if name == "top_k" else float(value)
+    if value.shape != (B,) or value.device != device:
+        raise ValueError(f"{name} has shape {tuple(value.shape)} on {value.device}; expected ({B},) on {device}, the logits' device")
+    if value.is_floating_point() == (name == "top_k") or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"{name} is a tensor of {value.dtype}; each row's must be {expected}")
+    if as_it_is and (value.dtype != _rows_dtype(name) or not value.is_contiguous()):
+        raise ValueError(f"{name} is {value.dtype} with strides {tuple(value.stride())}; expected a contiguous tensor of {_rows_dtype(name)}")
+    return value.to(_rows_dtype(name)).contiguous(), off
 
 
 def _check_values(parameters):
