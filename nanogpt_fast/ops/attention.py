@@ -1,13 +1,331 @@
-"""Causal attention: the public functions. (Kernels slot in here; until then every call takes the reference.)"""
+"""Causal attention as an op: the flash kernels of kernels/attention_*.py with autograd, torch.compile and a choice of implementation.
+
+    causal_attention_qkvpacked    from the packed projection (B, T, 3C) to (B, T, C), one gradient (B, T, 3C): what the model calls
+    causal_attention              from q, k, v, each (B, H, T, D), also with fewer queries than keys
+    decode_attention              one query a row over a key-value cache with a length a row; no gradient
+
+What is kept for the backward, for a token in half precision: qkv (6C bytes), out (2C) and 4H of lse; with dropout one seed a call.
+"""
+import functools
+import math
+
+import torch
+
 from .. import backend as _backend
 from .. import reference
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_HEAD = 256
 
-def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
-    _backend.choose("attention", (), backend)
-    return reference.causal_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+# Where `auto` leaves a call that the kernels could take to PyTorch: {(architecture, largest head size from which on): reason}, and for
+# float32 on all. NOT MEASURED YET: these are expectations from figures that others published for kernels of this design (H100, forward,
+# T=1024, TFLOP/s). At D=64 Triton has 291 and cuDNN 288; what the packed layout saves beside the matmuls (the output's transpose, the
+# `cat` of three gradients, 0.1 ms a layer at 64 x 1024 tokens) decides for the kernels. At D=128 it is 273 and 410, and on Blackwell
+# cuDNN's distance is larger than that. `backend="fused"` takes the kernels everywhere.
+LEFT_TO_PYTORCH = {
+    80: (64, "head sizes over 64 are expected to be slower than FlashAttention 2 here (not measured yet)"),
+    86: (64, "head sizes over 64 are expected to be slower than FlashAttention 2 here (not measured yet)"),
+    89: (64, "head sizes over 64 are expected to be slower than FlashAttention 2 here (not measured yet)"),
+    90: (64, "head sizes over 64 are expected to be slower than cuDNN here (not measured yet; 273 against 410 TFLOP/s published)"),
+    100: (0, "these kernels are expected to be slower than cuDNN on Blackwell (not measured yet)"),
+}
+FLOAT32_LEFT = "IEEE float32 runs without tensor cores and is expected to be slower than PyTorch's kernels (not measured yet)"
+
+
+# ---------------------------------------------------------------------------------------------------------------- public functions
 
 
 def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backend=None):
-    _backend.choose("attention", (), backend)
-    return reference.causal_attention_qkvpacked(qkv, n_head, dropout_p=dropout_p, scale=scale)
+    """Causal attention on the packed projection: (B, T, 3C), q, k and v side by side in the last dimension -> (B, T, C).
+
+    qkv: floating point, any strides; its heads are n_head neighbouring runs of D = C / n_head. The output has the autocast dtype where
+    autocast is on (float64 excepted), else qkv's. scale: a positive number, 1/sqrt(D) by default. dropout_p: of the weights, 0 when
+    not training; the mask's seed is drawn from the generator of qkv's device. backend: a choice for each op as `backend.parse` gives
+    it, or None.
+
+    Raises ValueError (shapes, dropout_p), RuntimeError (backend "fused" where no kernel can run; a second derivative, which only the
+    reference has). Source: kernels/attention_forward.py and attention_backward.py.
+    """
+    if qkv.dim() != 3 or qkv.size(2) % (3 * n_head):
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (B, T, 3C) with C a multiple of n_head={n_head}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
+    if _backend.choose("attention", CANDIDATES, backend, (qkv, qkv.size(2) // (3 * n_head), scale, backend)) == "reference":
+        return reference.causal_attention_qkvpacked(qkv, n_head, dropout_p=dropout_p, scale=scale)
+    qkv = _autocast(qkv)
+    if qkv.requires_grad and torch.is_grad_enabled():
+        return _PackedAttention.apply(qkv, n_head, scale, dropout_p)
+    run = _raw.attention_qkvpacked if torch.compiler.is_compiling() else _packed_forward
+    return run(qkv, _seed(qkv, dropout_p), n_head, scale, dropout_p)[0]
+
+
+def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
+    """softmax(scale * q k^T, causal) v: q (B, H, Tq, D), k and v (B, H, Tk, D), Tq <= Tk -> (B, H, Tq, D).
+
+    With Tq < Tk the queries are the last Tq positions: query i sees keys 0 .. Tk - Tq + i. Any strides; the kernels return a view of a
+    (B, Tq, H, D) tensor, so that `y.transpose(1, 2).reshape(B, Tq, C)` copies nothing. dtype, scale, dropout_p, backend and what
+    raises: as for `causal_attention_qkvpacked`.
+    """
+    _check_qkv(q, k, v, dropout_p)
+    if _backend.choose("attention", _SEPARATE_CANDIDATES, backend, (q, k, v, scale, backend)) == "reference":
+        return reference.causal_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(q, k, v, scale, dropout_p)
+    run = _raw.attention if torch.compiler.is_compiling() else _forward
+    return run(q, k, v, _seed(q, dropout_p), scale, dropout_p)[0].transpose(1, 2)
+
+
+def decode_attention(q, k, v, lengths, *, scale=None, backend=None):
+    """One new query a row over a cache: q (B, H, 1, D), k and v (B, H, T, D), of which row b has lengths[b] -> (B, H, 1, D).
+
+    lengths: (B,) int32 or int64 on q's device, 1 to T, not looked at by the host, so one captured CUDA graph serves all lengths. For
+    generation: no gradient. scale, backend and what raises: as for `causal_attention_qkvpacked`.
+    """
+    if q.dim() != 4 or q.size(2) != 1:
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected (B, H, 1, D)")
+    _check_qkv(q, k, v, 0.0)
+    if lengths.shape != q.shape[:1]:
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected ({q.size(0)},)")
+    if _backend.choose("attention", _DECODE_CANDIDATES, backend, (q, k, v, scale, backend)) == "reference":
+        hidden = torch.arange(k.size(2), device=k.device) >= lengths[:, None]                           # (B, T)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=hidden.logical_not()[:, None, None], scale=scale)
+    run = _raw.attention_decode if torch.compiler.is_compiling() else _decode
+    with torch.no_grad():
+        return run(_autocast(q), _autocast(k), _autocast(v), lengths, scale)
+
+
+def _check_qkv(q, k, v, dropout_p):
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.size(3) != k.size(3) or q.size(2) > k.size(2):
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected (B, H, Tq, D), (B, H, Tk, D) twice, Tq <= Tk")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
+
+
+# ---------------------------------------------------------------------------------------------------- which implementation, and why
+
+
+def _why_not(x, D, scale, backend):
+    """None where the kernels can take x (any of q, k, v, or qkv) with head size D and are the choice, else the reason."""
+    if (reason := _backend.triton_why_not(x)) is not None:
+        return reason
+    dtype = _autocast_dtype(x)
+    if dtype not in _DTYPES:
+        return f"the input is {dtype}; the kernels take float32, float16 and bfloat16"
+    if not 1 <= D <= LARGEST_HEAD:
+        return f"the head size is {D}; the kernels take 1 to {LARGEST_HEAD}"
+    if scale is not None and not 0 < scale < math.inf:
+        return f"scale is {scale}; the kernels take positive numbers"
+    if x.is_cuda:
+        arch = _architecture(x.device.index)
+        if arch < 80:
+            return f"the GPU has compute capability {arch / 10}; the kernels need 8.0"
+        if _backend.choice("attention", backend) == "auto":
+            return _why_left(arch, D, dtype)
+    return None
+
+
+def _separate_why_not(q, k, v, scale, backend):
+    for name, x in (("k", k), ("v", v)):
+        if x.device != q.device:
+            return f"q is on {q.device}, {name} on {x.device}"
+        if _autocast_dtype(x) != _autocast_dtype(q):
+            return f"q is {q.dtype}, {name} {x.dtype}"               # the reference raises PyTorch's own error
+    return _why_not(q, q.size(3), scale, backend)
+
+
+def _decode_why_not(q, k, v, scale, backend):
+    # A matter of bytes, not of tensor cores: the reasons of LEFT_TO_PYTORCH do not apply, the other ones do.
+    return _separate_why_not(q, k, v, scale, _backend.parse("fused"))
+
+
+def _why_left(arch, D, dtype):
+    """Why `auto` leaves this to PyTorch, or None."""
+    if dtype == torch.float32:
+        return FLOAT32_LEFT
+    known = max((a for a in LEFT_TO_PYTORCH if a <= arch), default=80)
+    largest, reason = LEFT_TO_PYTORCH[known]
+    return reason if D > largest else None
+
+
+@functools.cache
+def _architecture(device_index):
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor
+
+
+_architecture._dynamo_marked_constant = True            # torch.compile keeps the answer instead of tracing into the cache
+
+CANDIDATES = (("triton", _why_not),)                    # args: (qkv, head size, scale, backend)
+_SEPARATE_CANDIDATES = (("triton", _separate_why_not),)
+_DECODE_CANDIDATES = (("triton", _decode_why_not),)
+
+
+def _autocast_dtype(x):
+    """The dtype that x is computed in."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _autocast(x):
+    return x.to(_autocast_dtype(x))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ autograd
+
+
+def _seed(x, dropout_p):
+    """One number a call, as a tensor: a captured graph draws anew at each replay, and a recomputed forward gets the same one."""
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_p > 0 else None
+
+
+class _PackedAttention(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, qkv, n_head, scale, dropout_p):
+        seed = _seed(qkv, dropout_p)
+        run = _raw.attention_qkvpacked if torch.compiler.is_compiling() else _packed_forward
+        out, lse = run(qkv, seed, n_head, scale, dropout_p)
+        ctx.save_for_backward(qkv, out, lse, seed)
+        ctx.options = n_head, scale, dropout_p
+        return out
+
+    @staticmethod
+    def backward(ctx, do):
+        _refuse_second_derivative()
+        qkv, out, lse, seed = ctx.saved_tensors
+        run = _raw.attention_qkvpacked_backward if torch.compiler.is_compiling() else _packed_backward
+        return run(do, qkv, out, lse, seed, *ctx.options), None, None, None
+
+
+class _Attention(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, dropout_p):
+        seed = _seed(q, dropout_p)
+        run = _raw.attention if torch.compiler.is_compiling() else _forward
+        out, lse = run(q, k, v, seed, scale, dropout_p)
+        ctx.save_for_backward(q, k, v, out, lse, seed)
+        ctx.options = scale, dropout_p
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, do):
+        _refuse_second_derivative()
+        q, k, v, out, lse, seed = ctx.saved_tensors
+        run = _raw.attention_backward if torch.compiler.is_compiling() else _backward
+        gradients = run(do, q, k, v, out, lse, seed, *ctx.options)
+        return *(g.transpose(1, 2) if need else None for g, need in zip(gradients, ctx.needs_input_grad)), None, None
+
+
+def _refuse_second_derivative():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("the attention kernels have no second derivative (create_graph=True); use backend='reference'")
+
+
+# ------------------------------------------------------------------------------------------------------------ tensors to launchers
+
+
+@functools.cache
+def _kernels():
+    """The launchers. Imported at the first call: that imports Triton."""
+    from ..kernels import attention_backward, attention_common, attention_decode, attention_forward
+    return attention_forward, attention_backward, attention_decode, attention_common
+
+
+def _readable(x):
+    """x, or a contiguous copy where the kernels can't read it in place."""
+    return x if _kernels()[3].rows_are_contiguous(x) else x.contiguous()
+
+
+def _scale(scale, D):
+    return 1.0 / math.sqrt(D) if scale is None else scale
+
+
+def _heads(packed, n_head, parts):
+    """(B, T, parts * C) as `parts` views (B, T, H, D)."""
+    B, T, width = packed.shape
+    return packed.view(B, T, parts, n_head, width // (parts * n_head)).unbind(2)
+
+
+def _unpack(qkv, n_head):
+    """q, k, v (B, H, T, D) as views of qkv, or of a contiguous copy of it."""
+    parts = tuple(x.transpose(1, 2) for x in _heads(qkv, n_head, 3))
+    return parts if _kernels()[3].rows_are_contiguous(parts[0]) else _unpack(qkv.contiguous(), n_head)
+
+
+def _packed_forward(qkv, seed, n_head, scale, dropout_p):
+    B, T, C3 = qkv.shape
+    q, k, v = _unpack(qkv, n_head)
+    out, lse = _kernels()[0].attention_forward(q, k, v, scale=_scale(scale, q.size(3)), dropout_p=dropout_p, seed=seed)
+    return out.view(B, T, C3 // 3), lse
+
+
+def _packed_backward(do, qkv, out, lse, seed, n_head, scale, dropout_p):
+    q, k, v = _unpack(qkv, n_head)
+    do = _readable(_heads(do, n_head, 1)[0].transpose(1, 2))
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    _kernels()[1].attention_backward(do, q, k, v, _heads(out, n_head, 1)[0], lse, *_heads(dqkv, n_head, 3),
+                                     scale=_scale(scale, q.size(3)), dropout_p=dropout_p, seed=seed)
+    return dqkv
+
+
+def _readable_qkv(q, k, v):
+    q, k, v = _readable(q), _readable(k), _readable(v)
+    return (q, k, v) if _kernels()[3].same_layout(k, v) else (q, k.contiguous(), v.contiguous())
+
+
+def _forward(q, k, v, seed, scale, dropout_p):
+    return _kernels()[0].attention_forward(*_readable_qkv(q, k, v), scale=_scale(scale, q.size(3)), dropout_p=dropout_p, seed=seed)
+
+
+def _backward(do, q, k, v, out, lse, seed, scale, dropout_p):
+    gradients = tuple(torch.empty(x.transpose(1, 2).shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    _kernels()[1].attention_backward(_readable(do), *_readable_qkv(q, k, v), out, lse, *gradients,
+                                     scale=_scale(scale, q.size(3)), dropout_p=dropout_p, seed=seed)
+    return gradients
+
+
+def _decode(q, k, v, lengths, scale):
+    return _kernels()[2].attention_decode(_readable(q), *_readable_qkv(q, k, v)[1:], lengths, scale=_scale(scale, q.size(3)))
+
+
+# -------------------------------------------------------------------------------------------------------- what torch.compile sees
+
+_library = torch.library.Library("nanogpt_fast", "FRAGMENT")
+_raw = torch.ops.nanogpt_fast
+
+
+def _define(schema, implementation, fake):
+    name = schema.split("(")[0]
+    _library.define(schema)
+    # An exported graph calls the operator with tensors that require grad; what is inside knows no autograd.
+    _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nanogpt_fast::{name}", fake, lib=_library)
+
+
+def _fake_packed(qkv, seed, n_head, scale, dropout_p):
+    B, T, C3 = qkv.shape
+    return qkv.new_empty(B, T, C3 // 3), qkv.new_empty(B, n_head, T, dtype=torch.float32)
+
+
+def _fake_forward(q, k, v, seed, scale, dropout_p):
+    B, H, Tq, D = q.shape
+    return q.new_empty(B, Tq, H, D), q.new_empty(B, H, Tq, dtype=torch.float32)
+
+
+def _fake_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
+    return tuple(x.new_empty(x.transpose(1, 2).shape) for x in (q, k, v))
+
+
+_define("attention_qkvpacked(Tensor qkv, Tensor? seed, int n_head, float? scale, float dropout_p) -> (Tensor, Tensor)",
+        lambda *args: _packed_forward(*args), _fake_packed)
+_define("attention_qkvpacked_backward(Tensor do, Tensor qkv, Tensor out, Tensor lse, Tensor? seed, int n_head, float? scale, "
+        "float dropout_p) -> Tensor", lambda *args: _packed_backward(*args), lambda do, qkv, *args: qkv.new_empty(qkv.shape))
+_define("attention(Tensor q, Tensor k, Tensor v, Tensor? seed, float? scale, float dropout_p) -> (Tensor, Tensor)",
+        lambda *args: _forward(*args), _fake_forward)
+_define("attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seed, float? scale, "
+        "float dropout_p) -> (Tensor, Tensor, Tensor)", lambda *args: _backward(*args), _fake_backward)
+_define("attention_decode(Tensor q, Tensor k, Tensor v, Tensor lengths, float? scale) -> Tensor",
+        lambda *args: _decode(*args), lambda q, *args: q.new_empty(q.shape))

@@ -1,0 +1,167 @@
+"""What the attention kernels share: how a tile is loaded and stored, which tile a program takes, what a launcher checks.
+
+The notation of all attention files: q, k, v are (B, H, T, D) views with any strides but 1 in D, so the three thirds of a packed
+(B, T, 3C) projection serve as they are. Tq queries are the last Tq of Tk positions: query i sees keys 0 .. Tk - Tq + i. Scores
+live in base 2 (exp2 is one instruction, exp is two): s2 = scale * log2(e) * q k^T, and the log-sum-exp that is kept is log2.
+"""
+import functools
+import math
+import typing
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+# ---------------------------------------------------------------------------------------------------------------- device functions
+
+
+@triton.jit
+def load_tile(ptr, first, stride, count, D: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, BOUNDED: tl.constexpr):
+    """Rows first .. first+ROWS of the matrix at ptr: [ROWS, HEAD]; zeros from column D on and, if BOUNDED, from row `count` on."""
+    row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, HEAD)[None, :]
+    # Only the start of a tile needs 64 bits: a tile spans at most 128 rows.
+    ptrs = ptr + tl.cast(first, tl.int64) * stride + row * stride + col
+    if BOUNDED and D < HEAD:
+        return tl.load(ptrs, mask=(first + row < count) & (col < D), other=0.0)
+    elif BOUNDED:
+        return tl.load(ptrs, mask=first + row < count, other=0.0)
+    elif D < HEAD:
+        return tl.load(ptrs, mask=col < D, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_tile(ptr, tile, first, stride, count, D: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr):
+    """Store the rows below `count` and columns below D of tile [ROWS, HEAD] as rows first .. of the matrix at ptr."""
+    row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, HEAD)[None, :]
+    ptrs = ptr + tl.cast(first, tl.int64) * stride + row * stride + col
+    mask = first + row < count
+    if D < HEAD:
+        mask = mask & (col < D)
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def head_offset(head, H, stride_b, stride_h):
+    """Where head `head` of B*H begins, in elements, 64 bits: B*T*3C passes 2^31."""
+    return (head // H).to(tl.int64) * stride_b + (head % H).to(tl.int64) * stride_h
+
+
+@triton.jit
+def scheduled_tile(n_tiles, n_heads, group):
+    """(rank, head) of this program: rank 0 of every head of a group first, then rank 1, and so on; then the next group.
+
+    Rank 0 is the longest tile, so the multiprocessors finish together; the heads of one group are those whose keys and values
+    stay in the L2 cache, so a tile of rank 1 finds there what rank 0 fetched.
+    """
+    pid = tl.program_id(0)
+    first_head = pid // (group * n_tiles) * group
+    within = pid % (group * n_tiles)
+    heads = tl.minimum(group, n_heads - first_head)
+    return within // heads, first_head + within % heads
+
+
+# -------------------------------------------------------------------------------------------------------------------- the host side
+
+
+class Tile(typing.NamedTuple):
+    """How a kernel is cut: queries and keys of a tile, warps of a program, stages of its software pipeline."""
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_HEAD = 256
+LARGEST_STRIDE = 2**23          # a tile spans up to 128 rows, and its offsets are 32-bit
+
+
+@functools.cache
+def machine(device_index):
+    """(architecture of the tile tables, multiprocessors, bytes of L2) of a CUDA device; of an H200 for None, the interpreter."""
+    if device_index is None:
+        return 90, 132, 50 * 2**20
+    properties = torch.cuda.get_device_properties(device_index)
+    arch = 10 * properties.major + properties.minor
+    if arch < 80:
+        raise RuntimeError(f"the attention kernels need compute capability 8.0 or more; {properties.name} has {arch / 10}")
+    # Relatives that no table names: 8.7 has 8.6's instructions; 12.x is a consumer chip with 99 KB of shared memory, like 8.9.
+    known = arch if arch in (80, 86, 89, 90, 100) else 86 if arch < 89 else 89 if arch < 90 or arch >= 120 else 90 if arch < 100 else 100
+    return known, properties.multi_processor_count, properties.L2_cache_size
+
+
+def padded_head(D):
+    """HEAD: D rounded up to a power of two that a matmul takes."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def kind(dtype, dropout_p):
+    """Which column of a tile table: IEEE fp32 has no tensor cores, and dropout's generator takes registers."""
+    return "float32" if dtype == torch.float32 else "dropout" if dropout_p > 0 else "half"
+
+
+def tile_for(tiles, q, dropout_p):
+    """The row of a table {kind: {arch: {HEAD: Tile}}} for these arguments."""
+    return tiles[kind(q.dtype, dropout_p)][machine(q.device.index)[0]][max(32, padded_head(q.size(-1)))]
+
+
+def head_group(k):
+    """How many heads `scheduled_tile` works on together: their keys and values take half of L2."""
+    return max(1, machine(k.device.index)[2] // 2 // max(1, 2 * k.size(2) * k.size(3) * k.element_size()))
+
+
+def rows_are_contiguous(x):
+    """True where a kernel can read x (B, H, T, D) in place: unit stride in D, rows less than 2^23 elements apart."""
+    return (x.stride(3) == 1 or x.size(3) == 1) and (x.stride(2) <= LARGEST_STRIDE or x.size(2) == 1)
+
+
+def same_layout(k, v):
+    """True where v has k's strides, so that one set of offsets serves both."""
+    return all(a == b or n == 1 for a, b, n in zip(k.stride(), v.stride(), k.shape, strict=True))
+
+
+def check_inputs(q, k, v, scale, dropout_p, seed):
+    """Raise unless these are (B, H, Tq, D), (B, H, Tk, D) twice, in layouts that the kernels can read."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (B, H, T, D)")
+        if x.dtype not in DTYPES or x.dtype != q.dtype:
+            raise TypeError(f"{name} is {x.dtype}, q {q.dtype}; expected float32, float16 or bfloat16, the same for q, k and v")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}; expected one device")
+        if not rows_are_contiguous(x):
+            raise ValueError(f"{name} has strides {x.stride()}; expected 1 in the last dimension and at most {LARGEST_STRIDE} before it: "
+                             "make it contiguous first")
+    (B, H, Tq, D), Tk = q.shape, k.size(2)
+    if k.shape != (B, H, Tk, D) or v.shape != k.shape:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected the same B, H and D, and k like v")
+    if not 1 <= D <= LARGEST_HEAD:
+        raise ValueError(f"the head size is {D}; expected 1 to {LARGEST_HEAD}")
+    if Tq > Tk:
+        raise ValueError(f"{Tq} queries and {Tk} keys; expected the queries to be the last of the keys' positions, so at most as many")
+    if not same_layout(k, v):
+        raise ValueError(f"k has strides {k.stride()}, v {v.stride()}; expected the same")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}; expected a positive number")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
+    if dropout_p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device):
+        raise ValueError("dropout needs a seed: an int64 tensor of one element on q's device")
+
+
+def model_case(name, kernel, tile, arch, HEAD, dropout, pointers, **more):
+    """A `gate_case.Case` of an attention kernel with strides that are multiples of 16, as GPT-2's are; the rest is passed on."""
+    from .gate_case import Case
+    constexprs = dict(D=HEAD, HEAD=HEAD, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, DROPOUT=dropout)
+    kinds = {**pointers, "seed_ptr": "*i64", "scale": "fp32", "dropout_p": "fp32"}
+    if not dropout:
+        constexprs["seed_ptr"] = None
+    signature = {n: kinds.get(n, "i32") for n in kernel.arg_names if n not in constexprs}
+    return Case(name=name, kernel=kernel, signature=signature, constexprs=constexprs, num_warps=tile.num_warps, num_stages=tile.num_stages,
+                divisible=tuple(n for n in signature if n.startswith("stride_")),
+                tile_row=f"{arch}: {tile.BLOCK_M}x{tile.BLOCK_N}, {tile.num_warps} warps, {tile.num_stages} stages", **more)

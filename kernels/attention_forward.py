@@ -1,0 +1,133 @@
+"""Causal flash attention, forward:  out = softmax(scale * q k^T, causal) v,  lse = log2(sum(exp(scale * q k^T))).
+
+Fused because of bytes: written out, the (T, T) weights of GPT-2 124M (B=64, H=12, T=1024) are 1.6 GB in bf16, and plain PyTorch
+stores and loads them five times a layer. Here they live in registers: a program takes BLOCK_M queries of one head, walks the
+keys up to the diagonal in tiles of BLOCK_N and keeps a running maximum, a running sum and the weighted sum of the values, rescaled
+whenever the maximum grows. What moves is q, k, v and out once (403 MB) and 4 bytes a row of lse for the backward.
+
+q (B, H, Tq, D), k and v (B, H, Tk, D) with any strides; out (B, Tq, H, D), which is (B, T, C) with the heads side by side, so no transpose
+follows; lse (B, H, Tq) fp32. Dropout on the weights happens in registers (`attention_common.kept_weights`); it does not touch the sum.
+
+Source: Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022, FlashAttention, algorithm 1; Dao 2023, FlashAttention-2, section 3.1
+(loop over keys inside, one division at the end).
+"""
+import torch
+import triton
+import triton.language as tl
+
+from .attention_common import (LOG2_E, Tile, check_inputs, head_group, head_offset, load_tile, model_case, padded_head, scheduled_tile,
+                               store_tile, tile_for)
+from .dropout import keep_scale, keep_scores
+
+
+@triton.jit
+def _walk_keys(acc, total, top, q, k_ptr, v_ptr, stride_kt, start, stop, m, scale2, seed, dropout_p, head, Tq, Tk,
+               D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
+               MASKED: tl.constexpr, DROPOUT: tl.constexpr):
+    """Take in the keys start .. stop. acc [BLOCK_M, HEAD], total and top [BLOCK_M] fp32: the weighted values, the sum, the maximum."""
+    query = m + tl.arange(0, BLOCK_M)
+    for n in tl.range(start, stop, BLOCK_N):
+        k = load_tile(k_ptr, n, stride_kt, Tk, D, BLOCK_N, HEAD, MASKED)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")                                  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            key = n + tl.arange(0, BLOCK_N)
+            s = tl.where(query[:, None] + (Tk - Tq) >= key[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1) * scale2)     # the scale is positive
+        p = tl.exp2(s * scale2 - new_top[:, None])          # scaled after the matmul, in fp32: one fma with the subtraction
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        if DROPOUT:
+            p = tl.where(keep_scores(seed, head, m, n, dropout_p, BLOCK_M, BLOCK_N), p, 0.0)
+        v = load_tile(v_ptr, n, stride_kt, Tk, D, BLOCK_N, HEAD, MASKED)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")       # [BLOCK_M, HEAD]
+        top = new_top
+    return acc, total, top
+
+
+# Lengths change from call to call while generating: without this each kind of number would be compiled anew.
+@triton.jit(do_not_specialize=["H", "Tq", "Tk", "n_heads", "group"])
+def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr,
+                   stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+                   scale, dropout_p, H, Tq, Tk, n_heads, group,
+                   D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr):
+    n_tiles = tl.cdiv(Tq, BLOCK_M)
+    rank, head = scheduled_tile(n_tiles, n_heads, group)
+    m = (n_tiles - 1 - rank) * BLOCK_M                      # the last queries see the most keys
+    query = m + tl.arange(0, BLOCK_M)
+    k_ptr += head_offset(head, H, stride_kb, stride_kh)
+    v_ptr += head_offset(head, H, stride_kb, stride_kh)
+    q = load_tile(q_ptr + head_offset(head, H, stride_qb, stride_qh), m, stride_qt, Tq, D, BLOCK_M, HEAD, True)
+    scale2 = scale * LOG2_E
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+
+    acc = tl.zeros((BLOCK_M, HEAD), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    # Tiles that all queries of this program see whole need no mask; the diagonal's (and the last, ragged one) do.
+    full = (m + (Tk - Tq)) // BLOCK_N * BLOCK_N
+    stop = tl.minimum(m + BLOCK_M, Tq) + (Tk - Tq)
+    if full > 0:
+        acc, total, top = _walk_keys(acc, total, top, q, k_ptr, v_ptr, stride_kt, 0, full, m, scale2, seed, dropout_p,
+                                     head, Tq, Tk, D, BLOCK_M, BLOCK_N, HEAD, False, DROPOUT)
+    if stop > full:
+        acc, total, top = _walk_keys(acc, total, top, q, k_ptr, v_ptr, stride_kt, full, stop, m, scale2, seed, dropout_p,
+                                 head, Tq, Tk, D, BLOCK_M, BLOCK_N, HEAD, True, DROPOUT)
+
+    tl.store(lse_ptr + head.to(tl.int64) * Tq + query, top + tl.log2(total), mask=query < Tq)
+    if DROPOUT:
+        acc = acc * keep_scale(dropout_p)
+    out_ptr += (head // H).to(tl.int64) * Tq * (H * D) + head % H * D
+    store_tile(out_ptr, acc / total[:, None], m, H * D, Tq, D, BLOCK_M, HEAD)
+
+
+# {kind: {architecture: {HEAD: Tile}}}; the row of HEAD 32 also serves 16. How each was chosen: of a list from large to small, the first
+# that compiles for the architecture without a spill, within its shared memory and, on sm_90, with asynchronous wgmma (ptxas says
+# where it serialises them: note C7515). None is timed yet. 80, 86, 89 share the instructions (mma.sync, cp.async) and so the
+# rows; the 99 KB of 86 and 89 bound them all. What decided:
+#   half     32, 64 on sm_90: 128x64 in 4 warps takes 170 and 236 registers: two programs a multiprocessor, so one's exponentials run
+#            beside the other's matmuls. 128x128 spills 112 and 360 bytes. 128: 128x64 in 8 warps; 128x128 spills 72.
+#   dropout  as half, but Philox's words take 32 bytes too many in 4 warps at 64: 8 warps.
+#   float32  without tensor cores a thread keeps whole rows of both factors in registers, so tiles are small.
+_MMA_SYNC = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)}
+_HALF_90 = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)}
+_DROPOUT_90 = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)}
+_FLOAT32 = {32: Tile(64, 32, 8, 2), 64: Tile(64, 32, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(16, 16, 8, 1)}
+TILES = {
+    "half": {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _HALF_90, 100: _HALF_90},
+    "dropout": {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _DROPOUT_90, 100: _DROPOUT_90},
+    "float32": dict.fromkeys((80, 86, 89, 90, 100), _FLOAT32),
+}
+
+
+def attention_forward(q, k, v, *, scale, dropout_p=0.0, seed=None, tile=None):
+    """Returns (out (B, Tq, H, D) contiguous in q's dtype, lse (B, H, Tq) fp32, log2 of the sum of exponentials).
+
+    q (B, H, Tq, D), k and v (B, H, Tk, D), Tq <= Tk: float32, float16 or bfloat16; any strides up to 2^23 with 1 in the last dimension, the
+    same for k and v; D up to 256. scale > 0. dropout_p with an int64 seed tensor of one element. tile: a Tile instead of the table's.
+    """
+    check_inputs(q, k, v, scale, dropout_p, seed)
+    (B, H, Tq, D), Tk = q.shape, k.size(2)
+    out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
+    if q.numel() == 0:
+        return out, lse
+    tile = tile or tile_for(TILES, q, dropout_p)
+    with torch.cuda.device_of(q):
+        forward_kernel[(B * H * triton.cdiv(Tq, tile.BLOCK_M),)](
+            q, k, v, out, lse, seed if dropout_p > 0 else None, *q.stride()[:3], *k.stride()[:3], scale, dropout_p,
+            H, Tq, Tk, B * H, head_group(k), D=D, HEAD=padded_head(D), DROPOUT=dropout_p > 0, **tile._asdict())
+    return out, lse
+
+
+def gate_cases(arch):
+    """The compile gate's cases. At GPT-2 124M shapes: q, k, v in and out once; two matmuls of T x T/2 x D a head."""
+    rows, heads, T, D = 64 * 1024, 64 * 12, 1024, 64
+    for column, dtype in (("half", "bf16"), ("dropout", "bf16"), ("float32", "fp32")):
+        for HEAD, tile in TILES[column][arch].items():
+            model = HEAD == 64 and column == "half"
+            pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}") | {"lse_ptr": "*fp32"}
+            yield model_case(f"attention.forward D={HEAD} {column if column != 'half' else dtype}", forward_kernel, tile, arch, HEAD,
+                             column == "dropout", pointers, in_model=model,
+                             bytes=4 * rows * 768 * 2 + heads * T * 4 if model else None,
+                             flops=2 * 2 * heads * T * T // 2 * D if model else None,
+                             **({"allowed_narrow_loads": 1, "narrow_reason": "the seed"} if column == "dropout" else {}))

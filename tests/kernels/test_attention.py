@@ -1,0 +1,371 @@
+"""The attention kernels against fp64: out, dq, dk and dv in both backward forms, and decoding, by the error rule of harness.py.
+
+The plain path is the same softmax written out in PyTorch in the kernel's dtype, matmuls and weights rounded to it.
+"""
+import math
+
+import harness
+import pytest
+import torch
+from harness import (assert_close_to_oracle, assert_fault_is_seen, assert_grid_order_is_free, guarded_outputs, pairwise, same_bits,
+                     with_nan_margins)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nanogpt_fast.kernels import attention_backward, attention_common, attention_decode, attention_forward, dropout
+from nanogpt_fast.kernels.attention_common import Tile
+
+ON_GPU = not harness.INTERPRETED
+LENGTHS = [1, 2, 31, 64, 65, 127, 128, 129, 200] + [1024, 2000] * ON_GPU
+HEAD_SIZES = [8, 16, 32, 40, 64, 80, 96, 128] + [256] * ON_GPU
+BATCHES = [0, 1, 3]
+f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+DTYPES = [f32, f16, bf16]
+FORMS = ["head", "split"]
+SEED = 0x0123_4567_89AB_CDEF
+# In the interpreter a program costs more than its elements, and small tiles meet more edges: two sizes that differ from each other and
+# from the tables'. On a GPU the tables' own.
+TILES = None if ON_GPU else {"forward": Tile(64, 32, 4, 2), "head": Tile(32, 64, 4, 2), "dq": Tile(32, 64, 4, 2), "dkdv": Tile(64, 32, 4, 2)}
+
+
+class Problem:
+    """q, k, v and out's gradient between NaN margins, and three answers: the kernels', fp64's, PyTorch's in the same dtype.
+
+    packed: q, k, v are thirds of one (B, T, 3C) tensor and so are their gradients.
+    """
+
+    def __init__(self, B=1, H=2, Tq=65, Tk=None, D=32, dtype=f32, p=0.0, scale=None, packed=None, draw=torch.randn):
+        Tk = Tk or Tq
+        self.packed = Tq == Tk if packed is None else packed
+        self.shape, self.dtype, self.p = (B, H, Tq, Tk, D), dtype, p
+        self.scale = 0.9 / math.sqrt(D) if scale is None else scale     # no power of two: then the plain path would not round
+        new = lambda *shape: with_nan_margins(draw(*shape).to(dtype).to(harness.DEVICE))
+        if self.packed:
+            self.q, self.k, self.v = (x.transpose(1, 2) for x in new(B, Tq, 3, H, D).unbind(2))
+        else:
+            self.q, self.k, self.v = new(B, H, Tq, D), new(B, H, Tk, D), new(B, H, Tk, D)
+        self.do = with_nan_margins(torch.randn(B, Tq, H, D).to(dtype).to(harness.DEVICE)).transpose(1, 2)
+        self.seed = torch.tensor([SEED], device=harness.DEVICE)
+        self.keep = dropout.score_mask(SEED, B * H, Tq, Tk, p, device=harness.DEVICE).view(B, H, Tq, Tk) if p > 0 else None
+
+    def forward(self, tile=None):
+        return attention_forward.attention_forward(self.q, self.k, self.v, scale=self.scale, dropout_p=self.p, seed=self.seed,
+                                                   tile=tile or TILES and TILES["forward"])
+
+    def backward(self, out, lse, form=None, tiles=None, do=None):
+        B, H, Tq, Tk, D = self.shape
+        if self.packed:
+            dq, dk, dv = torch.empty(B, Tq, 3, H, D, dtype=self.dtype, device=harness.DEVICE).unbind(2)
+        else:
+            dq, dk, dv = (torch.empty(B, T, H, D, dtype=self.dtype, device=harness.DEVICE) for T in (Tq, Tk, Tk))
+        attention_backward.attention_backward(self.do if do is None else do, self.q, self.k, self.v, out, lse, dq, dk, dv, scale=self.scale,
+                                              dropout_p=self.p, seed=self.seed, form=form, tiles=tiles or TILES)
+        return tuple(g.transpose(1, 2) for g in (dq, dk, dv))
+
+    def kernels(self, form):
+        """{name: tensor (B, H, T, D)} from memory that is poisoned before."""
+        with guarded_outputs():
+            out, lse = self.forward()
+        with guarded_outputs():
+            gradients = self.backward(out, lse, form)
+        return {"out": out.transpose(1, 2), "lse": lse} | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+
+    def pytorch(self, dtype):
+        """The formulas in kernels/attention_backward.py, the (Tq, Tk) matrices written out. float64: the oracle (a test below holds it
+        to autograd). Else the plain path: it stores what any low-precision path stores, and only that rounded: the weights and ds for
+        the matmuls, out for delta, lse in fp32. Autograd through softmax would store less rounded, but (T, T) numbers more.
+        """
+        wide = torch.promote_types(dtype, f32)
+        q, k, v, do = (x.detach().to(dtype) for x in (self.q, self.k, self.v, self.do))
+        Tq, Tk = q.size(2), k.size(2)
+        s = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * self.scale
+        s = s.masked_fill(torch.ones(Tq, Tk, dtype=torch.bool, device=s.device).tril(Tk - Tq).logical_not(), -math.inf)
+        lse = s.logsumexp(-1, keepdim=True)
+        keep = 1.0 if self.keep is None else self.keep / max(1 - self.p, 1e-9)
+        out = (s.softmax(-1) * keep).to(dtype) @ v
+        p = (s - lse).exp()
+        delta = (do.to(wide) * out.to(wide)).sum(-1, keepdim=True)
+        ds = (p * ((do.to(wide) @ v.to(wide).transpose(-2, -1)) * keep - delta)).to(dtype)
+        dq, dk = ((ds.to(wide) @ k.to(wide)) * self.scale).to(dtype), ((ds.transpose(-2, -1).to(wide) @ q.to(wide)) * self.scale).to(dtype)
+        dv = ((p * keep).to(dtype).transpose(-2, -1).to(wide) @ do.to(wide)).to(dtype)
+        return {"out": out, "lse": lse.squeeze(-1) / math.log(2), "dq": dq, "dk": dk, "dv": dv}
+
+    def check(self, forms=FORMS, **options):
+        oracle, plain = self.pytorch(torch.float64), self.pytorch(self.dtype)
+        for form in forms:
+            got = self.kernels(form)
+            for name, out in got.items():
+                direction = "gradient" if name.startswith("d") else "forward"
+                assert_close_to_oracle(out, oracle[name], plain[name], direction, what=f"{name}, {form} form", **options)
+
+
+def ids(value):
+    return str(value).replace("torch.", "")
+
+
+def test_the_oracle_is_what_autograd_says():
+    problem = Problem(2, 2, 7, 9, D=5, dtype=torch.float64, p=0.3)
+    q, k, v = (x.detach().clone().requires_grad_() for x in (problem.q, problem.k, problem.v))
+    hidden = torch.ones(7, 9, dtype=torch.bool, device=q.device).tril(2).logical_not()
+    weights = (q @ k.transpose(-2, -1) * problem.scale).masked_fill(hidden, -math.inf).softmax(-1)
+    out = (weights * problem.keep / 0.7) @ v
+    expected = out, *torch.autograd.grad(out, (q, k, v), problem.do)
+    oracle = problem.pytorch(torch.float64)
+    for name, tensor in zip(("out", "dq", "dk", "dv"), expected, strict=True):
+        torch.testing.assert_close(oracle[name], tensor.detach())
+
+
+@pytest.mark.parametrize("T,D,B,dtype,form,p", pairwise(LENGTHS, HEAD_SIZES, BATCHES, DTYPES, FORMS, [0.0, 0.2]), ids=ids)
+def test_agrees_with_fp64_for_every_pair_of_parameters(T, D, B, dtype, form, p):
+    Problem(B, 1 if T > 100 and B > 1 else 2, T, D=D, dtype=dtype, p=p).check([form])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("B", BATCHES)
+@pytest.mark.parametrize("D", HEAD_SIZES)
+@pytest.mark.parametrize("T", LENGTHS)
+def test_agrees_with_fp64_on_the_full_product(T, D, B, dtype):
+    for p in (0.0, 0.2):
+        Problem(B, 2, T, D=D, dtype=dtype, p=p).check()
+
+
+@settings(max_examples=100 if ON_GPU else 6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(B=st.integers(1, 2), H=st.integers(1, 3), Tq=st.integers(1, 80), more=st.integers(0, 70), D=st.integers(1, 128),
+       dtype=st.sampled_from(DTYPES), p=st.sampled_from([0.0, 0.1, 0.5]), scale=st.floats(0.01, 2.0), seed=st.integers(0, 2**31))
+def test_agrees_with_fp64_for_any_shape(B, H, Tq, more, D, dtype, p, scale, seed):
+    torch.manual_seed(seed)
+    Problem(B, H, Tq, Tq + more, D, dtype, p, scale).check([FORMS[seed % 2]])
+
+
+@pytest.mark.parametrize("Tq,Tk", [(1, 64), (1, 65), (33, 64), (64, 129), (40, 41)])
+def test_fewer_queries_than_keys_are_the_last_ones(Tq, Tk):
+    Problem(2, 1, Tq, Tk, 16).check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_a_head_size_of_256_is_right(dtype):
+    Problem(1, 1, 70, D=256, dtype=dtype).check()
+
+
+def test_the_tables_own_tiles_are_right():
+    """Above, small tiles stand in for the tables': here one shape with each row of sm_90's."""
+    for name, tables in (("forward", attention_forward.TILES), ("dq", attention_backward.DQ_TILES), ("dkdv", attention_backward.DKDV_TILES),
+                         ("head", attention_backward.HEAD_TILES)):
+        for HEAD, tile in tables["half"][90].items():
+            if HEAD > 64 and not ON_GPU:
+                continue
+            problem = Problem(1, 1, 150, D=HEAD, dtype=f16)
+            oracle, plain = problem.pytorch(torch.float64), problem.pytorch(f16)
+            out, lse = problem.forward(tile if name == "forward" else None)
+            assert_close_to_oracle(out.transpose(1, 2), oracle["out"], plain["out"], "forward", what=f"out, {tile}")
+            if name != "forward":
+                form = "head" if name == "head" else "split"
+                gradients = problem.backward(out, lse, form, (TILES or {"dq": tile, "dkdv": tile}) | {name: tile})
+                for gradient, d in zip(gradients, ("dq", "dk", "dv"), strict=True):
+                    assert_close_to_oracle(gradient, oracle[d], plain[d], "gradient", what=f"{d}, {name} {tile}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ hard numbers
+
+
+def with_logits(size):
+    """Draws q, k, v such that logits reach +-size."""
+    return lambda *shape: torch.randn(*shape) * math.sqrt(size / 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_logits_of_ten_thousand_do_not_overflow(dtype):
+    problem = Problem(1, 2, 65, D=16, dtype=dtype, scale=0.3, draw=with_logits(1e4 / 0.3))
+    assert (problem.q.float() @ problem.k.float().transpose(-2, -1) * problem.scale).abs().max() > 1e4
+    problem.check(check_bias=False)     # each row's weights are 0 and 1 but for a few: the errors are a few numbers
+
+
+def test_rows_of_equal_values_give_equal_weights():
+    problem = Problem(1, 2, 65, D=16, draw=lambda *shape: torch.ones(shape))
+    out, lse = problem.forward()
+    assert torch.allclose(out, torch.ones_like(out), atol=1e-6)
+    count = torch.arange(1, 66, dtype=f32, device=lse.device)
+    assert torch.allclose(lse, (count.log2() + 3.6 / math.log(2)).expand_as(lse), atol=1e-5)      # scale * q k^T = 16 * 0.9 / 4
+    problem.check(check_bias=False)
+
+
+def test_fp16_values_near_its_largest_do_not_overflow():
+    """Logits beyond fp16's largest number, and values of 6e4 whose weighted mean is in range."""
+    problem = Problem(1, 2, 65, D=16, dtype=f16, draw=lambda *shape: torch.randn(*shape) * 100)
+    problem.v.copy_(torch.rand(problem.v.shape) * 6e4)
+    out, _ = problem.forward()
+    exact = problem.pytorch(torch.float64)["out"]
+    assert (problem.q.float() @ problem.k.float().transpose(-2, -1)).abs().max() > torch.finfo(f16).max
+    assert_close_to_oracle(out.transpose(1, 2), exact, problem.pytorch(f16)["out"], "forward", check_bias=False)
+
+
+def test_a_tiny_scale_means_equal_weights():
+    Problem(1, 1, 65, D=16, scale=1e-30).check(check_bias=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- dropout
+
+
+def weights_seen(tile, p=0.3, T=80, seed=SEED, H=2):
+    """The mask as the kernel applies it: with v = identity and equal scores, out is mask / (row's length * (1 - p))."""
+    q = torch.zeros(1, H, T, 128, device=harness.DEVICE)
+    v = torch.eye(T, 128, device=harness.DEVICE).expand(1, H, T, 128).contiguous()
+    out, _ = attention_forward.attention_forward(q, q, v, scale=1.0, dropout_p=p, seed=torch.tensor([seed], device=harness.DEVICE), tile=tile)
+    return out.transpose(1, 2)[..., :T]
+
+
+def test_the_mask_read_back_is_the_one_in_pytorch_at_every_tile_size():
+    T, p = 80, 0.3
+    keep = dropout.score_mask(SEED, 2, T, T, p, device=harness.DEVICE).tril()
+    expected = keep / torch.arange(1, T + 1, device=harness.DEVICE)[:, None] / (1 - p)
+    for tile in (Tile(16, 16, 4, 1), Tile(32, 64, 4, 1), Tile(64, 16, 4, 1)):
+        torch.testing.assert_close(weights_seen(tile)[0], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_kept_fraction_is_1_minus_p():
+    for p in (0.1, 0.5):
+        keep = dropout.score_mask(SEED, 8, 128, 128, p)
+        sigma = math.sqrt(p * (1 - p) / keep.numel())
+        assert abs(float(keep.double().mean()) - (1 - p)) < 4 * sigma
+
+
+def test_different_seeds_and_heads_have_different_masks():
+    one, other = weights_seen(Tile(64, 64, 4, 1)), weights_seen(Tile(64, 64, 4, 1), seed=SEED + 1)
+    assert not torch.equal(one, other) and not torch.equal(one[:, 0], one[:, 1])
+
+
+def test_dropping_everything_gives_zeros():
+    problem = Problem(1, 1, 40, D=16, p=1.0)
+    out, lse = problem.forward()
+    assert not out.any()
+    assert all(not g.any() for g in problem.backward(out, lse, "head"))
+
+
+# ------------------------------------------------------------------------------------------------------- order, layouts, repetition
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_order_of_programs_changes_no_bit_and_no_two_store_to_one_address(form):
+    problem = Problem(2, 2, 70, D=16, p=0.2)
+
+    def run():
+        out, lse = problem.forward(Tile(32, 32, 4, 1))
+        return out, lse, *problem.backward(out, lse, form, dict.fromkeys(("head", "dq", "dkdv"), Tile(32, 32, 4, 1)))
+    assert_grid_order_is_free(run)
+
+
+def test_heads_in_groups_take_every_tile_once(monkeypatch):
+    """scheduled_tile with groups of 2 of 5 heads, the last one incomplete."""
+    problem = Problem(1, 5, 70, D=16)
+    expected = problem.forward(Tile(32, 32, 4, 1))
+    monkeypatch.setattr(attention_forward, "head_group", lambda k: 2)
+    with guarded_outputs():
+        for a, b in zip(problem.forward(Tile(32, 32, 4, 1)), expected, strict=True):
+            assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "offset"])
+@pytest.mark.parametrize("form", FORMS)
+def test_an_output_gradient_of_any_layout_is_read_right(layout, form):
+    problem = Problem(2, 2, 40, D=16)
+    out, lse = problem.forward()
+    do = torch.randn(2, 2, 40, 16, device=harness.DEVICE)
+    if layout == "transposed":
+        do = do.transpose(0, 2).contiguous().transpose(0, 2)
+    elif layout == "expanded":
+        do = do[:1, :, :1].expand(2, 2, 40, 16)
+    else:
+        do = torch.randn(2, 2, 41, 19, device=harness.DEVICE)[:, :, 1:, 3:]
+    for a, b in zip(problem.backward(out, lse, form, do=do), problem.backward(out, lse, form, do=do.contiguous()), strict=True):
+        assert same_bits(a, b)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ decoding
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("D", [8, 40, 64, 128])
+def test_decoding_agrees_with_fp64_at_every_length(D, dtype):
+    T = 150
+    lengths = torch.tensor([1, 2, 64, 65, 150], device=harness.DEVICE)
+    q, k, v = (with_nan_margins(torch.randn(5, 2, t, D).to(dtype).to(harness.DEVICE)) for t in (1, T, T))
+    for row, length in enumerate(lengths.tolist()):       # beyond a row's length the cache holds anything
+        k[row, :, length:] = math.nan
+        v[row, :, length:] = math.nan
+    with guarded_outputs(all_written=False):
+        out = attention_decode.attention_decode(q, k, v, lengths, scale=D**-0.5)
+
+    def pytorch(dtype):
+        rows = []
+        for row, length in enumerate(lengths.tolist()):
+            qr, kr, vr = q[row].to(dtype), k[row, :, :length].to(dtype), v[row, :, :length].to(dtype)
+            s = (qr.to(torch.promote_types(dtype, f32)) @ kr.to(torch.promote_types(dtype, f32)).transpose(-2, -1)) * D**-0.5
+            rows.append(s.softmax(-1).to(dtype) @ vr)
+        return torch.stack(rows)
+    assert_close_to_oracle(out, pytorch(torch.float64), pytorch(dtype), "forward")
+
+
+def test_a_decoded_row_does_not_depend_on_what_it_is_batched_with():
+    q, k, v = (torch.randn(3, 2, t, 64, device=harness.DEVICE) for t in (1, 200, 200))
+    lengths = torch.tensor([200, 70, 130], device=harness.DEVICE)
+    together = attention_decode.attention_decode(q, k, v, lengths, scale=0.1)
+    for row in range(3):
+        alone = attention_decode.attention_decode(q[row:row + 1], k[row:row + 1], v[row:row + 1], lengths[row:row + 1], scale=0.1)
+        assert same_bits(together[row:row + 1], alone)
+
+
+def test_decoding_an_empty_cache_gives_zeros():
+    q, k = torch.randn(2, 1, 1, 16, device=harness.DEVICE), torch.randn(2, 1, 40, 16, device=harness.DEVICE)
+    out = attention_decode.attention_decode(q, k, k, torch.tensor([0, 40], device=harness.DEVICE), scale=1.0)
+    assert not out[0].any() and out[1].any()
+
+
+# ------------------------------------------------------------------------------------------------------------------ planted faults
+
+
+FORWARD_FAULTS = {
+    "mask off by one": (r"query\[:, None\] \+ \(Tk - Tq\) >= key", "query[:, None] + (Tk - Tq) > key"),
+    "mask shows one too many": (r"query\[:, None\] \+ \(Tk - Tq\) >= key", "query[:, None] + (Tk - Tq) + 1 >= key"),
+    "missing scale": (r"scale2 = scale \* LOG2_E", "scale2 = LOG2_E"),
+    "natural instead of base 2": (r"scale2 = scale \* LOG2_E", "scale2 = scale * 1.0"),
+    "maximum not carried into the sum": (r"total = total \* shrink", "total = total"),
+    "out not rescaled": (r"acc \* shrink\[:, None\]", "acc"),
+}
+BACKWARD_FAULTS = {
+    "mask off by one": (r"query\[None, :\] \+ \(Tk - Tq\) >= key", "query[None, :] + (Tk - Tq) > key", "head"),
+    "missing scale of dk": (r"store_tile\(dk_ptr, dk \* scale", "store_tile(dk_ptr, dk", "head"),
+    "missing scale of dq, split": (r"dq \* scale, m, stride_gt", "dq, m, stride_gt", "split"),
+    "swapped dk and dv": (r"store_tile\(dv_ptr, dv,", "store_tile(dv_ptr, dk,", "split"),
+    "delta left out": (r"dp - delta\[None, :\]", "dp", "head"),
+    "first tile of keys adds to garbage": (r"Tq \* \(n > 0\)", "Tq", "head"),
+    "narrow mask: full tiles start too early": (r"n \+ BLOCK_N - 1 - \(Tk - Tq\), 0\), BLOCK_M\)", "n + BLOCK_N - BLOCK_M - 1 - (Tk - Tq), 0), BLOCK_M)", "split"),
+}
+
+
+@pytest.mark.parametrize("fault", FORWARD_FAULTS)
+def test_a_fault_in_the_forward_is_seen(fault):
+    pattern, replacement = FORWARD_FAULTS[fault]
+    problem = Problem(1, 1, 65, D=16)
+
+    def check():
+        out, lse = problem.forward()
+        oracle, plain = problem.pytorch(torch.float64), problem.pytorch(f32)
+        assert_close_to_oracle(out.transpose(1, 2), oracle["out"], plain["out"], "forward")
+    assert_fault_is_seen(attention_forward, pattern, replacement, check)
+
+
+@pytest.mark.parametrize("fault", BACKWARD_FAULTS)
+def test_a_fault_in_the_backward_is_seen(fault):
+    pattern, replacement, form = BACKWARD_FAULTS[fault]
+    problem = Problem(1, 1, 65, D=16)
+    assert_fault_is_seen(attention_backward, pattern, replacement, lambda: problem.check([form]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_backward_that_forgets_dropout_is_seen(form):
+    problem = Problem(1, 1, 65, D=16, p=0.3)
+    assert_fault_is_seen(attention_backward, r"tl.where\(keep, dp \* keep_scale\(dropout_p\), 0.0\)", "dp", lambda: problem.check([form]), count=2)
+
+
+# ------------------------------------------------------------------------------------------------------------- 64-bit and arguments
