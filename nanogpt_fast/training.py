@@ -442,8 +442,8 @@ def _banner(o, model, device, dtype, compiled, ranks, folder, tokens):
     print(f"device  {where}, {str(dtype).removeprefix('torch.')}, {how}")
     print(f"model   {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, vocabulary {c.vocab_size}: "
           f"{model.get_num_params():,} parameters")
-    print(f"step    {o.gradient_accumulation_steps} x {o.batch_size} x {c.block_size} = {tokens:,} tokens; {o.max_iters:,} steps"
-          f" on {folder}")
+    print(f"step    {o.gradient_accumulation_steps} x {o.batch_size} x {c.block_size} = {tokens:,} tokens; {o.max_iters:,}"
+          f" steps on {folder}")
     for i, line in enumerate(str(explain(model, dtype=dtype)).splitlines()):
         print(f"{'ops' if i == 0 else '':<7} {line}")
     print(f"writes  {o.out_dir}", flush=True)
