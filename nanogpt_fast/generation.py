@@ -455,8 +455,9 @@ class Session:
             keys, values = self.cache[layer]
             keys[self.row, :, self.position] = k[:, :, 0]
             values[self.row, :, self.position] = v[:, :, 0]
-            y = decode_attention(q, keys[:, :, :upto], values[:, :, :upto], self.position, self.choices)
+            y = attention.decode_attention(q, keys[:, :, :upto], values[:, :, :upto], lengths, backend=self.choices)
             return y.transpose(1, 2).flatten(1)                                     # (rows, C)
+        lengths = self.position + 1
         x = self.wte[self.token] + self.wpe[self.position]                          # (rows, C)
         return self._head(self._layers(x, attend))
 
@@ -490,9 +491,3 @@ class Session:
     def _head(self, x):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, *self.head)
-
-
-def decode_attention(q, keys, values, position, choices=None):
-    """Attention of one query a row over its cache: q (B, H, 1, D), keys and values (B, H, T, D), keys 0..position seen."""
-    seen = torch.arange(keys.size(2), device=q.device) <= position[:, None]         # (B, T)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None, :])
