@@ -1,0 +1,538 @@
+"""`nanogpt-fast bench`: training and generation end to end, against nanoGPT, in one process.
+
+    nanogpt-fast bench train       tokens a second, share of the GPU's peak, peak memory, first step
+    nanogpt-fast bench generate    prefill, tokens a second at several batch sizes, latency, share of the memory limit
+    nanogpt-fast bench loss        loss against wall-clock time, on the same text
+
+All variants live side by side and take turns (`measure.interleaved`), so a slow minute of the machine falls on all of them; only
+ratios within one run mean anything. "nanoGPT" is the model.py of a checkout where `--upstream DIR` names one. Without it, it is
+`GPT(config, backend="reference")`, which makes exactly the PyTorch calls of nanoGPT's model (tests/test_contract.py holds them
+equal bit for bit), with nanoGPT's optimizer and its training step, and with its sampling loop for generation.
+"""
+import contextlib
+import importlib.util
+import io
+import itertools
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from . import backend as ops_backend
+from . import devices, measure, options, reference
+from .config import GPTConfig
+from .explanation import explain
+from .model import GPT
+from .options import option
+from .training import learning_rate
+
+# name: (config, batch size). On a CPU GPT-2's context is 256 and 4 sequences are a batch, so that a step takes seconds.
+GPT2 = dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=False)
+MODELS = {
+    "gpt2": (GPT2, 32),                                                                     # 124M parameters
+    "gpt2-medium": ({**GPT2, "n_layer": 24, "n_head": 16, "n_embd": 1024}, 16),             # 350M
+    "baby": (dict(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, bias=False, dropout=0.2), 64),
+    "cpu": (dict(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, bias=False), 12),  # nanoGPT's CPU recipe
+    "tiny": (dict(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=32, bias=False), 4),   # to try the command itself
+}
+ON_CPU = {"gpt2": 4, "gpt2-medium": 2}  # batch sizes there
+
+
+@dataclass
+class BenchOptions:
+    """What the three have in common."""
+    model: str = option("", "empty: gpt2 on a GPU, cpu on a CPU", choices=("", *MODELS))
+    upstream: str = option("", "a nanoGPT checkout: its own model.py runs beside ours")
+    backend: str = option("auto", "implementation of our ops, as for `nanogpt-fast train`")
+    device: str = option("auto", "auto (CUDA, else CPU), cpu, cuda, cuda:1")
+    dtype: str = option("auto", "of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU",
+                        choices=("auto", "float32", "bfloat16", "float16"))
+    only: str = option("", "only the variants whose name contains one of these words, separated by commas")
+    rounds: int = option(10, "samples of each variant", minimum=1)
+    minutes: float = option(60.0, "begin no further round after so long", above=0)
+    json: str = option("", "append the result, with every sample, to this file")
+
+    def __post_init__(self):
+        ops_backend.parse(self.backend)
+        if self.upstream and not Path(self.upstream, "model.py").is_file():
+            raise ValueError(f"upstream is {self.upstream!r}, where there is no model.py; name a nanoGPT checkout")
+
+
+@dataclass
+class BenchTrainOptions(BenchOptions):
+    """Times a training step: forward under autocast, backward, clip, AdamW. Ours appears twice: as the drop-in, with one import
+    changed and the logits returned, and as our trainer calls it, without them. Each eager and compiled."""
+    batch_size: int | None = option(None, "sequences a step; None: the model's own (32 for gpt2 on a GPU)", minimum=1)
+    steps: int | None = option(None, "steps a sample; None: 10 on a GPU, 1 on a CPU", minimum=1)
+
+
+@dataclass
+class BenchGenerateOptions(BenchOptions):
+    """Times generation: prefill of a prompt, then one token at a time."""
+    model: str = option("gpt2", "whose shape (weights are random)", choices=tuple(MODELS))
+    batch_sizes: str = option("1,8,64", "prompts at a time, separated by commas")
+    prompt: int | None = option(None, "tokens of a prompt; None: 512 on a GPU, 128 on a CPU", minimum=1)
+    tokens: int | None = option(None, "tokens to draw; None: 256 on a GPU, 32 on a CPU, less for nanoGPT's loop", minimum=2)
+    rounds: int = option(5, "samples of each variant", minimum=1)
+
+
+@dataclass
+class BenchLossOptions(BenchOptions):
+    """Trains nanoGPT and ours on the same batches from the same weights, in turns, and records loss against time."""
+    model: str = option("", "empty: baby on a GPU, cpu on a CPU", choices=("", *MODELS))
+    data: str = option("embedded", "as for `nanogpt-fast train`")
+    data_dir: str = option("data", "where data sets live")
+    steps: int = option(500, "of training", minimum=1)
+    eval_interval: int = option(50, "steps between measurements of the loss; the clock stands meanwhile", minimum=1)
+    eval_iters: int = option(20, "batches that such a measurement averages", minimum=1)
+    learning_rate: float = option(1e-3, "the highest", above=0)
+
+
+def main(argv):
+    """The command `nanogpt-fast bench`."""
+    if not argv or argv[0] not in COMMANDS:
+        if argv and argv[0] not in ("-h", "--help"):
+            raise ValueError(f"no benchmark {argv[0]!r}; there are {', '.join(COMMANDS)}")
+        print(__doc__.strip())
+        return
+    cls, function = COMMANDS[argv[0]]
+    o = options.parse(cls, argv[1:], f"nanogpt-fast bench {argv[0]}")
+    device = devices.choose_device(o.device)
+    o.model = o.model or {"train": "gpt2", "loss": "baby"}[argv[0]] if device.type == "cuda" else o.model or "cpu"
+    if device.type == "cuda":  # as nanoGPT's train.py
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    function(o, device, devices.choose_dtype("bfloat16" if o.dtype == "auto" and device.type == "cuda" else o.dtype, device))
+
+
+def record(o, benchmark, device, **found):
+    """Append what was found to the file that the options name, with the words that repeat it."""
+    if o.json:
+        asked = {key: value for key, value in asdict(o).items() if key not in ("json", "upstream")}
+        measure.append(o.json, benchmark, device=device.type, options=asked,
+                       against="nanoGPT checkout" if o.upstream else "GPT(backend='reference')", **found)
+
+
+def wanted(o, names):
+    """The names that --only leaves, in their order."""
+    words = [word for word in o.only.split(",") if word]
+    left = [name for name in names if not words or any(word in name for word in words)]
+    if not left:
+        raise ValueError(f"--only={o.only} leaves none of: {'; '.join(names)}")
+    return left
+
+
+def quiet():
+    """GPT and its optimizer print their sizes."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def shape_of(model, device, **changed):
+    """(config as a dict, batch size) of a model's name."""
+    config, batch_size = MODELS[model]
+    if device.type == "cpu" and model in ON_CPU:
+        config, batch_size = {**config, "block_size": 256}, ON_CPU[model]
+    return {**config, **changed}, batch_size
+
+
+def build(o, nanogpt, config, device):
+    """A model with the weights of seed 0: nanoGPT's or ours."""
+    torch.manual_seed(0)
+    with quiet():
+        if nanogpt and o.upstream:
+            module = _upstream(os.path.abspath(o.upstream))
+            return module.GPT(module.GPTConfig(**config)).to(device)
+        return GPT(GPTConfig(**config), backend="reference" if nanogpt else o.backend).to(device)
+
+
+_modules = {}
+
+
+def _upstream(folder):
+    """The module model.py of a nanoGPT checkout."""
+    if folder not in _modules:
+        spec = importlib.util.spec_from_file_location("nanogpt_checkout_model", os.path.join(folder, "model.py"))
+        _modules[folder] = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(_modules[folder])
+    return _modules[folder]
+
+
+def unwrapped(network):
+    return getattr(network, "_orig_mod", network)
+
+
+# ---------------------------------------------------------------------------------------------------------------- training
+
+@dataclass
+class Variant:
+    nanogpt: bool = False        # nanoGPT's model and optimizer, or ours
+    logits: bool = True          # False: as our trainer calls it
+    compiled: bool = False
+    bf16: bool = False           # on a CPU, where float32 is the default
+
+
+TRAIN_VARIANTS = {
+    "nanoGPT": Variant(nanogpt=True),
+    "nanoGPT, compiled": Variant(nanogpt=True, compiled=True),
+    "one import": Variant(),
+    "one import, compiled": Variant(compiled=True),
+    "our trainer": Variant(logits=False),
+    "our trainer, compiled": Variant(logits=False, compiled=True),
+}
+TRAIN_VARIANTS_CPU = {
+    "our trainer, bf16": Variant(logits=False, bf16=True),
+    "our trainer, bf16, compiled": Variant(logits=False, bf16=True, compiled=True),
+}
+
+
+class Trainer:
+    """One variant: a model, its optimizer, and `step(x, y)`, which returns the loss."""
+
+    def __init__(self, o, variant, config, device, dtype):
+        model = build(o, variant.nanogpt, config, device)
+        self.optimizer = _optimizer(o, variant, model, device)
+        self.network = torch.compile(model) if variant.compiled else model
+        self.parameters = list(model.parameters())
+        self.context = devices.autocast(device, torch.bfloat16 if variant.bf16 else dtype)
+        self.more = {} if variant.logits else dict(return_logits=False)
+
+    def step(self, x, y):
+        with self.context:
+            loss = self.network(x, y, **self.more)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def _optimizer(o, variant, model, device):
+    """nanoGPT fuses AdamW on CUDA alone; ours on a CPU too, which is a difference that a user gets."""
+    with quiet():
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
+    if variant.nanogpt and not o.upstream and device.type == "cpu":
+        groups = [{**group, "fused": None} for group in optimizer.param_groups]
+        optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95))
+    return optimizer
+
+
+def train(o, device, dtype):
+    """The command `bench train`: builds every variant, takes its first step, then lets them take turns."""
+    config, B = shape_of(o.model, device)
+    B, T = o.batch_size or B, config["block_size"]
+    steps = o.steps or (10 if device.type == "cuda" else 1)
+    all_variants = TRAIN_VARIANTS | (TRAIN_VARIANTS_CPU if device.type == "cpu" and dtype == torch.float32 else {})
+    random = torch.Generator().manual_seed(0)
+    data = [torch.randint(config["vocab_size"], (2, B, T), generator=random).to(device) for _ in range(4)]
+
+    print(f"{o.model}: {B} x {T} tokens a step, {str(dtype).removeprefix('torch.')}, on {devices.describe(device)}")
+    runs, found = {}, {}
+    for name in wanted(o, all_variants):
+        before = _allocated(device)
+        try:
+            trainer = Trainer(o, all_variants[name], config, device, dtype)
+            batches = itertools.cycle(data)
+            start = time.perf_counter()
+            trainer.step(*next(batches)).item()
+            first = time.perf_counter() - start
+            memory = _peak(device, before, lambda: trainer.step(*next(batches)))
+        except torch.OutOfMemoryError as error:
+            print(f"{name:<28} out of memory: {str(error).splitlines()[0]}", flush=True)
+            found[name] = dict(error="out of memory")
+            continue
+        ops = {}
+        if isinstance(model := unwrapped(trainer.network), GPT):
+            ops = {row.op: row.implementation for row in explain(model, dtype=dtype)}
+        found[name] = dict(first_step_s=first, peak_memory=memory, ops=ops)
+        print(f"{name:<28} first step {first:6.1f} s", flush=True)
+
+        def several(trainer=trainer, batches=batches):
+            for _ in range(steps):
+                trainer.step(*next(batches))
+        runs[name] = several
+
+    samples = measure.interleaved(runs, o.rounds, warmup=1, until=time.monotonic() + 60 * o.minutes)
+    with quiet():
+        counter = GPT(GPTConfig(**config))  # counts the FLOPs of either side
+    for name, values in samples.items():
+        seconds = statistics.median(values) / steps
+        found[name] |= dict(samples=[value / steps for value in values], tokens_per_s=B * T / seconds,
+                            mfu=counter.estimate_hardware_mfu(B, seconds, device))
+    record(o, "train", device, shape=dict(config, batch_size=B), dtype=str(dtype).removeprefix("torch."), variants=found)
+    print(train_table(found))
+
+
+def train_table(found):
+    """The result as text."""
+    rival = next((found[name] for name in ("nanoGPT, compiled", "nanoGPT") if "tokens_per_s" in found.get(name, ())), None)
+    lines = [f"{'':<28} {'tokens/s':>10} {'times nanoGPT':>14} {'MFU':>7} {'peak memory':>12} {'first step':>11}"]
+    for name, row in found.items():
+        if "tokens_per_s" not in row:
+            lines.append(f"{name:<28} {row.get('error', 'not measured')}")
+            continue
+        ratio = "" if rival is None else f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}"
+        mfu = "" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %"
+        memory = "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**30:.2f} GiB"
+        lines.append(f"{name:<28} {row['tokens_per_s']:>10,.0f} {ratio:>14} {mfu:>7} {memory:>12} {row['first_step_s']:>9.1f} s")
+    return "\n".join(lines) + "\n(times nanoGPT: compiled, where that was run)"
+
+
+def _allocated(device):
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _peak(device, before, step):
+    """Bytes that a variant needs at its peak, as if it were alone: what it keeps and what a step adds. None on a CPU."""
+    if device.type != "cuda":
+        step()
+        return None
+    torch.cuda.synchronize(device)
+    at_rest = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before if at_rest >= before else None
+
+
+# -------------------------------------------------------------------------------------------------------------- generation
+
+class NanoGPTLoop:
+    """nanoGPT's generate: the whole context through the model for every token."""
+
+    tokens_share = 8  # its tokens are so slow that an eighth of them says enough
+
+    def __init__(self, o, config, device, dtype):
+        self.model = build(o, True, config, device).eval()
+        self.T, self.context = config["block_size"], devices.autocast(device, dtype)
+
+    @torch.no_grad()
+    def stream(self, idx, n):
+        with self.context:
+            for _ in range(n):
+                logits = self.model(idx[:, -self.T:])[0][:, -1, :]
+                idx = torch.cat((idx, draw_as_nanogpt(logits)), dim=1)
+                yield idx[:, -1]
+
+    def all(self, idx, n):
+        for _ in self.stream(idx, n):
+            pass
+
+
+class UpstreamLoop(NanoGPTLoop):
+    """A checkout's own `generate`."""
+
+    @torch.no_grad()
+    def stream(self, idx, n):
+        with self.context:
+            for _ in range(n):
+                idx = self.model.generate(idx, 1, temperature=0.8, top_k=200)
+                yield idx[:, -1]
+
+    @torch.no_grad()
+    def all(self, idx, n):
+        with self.context:
+            self.model.generate(idx, n, temperature=0.8, top_k=200)
+
+
+class PlainCache:
+    """The key-value cache that most people write, in plain PyTorch: static, weights cast once, one token at a time."""
+
+    tokens_share = 1
+
+    def __init__(self, o, config, device, dtype):
+        self.model = build(o, True, config, device).eval().to(dtype)
+        self.n_head = config["n_head"]
+        shape = (config["n_layer"], 2, config["n_head"], config["block_size"], config["n_embd"] // config["n_head"])
+        self.new_cache = lambda B: torch.zeros(shape[0], 2, B, *shape[2:], dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def stream(self, idx, n):
+        cache, start, new = self.new_cache(idx.size(0)), 0, idx
+        for _ in range(n):
+            logits = self.forward(new, start, cache)
+            start += new.size(1)
+            new = draw_as_nanogpt(logits)
+            yield new[:, 0]
+
+    def all(self, idx, n):
+        for _ in self.stream(idx, n):
+            pass
+
+    def forward(self, idx, start, cache):
+        """Logits (B, V) behind idx (B, T), which stands at positions start ... ; the first call is the prefill."""
+        t, T = self.model.transformer, idx.size(1)
+        x = t.wte(idx) + t.wpe.weight[start:start + T]
+        for block, (keys, values) in zip(t.h, cache):
+            q, k, v = reference.split_heads(block.attn.c_attn(block.ln_1(x)), self.n_head)
+            keys[:, :, start:start + T], values[:, :, start:start + T] = k, v
+            y = F.scaled_dot_product_attention(q, keys[:, :, :start + T], values[:, :, :start + T], is_causal=start == 0 and T > 1)
+            x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.ln_2(x))
+        return self.model.lm_head(t.ln_f(x[:, -1]))
+
+
+class Ours:
+    """`GPT.generate`."""
+
+    tokens_share = 1
+
+    def __init__(self, o, config, device, dtype):
+        self.model = build(o, False, config, device).eval()
+        self.context = devices.autocast(device, dtype)
+
+    def stream(self, idx, n):
+        with torch.no_grad(), self.context:
+            yield from self.model.generate(idx, n, temperature=0.8, top_k=200, rng="philox", stream=True)
+
+    def all(self, idx, n):
+        with torch.no_grad(), self.context:
+            self.model.generate(idx, n, temperature=0.8, top_k=200, rng="philox")
+
+
+def draw_as_nanogpt(logits):
+    """One token a row, (B, 1), with temperature 0.8 and top-k 200."""
+    logits = logits / 0.8
+    kth = torch.topk(logits, min(200, logits.size(-1))).values[:, [-1]]
+    logits[logits < kth] = -float("inf")
+    return torch.multinomial(F.softmax(logits.float(), dim=-1), num_samples=1)
+
+
+def generate(o, device, dtype):
+    """The command `bench generate`."""
+    gpu = device.type == "cuda"
+    config, _ = shape_of(o.model, device, dropout=0.0)
+    prompt = min(o.prompt or (512 if gpu else 128), config["block_size"] - 2)
+    tokens = min(o.tokens or (256 if gpu else 32), config["block_size"] - prompt)  # inside the window, where a cache works
+    sides = {"nanoGPT": (UpstreamLoop if o.upstream else NanoGPTLoop, dtype), "plain KV cache": (PlainCache, dtype),
+             "ours": (Ours, dtype)}
+    if not gpu and dtype == torch.float32:
+        sides |= {"plain KV cache, bf16": (PlainCache, torch.bfloat16), "ours, bf16": (Ours, torch.bfloat16)}
+    sides = {name: (kind(o, config, device, side_dtype), side_dtype) for name in wanted(o, sides)
+             for kind, side_dtype in [sides[name]]}
+    limits = measure.limits(device)
+    until = time.monotonic() + 60 * o.minutes
+    print(f"{o.model}: {prompt} tokens of prompt, then {tokens}, on {devices.describe(device)}; copies at "
+          f"{limits['copy'] / 1e9:,.0f} GB/s")
+    print(f"{'':>5} {'':<22} {'prefill':>10} {'tokens/s':>10} {'times nanoGPT':>14} {'of the limit':>13}  latency of a token, ms: "
+          "half, 90 %, 99 % of them")
+    for B in (int(text) for text in o.batch_sizes.split(",")):
+        idx = torch.randint(config["vocab_size"], (B, prompt), generator=torch.Generator().manual_seed(B)).to(device)
+        counts = {name: max(4, tokens // side.tokens_share) for name, (side, _) in sides.items()}
+        runs = {}
+        for name, (side, _) in sides.items():
+            runs[name, 1] = lambda side=side: side.all(idx, 1)
+            runs[name, counts[name]] = lambda side=side, n=counts[name]: side.all(idx, n)
+        samples = measure.interleaved(runs, o.rounds, warmup=1, until=until)
+        median, found = measure.medians(samples), {}
+        for name, (side, side_dtype) in sides.items():
+            n = counts[name]
+            later = median[name, n] - median[name, 1]  # what the tokens behind the first took
+            rate = B * (n - 1) / later if later > 0 else B * n / median[name, n]  # noise hides it: count the prefill too
+            limit = limits["copy"] * B / bytes_a_step(config, B, prompt + n / 2, side_dtype)
+            latency = latencies(side, idx, n) if B == 1 else []
+            found[name] = dict(prefill_s=median[name, 1], tokens_per_s=rate, tokens=n, of_limit=rate / limit, latency=latency,
+                               first_samples=samples[name, 1], all_samples=samples[name, n])
+            ratio = rate / found["nanoGPT"]["tokens_per_s"] if "nanoGPT" in found else float("nan")
+            print(f"{B:>5} {name:<22} {1e3 * median[name, 1]:>7.1f} ms {rate:>10,.0f} {ratio:>14.1f} {100 * rate / limit:>11.0f} %  "
+                  + ", ".join(f"{1e3 * quantile(latency, q):.2f}" for q in (0.5, 0.9, 0.99) if latency), flush=True)
+        record(o, "generate", device, shape=config, batch_size=B, prompt=prompt, limits=limits,
+               dtype=str(dtype).removeprefix("torch."), variants=found)
+
+
+def latencies(side, idx, n):
+    """Seconds between tokens as a reader sees them, on the host; the first, which is the prefill, is left out."""
+    times = []
+    for drawn in side.stream(idx, n):
+        if torch.is_tensor(drawn):
+            drawn.tolist()
+        times.append(time.perf_counter())
+    return [later - earlier for earlier, later in zip(times, times[1:])]
+
+
+def quantile(values, q):
+    return sorted(values)[min(int(q * len(values)), len(values) - 1)]
+
+
+def bytes_a_step(config, B, T, dtype):
+    """What one decoding step must read: all weights but the positions once, and the keys and values of B rows of T tokens."""
+    C, L = config["n_embd"], config["n_layer"]
+    return (config["vocab_size"] * C + 12 * L * C * C + 2 * L * C * T * B) * dtype.itemsize
+
+
+# ------------------------------------------------------------------------------------------------------- loss against time
+
+def loss(o, device, dtype):
+    """The command `bench loss`: the sides train in turns of eval_interval steps, each against its own clock."""
+    from .text import prepare
+    from .text.batches import Batches
+    folder = prepare.find(o.data, o.data_dir)
+    vocabulary = prepare.load_tokenizer(folder).vocab_size
+    config, B = shape_of(o.model, device, dropout=0.0, vocab_size=vocabulary)  # without dropout, both can be held to one loss
+    compiled = device.type == "cuda"
+    both = {"nanoGPT": Variant(nanogpt=True, compiled=compiled), "ours": Variant(logits=False, compiled=compiled)}
+    schedule = LossSchedule(learning_rate=o.learning_rate, min_lr=o.learning_rate / 10, warmup_iters=o.steps // 20,
+                            lr_decay_iters=o.steps)
+
+    def batches(split, seed):
+        return Batches(folder, split, B, config["block_size"], device=device, generator=torch.Generator().manual_seed(seed))
+
+    sides = {name: Side(Trainer(o, variant, config, device, dtype), batches("train", 1)) for name, variant in both.items()}
+    print(f"{o.model} on {o.data}, {o.steps} steps of {B} x {config['block_size']} tokens, on {devices.describe(device)}")
+    for step in range(0, o.steps + 1, o.eval_interval):
+        for name, side in sides.items():
+            with contextlib.closing(batches("val", 2)) as held_out:
+                row = side.evaluate(step, held_out, o.eval_iters)
+            print(f"step {row['step']:>6}  {name:<8} {row['seconds']:>8.1f} s  validation loss {row['val_loss']:.4f}", flush=True)
+            side.advance(step, min(o.eval_interval, o.steps - step), schedule, device)
+    for side in sides.values():
+        side.batches.close()
+    record(o, "loss", device, shape=dict(config, batch_size=B), dtype=str(dtype).removeprefix("torch."), compiled=compiled,
+           curves={name: side.rows for name, side in sides.items()})
+
+
+@dataclass
+class LossSchedule:
+    """The fields that training.learning_rate reads."""
+    learning_rate: float
+    min_lr: float
+    warmup_iters: int
+    lr_decay_iters: int
+    decay_lr: bool = True
+
+
+class Side:
+    """One model on its way: what it has cost so far, and where it stands."""
+
+    def __init__(self, trainer, batches):
+        self.trainer, self.batches, self.seconds, self.rows = trainer, batches, 0.0, []
+
+    def advance(self, start, count, schedule, device):
+        """Train for `count` steps against the clock."""
+        began = time.perf_counter()
+        for step in range(start, start + count):
+            for group in self.trainer.optimizer.param_groups:
+                group["lr"] = learning_rate(step, schedule)
+            x, y = self.batches.next()
+            self.trainer.step(x, y)
+            self.batches.prefetch()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.seconds += time.perf_counter() - began
+
+    @torch.no_grad()
+    def evaluate(self, step, batches, count):
+        """Note the validation loss at this step; the clock stands."""
+        model = unwrapped(self.trainer.network).eval()
+        with self.trainer.context:
+            values = [model(*batches.next())[1].item() for _ in range(count)]
+        model.train()
+        self.rows.append(dict(step=step, seconds=self.seconds, val_loss=statistics.mean(values)))
+        return self.rows[-1]
+
+
+COMMANDS = {"train": (BenchTrainOptions, train), "generate": (BenchGenerateOptions, generate), "loss": (BenchLossOptions, loss)}
