@@ -18,14 +18,16 @@ LayerNorm reads dy 4 and s 4 and writes 4, for dx and once more reads 8 for the 
 A row stays in registers between the passes, so the variance is taken from centred values: E[x^2] - E[x]^2 has no correct digit
 left at mean 1e4. The mean is corrected by the mean of what it leaves, since fp32 cannot hold a mean of 1e4 better than 5e-4.
 
-dweight and dbias: each program of the backward walks many rows and keeps its own fp32 sums, which a second kernel adds in a fixed
-order. No atomics: the bits are the same in every run.
+dweight and dbias: each program of the backward walks many rows and keeps its own fp32 sums, which a second kernel adds in a
+fixed order. No atomics: the bits are the same in every run.
 
 Sources: Ba, Kiros, Hinton, "Layer normalization", 2016. Chan, Golub, LeVeque, "Algorithms for computing the sample
 variance", 1983 (the corrected two-pass form).
 
-Shapes: N rows of C elements; x, branch, s, y and their gradients (N, C); weight, bias (C,); mean, rstd (N,) fp32.
+Shapes: N rows of C elements; x, branch, s, y and their gradients (N, C); weight, bias (C,); statistics (2, N) fp32: the means,
+then the rstds.
 """
+import functools
 from typing import NamedTuple
 
 import torch
@@ -46,19 +48,20 @@ MAX_C = 8192
 @triton.jit(do_not_specialize=["n_rows"])
 def _forward_kernel(
         x_ptr, branch_ptr, weight_ptr, bias_ptr, seed_ptr,      # (N, C), (N, C) or None, (C,), (C,) or None, (1,) or None
-        s_ptr, y_ptr, mean_ptr, rstd_ptr,                       # (N, C) or None without a branch, (N, C), (N,), (N,)
-        n_rows, C, x_stride, branch_stride, p, eps, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+        s_ptr, y_ptr, statistics_ptr,                           # (N, C) or None without a branch, (N, C), (2, N): mean and rstd
+        n_rows, C, p, eps, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)                    # 64 bits: N * C may pass 2^31
     columns = tl.arange(0, BLOCK_C)
     inside = (rows < n_rows)[:, None] & (columns < C)[None, :]                          # [ROWS, BLOCK_C]
+    offsets = rows[:, None] * C + columns[None, :]
 
-    s = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if branch_ptr is not None:
-        branch = tl.load(branch_ptr + rows[:, None] * branch_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        branch = tl.load(branch_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         if seed_ptr is not None:
             branch = tl.where(keep_rows(tl.load(seed_ptr), rows, p, BLOCK_C), branch * keep_scale(p), 0.0)
         stored = (s + branch).to(s_ptr.dtype.element_ty)
-        tl.store(s_ptr + rows[:, None] * C + columns[None, :], stored, mask=inside)
+        tl.store(s_ptr + offsets, stored, mask=inside)
         s = stored.to(tl.float32)                                                       # normalise what backward will read
 
     mean = tl.sum(s, 1) / C                                                             # [ROWS]
@@ -71,17 +74,17 @@ def _forward_kernel(
     y = centred * rstd[:, None] * weight
     if bias_ptr is not None:
         y += tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + rows[:, None] * C + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(mean_ptr + rows, mean + correction, mask=rows < n_rows)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(statistics_ptr + rows, mean + correction, mask=rows < n_rows)
+    tl.store(statistics_ptr + n_rows + rows, rstd, mask=rows < n_rows)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _backward_kernel(
         dy_ptr, ds_ptr, s_ptr,                                  # (N, C), (N, C) or None, (N, C)
-        weight_ptr, mean_ptr, rstd_ptr, seed_ptr,               # (C,), (N,), (N,), (1,) or None
+        weight_ptr, statistics_ptr, seed_ptr,                   # (C,), (2, N), (1,) or None
         dx_ptr, dbranch_ptr, dweight_ptr, dbias_ptr,            # (N, C), (N, C) or None, (programs, C) fp32 or None, the same
-        n_rows, C, dy_stride, ds_stride, s_stride, p, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+        n_rows, C, p, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     columns = tl.arange(0, BLOCK_C)
     weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros([ROWS, BLOCK_C], tl.float32)                                     # this program's share of the sums
@@ -90,25 +93,26 @@ def _backward_kernel(
     for first in range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
         rows = tl.cast(first, tl.int64) + tl.arange(0, ROWS)
         inside = (rows < n_rows)[:, None] & (columns < C)[None, :]                      # [ROWS, BLOCK_C]
-        dy = tl.load(dy_ptr + rows[:, None] * dy_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        s = tl.load(s_ptr + rows[:, None] * s_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)                  # [ROWS]
-        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
+        offsets = rows[:, None] * C + columns[None, :]
+        dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(s_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(statistics_ptr + rows, mask=rows < n_rows, other=0.0)            # [ROWS]
+        rstd = tl.load(statistics_ptr + n_rows + rows, mask=rows < n_rows, other=0.0)
 
         n = tl.where(inside, (s - mean[:, None]) * rstd[:, None], 0.0)
         g = dy * weight
         dx = rstd[:, None] * (g - (tl.sum(g, 1) / C)[:, None] - n * (tl.sum(g * n, 1) / C)[:, None])
         if ds_ptr is not None:
-            dx += tl.load(ds_ptr + rows[:, None] * ds_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + rows[:, None] * C + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
+            dx += tl.load(ds_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if dbranch_ptr is not None:
             if seed_ptr is not None:
                 dx = tl.where(keep_rows(tl.load(seed_ptr), rows, p, BLOCK_C), dx * keep_scale(p), 0.0)
-            tl.store(dbranch_ptr + rows[:, None] * C + columns[None, :], dx.to(dbranch_ptr.dtype.element_ty), mask=inside)
+            tl.store(dbranch_ptr + offsets, dx.to(dbranch_ptr.dtype.element_ty), mask=inside)
         dweight += dy * n
         dbias += dy
 
-    partial = tl.program_id(0) * C + columns
+    partial = tl.program_id(0).to(tl.int64) * C + columns
     if dweight_ptr is not None:
         tl.store(dweight_ptr + partial, tl.sum(dweight, 0), mask=columns < C)
     if dbias_ptr is not None:
@@ -138,14 +142,15 @@ def _sum_partials_kernel(
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def _drop_kernel(ds_ptr, seed_ptr, dbranch_ptr, n_rows, C, ds_stride, p, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+def _drop_kernel(ds_ptr, seed_ptr, dbranch_ptr, n_rows, C, p, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     """dbranch where y has no gradient: the residual's gradient, dropped."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_C)
     inside = (rows < n_rows)[:, None] & (columns < C)[None, :]
-    ds = tl.load(ds_ptr + rows[:, None] * ds_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    offsets = rows[:, None] * C + columns[None, :]
+    ds = tl.load(ds_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     ds = tl.where(keep_rows(tl.load(seed_ptr), rows, p, BLOCK_C), ds * keep_scale(p), 0.0)
-    tl.store(dbranch_ptr + rows[:, None] * C + columns[None, :], ds.to(dbranch_ptr.dtype.element_ty), mask=inside)
+    tl.store(dbranch_ptr + offsets, ds.to(dbranch_ptr.dtype.element_ty), mask=inside)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -159,10 +164,11 @@ class Tile(NamedTuple):
     warps: int
 
 
-# {BLOCK_C, the power of two that holds a row: (forward, backward)}, the same for sm_80 to sm_100: these kernels wait for memory.
-# Chosen from what the gate compiles, not yet by timing. Forward: 32 elements a thread. A row of 1,024 then lies in one warp, whose
-# sums are shuffles without a barrier, and 72 registers leave 28 such programs on a multiprocessor: 130 KB of loads in
-# flight, where 5 TB/s at 0.7 us need 27 KB. Short rows share a tile, so that a warp has 1,024 elements to load.
+# {BLOCK_C, the power of two that holds a row: (forward, backward)}, the same for sm_80 to sm_100: these kernels wait for
+# memory. Chosen from what the gate compiles, not yet by timing.
+# Forward: 32 elements a thread. A row of 1,024 then lies in one warp, whose sums are shuffles without a barrier, and 72
+# registers leave 28 such programs on a multiprocessor: 130 KB of loads in flight, where 5 TB/s at 0.7 us need 27 KB. Short
+# rows share a tile, so that a warp has 1,024 elements to load.
 # Backward: 16 elements a thread, since each holds the running sums of dweight and dbias beside its row: 127 registers, 154
 # with dropout. From 1,024 on they are capped at 128, at no spill, so that all programs are resident at once.
 TILES = {
@@ -186,77 +192,66 @@ SUM_TILE = Tile(64, 4)  # with SUM_COLUMNS: 16 fp32 of a row are two sectors of 
 SUM_COLUMNS = 16
 
 
-def block_columns(C):
-    """The power of two that holds a row of C."""
-    return max(16, triton.next_power_of_2(C))
+@functools.cache
+def tiles(C):
+    """(BLOCK_C, forward Tile, backward Tile) for rows of C."""
+    BLOCK_C = max(min(TILES), triton.next_power_of_2(C))
+    return BLOCK_C, *TILES[BLOCK_C]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Launchers
+# Launchers (-(-a // b) rounds up: triton.cdiv takes 5 us)
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
-def forward(x, branch, weight, bias, *, eps=1e-5, p=0.0, seed=None, y_dtype=None, shape=None):
-    """(s, y, mean, rstd) of s = x + dropout(branch, p), y = layer_norm(s). s is None where branch is None (it would be x).
+def forward(x, branch, weight, bias, *, eps=1e-5, p=0.0, seed=None, y_dtype=None):
+    """(s, y, statistics) of s = x + dropout(branch, p), y = layer_norm(s). s is None where branch is None (it would be x).
 
-    x (N, C); branch (N, C) or None; weight (C,); bias (C,) or None; each fp32, fp16 or bf16, rows of adjacent elements.
-    seed: int64 (1,), where p > 0. s has x's dtype, y has y_dtype (default x's); both come contiguous in `shape`, default (N, C):
-    autograd forbids changes in place of outputs that are views. mean and rstd (N,) are fp32. Raises ValueError, TypeError.
+    x (..., C); branch of x's shape or None; weight (C,); bias (C,) or None; each fp32, fp16 or bf16, contiguous. seed: int64
+    (1,), where p > 0. s has x's dtype, y has y_dtype (default x's); statistics (2, N) fp32: mean and rstd of the N rows.
+    Raises ValueError, TypeError.
     """
-    _check_rows("x", x, x.shape, x.device)
-    N, C = x.shape
-    if not 1 <= C <= MAX_C:
-        raise ValueError(f"x has rows of {C} elements; expected 1 to {MAX_C}")
-    if branch is not None:
-        _check_rows("branch", branch, x.shape, x.device)
-    _check_vector("weight", weight, C, x.device)
-    if bias is not None:
-        _check_vector("bias", bias, C, x.device)
-    seed = _check_seed(seed, p, x.device) if branch is not None else None
+    C = x.shape[-1]
+    _check(C, x=x, branch=branch, weight=weight, bias=bias)
+    seed = _check_seed(seed, p, x) if branch is not None else None
+    N = x.numel() // C
 
-    s = None if branch is None else torch.empty(shape or (N, C), dtype=x.dtype, device=x.device)
-    y = torch.empty(shape or (N, C), dtype=y_dtype or x.dtype, device=x.device)
-    mean, rstd = (torch.empty(N, dtype=torch.float32, device=x.device) for _ in range(2))
+    s = None if branch is None else torch.empty_like(x)
+    y = torch.empty_like(x, dtype=y_dtype)
+    statistics = torch.empty((2, N), dtype=torch.float32, device=x.device)
     if N > 0:
-        tile, BLOCK_C = TILES[block_columns(C)][0], block_columns(C)
+        BLOCK_C, tile, _ = tiles(C)
         with torch.cuda.device_of(x):
-            _forward_kernel[(triton.cdiv(N, tile.rows), )](
-                x, branch, weight, bias, seed, s, y, mean, rstd, N, C, x.stride(0), 0 if branch is None else branch.stride(0),
-                p, eps, ROWS=tile.rows, BLOCK_C=BLOCK_C, num_warps=tile.warps)
-    return s, y, mean, rstd
+            _forward_kernel[(-(-N // tile.rows), )](x, branch, weight, bias, seed, s, y, statistics, N, C, p, eps,
+                                                            ROWS=tile.rows, BLOCK_C=BLOCK_C, num_warps=tile.warps)
+    return s, y, statistics
 
 
-def backward(dy, ds, s, weight, mean, rstd, *, p=0.0, seed=None, branch_dtype=None, dweight_dtype=None, dbias_dtype=None):
-    """(dx, dbranch, dweight, dbias). dy (N, C); ds (N, C) or None, what arrives through s; the rest as `forward` gave it.
+def backward(dy, ds, s, weight, statistics, *, p=0.0, seed=None, branch_dtype=None, dweight_dtype=None, dbias_dtype=None):
+    """(dx, dbranch, dweight, dbias). dy (..., C); ds the same or None, what arrives through s; the rest as `forward` gave it.
 
-    branch_dtype: the dtype of dbranch, None where there was no branch. dbranch is None too where dx is it: one dtype, no dropout.
-    dweight_dtype, dbias_dtype: the dtype of that gradient, None where it is not wanted. Raises ValueError, TypeError.
+    branch_dtype: the dtype of dbranch, None where there was no branch. dbranch is None too where dx is it: one dtype, no
+    dropout. dweight_dtype, dbias_dtype: the dtype of that gradient, None where it is not wanted. Raises ValueError, TypeError.
     """
-    _check_rows("s", s, s.shape, s.device)
-    N, C = s.shape
-    _check_rows("dy", dy, s.shape, s.device)
-    if ds is not None:
-        _check_rows("ds", ds, s.shape, s.device)
-    _check_vector("weight", weight, C, s.device)
-    seed = _check_seed(seed, p, s.device) if branch_dtype is not None else None
+    C = s.shape[-1]
+    _check(C, s=s, dy=dy, ds=ds, weight=weight)
+    seed = _check_seed(seed, p, s) if branch_dtype is not None else None
+    N = s.numel() // C
 
-    dx = torch.empty((N, C), dtype=s.dtype, device=s.device)
-    dbranch = None
+    dx, dbranch = torch.empty_like(s), None
     if branch_dtype is not None and (seed is not None or branch_dtype != s.dtype):
-        dbranch = torch.empty((N, C), dtype=branch_dtype, device=s.device)
-    tile, BLOCK_C = TILES[block_columns(C)][1], block_columns(C)
-    programs = min(PROGRAMS_PER_MULTIPROCESSOR[tile.warps] * _multiprocessors(s.device), triton.cdiv(N, tile.rows))
-    wanted = [dtype is not None for dtype in (dweight_dtype, dbias_dtype)]
-    partials = [torch.empty((programs, C), dtype=torch.float32, device=s.device) if w else None for w in wanted]
-    sums = [torch.empty(C, dtype=dtype, device=s.device) if w else None for w, dtype in zip(wanted, (dweight_dtype, dbias_dtype))]
+        dbranch = torch.empty_like(s, dtype=branch_dtype)
+    BLOCK_C, _, tile = tiles(C)
+    programs = min(PROGRAMS_PER_MULTIPROCESSOR[tile.warps] * _multiprocessors(s.device), -(-N // tile.rows))
+    dtypes = dweight_dtype, dbias_dtype
+    partials = [torch.empty((programs, C), dtype=torch.float32, device=s.device) if dtype else None for dtype in dtypes]
+    sums = [torch.empty(C, dtype=dtype, device=s.device) if dtype else None for dtype in dtypes]
     with torch.cuda.device_of(s):
         if N > 0:
-            _backward_kernel[(programs, )](
-                dy, ds, s, weight, mean, rstd, seed, dx, dbranch, *partials,
-                N, C, dy.stride(0), 0 if ds is None else ds.stride(0), s.stride(0), p,
-                ROWS=tile.rows, BLOCK_C=BLOCK_C, num_warps=tile.warps, **_backward_options(tile))
-        if any(wanted):  # also for no rows: the sum of nothing is 0
-            _sum_partials_kernel[(triton.cdiv(C, SUM_COLUMNS), )](
+            _backward_kernel[(programs, )](dy, ds, s, weight, statistics, seed, dx, dbranch, *partials, N, C, p,
+                                           ROWS=tile.rows, BLOCK_C=BLOCK_C, num_warps=tile.warps, **_backward_options(tile))
+        if dweight_dtype or dbias_dtype:  # also for no rows: the sum of nothing is 0
+            _sum_partials_kernel[(-(-C // SUM_COLUMNS), )](
                 *partials, *sums, programs, C, ROWS=SUM_TILE.rows, BLOCK_C=SUM_COLUMNS, num_warps=SUM_TILE.warps)
     return dx, dbranch, *sums
 
@@ -266,15 +261,16 @@ def _backward_options(tile):
 
 
 def drop(ds, *, p, seed, branch_dtype):
-    """dbranch (N, C) where nothing arrives through y: the gradient ds (N, C) of s, dropped by the forward's mask."""
-    _check_rows("ds", ds, ds.shape, ds.device)
-    N, C = ds.shape
-    seed = _check_seed(seed, p, ds.device)
-    dbranch = torch.empty((N, C), dtype=branch_dtype, device=ds.device)
+    """dbranch where nothing arrives through y: the gradient ds (..., C) of s, dropped by the forward's mask."""
+    C = ds.shape[-1]
+    _check(C, ds=ds)
+    seed = _check_seed(seed, p, ds)
+    N = ds.numel() // C
+    dbranch = torch.empty_like(ds, dtype=branch_dtype)
     if N > 0:
-        tile, BLOCK_C = TILES[block_columns(C)][0], block_columns(C)
+        BLOCK_C, tile, _ = tiles(C)
         with torch.cuda.device_of(ds):
-            _drop_kernel[(triton.cdiv(N, tile.rows), )](ds, seed, dbranch, N, C, ds.stride(0), p,
+            _drop_kernel[(-(-N // tile.rows), )](ds, seed, dbranch, N, C, p,
                                                          ROWS=tile.rows, BLOCK_C=BLOCK_C, num_warps=tile.warps)
     return dbranch
 
@@ -282,31 +278,34 @@ def drop(ds, *, p, seed, branch_dtype):
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _check_rows(name, tensor, shape, device):
-    if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name} is {tensor.dtype}; expected float32, float16 or bfloat16")
-    if tensor.dim() != 2 or tensor.shape != shape or tensor.device != device:
-        raise ValueError(f"{name} is {tuple(tensor.shape)} on {tensor.device}; expected {tuple(shape)} (N, C) on {device}")
-    if tensor.stride(1) != 1 and tensor.size(1) > 1:
-        raise ValueError(f"{name} has strides {tensor.stride()}; the elements of a row must be adjacent: call .contiguous()")
+def _check(C, **tensors):
+    """Raise unless every tensor is fp32, fp16 or bf16, contiguous, on one device, and of the first one's shape or (C,)."""
+    first_name, first = next(iter(tensors.items()))
+    if not 1 <= C <= MAX_C:
+        raise ValueError(f"{first_name} has rows of {C} elements; expected 1 to {MAX_C}")
+    shape, device = first.shape, first.device
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} is {tensor.dtype}; expected float32, float16 or bfloat16")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {device}, where {first_name} is")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()} at shape {tuple(tensor.shape)}; call .contiguous()")
+        expected = (C, ) if name in ("weight", "bias") else shape
+        if tensor.shape != expected:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; expected {tuple(expected)}")
 
 
-def _check_vector(name, tensor, C, device):
-    if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name} is {tensor.dtype}; expected float32, float16 or bfloat16")
-    if tensor.shape != (C, ) or tensor.device != device or not tensor.is_contiguous():
-        raise ValueError(f"{name} is {tuple(tensor.shape)} on {tensor.device}, strides {tensor.stride()}; "
-                         f"expected ({C},) on {device}, contiguous")
-
-
-def _check_seed(seed, p, device):
+def _check_seed(seed, p, like):
     """The seed where something is dropped, else None."""
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"p is {p}; a dropout probability lies in 0..1")
     if p == 0.0:
         return None
-    if seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
-        raise ValueError(f"p is {p}, so seed must be one int64 element on {device}; got {seed!r}")
+    if not 0.0 < p <= 1.0:
+        raise ValueError(f"p is {p}; a dropout probability lies in 0..1")
+    if seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != like.device:
+        raise ValueError(f"p is {p}, so seed must be one int64 element on {like.device}; got {seed!r}")
     return seed
 
 
@@ -331,8 +330,7 @@ def gate_cases(arch):
     """One Case for each kernel in each row of TILES (the same for every `arch`); the row of 1,024 in each variant of GPT-2."""
     N, C = 64 * 1024, 768
     S, H = "*fp32", "*bf16"  # the stream and the parameters; what autocast computes in
-    strides = ("x_stride", "branch_stride", "dy_stride", "ds_stride", "s_stride")
-    scalars = {"n_rows": "i32", "n_partials": "i32", "C": "i32", "p": "fp32", "eps": "fp32", **{stride: "i32" for stride in strides}}
+    scalars = {"n_rows": "i32", "n_partials": "i32", "C": "i32", "p": "fp32", "eps": "fp32"}
 
     def case(name, kernel, pointers, tile, BLOCK_C, moved=None, **more):
         given = {arg: scalars[arg] for arg in kernel.arg_names if arg in scalars}
@@ -341,8 +339,8 @@ def gate_cases(arch):
         return Case(
             name=f"layer_norm.{name}", kernel=kernel, signature=given,
             constexprs={**absent, "ROWS": tile.rows, "BLOCK_C": BLOCK_C},
-            divisible=tuple(arg for arg in given if arg == "C" or arg in strides), num_warps=tile.warps,
-            tile_row=f"{BLOCK_C}: {tile.rows} rows, {tile.warps} warps", bytes=moved, **more)
+            divisible=("C", ), num_warps=tile.warps, bytes=moved,
+            tile_row=f"{BLOCK_C}: {tile.rows} rows, {tile.warps} warps", **more)
 
     for BLOCK_C, (fwd, bwd) in TILES.items():
         gpt2 = BLOCK_C == 1024
@@ -351,12 +349,13 @@ def gate_cases(arch):
                 continue
             stream = S if branch else None
             pointers = dict(x_ptr=S, branch_ptr=branch, weight_ptr=S, bias_ptr=S, seed_ptr=seed, s_ptr=stream, y_ptr=H,
-                            mean_ptr=S, rstd_ptr=S)
+                            statistics_ptr=S)
             yield case(f"forward {variant} {BLOCK_C}", _forward_kernel, pointers, fwd, BLOCK_C,
                        moved=N * (C * (12 if branch else 6) + 8) if gpt2 else None, flops=15 * N * C if gpt2 else None,
                        in_model=gpt2 and seed is None,
-                       allowed_narrow_loads=3 if seed else 0, narrow_reason="the seed, and in short rows the bias" if seed else "")
-            pointers = dict(dy_ptr=H, ds_ptr=stream, s_ptr=S, weight_ptr=S, mean_ptr=S, rstd_ptr=S, seed_ptr=seed,
+                       allowed_narrow_loads=3 if seed else 0,
+                       narrow_reason="the seed, and in short rows the bias" if seed else "")
+            pointers = dict(dy_ptr=H, ds_ptr=stream, s_ptr=S, weight_ptr=S, statistics_ptr=S, seed_ptr=seed,
                             dx_ptr=S, dbranch_ptr=branch, dweight_ptr=S, dbias_ptr=S)
             yield case(f"backward {variant} {BLOCK_C}", _backward_kernel, pointers, bwd, BLOCK_C,
                        moved=N * (C * (16 if branch else 10) + 8) if gpt2 else None, flops=18 * N * C if gpt2 else None,

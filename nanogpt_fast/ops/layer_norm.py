@@ -5,6 +5,8 @@
 A block of nanoGPT adds a branch to the residual stream and normalises the sum for the next branch; `Block.fused` calls this
 instead, and the stream passes through memory once. Formulas, traffic and kernels are in `kernels/layer_norm.py`.
 """
+import functools
+
 import torch
 
 from .. import backend as _backend
@@ -15,9 +17,10 @@ _MAX_C = 8192  # a row lies in the registers of one program
 
 
 def layer_norm(x, weight, bias, *, eps=1e-5, backend=None):
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, of x's shape and dtype (fp32 under CUDA's autocast).
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, of x's shape and dtype.
 
-    x (..., C), weight (C,), bias (C,) or None; fp32, fp16 or bf16 for a kernel. The variance is the biased one.
+    x (..., C), weight (C,), bias (C,) or None; fp32, fp16 or bf16 for a kernel. The variance is the biased one. Under CUDA's
+    autocast the result is fp32, as PyTorch's is.
     backend: a choice for each op as `backend.parse` gives it, or None.
 
     Raises ValueError (shapes), RuntimeError (backend "fused" where the kernel can't run; a second derivative, which only the
@@ -61,26 +64,26 @@ def implementation(x, weight, bias, *, backend=None):
 
 
 def _check(x, branch, weight, bias):
-    if weight.dim() != 1 or x.dim() == 0 or x.size(-1) != weight.size(0):
-        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected (..., C) and (C,)")
+    shape = x.shape
+    if weight.dim() != 1 or not shape or shape[-1] != weight.shape[0]:
+        raise ValueError(f"x {tuple(shape)} and weight {tuple(weight.shape)}: expected (..., C) and (C,)")
     if bias is not None and bias.shape != weight.shape:
         raise ValueError(f"bias {tuple(bias.shape)}: expected {tuple(weight.shape)} as the weight has, or None")
-    if branch is not None and branch.shape != x.shape:
-        raise ValueError(f"branch {tuple(branch.shape)}: expected {tuple(x.shape)} as x has, or None")
+    if branch is not None and branch.shape != shape:
+        raise ValueError(f"branch {tuple(branch.shape)}: expected {tuple(shape)} as x has, or None")
 
 
 def _triton_why_not(x, weight, bias, branch=None):
     if (reason := _backend.triton_why_not(x)) is not None:
         return reason
-    for name, tensor in (("x", x), ("branch", branch), ("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.dtype not in _DTYPES:
-            return f"{name} is {tensor.dtype}; the kernel takes float32, float16 and bfloat16"
-        if tensor.device != x.device:
-            return f"{name} is on {tensor.device}, x on {x.device}"
-    if not 1 <= x.size(-1) <= _MAX_C:
-        return f"rows have {x.size(-1)} elements; the kernel takes 1 to {_MAX_C}"
+    device = x.device
+    for tensor in (x, weight, bias, branch):
+        if tensor is not None and (tensor.dtype not in _DTYPES or tensor.device != device):
+            name = next(n for n, t in (("x", x), ("weight", weight), ("bias", bias), ("branch", branch)) if t is tensor)
+            return (f"{name} is {tensor.dtype} on {tensor.device}; the kernel takes float32, float16 and bfloat16 "
+                    f"on x's device, {device}")
+    if not 1 <= x.shape[-1] <= _MAX_C:
+        return f"rows have {x.shape[-1]} elements; the kernel takes 1 to {_MAX_C}"
     if branch is not None and branch.dtype != x.dtype and torch.promote_types(x.dtype, branch.dtype) != x.dtype:
         return f"x is {x.dtype}, branch {branch.dtype}: their sum is not of x's dtype"
     return None
@@ -89,16 +92,10 @@ def _triton_why_not(x, weight, bias, branch=None):
 CANDIDATES = (("triton", _triton_why_not),)  # fastest first; what `explain` and `doctor` read too
 
 
+@functools.cache
 def _kernels():
     from ..kernels import layer_norm  # here, since importing Triton takes 0.2 s and not every user runs a kernel
     return layer_norm
-
-
-def _rows(tensor):
-    """(..., C) as (N, C) with adjacent elements in each row; a copy only where strides leave no choice (transposed, expanded)."""
-    C = tensor.size(-1)
-    rows = tensor if tensor.dim() == 2 else tensor.reshape(tensor.numel() // C, C)
-    return rows if rows.stride(1) == 1 or C == 1 else rows.contiguous()
 
 
 def _no_second_derivative():
@@ -107,24 +104,23 @@ def _no_second_derivative():
 
 
 def _forward(x, branch, weight, bias, seed, p, eps, y_dtype):
-    """s, y in x's shape, mean, rstd."""
-    rows, branch = _rows(x), None if branch is None else _rows(branch)
+    """(s, y, statistics). A tensor that is no contiguous block (a transposed or expanded view) is copied into one."""
+    x, branch = x.contiguous(), None if branch is None else branch.contiguous()
     if torch.compiler.is_compiling():
-        s, y, mean, rstd = _raw.layer_norm_forward(rows, branch, weight, bias, seed, p, eps, y_dtype)
-        return None if branch is None else s.view(x.shape), y.view(x.shape), mean, rstd
-    return _kernels().forward(rows, branch, weight, bias, eps=eps, p=p, seed=seed, y_dtype=y_dtype, shape=x.shape)
+        return _raw.layer_norm_forward(x, branch, weight.contiguous(), bias, seed, p, eps, y_dtype)
+    return _kernels().forward(x, branch, weight.contiguous(), bias, eps=eps, p=p, seed=seed, y_dtype=y_dtype)
 
 
-def _backward(ctx, dy, ds, s, weight, mean, rstd, seed, p, branch_dtype, need_dweight, need_dbias):
-    dy, ds, s = _rows(dy), None if ds is None else _rows(ds), _rows(s)
+def _backward(ctx, dy, ds, s, weight, statistics, seed, p, branch_dtype, need_dweight, need_dbias):
+    dy, ds, s = dy.contiguous(), None if ds is None else ds.contiguous(), s.contiguous()
     dweight_dtype, dbias_dtype = weight.dtype if need_dweight else None, ctx.bias_dtype if need_dbias else None
-    if torch.compiler.is_compiling():
-        dx, dbranch, dweight, dbias = _raw.layer_norm_backward(dy, ds, s, weight, mean, rstd, seed, p,
-                                                               branch_dtype, dweight_dtype, dbias_dtype)
-        dbranch = dbranch if seed is not None or branch_dtype not in (None, s.dtype) else None
-        return dx, dbranch, dweight if need_dweight else None, dbias if need_dbias else None
-    return _kernels().backward(dy, ds, s, weight, mean, rstd, p=p, seed=seed, branch_dtype=branch_dtype,
-                               dweight_dtype=dweight_dtype, dbias_dtype=dbias_dtype)
+    if not torch.compiler.is_compiling():
+        return _kernels().backward(dy, ds, s, weight, statistics, p=p, seed=seed, branch_dtype=branch_dtype,
+                                   dweight_dtype=dweight_dtype, dbias_dtype=dbias_dtype)
+    dx, dbranch, dweight, dbias = _raw.layer_norm_backward(dy, ds, s, weight, statistics, seed, p, branch_dtype,
+                                                           dweight_dtype, dbias_dtype)
+    dbranch = dbranch if seed is not None or branch_dtype not in (None, s.dtype) else None
+    return dx, dbranch, dweight if need_dweight else None, dbias if need_dbias else None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -132,17 +128,17 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, y_dtype):
-        _, y, mean, rstd = _forward(x, None, weight, bias, None, 0.0, eps, y_dtype)
-        ctx.save_for_backward(x, weight, mean, rstd)
+        _, y, statistics = _forward(x, None, weight, bias, None, 0.0, eps, y_dtype)
+        ctx.save_for_backward(x, weight, statistics)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx, dy):
         _no_second_derivative()
-        x, weight, mean, rstd = ctx.saved_tensors
-        dx, _, dweight, dbias = _backward(ctx, dy, None, x, weight, mean, rstd, None, 0.0, None, *ctx.needs_input_grad[1:3])
-        return dx.view(dy.shape), dweight, dbias, None, None
+        x, weight, statistics = ctx.saved_tensors
+        dx, _, dweight, dbias = _backward(ctx, dy, None, x, weight, statistics, None, 0.0, None, *ctx.needs_input_grad[1:3])
+        return dx, dweight, dbias, None, None
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -150,10 +146,10 @@ class _AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, branch, weight, bias, seed, p, eps, y_dtype):
-        s, y, mean, rstd = _forward(x, branch, weight, bias, seed, p, eps, y_dtype)
-        ctx.save_for_backward(s, weight, mean, rstd, seed)
+        s, y, statistics = _forward(x, branch, weight, bias, seed, p, eps, y_dtype)
+        ctx.save_for_backward(s, weight, statistics, seed)
         ctx.bias_dtype, ctx.branch_dtype, ctx.p = None if bias is None else bias.dtype, branch.dtype, p
-        if not torch.compiler.is_compiling():  # a graph is sent zeros through an output that nothing uses; None spares their cost
+        if not torch.compiler.is_compiling():  # a graph is sent zeros through an unused output; here None spares their cost
             ctx.set_materialize_grads(False)
         return s, y
 
@@ -162,17 +158,17 @@ class _AddLayerNorm(torch.autograd.Function):
         _no_second_derivative()
         if ds is None and dy is None:
             return (None,) * 8
-        s, weight, mean, rstd, seed = ctx.saved_tensors
+        s, weight, statistics, seed = ctx.saved_tensors
         dweight = dbias = None
         if dy is not None:
-            dx, dbranch, dweight, dbias = _backward(ctx, dy, ds, s, weight, mean, rstd, seed, ctx.p, ctx.branch_dtype,
+            dx, dbranch, dweight, dbias = _backward(ctx, dy, ds, s, weight, statistics, seed, ctx.p, ctx.branch_dtype,
                                                     *ctx.needs_input_grad[2:4])
             dbranch = dx if dbranch is None else dbranch
         elif seed is None:  # only the stream was used
             dx, dbranch = ds, ds.to(ctx.branch_dtype)
         else:
-            dx, dbranch = ds, _kernels().drop(_rows(ds), p=ctx.p, seed=seed, branch_dtype=ctx.branch_dtype)
-        return dx.view(s.shape), dbranch.view(s.shape), dweight, dbias, None, None, None, None
+            dx, dbranch = ds, _kernels().drop(ds.contiguous(), p=ctx.p, seed=seed, branch_dtype=ctx.branch_dtype)
+        return dx, dbranch, dweight, dbias, None, None, None, None
 
 
 # -------------------------------------------------------------------------------------------------- what torch.compile sees
@@ -199,23 +195,24 @@ def _raw_forward(x, branch, weight, bias, seed, p, eps, y_dtype):
 
 
 def _fake_forward(x, branch, weight, bias, seed, p, eps, y_dtype):
-    s = x.new_empty(x.shape) if branch is not None else x.new_empty(0)
-    return s, x.new_empty(x.shape, dtype=y_dtype), *(x.new_empty(x.size(0), dtype=torch.float32) for _ in range(2))
+    s = torch.empty_like(x) if branch is not None else None
+    statistics = x.new_empty((2, x.numel() // x.size(-1)), dtype=torch.float32)
+    return _present((s, torch.empty_like(x, dtype=y_dtype), statistics), x)
 
 
-def _raw_backward(dy, ds, s, weight, mean, rstd, seed, p, branch_dtype, dweight_dtype, dbias_dtype):
-    return _present(_kernels().backward(dy, ds, s, weight, mean, rstd, p=p, seed=seed, branch_dtype=branch_dtype,
+def _raw_backward(dy, ds, s, weight, statistics, seed, p, branch_dtype, dweight_dtype, dbias_dtype):
+    return _present(_kernels().backward(dy, ds, s, weight, statistics, p=p, seed=seed, branch_dtype=branch_dtype,
                                         dweight_dtype=dweight_dtype, dbias_dtype=dbias_dtype), s)
 
 
-def _fake_backward(dy, ds, s, weight, mean, rstd, seed, p, branch_dtype, dweight_dtype, dbias_dtype):
+def _fake_backward(dy, ds, s, weight, statistics, seed, p, branch_dtype, dweight_dtype, dbias_dtype):
     own_dbranch = branch_dtype is not None and (p > 0 or branch_dtype != s.dtype)
-    return _present((s.new_empty(s.shape), s.new_empty(s.shape, dtype=branch_dtype) if own_dbranch else None,
-                     *(None if dtype is None else s.new_empty(s.size(1), dtype=dtype) for dtype in (dweight_dtype, dbias_dtype))), s)
+    sums = (None if dtype is None else s.new_empty(s.size(-1), dtype=dtype) for dtype in (dweight_dtype, dbias_dtype))
+    return _present((torch.empty_like(s), torch.empty_like(s, dtype=branch_dtype) if own_dbranch else None, *sums), s)
 
 
 _define("layer_norm_forward(Tensor x, Tensor? branch, Tensor weight, Tensor? bias, Tensor? seed, float p, float eps, "
-        "ScalarType y_dtype) -> (Tensor, Tensor, Tensor, Tensor)", _raw_forward, _fake_forward)
-_define("layer_norm_backward(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor mean, Tensor rstd, Tensor? seed, float p, "
+        "ScalarType y_dtype) -> (Tensor, Tensor, Tensor)", _raw_forward, _fake_forward)
+_define("layer_norm_backward(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor statistics, Tensor? seed, float p, "
         "ScalarType? branch_dtype, ScalarType? dweight_dtype, ScalarType? dbias_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
         _raw_backward, _fake_backward)
