@@ -223,19 +223,21 @@ _DQ_MMA_SYNC = {32: Tile(128, 64, 8, 3), 64: Tile(128, 64, 8, 2), 128: Tile(64, 
 _DQ_90 = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)}
 _DQ_90_DROPOUT = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 16, 8, 2)}
 _FLOAT32 = {32: Tile(32, 32, 8, 2), 64: Tile(32, 32, 8, 2), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
-_ALL_FLOAT32 = dict.fromkeys((80, 86, 89, 90, 100), _FLOAT32)
 
 
-def _table(mma_sync, mma_sync_dropout, hopper, hopper_dropout):
+def _table(mma_sync, mma_sync_dropout, hopper, hopper_dropout, float32=_FLOAT32):
     return {"half": dict.fromkeys((80, 86, 89), mma_sync) | dict.fromkeys((90, 100), hopper),
-            "dropout": dict.fromkeys((80, 86, 89), mma_sync_dropout) | dict.fromkeys((90, 100), hopper_dropout), "float32": _ALL_FLOAT32}
+            "dropout": dict.fromkeys((80, 86, 89), mma_sync_dropout) | dict.fromkeys((90, 100), hopper_dropout), "float32": dict.fromkeys((80, 86, 89, 90, 100), float32)}
 
 
-HEAD_TILES = _table(_HEAD_MMA_SYNC, _HEAD_MMA_SYNC_DROPOUT, _HEAD_90, _HEAD_90)
+HEAD_TILES = _table(_HEAD_MMA_SYNC, _HEAD_MMA_SYNC_DROPOUT, _HEAD_90, _HEAD_90, {32: _FLOAT32[32], 64: _FLOAT32[64]})
 DKDV_TILES = _table(_DKDV_MMA_SYNC, _DKDV_MMA_SYNC_DROPOUT, _DKDV_90, _DKDV_90_DROPOUT)
 DQ_TILES = _table(_DQ_MMA_SYNC, _DQ_MMA_SYNC, _DQ_90, _DQ_90_DROPOUT)
 # (kernel, kind, architecture, HEAD): (bytes a thread, why): the only rows that spill.
-SPILLS = {}
+SPILLS = {
+    ("head", "dropout", 90, 64): (120, "Philox's words beside five tiles: 14 of the 1,148 instructions of the loop over queries reload an address. "
+                                       "64x64 computes each exponential twice, and the split form draws the mask twice"),
+}
 
 
 def form_for(q, k, dropout_p):
@@ -314,5 +316,5 @@ def gate_cases(arch):
                 yield model_case(f"attention.backward {name} D={HEAD} {column if column != 'half' else dtype}", kernel, tile, arch, HEAD,
                                  column == "dropout", pointers, in_model=counted and name == "head",
                                  bytes=moved if counted else None, flops=matmuls * matmul if counted else None,
-                                 allowed_narrow_loads=narrow, narrow_reason="lse and delta, one number a row; the seed",
+                                 allowed_narrow_loads=narrow if HEAD < 256 else 33, narrow_reason="lse and delta, one number a row; the seed",
                                  allowed_spill_bytes=spill, spill_reason=why)

@@ -46,13 +46,16 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backen
     Raises ValueError (shapes, dropout_p), RuntimeError (backend "fused" where no kernel can run; a second derivative, which only the
     reference has). Source: kernels/attention_forward.py and attention_backward.py.
     """
-    if qkv.dim() != 3 or qkv.size(2) % (3 * n_head):
+    shape = qkv.shape
+    if len(shape) != 3 or shape[2] % (3 * n_head):
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (B, T, 3C) with C a multiple of n_head={n_head}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
-    if _backend.choose("attention", CANDIDATES, backend, (qkv, qkv.size(2) // (3 * n_head), scale, backend)) == "reference":
+    dtype = _autocast_dtype(qkv)
+    if _backend.choose("attention", CANDIDATES, backend, (qkv, dtype, shape[2] // (3 * n_head), scale, backend)) == "reference":
         return reference.causal_attention_qkvpacked(qkv, n_head, dropout_p=dropout_p, scale=scale)
-    qkv = _autocast(qkv)
+    if qkv.dtype != dtype:      # a `to` that changes nothing still costs a microsecond
+        qkv = qkv.to(dtype)
     if qkv.requires_grad and torch.is_grad_enabled():
         return _PackedAttention.apply(qkv, n_head, scale, dropout_p)
     run = _raw.attention_qkvpacked if torch.compiler.is_compiling() else _packed_forward
@@ -105,11 +108,10 @@ def _check_qkv(q, k, v, dropout_p):
 # ---------------------------------------------------------------------------------------------------- which implementation, and why
 
 
-def _why_not(x, D, scale, backend):
-    """None where the kernels can take x (any of q, k, v, or qkv) with head size D and are the choice, else the reason."""
+def _why_not(x, dtype, D, scale, backend):
+    """None where the kernels can take x (any of q, k, v, or qkv) in dtype, head size D, and are the choice, else the reason."""
     if (reason := _backend.triton_why_not(x)) is not None:
         return reason
-    dtype = _autocast_dtype(x)
     if dtype not in _DTYPES:
         return f"the input is {dtype}; the kernels take float32, float16 and bfloat16"
     if not 1 <= D <= LARGEST_HEAD:
@@ -131,7 +133,7 @@ def _separate_why_not(q, k, v, scale, backend):
             return f"q is on {q.device}, {name} on {x.device}"
         if _autocast_dtype(x) != _autocast_dtype(q):
             return f"q is {q.dtype}, {name} {x.dtype}"               # the reference raises PyTorch's own error
-    return _why_not(q, q.size(3), scale, backend)
+    return _why_not(q, _autocast_dtype(q), q.size(3), scale, backend)
 
 
 def _decode_why_not(q, k, v, scale, backend):
@@ -156,20 +158,21 @@ def _architecture(device_index):
 
 _architecture._dynamo_marked_constant = True            # torch.compile keeps the answer instead of tracing into the cache
 
-CANDIDATES = (("triton", _why_not),)                    # args: (qkv, head size, scale, backend)
+CANDIDATES = (("triton", _why_not),)                    # args: (qkv, dtype, head size, scale, backend)
 _SEPARATE_CANDIDATES = (("triton", _separate_why_not),)
 _DECODE_CANDIDATES = (("triton", _decode_why_not),)
 
 
 def _autocast_dtype(x):
     """The dtype that x is computed in."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    dtype = x.dtype
+    kind = "cuda" if x.is_cuda else "cpu"                   # a third of the time of x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and dtype != torch.float64 else dtype
 
 
 def _autocast(x):
-    return x.to(_autocast_dtype(x))
+    dtype = _autocast_dtype(x)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ autograd

@@ -1,0 +1,115 @@
+"""causal_attention where no kernel runs: nanoGPT's own calls, clear errors, the reasons, and what a call costs in Python."""
+import time
+
+import pytest
+import torch
+
+from nanogpt_fast import backend, reference
+from nanogpt_fast.ops import attention as op
+from nanogpt_fast.ops.attention import causal_attention, causal_attention_qkvpacked, decode_attention
+
+REFERENCE = backend.parse("reference")
+
+
+def nanogpt(qkv, n_head):
+    """The middle of nanoGPT's CausalSelfAttention.forward."""
+    B, T, C3 = qkv.size()
+    C = C3 // 3
+    q, k, v = qkv.split(C, dim=2)
+    k = k.view(B, T, n_head, C // n_head).transpose(1, 2)
+    q = q.view(B, T, n_head, C // n_head).transpose(1, 2)
+    v = v.view(B, T, n_head, C // n_head).transpose(1, 2)
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0, is_causal=True)
+    return y.transpose(1, 2).contiguous().view(B, T, C)
+
+
+@pytest.mark.parametrize("autocast", (False, True), ids=("fp32", "bf16 autocast"))
+def test_the_reference_is_nanogpts_bit_for_bit(autocast):
+    qkv = torch.randn(2, 7, 96, requires_grad=True)
+    results = []
+    for function in (lambda: causal_attention_qkvpacked(qkv, 4, backend=REFERENCE), lambda: nanogpt(qkv, 4)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = function()
+        results.append((y, *torch.autograd.grad(y.float().sum(), qkv)))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+def test_decoding_on_the_reference_is_the_last_row_of_attention():
+    q, k, v = torch.randn(2, 3, 1, 8), torch.randn(2, 3, 12, 8), torch.randn(2, 3, 12, 8)
+    y = decode_attention(q, k, v, torch.tensor([12, 5]), backend=REFERENCE)
+    torch.testing.assert_close(y[1:], reference.causal_attention(q[1:], k[1:, :, :5], v[1:, :, :5]))
+
+
+@pytest.mark.parametrize("choice", ("reference", "auto"))
+def test_wrong_arguments_are_named(choice):
+    choice = backend.parse(choice)
+    q = torch.randn(1, 2, 4, 8)
+    for message, call in (
+        (r"qkv has shape \(2, 7\)", lambda: causal_attention_qkvpacked(torch.zeros(2, 7), 1, backend=choice)),
+        ("multiple of n_head=5", lambda: causal_attention_qkvpacked(torch.zeros(1, 2, 96), 5, backend=choice)),
+        ("dropout_p is 1.5", lambda: causal_attention_qkvpacked(torch.zeros(1, 2, 96), 4, dropout_p=1.5, backend=choice)),
+        ("Tq <= Tk", lambda: causal_attention(q, q[:, :, :2], q[:, :, :2], backend=choice)),
+        (r"expected \(B, H, 1, D\)", lambda: decode_attention(q, q, q, torch.tensor([1]), backend=choice)),
+        (r"lengths has shape \(2,\)", lambda: decode_attention(q[:, :, :1], q, q, torch.tensor([1, 2]), backend=choice)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or backend.interpreted(), reason="kernels can run here")
+def test_fused_says_that_it_needs_cuda():
+    with pytest.raises(RuntimeError, match="need a CUDA tensor, this one is on cpu"):
+        causal_attention_qkvpacked(torch.zeros(1, 2, 96), 4, backend=backend.parse("fused"))
+
+
+@pytest.mark.parametrize("arch, D, dtype, left", (
+    (90, 64, torch.bfloat16, None), (90, 32, torch.float16, None), (90, 128, torch.bfloat16, "cuDNN"), (90, 64, torch.float32, "float32"),
+    (80, 64, torch.bfloat16, None), (100, 64, torch.bfloat16, "Blackwell"), (120, 64, torch.bfloat16, "Blackwell"), (87, 128, torch.float16, "FlashAttention"),
+))
+def test_auto_leaves_to_pytorch_what_the_table_says(arch, D, dtype, left):
+    reason = op._why_left(arch, D, dtype)
+    assert (reason is None) if left is None else (left in reason and "not measured yet" in reason)
+
+
+class Bare(torch.autograd.Function):
+    """A Function with the op's signature that saves what the op saves and launches nothing."""
+
+    @staticmethod
+    def forward(ctx, qkv, n_head, scale, dropout_p):
+        out, lse = stub(qkv, None, n_head, scale, dropout_p)
+        ctx.save_for_backward(qkv, out, lse, None)
+        ctx.options = n_head, scale, dropout_p
+        return out
+
+    @staticmethod
+    def backward(ctx, do):
+        return do, None, None, None
+
+
+OUT, LSE = torch.zeros(1, 4, 32), torch.zeros(1, 4, 4)
+
+
+def stub(qkv, seed, n_head, scale, dropout_p):
+    return OUT.detach(), LSE
+
+
+def test_a_call_costs_little_more_python_than_a_bare_autograd_function(monkeypatch):
+    """At most 1.5 times: the fastest of 200 interleaved rounds, so that a busy machine does not decide."""
+    monkeypatch.setattr(op, "_packed_forward", stub)
+    monkeypatch.setattr(backend, "triton_why_not", lambda tensor: None)
+    fused, qkv = backend.parse("fused"), torch.zeros(1, 4, 96, requires_grad=True)
+    assert causal_attention_qkvpacked(qkv, 4, backend=fused).grad_fn.name() == "_PackedAttentionBackward"
+
+    def seconds(call):
+        start = time.thread_time()          # of this thread alone
+        for _ in range(50):
+            call()
+        return time.thread_time() - start
+
+    calls = lambda: Bare.apply(qkv, 4, None, 0.0), lambda: causal_attention_qkvpacked(qkv, 4, backend=fused)
+    rounds = [[seconds(call) for call in calls] for _ in range(200)]
+    bare, ours = (min(times) for times in zip(*rounds))
+    ratio = ours / bare
+    print(f"attention: {ratio:.2f} times a bare autograd.Function")
+    assert ratio <= 1.5, f"{ratio:.2f} times a bare autograd.Function"
