@@ -38,14 +38,17 @@ def streams(logits):
     return [torch.zeros(len(logits), dtype=torch.int64, device=logits.device) for _ in range(3)]
 
 
-def sampler_step(logits, threads=1, **filters):
+def sampler_step(logits, **filters):
     out, seed, offset = streams(logits)
+    return lambda: sampler.sample_out(logits, out=out, seed=seed, offset=offset, temperature=TEMPERATURE, **filters)
 
-    def step():
+
+def on_threads(threads, step):
+    """The step on so many threads. Setting their number takes microseconds: for steps of milliseconds only."""
+    def run():
         torch.set_num_threads(threads)
-        sampler.sample_out(logits, out=out, seed=seed, offset=offset, temperature=TEMPERATURE, **filters)
-        torch.set_num_threads(1)
-    return step
+        step()
+    return run
 
 
 def bare_step(logits, top_k):
@@ -91,8 +94,8 @@ def on_cpu(rounds, path):
     compare("1 row, bf16, top_k=200", {"sampler": sampler_step(half, top_k=200), "nanoGPT": lambda: nanogpt_sequence(half, 200)}, rounds, path)
     many, cores = logits_of(64), len(os.sched_getaffinity(0))
     for top_k in (200, None):
-        compare(f"64 rows, top_k={top_k}", {f"{cores} threads": sampler_step(many, cores, top_k=top_k), "1 thread": sampler_step(many, 1, top_k=top_k)},
-                rounds // 2, path)
+        compare(f"64 rows, top_k={top_k}", {f"{cores} threads": on_threads(cores, sampler_step(many, top_k=top_k)),
+                                           "1 thread": on_threads(1, sampler_step(many, top_k=top_k))}, rounds // 2, path)
 
 
 def on_cuda(rounds, path):

@@ -1,7 +1,7 @@
 // The CPU sampler's outside: which instruction set, and rows in parallel on a team of threads.
 //
 // The team is made for the call and ends with it: starting a thread takes about 15 us, a row 25 to 60, so rows are dealt out only
-// when there are several. Nothing outlives the call, so a fork in between is safe, and no second OpenMP runtime meets PyTorch's.
+// when there are several. No thread works beyond the call, so a fork in between is safe, and no second OpenMP runtime meets PyTorch's.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -66,6 +66,21 @@ void sample_rows(const Batch& batch, SampleRow sample_row, std::atomic<int64_t>&
   }
 }
 
+// On a machine with other work a helper may come to run only when all rows are done. It is then not waited for: it was dismissed,
+// touches nothing but its own state, which the shared team keeps alive, and ends.
+struct Helper {
+  enum { waiting, working, dismissed };
+  std::atomic<int> state{waiting};
+  Memory memory;
+};
+
+struct Team {
+  Team(const Batch& batch, int64_t size) : batch(batch), helpers(size) {}
+  const Batch batch;
+  std::atomic<int64_t> next{0};
+  std::vector<Helper> helpers;
+};
+
 }  // namespace
 
 const char* cpu_isas() {
@@ -79,23 +94,30 @@ const char* cpu_isas() {
 
 void sample_cpu(const Batch& batch, int threads, const char* isa) {
   const SampleRow sample_row = find(isa).sample_row;
-  std::atomic<int64_t> next(0);
   const int64_t worthwhile = batch.rows * batch.vocab / 32768;  // a thread pays for itself from about that many logits on
   const int64_t members = std::max<int64_t>(1, std::min<int64_t>({threads, batch.rows, worthwhile}));
-  std::vector<Memory> memory(members - 1);
-  for (Memory& one : memory) one.scratch(batch.vocab);            // allocated here, where running out of memory can be raised
-  std::vector<std::thread> team;
-  team.reserve(members - 1);
-  for (Memory& one : memory) {
+  const auto team = std::make_shared<Team>(batch, members - 1);
+  std::vector<std::thread> running;
+  running.reserve(members - 1);
+  for (Helper& helper : team->helpers) {
+    helper.memory.scratch(batch.vocab);                          // allocated here, where running out of memory can be raised
     try {
-      team.emplace_back([&] { sample_rows(batch, sample_row, next, one.scratch(batch.vocab)); });
+      running.emplace_back([team, sample_row, &helper] {
+        int waiting = Helper::waiting;
+        if (helper.state.compare_exchange_strong(waiting, Helper::working))
+          sample_rows(team->batch, sample_row, team->next, helper.memory.scratch(team->batch.vocab));
+      });
     } catch (const std::system_error&) {
       break;  // no more threads to be had: those that run, and this one, do all the rows
     }
   }
   static thread_local Memory mine;
-  sample_rows(batch, sample_row, next, mine.scratch(batch.vocab));
-  for (std::thread& member : team) member.join();
+  sample_rows(team->batch, sample_row, team->next, mine.scratch(batch.vocab));
+  for (size_t i = 0; i < running.size(); ++i) {
+    int waiting = Helper::waiting;
+    if (team->helpers[i].state.compare_exchange_strong(waiting, Helper::dismissed)) running[i].detach();
+    else running[i].join();
+  }
 }
 
 }  // namespace ngf
