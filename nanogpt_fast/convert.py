@@ -56,8 +56,8 @@ def to_gpt(source, config=None, *, backend=None):
     if not isinstance(config, ClassicConfig):
         raise ConversionError("tensors alone do not say how many heads there are, nor where the norms stand: "
                               "pass config=ClassicConfig(n_head=..., norm=..., activation=..., ...)")
-    _refuse([f"post-norm blocks (norm={config.norm!r}): GPT normalises before each branch"] * (config.norm != "pre")
-            + [f"the {config.activation.upper()} feed-forward (activation='relu'): GPT has GELU"] * (config.activation == "relu"))
+    _refuse(["post-norm blocks (norm='post'): GPT normalises before each branch"] * (config.norm == "post")
+            + ["the ReLU feed-forward (activation='relu'): GPT has GELU"] * (config.activation == "relu"))
     state = fused_layout(state)
     args = {"activation": config.activation} if config.activation != "gelu" else {}
     gpt = _quietly(lambda: GPT(GPTConfig(block_size=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer,
@@ -269,5 +269,5 @@ def _prove(source, result):
     expected, found = logits
     difference = ((expected - found).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
     if not difference <= TOLERANCE[next(result.parameters()).dtype]:
-        raise ConversionError(f"the converted model's logits differ by {difference:.1e} of the largest: the source computes what "
-                              "its weights and config do not show (a replaced submodule, a hook, another norm or activation)")
+        raise ConversionError(f"the converted model's logits differ by {difference:.1e} of the largest: the source computes "
+                              "what its weights and config do not show (a replaced submodule, a hook, another norm or activation)")

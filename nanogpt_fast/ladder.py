@@ -35,7 +35,7 @@ class LadderOptions:
                        alias="dataset", positional=True)
     out_dir: str = option("out-ladder", "where the results are written")
     data_dir: str = option("data", "where data sets live")
-    steps: int = option(1000, "training steps of each model", minimum=1)
+    steps: int = option(700, "training steps of each model", minimum=1)
     batch_size: int = option(32, "sequences a step", minimum=1)
     block_size: int = option(64, "T: the context, in tokens", minimum=1)
     n_layer: int = option(4, "blocks of the GPT", minimum=1)
@@ -56,8 +56,8 @@ def main(argv):
     train_data, val_data = (torch.from_numpy(open_tokens(folder / f"{split}.bin", o.block_size).astype("int64"))
                             for split in ("train", "val"))
     if tokenizer.vocab_size > 8192:
-        raise ValueError(f"{folder} has a vocabulary of {tokenizer.vocab_size:,}, and the bigram's table is its square; prepare "
-                         "the text by characters, or with --tokenizer=word --vocab_size=4096")
+        raise ValueError(f"{folder} has a vocabulary of {tokenizer.vocab_size:,}, and the bigram's table is its square; "
+                         "prepare the text by characters, or with --tokenizer=word --vocab_size=4096")
     config = classic.ClassicConfig(
         vocab_size=tokenizer.vocab_size, block_size=o.block_size, n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd,
         dropout=o.dropout, tied=True)  # tied, so that the GPT fits nanoGPT's layout as it is

@@ -126,10 +126,10 @@ def test_mode_dtype_dropout_and_random_state_are_kept():
 def test_post_norm_and_relu_are_refused_by_name():
     with pytest.raises(ConversionError, match="post-norm blocks"):
         to_gpt(classic_gpt(norm="post"))
-    with pytest.raises(ConversionError, match="RELU feed-forward") as refusal:
+    with pytest.raises(ConversionError, match="ReLU feed-forward") as refusal:
         to_gpt(classic_gpt(activation="relu"))
     assert "post-norm" not in str(refusal.value)
-    with pytest.raises(ConversionError, match="post-norm.*RELU"):
+    with pytest.raises(ConversionError, match="post-norm.*ReLU"):
         to_gpt(classic_gpt(norm="post", activation="relu"))
 
 

@@ -48,7 +48,8 @@ def test_the_table_shows_every_model_with_its_figures(run, report):
     assert len({len(line) for line in lines}) == 1 and len(lines) == 7  # aligned, for a terminal too
     gpt = report["models"][-1]
     assert [cell.strip() for cell in lines[-1].split("|")[1:-1]] == [
-        "GPT", f"{gpt['parameters']:,}", "12", "384", f"{gpt['seconds']:.0f} s", f"{gpt['train_loss']:.3f}", f"{gpt['val_loss']:.3f}"]
+        "GPT", f"{gpt['parameters']:,}", "12", "384", f"{gpt['seconds']:.0f} s",
+        f"{gpt['train_loss']:.3f}", f"{gpt['val_loss']:.3f}"]
     assert "**bigram** writes:\n\n    " in text
 
 

@@ -105,12 +105,14 @@ def test_no_text_contains_the_mark_by_accident(text):
 @pytest.mark.parametrize("make", [
     lambda: CharTokenizer([]), lambda: CharTokenizer(["ab"]), lambda: CharTokenizer("aa"), lambda: CharTokenizer([1, 2]),
     lambda: CharTokenizer.from_text(""), lambda: WordTokenizer.from_text(""), lambda: WordTokenizer(["a"]),
-    lambda: WordTokenizer(["<unk>", "a", "a"]), lambda: WordTokenizer(["<unk>", ""]), lambda: WordTokenizer(["a"], unknown="guess"),
+    lambda: WordTokenizer(["<unk>", "a", "a"]), lambda: WordTokenizer(["<unk>", ""]),
+    lambda: WordTokenizer(["a"], unknown="guess"),
     lambda: WordTokenizer.from_text("a b", max_vocab_size=1),
     lambda: WordTokenizer.from_text("a b", max_vocab_size=0, unknown="error"),
     lambda: tokenizers.from_state({"kind": "morse"}), lambda: tokenizers.from_state(["kind"]),
     lambda: tokenizers.from_state({"kind": "char"}), lambda: tokenizers.from_state({"kind": "word", "words": 3}),
-    lambda: tokenizers.from_state({"kind": "char", "chars": "ab", "more": 1}), lambda: tokenizers.from_state({"kind": ["char"]}),
+    lambda: tokenizers.from_state({"kind": "char", "chars": "ab", "more": 1}),
+    lambda: tokenizers.from_state({"kind": ["char"]}),
 ])
 def test_what_is_no_vocabulary_is_refused(make):
     with pytest.raises(TokenizerError):

@@ -68,7 +68,7 @@ class Tokenizer:
         ids = [int(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
         for i in ids:  # also the negative ones, which Python's lists would take from the end
             if not 0 <= i < self.vocab_size:
-                raise TokenizerError(f"token id {i} is outside this vocabulary of {self.vocab_size} (0 to {self.vocab_size - 1})")
+                raise TokenizerError(f"token id {i} is outside this vocabulary of {self.vocab_size}, 0 to {self.vocab_size - 1}")
         return ids
 
     def __eq__(self, other):
