@@ -1,0 +1,33 @@
+"""The cases of cases.py under pytest-benchmark, for browsing; published figures come from benchmarks.run.
+
+    pytest benchmarks --benchmark-group-by=group                     everything; add -k attention for one op
+    NANOGPT_FAST_QUICK=1 pytest benchmarks                           tiny shapes, to try it
+
+A group is a case, its rows are the implementations. Times are of the host's clock, with the GPU synchronised in each call.
+"""
+import os
+
+import pytest
+import torch
+
+from benchmarks.cases import cases
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CASES = cases(DEVICE.type, quick=bool(os.environ.get("NANOGPT_FAST_QUICK")))
+
+
+@pytest.mark.parametrize("case, name", [pytest.param(case, name, id=f"{case.name} {name}") for case in CASES
+                                        for name in case.implementations])
+def test_time(case, name, benchmark):
+    runs, absent = case.runs(DEVICE, [name])
+    if absent:
+        pytest.skip(absent[name])
+    run = runs[name]
+
+    def call():
+        run()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+    benchmark.group = case.name
+    benchmark.name = name  # the row: the case stands above it
+    benchmark.pedantic(call, rounds=20, warmup_rounds=2)
