@@ -4,8 +4,8 @@
 
 cuBLAS does the matmuls. Where the activation is computed is the op's choice of form: "epilogue", inside the matmul that makes
 its input, or "pointwise", by a kernel of its own after cuBLAS (kernels/mlp.py says what each moves). Both keep, for a token in
-half precision, x (2C bytes), h before the activation (8C) and h after it (8C); with `recompute=True` the backward makes the last
-again.
+half precision, x (2C bytes), h before the activation (8C) and post after it (8C); with `recompute=True` the backward makes
+post again.
 """
 import contextlib
 
@@ -16,7 +16,7 @@ from .. import backend as _backend
 from .. import reference
 
 # {(architecture, C): (forward, backward)}: the time of the pointwise form over that of the epilogue form, measured side by side
-# on a GPU of that compute capability (90: H100, H200) at 64 x 1024 tokens. The epilogue form is taken where its ratio is over 1.
+# on a GPU of that compute capability (90: H100, H200) at 64 x 1024 tokens. The epilogue is taken where its ratio is over 1.
 # Nothing is measured yet, so the pointwise form is taken everywhere.
 EPILOGUE_SPEEDUP = {}
 
@@ -28,8 +28,8 @@ def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0,
     """dropout(act(x w_fc^T + b_fc) w_proj^T + b_proj): (..., C) in the autocast dtype where autocast is on, else in x's.
 
     x (..., C), w_fc (F, C), w_proj (C, F), floating point; b_fc (F,), b_proj (C,), or None. F is 4C in a GPT.
-    activation: "gelu" (erf), "gelu_tanh", "relu". dropout_p: 0 when not training; the mask's seed is drawn from the generator of
-    x's device. recompute: keep 10C instead of 18C bytes a token for the backward (half precision), which computes the rest again.
+    activation: "gelu" (erf), "gelu_tanh", "relu". dropout_p: 0 when not training; the mask's seed comes from the generator of
+    x's device. recompute: keep 10C instead of 18C bytes a token for the backward (half precision), which computes post again.
     form: "epilogue" or "pointwise" forces where the kernels compute the activation; None takes what was measured faster.
     backend: a choice for each op as `backend.parse` gives it, or None.
 
@@ -43,17 +43,10 @@ def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0,
     if form is not None and form not in FORMS:
         raise ValueError(f"form is {form!r}; expected one of {', '.join(FORMS)}, or None for the faster one")
     _check_shapes(x, w_fc, b_fc, w_proj, b_proj)
-    if implementation(x, w_fc, b_fc, w_proj, b_proj, backend=backend) == "reference":
+    if _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj)) == "reference":
         return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, activation_name=activation, dropout_p=dropout_p)
     forms = (form, form) if form else _faster_forms(x)
-    if torch.is_grad_enabled():
-        needs = tuple(t is not None and t.requires_grad for t in (x, w_fc, b_fc, w_proj, b_proj))
-        if any(needs):
-            return _GeluMLP.apply(x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p, recompute, forms, needs)
-    rows, w_fc, w_proj, seed = _operands(x, w_fc, w_proj, dropout_p)
-    run = _raw.mlp_forward if torch.compiler.is_compiling() else _forward
-    y, _, _ = run(rows, w_fc, b_fc, w_proj, b_proj, seed, activation, dropout_p, forms[0], False, False)
-    return y.view(x.shape)
+    return _GeluMLP.apply(x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p, recompute, forms, torch.is_grad_enabled())
 
 
 def implementation(x, w_fc, b_fc, w_proj, b_proj, *, backend=None):
@@ -64,32 +57,35 @@ def implementation(x, w_fc, b_fc, w_proj, b_proj, *, backend=None):
 def _triton_why_not(x, w_fc, b_fc, w_proj, b_proj):
     if (reason := _backend.triton_why_not(x)) is not None:
         return reason
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if autocast and torch.get_autocast_dtype(x.device.type) not in _DTYPES:
-        return f"autocast is to {torch.get_autocast_dtype(x.device.type)}; the kernels take float32, float16 and bfloat16"
+    device, dtype = x.device, x.dtype
+    if dtype not in _DTYPES:
+        return f"x is {dtype}; the kernels take float32, float16 and bfloat16"
     for name, t in (("w_fc", w_fc), ("b_fc", b_fc), ("w_proj", w_proj), ("b_proj", b_proj)):
-        if t is None:
+        if t is None or t.dtype == dtype and t.device == device:
             continue
-        if t.device != x.device:
-            return f"x is on {x.device}, {name} on {t.device}"
+        if t.device != device:
+            return f"x is on {device}, {name} on {t.device}"
         if t.dtype not in _DTYPES:
             return f"{name} is {t.dtype}; the kernels take float32, float16 and bfloat16"
-        if t.dtype != x.dtype and not autocast:
-            return f"x is {x.dtype}, {name} {t.dtype} and autocast is off"      # the reference raises PyTorch's own error
-    return None if x.dtype in _DTYPES else f"x is {x.dtype}; the kernels take float32, float16 and bfloat16"
+        if not torch.is_autocast_enabled(device.type):
+            return f"x is {dtype}, {name} {t.dtype} and autocast is off"        # the reference raises PyTorch's own error
+    return None
 
 
 CANDIDATES = (("triton", _triton_why_not),)
 
 
 def _check_shapes(x, w_fc, b_fc, w_proj, b_proj):
-    if w_fc.dim() != 2 or x.dim() == 0 or x.size(-1) != w_fc.size(1):
+    shape = w_fc.shape
+    if len(shape) != 2 or x.shape[-1:] != shape[1:]:
         raise ValueError(f"x {tuple(x.shape)} and w_fc {tuple(w_fc.shape)}: expected (..., C) and (F, C)")
-    if w_proj.shape != (w_fc.size(1), w_fc.size(0)):
+    inner, C = shape
+    if w_proj.shape != (C, inner):
         raise ValueError(f"w_proj {tuple(w_proj.shape)} and w_fc {tuple(w_fc.shape)}: expected (C, F) and (F, C)")
-    for name, bias, size in (("b_fc", b_fc, w_fc.size(0)), ("b_proj", b_proj, w_fc.size(1))):
-        if bias is not None and bias.shape != (size,):
-            raise ValueError(f"{name} {tuple(bias.shape)}: expected ({size},)")
+    if b_fc is not None and b_fc.shape != (inner,):
+        raise ValueError(f"b_fc {tuple(b_fc.shape)}: expected ({inner},)")
+    if b_proj is not None and b_proj.shape != (C,):
+        raise ValueError(f"b_proj {tuple(b_proj.shape)}: expected ({C},)")
 
 
 def _faster_forms(x):
@@ -104,20 +100,27 @@ def _faster_forms(x):
 def _operands(x, w_fc, w_proj, dropout_p):
     """x as rows and the weights, in the dtype to compute in, as the kernels take them; and a seed where there is dropout.
 
-    Biases stay as they are: kernels add them in fp32.
+    Biases stay as they are: kernels add them in fp32. What is right isn't touched: a `.to` that does nothing takes 0.7 us.
     """
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    rows = x.reshape(-1, x.size(-1)).to(dtype)
-    # One element in a row leaves strides free to be anything; a stride of 1 is what the kernels ask for.
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    kind = "cuda" if x.is_cuda else "cpu"       # where kernels run; x.device.type takes five times as long
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
+    if rows.dtype != dtype or rows.stride(1) != 1:
+        rows = rows.to(dtype).contiguous()
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_p > 0 else None
-    return rows, w_fc.to(dtype).contiguous(), w_proj.to(dtype).contiguous(), seed
+    if w_fc.dtype != dtype or not w_fc.is_contiguous():
+        w_fc = w_fc.to(dtype).contiguous()
+    if w_proj.dtype != dtype or not w_proj.is_contiguous():
+        w_proj = w_proj.to(dtype).contiguous()
+    return rows, w_fc, w_proj, seed
 
 
 class _GeluMLP(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p, recompute, forms, needs):
+    def forward(ctx, x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p, recompute, forms, grad_enabled):
+        # What needs a gradient decides what is kept; under no_grad needs_input_grad still says what would.
+        needs = ctx.needs_input_grad[:5] if grad_enabled else (False,) * 5
         rows, fc, proj, seed = _operands(x, w_fc, w_proj, dropout_p)
         need_x, need_w_fc, need_b_fc, need_w_proj, _ = needs
         need_dh = need_x or need_w_fc or need_b_fc
@@ -126,23 +129,24 @@ class _GeluMLP(torch.autograd.Function):
         y, h, post = run(rows, fc, b_fc, proj, b_proj, seed, activation, dropout_p, forms[0], keep_h, keep_post)
         ctx.save_for_backward(rows if need_w_fc else None, fc if need_x else None, b_fc, proj if need_dh else None,
                               h if keep_h else None, post if keep_post else None, seed)
-        ctx.shape, ctx.dtypes = x.shape, tuple(None if t is None else t.dtype for t in (x, w_fc, b_fc, w_proj, b_proj))
-        ctx.options = activation, dropout_p, *forms
-        ctx.needs = needs
-        return y.view(x.shape)
+        dtypes = (x.dtype, w_fc.dtype, None if b_fc is None else b_fc.dtype,
+                  w_proj.dtype, None if b_proj is None else b_proj.dtype)
+        ctx.call = x.shape, dtypes, (activation, dropout_p, *forms), needs
+        return y if x.dim() == 2 else y.view(x.shape)
 
     @staticmethod
     def backward(ctx, dy):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("gelu_mlp's kernels have no second derivative (create_graph=True); use backend='reference'")
         rows, fc, b_fc, proj, h, post, seed = ctx.saved_tensors
+        shape, dtypes, options, needs = ctx.call
         dy = dy.reshape(-1, dy.size(-1)).contiguous()       # an expanded or transposed gradient has no rows a kernel could read
         run = _raw.mlp_backward if torch.compiler.is_compiling() else _backward
         with _no_autocast(dy.device.type):
-            gradients = run(dy, rows, fc, b_fc, proj, h, post, seed, *ctx.options, *ctx.needs)
+            gradients = run(dy, rows, fc, b_fc, proj, h, post, seed, *options, *needs)
             dx, *others = (gradient.to(dtype) if need else None
-                           for gradient, dtype, need in zip(gradients, ctx.dtypes, ctx.needs, strict=True))
-        return dx if dx is None else dx.view(ctx.shape), *others, None, None, None, None, None
+                           for gradient, dtype, need in zip(gradients, dtypes, needs, strict=True))
+        return dx if dx is None else dx.view(shape), *others, None, None, None, None, None
 
 
 def _no_autocast(device_type):

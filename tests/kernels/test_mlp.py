@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import assert_close_to_oracle, assert_fault_is_seen, assert_grid_order_is_free, guarded_outputs, same_bits, with_nan_margins
+from harness import (assert_close_to_oracle, assert_fault_is_seen, assert_grid_order_is_free, guarded_outputs, same_bits,
+                     with_nan_margins)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pairwise import pairwise
@@ -65,7 +66,7 @@ def check_linear_act(M, K, N, name, dtype, bias, tile=None):
 
 
 def unrounded(dtype, bias):
-    """Whether h + b has more digits than dtype. Otherwise the correctly rounded act(h + b) is itself biased: see kernels/mlp.py."""
+    """Whether h + b has more digits than dtype. Otherwise the correctly rounded act(h + b) is itself biased (kernels/mlp.py)."""
     return dtype == torch.float32 or bias == torch.float32
 
 
@@ -81,7 +82,8 @@ def check_dact(M, K, N, name, dtype, bias, tile=None):
     dy, w = draw(M, K, dtype=dtype), draw(K, N, dtype=dtype, scale=K**-0.5)
     h, b = draw(M, N, dtype=dtype, scale=2.0), draw_bias(bias, N, dtype)
     dpost = with_nan_margins(dy @ w)
-    runs = {"epilogue": (lambda **want: mlp.linear_dact(dy, w, h, b, activation=name, tile=tile, **want), dy.double() @ w.double()),
+    runs = {"epilogue": (lambda **want: mlp.linear_dact(dy, w, h, b, activation=name, tile=tile, **want),
+                         dy.double() @ w.double()),
             "pointwise": (lambda **want: mlp.dact(dpost, h, b, activation=name, **want), dpost.double())}
     plain_dh, plain_db = gradients(dpost, h, low(b, dtype), name)
     for form, (run, dpost_exact) in runs.items():
@@ -92,8 +94,8 @@ def check_dact(M, K, N, name, dtype, bias, tile=None):
         assert_close_to_oracle(dh, exact_dh, plain_dh, "gradient", what=f"dh, {form}")
         assert_close_to_oracle(db, exact_db, plain_db, "gradient", what=f"db, {form}")
         exact = h.double() if b is None else h.double() + b.double()
-        assert_close_to_oracle(post, act(exact, name), act(h if b is None else h + low(b, dtype), name), "forward", what=f"post, {form}",
-                               check_bias=unrounded(dtype, bias))
+        plain_post = act(h if b is None else h + low(b, dtype), name)
+        assert_close_to_oracle(post, act(exact, name), plain_post, "forward", what=f"post, {form}", check_bias=unrounded(dtype, bias))
         assert none is None and no_db is None and same_bits(lean, dh), f"{form}: what is wanted beside dh changes dh"
 
 
@@ -238,7 +240,8 @@ def test_dropout_keeps_what_the_mask_says_in_every_kernel(dtype, N):
     plain = torch.where(keep, F.linear(x, w, b.to(dtype)) / (1 - p), 0)
     for what, run in {
             "epilogue": lambda: mlp.linear_act(x, w, b, activation="none", keep_h=False, dropout_p=p, seed=seed)[0],
-            "epilogue, other tile": lambda: mlp.linear_act(x, w, b, activation="none", dropout_p=p, seed=seed, tile=SMALL_TILE)[0],
+            "epilogue, other tile": lambda: mlp.linear_act(x, w, b, activation="none", dropout_p=p, seed=seed,
+                                                           tile=SMALL_TILE)[0],
             "pointwise": lambda: mlp.act(h, b, activation="none", dropout_p=p, seed=seed)}.items():
         with guarded_outputs():
             y = run()
@@ -303,7 +306,8 @@ def only_program(number):
         real["set_grid_idx"](self, number, 0, 0)
 
     def load(self, ptrs, mask, other, *rest):
-        return interpreter.TensorHandle(np.zeros(ptrs.data.shape, interpreter._get_np_dtype(ptrs.get_element_ty())), ptrs.get_element_ty())
+        element = ptrs.get_element_ty()
+        return interpreter.TensorHandle(np.zeros(ptrs.data.shape, interpreter._get_np_dtype(element)), element)
 
     def store(self, ptrs, value, mask, *rest):
         stored.append(ptrs.data[mask.data])
@@ -320,7 +324,7 @@ def only_program(number):
 
 @pytest.mark.skipif(not harness.INTERPRETED, reason="looks at addresses in the interpreter; the GPU runs the same arithmetic")
 def test_offsets_pass_two_to_the_31():
-    """The last rows of (2^24, 3072): 5e10 elements, 1e11 bytes. The addresses are computed and looked at, the memory isn't there."""
+    """The last rows of (2^24, 3072): 5e10 elements, 1e11 bytes. The addresses are computed and looked at, without the memory."""
     M, N, K, base = 2**24, 3072, 64, torch.zeros(1, dtype=torch.bfloat16)
     bits = dict(ACTIVATION="gelu", EXACT=False)
     block_m, block_n, _ = mlp.POINTWISE_TILE
@@ -329,7 +333,8 @@ def test_offsets_pass_two_to_the_31():
     expected_last = out.data_ptr() + 2 * (M * N - 1)
     tile = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64)
     launches = (
-        (mlp._linear_act_kernel, (base, base, None, None, out, None, 0.0, M, N, K, K), dict(DROPOUT=False, **tile), M // 128 * (N // 128)),
+        (mlp._linear_act_kernel, (base, base, None, None, out, None, 0.0, M, N, K, K), dict(DROPOUT=False, **tile),
+         M // 128 * (N // 128)),
         (mlp._linear_dact_kernel, (base, base, base, None, out, None, None, M, N, K, K), tile, M // 128 * (N // 128)),
         (mlp._act_kernel, (base, None, out, None, 0.0, M, N), dict(DROPOUT=False, BLOCK_M=block_m, BLOCK_N=block_n),
          M // block_m * (N // block_n)),
