@@ -23,8 +23,8 @@ loop, one block a multiprocessor, and spills.)
 
 GELU isn't invertible, so h is kept for the backward. post may be kept too, or be computed again from h by the backward kernel
 on its way (`want_post`). The epilogue applies the activation to h before h is rounded. PyTorch's sequence rounds h first, and
-act(h) of a rounded h is biased once it is rounded too: for h = 3 in bf16, gelu(h) = 2.996 rounds to 3 (mean error 1.5e-4 for h of
-standard deviation 2, 20 standard errors; from the unrounded h none could be measured).
+act(h) of a rounded h is biased once it is rounded too: for h = 3 in bf16, gelu(h) = 2.996 rounds to 3 (mean error 1.5e-4 for h
+of standard deviation 2, 20 standard errors; from the unrounded h none could be measured).
 
 Bias gradients are summed in fp32: per tile or per group of rows in the kernel, then over these partial sums; no atomics, so the
 bits are always the same. The row groups depend on the shape alone, not on the GPU.

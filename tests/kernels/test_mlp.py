@@ -66,7 +66,7 @@ def check_linear_act(M, K, N, name, dtype, bias, tile=None):
 
 
 def unrounded(dtype, bias):
-    """Whether h + b has more digits than dtype. Otherwise the correctly rounded act(h + b) is itself biased (kernels/mlp.py)."""
+    """Whether h + b has more digits than dtype. If not, the correctly rounded act(h + b) is itself biased (kernels/mlp.py)."""
     return dtype == torch.float32 or bias == torch.float32
 
 
@@ -95,7 +95,8 @@ def check_dact(M, K, N, name, dtype, bias, tile=None):
         assert_close_to_oracle(db, exact_db, plain_db, "gradient", what=f"db, {form}")
         exact = h.double() if b is None else h.double() + b.double()
         plain_post = act(h if b is None else h + low(b, dtype), name)
-        assert_close_to_oracle(post, act(exact, name), plain_post, "forward", what=f"post, {form}", check_bias=unrounded(dtype, bias))
+        assert_close_to_oracle(post, act(exact, name), plain_post, "forward", what=f"post, {form}",
+                               check_bias=unrounded(dtype, bias))
         assert none is None and no_db is None and same_bits(lean, dh), f"{form}: what is wanted beside dh changes dh"
 
 
@@ -324,7 +325,7 @@ def only_program(number):
 
 @pytest.mark.skipif(not harness.INTERPRETED, reason="looks at addresses in the interpreter; the GPU runs the same arithmetic")
 def test_offsets_pass_two_to_the_31():
-    """The last rows of (2^24, 3072): 5e10 elements, 1e11 bytes. The addresses are computed and looked at, without the memory."""
+    """The last rows of (2^24, 3072): 5e10 elements, 1e11 bytes. The addresses are looked at; the memory isn't there."""
     M, N, K, base = 2**24, 3072, 64, torch.zeros(1, dtype=torch.bfloat16)
     bits = dict(ACTIVATION="gelu", EXACT=False)
     block_m, block_n, _ = mlp.POINTWISE_TILE

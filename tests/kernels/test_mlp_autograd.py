@@ -95,8 +95,8 @@ def test_recompute_keeps_less_and_gives_the_same_gradients(form):
     tokens, C = 18, 24
     assert kept == {False: 18 * C * tokens, True: 10 * C * tokens}
     for name, a, b in zip(NAMES, gradients_of[False], gradients_of[True]):
-        if name == "w_proj":            # post is computed from h as it was stored: in bf16 that is a rounding apart
-            assert ((a - b).float().norm() / a.float().norm()) < 2e-3
+        if name == "w_proj":            # post is computed from h as it was stored: a rounding apart, 2^-8 in bf16
+            assert ((a - b).float().norm() / a.float().norm()) < 2**-7
         else:
             assert same_bits(a, b), name
 
@@ -354,8 +354,9 @@ def operator_arguments():
                (x, w_fc, b_fc, w_proj, b_proj, seed, "gelu_tanh", 0.2, "epilogue", False, False)]
     backward = [(x, x, w_fc, b_fc, w_proj, h, post, None, "gelu", 0.0, "epilogue", "epilogue", True, True, True, True, True),
                 (x, x, w_fc, b_fc, w_proj, h, None, seed, "gelu", 0.2, "pointwise", "pointwise", True, True, True, True, True),
-                (x, *(None, None, b_fc, None, None, post, None), "gelu", 0.0, "epilogue", "epilogue", *(False, False, False, True, False)),
-                (x, *[None] * 7, "gelu", 0.0, "epilogue", "epilogue", *(False, False, False, False, True))]
+                (x, None, None, b_fc, None, None, post, None, "gelu", 0.0, "epilogue", "epilogue",
+                 False, False, False, True, False),
+                (x, *[None] * 7, "gelu", 0.0, "epilogue", "epilogue", False, False, False, False, True)]
     return [("mlp_forward", args) for args in forward] + [("mlp_backward", args) for args in backward]
 
 
