@@ -51,7 +51,8 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
         s, y = reference.add_layer_norm(x, branch, weight, bias, eps=eps, dropout_p=dropout_p)
         return s, y if out_dtype is None else y.to(out_dtype)
     if out_dtype is None:
-        out_dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        device_type = "cuda" if x.is_cuda else x.device.type  # asking the device for its name takes a microsecond
+        out_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
     if branch is None:
         return x, _LayerNorm.apply(x, weight, bias, eps, out_dtype)
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0 else None
@@ -77,11 +78,12 @@ def _triton_why_not(x, weight, bias, branch=None):
     if (reason := _backend.triton_why_not(x)) is not None:
         return reason
     device = x.device
-    for tensor in (x, weight, bias, branch):
-        if tensor is not None and (tensor.dtype not in _DTYPES or tensor.device != device):
-            name = next(n for n, t in (("x", x), ("weight", weight), ("bias", bias), ("branch", branch)) if t is tensor)
-            return (f"{name} is {tensor.dtype} on {tensor.device}; the kernel takes float32, float16 and bfloat16 "
-                    f"on x's device, {device}")
+    if not (x.dtype in _DTYPES and weight.dtype in _DTYPES and weight.device == device
+            and (bias is None or bias.dtype in _DTYPES and bias.device == device)
+            and (branch is None or branch.dtype in _DTYPES and branch.device == device)):
+        given = ", ".join(f"{name} is {t.dtype} on {t.device}" for name, t in (
+            ("x", x), ("branch", branch), ("weight", weight), ("bias", bias)) if t is not None)
+        return f"{given}; the kernel takes float32, float16 and bfloat16 on one device"
     if not 1 <= x.shape[-1] <= _MAX_C:
         return f"rows have {x.shape[-1]} elements; the kernel takes 1 to {_MAX_C}"
     if branch is not None and branch.dtype != x.dtype and torch.promote_types(x.dtype, branch.dtype) != x.dtype:
@@ -105,20 +107,17 @@ def _no_second_derivative():
 
 def _forward(x, branch, weight, bias, seed, p, eps, y_dtype):
     """(s, y, statistics). A tensor that is no contiguous block (a transposed or expanded view) is copied into one."""
-    x, branch = x.contiguous(), None if branch is None else branch.contiguous()
-    if torch.compiler.is_compiling():
-        return _raw.layer_norm_forward(x, branch, weight.contiguous(), bias, seed, p, eps, y_dtype)
-    return _kernels().forward(x, branch, weight.contiguous(), bias, eps=eps, p=p, seed=seed, y_dtype=y_dtype)
+    launch = _raw.layer_norm_forward if torch.compiler.is_compiling() else _kernels().launch_forward
+    return launch(x.contiguous(), None if branch is None else branch.contiguous(), weight.contiguous(),
+                  None if bias is None else bias.contiguous(), seed, p, eps, y_dtype)
 
 
 def _backward(ctx, dy, ds, s, weight, statistics, seed, p, branch_dtype, need_dweight, need_dbias):
-    dy, ds, s = dy.contiguous(), None if ds is None else ds.contiguous(), s.contiguous()
-    dweight_dtype, dbias_dtype = weight.dtype if need_dweight else None, ctx.bias_dtype if need_dbias else None
+    arguments = (dy.contiguous(), None if ds is None else ds.contiguous(), s.contiguous(), weight.contiguous(), statistics,
+                 seed, p, branch_dtype, weight.dtype if need_dweight else None, ctx.bias_dtype if need_dbias else None)
     if not torch.compiler.is_compiling():
-        return _kernels().backward(dy, ds, s, weight, statistics, p=p, seed=seed, branch_dtype=branch_dtype,
-                                   dweight_dtype=dweight_dtype, dbias_dtype=dbias_dtype)
-    dx, dbranch, dweight, dbias = _raw.layer_norm_backward(dy, ds, s, weight, statistics, seed, p, branch_dtype,
-                                                           dweight_dtype, dbias_dtype)
+        return _kernels().launch_backward(*arguments)
+    dx, dbranch, dweight, dbias = _raw.layer_norm_backward(*arguments)
     dbranch = dbranch if seed is not None or branch_dtype not in (None, s.dtype) else None
     return dx, dbranch, dweight if need_dweight else None, dbias if need_dbias else None
 

@@ -149,13 +149,13 @@ def test_without_autocast_the_dtype_is_xs(dtype):
 
 def keep_seed(monkeypatch):
     """The list of the seeds that the kernels are launched with from now on."""
-    seeds, forward = [], kernels.forward
+    seeds, launch = [], kernels.launch_forward
 
-    def remember(*args, seed=None, **kwargs):
+    def remember(x, branch, weight, bias, seed, *rest):
         seeds.append(None if seed is None else seed.clone())
-        return forward(*args, seed=seed, **kwargs)
+        return launch(x, branch, weight, bias, seed, *rest)
 
-    monkeypatch.setattr(kernels, "forward", remember)
+    monkeypatch.setattr(kernels, "launch_forward", remember)
     return seeds
 
 
@@ -293,8 +293,8 @@ def test_the_operators_pass_torchs_own_check(branch_dtype, p):
 
 
 @pytest.mark.parametrize("change, reason", [
-    (dict(x=torch.zeros(3, C, dtype=torch.float64)), "x is torch.float64 on .*; the kernel takes float32"),
-    (dict(weight=torch.ones(C, dtype=torch.float64)), "weight is torch.float64"),
+    (dict(x=torch.zeros(3, C, dtype=torch.float64)), "x is torch.float64 on .*; the kernel takes float32, float16"),
+    (dict(weight=torch.ones(C, dtype=torch.float64)), "x is torch.float32 on .*, weight is torch.float64"),
     (dict(x=torch.zeros(3, 9000), weight=torch.ones(9000), bias=None, branch=None), "rows have 9000 elements; .* 1 to 8192"),
     (dict(x=torch.zeros(3, C, dtype=torch.bfloat16)), "x is torch.bfloat16, branch torch.float32: their sum is not"),
 ])
