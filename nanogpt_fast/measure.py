@@ -133,16 +133,18 @@ def cpu_name():
 
 @functools.cache
 def commit():
-    """The commit that was measured, with "+" behind it where the tree had changes; "unknown" outside of a checkout of ours."""
+    """The commit that was measured, with "+" behind it where the tree had changes; else what NANOGPT_FAST_COMMIT says, for a copy
+    of the tree without its history; else "unknown"."""
+    told = os.environ.get("NANOGPT_FAST_COMMIT", "unknown")
     root = Path(__file__).parent.parent
     if not (root / "kernels" / "gate.py").exists():  # installed: the folder around it may be somebody else's checkout
-        return "unknown"
+        return told
     git = ["git", "-C", str(root)]
     try:
         name = subprocess.run(git + ["rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(git + ["status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return told
     return name + ("+" if changed else "")
 
 

@@ -1,0 +1,416 @@
+"""Turns benchmarks/results/ into the README's tables and into plots. No figure in the README is typed.
+
+    python -m benchmarks.report                   print the README's generated sections
+    python -m benchmarks.report --write           put them into README.md, and draw docs/measured/*.png
+    python -m benchmarks.report --summary FILE    one screen of one results file
+
+Of what was measured more than once the last counts. A row without a measurement says so. tests/test_benchmarks.py holds the
+README to what this prints.
+"""
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+
+from benchmarks import RESULTS
+from nanogpt_fast.bench import MODELS, TRAIN_VARIANTS, quantile, rival_of
+
+ROOT = Path(__file__).parent.parent
+PLOTS = ROOT / "docs" / "measured"
+MISSING = "not measured yet"
+PEERS = ("eager", "compile", "compile max-autotune", "SDPA flash", "SDPA cuDNN", "SDPA efficient", "FlexAttention", "flash-attn",
+         "Liger", "quack", "F.linear_cross_entropy")
+# What GPT-2 124M's training step on a GPU is made of, (op, shape); each forward, and forward and backward.
+GPU_KERNELS = (("attention", dict(B=32, T=1024, H=12, D=64)), ("add + LayerNorm", dict(rows=32768, C=768)),
+               ("GELU-MLP", dict(rows=32768, C=768)), ("linear cross-entropy", dict(rows=32768, C=768, V=50304)))
+GPU_STEPS = (("decode attention", dict(B=1, T=1024, H=12, D=64)), ("sampler", dict(rows=1, V=50304)))
+
+
+def read(*paths):
+    """All records of JSON-lines files, oldest first."""
+    records = []
+    for path in paths or sorted(RESULTS.glob("*.jsonl")):
+        records += [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return sorted(records, key=lambda record: record["environment"]["time"])
+
+
+def last(records, benchmark, device=None, **fields):
+    """The newest record of this kind, or None. fields: must be equal; `options` may be reached into by name."""
+    def fits(record):
+        return all(record.get(key, record.get("options", {}).get(key)) == value for key, value in fields.items())
+    return next((r for r in reversed(records) if r["benchmark"] == benchmark and device in (None, device_of(r)) and fits(r)), None)
+
+
+def device_of(record):
+    return record.get("device") or ("cuda" if "gpu" in record["environment"] else "cpu")
+
+
+# ------------------------------------------------------------------------------------------------------------------ tables
+
+def table(head, rows):
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["--"] * len(head)) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def where(record):
+    """The machine and the versions, as a line of small print."""
+    e = record["environment"]
+    machine = f"{e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}" if device_of(record) == "cuda" else f"{e['cpu']}, {e['threads']} threads"
+    triton = f", Triton {e['triton']}" if "triton" in e else ""
+    load = f", load {e['load']:.1f} on {e['cores']} cores" if "load" in e and device_of(record) == "cpu" else ""
+    return f"<sub>{machine}; torch {e['torch']}{triton}; commit {e['commit']}, {e['time'][:10]}{load}</sub>"
+
+
+TRAIN_ROWS = ("nanoGPT", "nanoGPT compiled", "one import", "one import compiled", "our trainer", "our trainer compiled",
+              "our trainer bf16", "our trainer bf16 compiled")
+
+
+def train(records, device, model, title):
+    record = last(records, "train", device, model=model)
+    if record is None:
+        return f"**{title}**: {MISSING} (nanoGPT, one import, our trainer; each eager and compiled)"
+    found, gpu = record["variants"], device == "cuda"
+    rival, rows = rival_of(found), []
+    for name in [name for name in TRAIN_ROWS if not gpu or name in TRAIN_VARIANTS]:
+        row = found.get(name, {})
+        if "tokens_per_s" not in row:
+            rows.append([name, row.get("error", MISSING)] + [""] * (5 if gpu else 3))
+            continue
+        more = [f"{100 * row['mfu']:.1f} %" if row["mfu"] else "", f"{row['peak_memory'] / 2**30:.1f} GiB"] if gpu else []
+        rows.append([name, f"{row['tokens_per_s']:,.0f}", f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}" if rival else "", *more,
+                     f"{row['first_step_s']:.1f} s", f"{100 * spread(row['samples']):.1f} %"])
+    against = "times nanoGPT" + (" compiled" if "tokens_per_s" in found.get("nanoGPT compiled", ()) else "")
+    head = ["", "tokens/s", against, *(["MFU", "peak memory"] if gpu else []), "first step", "spread"]
+    return f"**{title}**\n\n" + table(head, rows) + small(record, lambda r: (
+        f"{r['shape']['batch_size']} x {r['shape']['block_size']} tokens a step, {r['dtype']} unless said; nanoGPT is {r['against']}; "
+        "spread: half the width of the middle half of the samples"))
+
+
+def spread(samples):
+    """Half the width of the middle half of the samples, as a share of the median."""
+    if len(samples) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return (high - low) / 2 / middle
+
+
+def small(record, words=lambda record: ""):
+    """The small print under a table."""
+    if record is None:
+        return ""
+    text = words(record)
+    return "\n\n" + where(record).replace("<sub>", f"<sub>{text}. " if text else "<sub>")
+
+
+def generate(records, device, batches=(1, 8, 64)):
+    rows, newest = [], None
+    if last(records, "generate", device, model="gpt2") is None:
+        return f"**GPT-2 124M**, batch {', '.join(map(str, batches))}: {MISSING} (nanoGPT's loop, a plain KV cache, ours)"
+    names = ["nanoGPT", "plain KV cache", "ours", *(["plain KV cache bf16", "ours bf16"] if device == "cpu" else [])]
+    for B in batches:
+        record = last(records, "generate", device, model="gpt2", batch_size=B)
+        newest = record or newest
+        found = record["variants"] if record else {}
+        for name in names:
+            if name not in found:
+                rows.append([B, name, MISSING, "", "", "", ""])
+                continue
+            row, slow = found[name], found.get("nanoGPT")
+            ms = ", ".join(f"{1e3 * quantile(row['latency'], q):.2f}" for q in (0.5, 0.9, 0.99) if row["latency"])
+            rows.append([B, name, f"{row['tokens_per_s']:,.0f}", f"{row['tokens_per_s'] / slow['tokens_per_s']:,.1f}" if slow else "",
+                         f"{100 * row['of_limit']:.0f} %", f"{1e3 * row['prefill_s']:,.1f} ms", ms])
+    head = ["batch", "", "tokens/s", "times nanoGPT", "of the memory limit", "prefill", "ms a token: median, 90 %, 99 %"]
+    return table(head, rows) + small(newest, lambda r: f"GPT-2 124M, {r['prompt']} tokens of prompt, {r['dtype']} unless said; nanoGPT is "
+                                     f"{r['against']}; the limit: weights and cache read once a step at the {r['limits']['copy'] / 1e9:,.0f} "
+                                     "GB/s that a copy reached in the same run")
+
+
+def kernels(records, device="cuda"):
+    rows, newest = [], None
+    wanted = [(op, shape, direction) for op, shape in GPU_KERNELS for direction in ("forward", "both")]
+    wanted += [(op, shape, "forward") for op, shape in GPU_STEPS]
+    for op, shape, direction in wanted:
+        record = last(records, "kernel", device, op=op, shape=shape, direction=direction, dtype="bfloat16")
+        newest = record or newest
+        size = ", ".join(f"{key}={value:,}" for key, value in shape.items())
+        way = "forward" if direction == "forward" else "forward + backward"
+        rows.append([op, size, way, *(kernel_row(record) if record else [MISSING, "", "", "", ""])])
+    head = ["op", "shape", "", "ours, us", "of the limit", "eager, us", "torch.compile, us", "fastest peer, us"]
+    return table(head, rows) + small(newest, lambda r: "bf16; medians, cold caches; the limit is the copy bandwidth or matmul rate that "
+                                     f"the same run reached ({r['limits']['copy'] / 1e12:.2f} TB/s, {r['limits']['matmul'] / 1e12:.0f} TFLOP/s)")
+
+
+def kernel_row(record):
+    median = {name: statistics.median(samples) for name, samples in record["samples"].items()}
+    us = {name: f"{1e6 * seconds:,.1f}" for name, seconds in median.items()}
+    peers = {name: seconds for name, seconds in median.items() if name in PEERS}
+    best = min(peers, key=peers.get, default=None)
+    limit = limit_share(record, median["ours"]) if "ours" in median else None
+    return [us.get("ours", record["absent"].get("ours", MISSING)), "" if limit is None else f"{100 * limit:.0f} %", us.get("eager", ""),
+            us.get("compile", ""), f"{us[best]} ({best})" if best else ""]
+
+
+def limit_share(record, seconds):
+    done = record["bytes"] if record["bound"] == "copy" else record["flops"]
+    return done / seconds / record["limits"][record["bound"]]
+
+
+def sampler(records, device):
+    titles = list(dict.fromkeys(r["row"] for r in records if r["benchmark"] == "sampler" and device_of(r) == device))
+    found = [last(records, "sampler", device, row=title) for title in titles]
+    rows = []
+    for record in found:
+        median, rival = record["median"], record["rival"]
+        for name in median:
+            if name != rival:
+                rows.append([record["row"], name, f"{1e6 * median[name]:,.0f}", f"{1e6 * median[rival]:,.0f} ({rival})",
+                             f"{median[rival] / median[name]:.1f}"])
+    rows = rows or [["1 row, top_k=200", "sampler", MISSING, "", ""]]
+    return table(["logits, V = 50,304", "", "us", "against, us", "times as fast"], rows) + small(found[-1] if found else None)
+
+
+def drop_in(records):
+    rows, newest = [], last(records, "import", "cpu")
+    seconds = f"{newest['seconds']:.2f} s" if newest else MISSING
+    rows.append(["`import nanogpt_fast` beyond `import torch`", seconds, ""])
+    for shape in ("GPT-2 124M, B=4, T=256", "CPU recipe, B=12, T=64"):
+        record = last(records, "training step, eager fp32 reference", "cpu", shape=shape)
+        newest = record or newest
+        rows.append([f"training step, eager fp32, {shape}", f"{record['ratio']:.3f} of nanoGPT's time" if record else MISSING,
+                     f"{record['memory_ratio']:.3f} of its peak memory" if record else ""])
+    return table(["what the drop-in costs where no kernel runs", "", ""], rows) + small(newest)
+
+
+def loss(records, device):
+    models = ("baby",) if device == "cuda" else ("cpu",)
+    rows, newest = [], None
+    for model in models:
+        record = last(records, "loss", device, model=model)
+        newest = record or newest
+        if record is None:
+            rows.append([model, MISSING, "", "", ""])
+            continue
+        for name, curve in record["curves"].items():
+            rows.append([model, name, f"{curve[-1]['step']:,}", f"{curve[-1]['val_loss']:.4f}", f"{curve[-1]['seconds']:,.1f} s"])
+    return table(["model", "", "steps", "validation loss", "after"], rows) + small(newest, lambda r: f"the same text, batches and initial "
+                                                                                   f"weights, in turns; {r['dtype']}")
+
+
+def gate():
+    """Registers, shared memory and floors of the kernels of a training step, from the compile gate."""
+    path = RESULTS / "gate.json"
+    rows = [row for row in json.loads(path.read_text())] if path.exists() else []
+    rows = [row for row in rows if row["arch"] == 90 and row["in_model"]]
+    body = [[f"`{r['name']}`", r["tile_row"], r["registers"], r["spill_bytes"], f"{r['shared'] / 1024:.0f} KiB", r["resident_blocks"],
+             "" if r["floor_us"] is None else f"{r['floor_us']:,.0f}", f"{r['compile_seconds']:.1f}"] for r in rows]
+    return table(["kernel, compiled for sm_90", "tile", "registers", "spill, B", "shared", "blocks/SM", "floor, us", "compile, s"],
+                 body or [[MISSING] + [""] * 7])
+
+
+def command_output(name):
+    path = RESULTS / f"{name}.txt"
+    return f"```\n$ nanogpt-fast {name}\n{shorten(path.read_text().strip())}\n```" if path.exists() else f"`nanogpt-fast {name}`: {MISSING}"
+
+
+def shorten(text, head=30, tail=8, width=150):
+    """A long output's beginning and end."""
+    lines = [line if len(line) <= width else line[:width - 3] + "..." for line in text.splitlines()]
+    if len(lines) > head + tail:
+        lines = lines[:head] + [f"... {len(lines) - head - tail} more lines ..."] + lines[-tail:]
+    return "\n".join(lines)
+
+
+def sections(records):
+    """{name: markdown} of the README's generated sections."""
+    return {
+        "train on a GPU": "\n\n".join(train(records, "cuda", model, title) for model, title in (
+            ("gpt2", "GPT-2 124M"), ("gpt2-medium", "GPT-2 350M"), ("baby", "baby character GPT"))),
+        "generate on a GPU": generate(records, "cuda"),
+        "kernels on a GPU": kernels(records) + image("bars") + image("roofline") + image("scaling"),
+        "train on a CPU": "\n\n".join(train(records, "cpu", model, title) for model, title in (
+            ("gpt2", "GPT-2 124M"), ("cpu", "nanoGPT's CPU recipe, 0.8M parameters"))) + image("train"),
+        "generate on a CPU": generate(records, "cpu"),
+        "sampler": sampler(records, "cpu"),
+        "drop-in": drop_in(records),
+        "loss against time": loss(records, "cuda") + "\n\n" + loss(records, "cpu") + image("loss"),
+        "compile gate": gate(),
+        "doctor": command_output("doctor"),
+        "verify": command_output("verify"),
+    }
+
+
+def image(name):
+    """A line that shows a plot, where it was drawn."""
+    return f"\n\n![{name}](docs/measured/{name}.png)" if (PLOTS / f"{name}.png").exists() else ""
+
+
+MARKED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text, found):
+    """The README's text with its generated sections replaced. Raises ValueError for a marker that nothing fills."""
+    def put(match):
+        if match[2] not in found:
+            raise ValueError(f"README.md has a section {match[2]!r}; the report has {', '.join(found)}")
+        return f"{match[1]}\n{found[match[2]]}\n\n{match[3]}"
+    return MARKED.sub(put, text)
+
+
+# ------------------------------------------------------------------------------------------------------------------- plots
+
+def draw(records):
+    """All plots for which there is a measurement; returns their names."""
+    drawn = []
+    newest = {}
+    for record in records:
+        if record["benchmark"] == "kernel" and record["device"] == "cuda":
+            newest[record["op"], str(record["shape"]), record["direction"], record["dtype"]] = record
+    measured = list(newest.values())
+    losses = [record for device, model in (("cuda", "baby"), ("cpu", "cpu")) if (record := last(records, "loss", device, model=model))]
+    trained = [(title, record) for device, model, title in (("cuda", "gpt2", "GPT-2 124M, GPU"), ("cpu", "gpt2", "GPT-2 124M, CPU"), ("cpu", "cpu", "CPU recipe"))
+               if (record := last(records, "train", device, model=model))]
+    for name, data, function in (("bars", measured, draw_bars), ("roofline", measured, draw_roofline), ("scaling", measured, draw_scaling),
+                                 ("loss", losses, draw_loss), ("train", trained, draw_train)):
+        if data and function(data):
+            drawn.append(name)
+    return drawn
+
+
+def figure(panels=1):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(5.2 * panels, 3.6), layout="constrained")
+    FigureCanvasAgg(fig)  # draws without a display
+    axes = fig.subplots(1, panels, squeeze=False)[0]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig, axes
+
+
+def save(fig, name):
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    fig.savefig(PLOTS / f"{name}.png", dpi=130)
+    return True
+
+
+def medians(record):
+    return {name: statistics.median(samples) for name, samples in record["samples"].items()}
+
+
+def draw_bars(measured):
+    """Each op of the training step against its peers: forward and backward of one call, in us."""
+    by_op = [record for op, shape in GPU_KERNELS for record in measured if record["op"] == op and record["shape"] == shape
+             and record["direction"] == "both" and record["dtype"] == "bfloat16"]
+    if not by_op:
+        return False
+    fig, axes = figure(len(by_op))
+    for ax, record in zip(axes, by_op):
+        median = sorted(medians(record).items(), key=lambda item: -item[1])
+        ax.barh([name for name, _ in median], [1e6 * seconds for _, seconds in median],
+                color=["tab:orange" if name.startswith("our") else "tab:gray" for name, _ in median])
+        ax.set(title=record["op"], xlabel="us, forward + backward")
+    return save(fig, "bars")
+
+
+def draw_roofline(measured):
+    fig, (ax,) = figure()
+    limits = measured[-1]["limits"]
+    intensities = [2.0 ** i for i in range(-4, 15)]
+    ax.plot(intensities, [min(limits["copy"] * i, limits["matmul"]) / 1e12 for i in intensities], color="black", label="this GPU")
+    for op in dict.fromkeys(record["op"] for record in measured):
+        points = [(max(r["flops"], r["bytes"] / 16) / r["bytes"], r) for r in measured if r["op"] == op and "ours" in r["samples"]]
+        ax.plot([i for i, _ in points], [i * r["bytes"] / medians(r)["ours"] / 1e12 for i, r in points], "o", label=op)
+    ax.set(xscale="log", yscale="log", xlabel="FLOPs a byte (ops without matmuls stand at 1/16)", ylabel="TFLOP/s")
+    ax.legend(fontsize=7)
+    return save(fig, "roofline")
+
+
+def draw_scaling(measured):
+    """Attention in T, the number of tokens fixed: TFLOP/s, forward and both."""
+    points = [r for r in measured if r["op"] == "attention" and r["sweep"] == "T" and r["dtype"] == "bfloat16"]
+    if len({r["shape"]["T"] for r in points}) < 2:
+        return False
+    fig, axes = figure(2)
+    for ax, direction in zip(axes, ("forward", "both")):
+        chosen = sorted((r for r in points if r["direction"] == direction), key=lambda r: r["shape"]["T"])
+        for name in dict.fromkeys(name for r in chosen for name in r["samples"]):
+            has = [r for r in chosen if name in r["samples"]]
+            ax.plot([r["shape"]["T"] for r in has], [r["flops"] / medians(r)[name] / 1e12 for r in has], "o-", label=name,
+                    linewidth=2.5 if name == "ours" else 1)
+        ax.set(xscale="log", xlabel="T", ylabel="TFLOP/s", title="forward" if direction == "forward" else "forward + backward")
+        ax.legend(fontsize=6)
+    return save(fig, "scaling")
+
+
+def draw_loss(losses):
+    fig, axes = figure(len(losses))
+    for ax, record in zip(axes, losses):
+        for name, curve in record["curves"].items():
+            ax.plot([point["seconds"] for point in curve], [point["val_loss"] for point in curve], "o-", markersize=3, label=name)
+        ax.set(xlabel="seconds of training", ylabel="validation loss", title=f"{record['options']['model']}, {record['device']}")
+        ax.legend()
+    return save(fig, "loss")
+
+
+def draw_train(trained):
+    fig, axes = figure(len(trained))
+    for ax, (title, record) in zip(axes, trained):
+        rows = [(name, row["tokens_per_s"]) for name, row in record["variants"].items() if "tokens_per_s" in row]
+        rows.sort(key=lambda row: row[1])
+        ax.barh([name for name, _ in rows], [rate for _, rate in rows],
+                color=["tab:gray" if name.startswith("nanoGPT") else "tab:orange" for name, _ in rows])
+        ax.set(title=title, xlabel="tokens/s")
+    return save(fig, "train")
+
+
+# ----------------------------------------------------------------------------------------------------------------- summary
+
+def summary(records):
+    """One screen of a run."""
+    lines = []
+    for model in MODELS:
+        record = last(records, "train", model=model)
+        if record:
+            rival = rival_of(record["variants"])
+            lines.append(f"train {model}, {record['shape']['batch_size']} x {record['shape']['block_size']} tokens, against {record['against']}")
+            for name, row in record["variants"].items():
+                if "tokens_per_s" in row:
+                    mfu = f"{100 * row['mfu']:5.1f} % MFU" if row["mfu"] else ""
+                    ratio = f"{row['tokens_per_s'] / rival['tokens_per_s']:5.2f} x nanoGPT" if rival else ""
+                    lines.append(f"  {name:<24} {row['tokens_per_s']:>10,.0f} tokens/s {mfu} {ratio}  first step {row['first_step_s']:.0f} s")
+                else:
+                    lines.append(f"  {name:<24} {row['error']}")
+    for B in sorted({r["batch_size"] for r in records if r["benchmark"] == "generate"}):
+        record = last(records, "generate", batch_size=B)
+        lines.append(f"generate, batch {B}: " + ", ".join(f"{name} {row['tokens_per_s']:,.0f} tokens/s ({100 * row['of_limit']:.0f} % of the limit)"
+                                                          for name, row in record["variants"].items()))
+    for record in [r for r in records if r["benchmark"] == "kernel"][:20]:
+        ours, share, _, compiled, best = kernel_row(record)
+        shape = " ".join(f"{key}={value}" for key, value in record["shape"].items())
+        lines.append(f"{record['op']:<20} {record['direction']:<7} {shape:<28} ours {ours:>9} us ({share or '-'} of limit), compile {compiled or '-'}, "
+                     f"best peer {best or '-'}")
+    return "\n".join(lines) or "nothing was measured"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="write README.md's generated sections and the plots")
+    parser.add_argument("--summary", metavar="FILE", help="one screen of this results file")
+    args = parser.parse_args(argv)
+    if args.summary:
+        path = Path(args.summary)
+        print(summary(read(path) if path.exists() else []))
+        return
+    records = read()
+    if args.write:
+        print("drawn: " + (", ".join(draw(records)) or "nothing"))
+        readme = ROOT / "README.md"
+        readme.write_text(fill(readme.read_text(encoding="utf-8"), sections(records)), encoding="utf-8")
+        return
+    for name, text in sections(records).items():
+        print(f"<!-- generated: {name} -->\n\n{text}\n\n<!-- end -->\n")
+
+
+if __name__ == "__main__":
+    main()
