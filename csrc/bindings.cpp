@@ -1,9 +1,14 @@
-// nanogpt_fast._C: addresses and numbers in, tokens at an address out. It knows nothing of torch; ops/sample.py checks the tensors.
+// nanogpt_fast._C: addresses and numbers in, results at an address out. It knows nothing of torch; ops/sample.py and ops/decode.py
+// check the tensors.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "decode.h"
 #include "sampler.h"
 
 namespace py = pybind11;
@@ -50,6 +55,29 @@ Batch make_batch(uintptr_t logits, const std::string& type, int64_t rows, int64_
   return batch;
 }
 
+// A model whose weights stay where they are: addresses, kept alive and unmoved by the caller.
+struct Decoder {
+  ngf::Model model;
+  std::vector<ngf::LayerWeights> layers;
+
+  Decoder(int64_t rows, int64_t width, int64_t heads, int64_t context, int64_t vocab, const std::string& type, const std::string& activation,
+          uintptr_t wte, uintptr_t wpe, std::array<uintptr_t, 2> ln_f, std::array<uintptr_t, 2> head,
+          const std::vector<std::array<uintptr_t, 14>>& pointers) {
+    if (type != "float32" && type != "bfloat16") throw std::invalid_argument("type is '" + type + "'; expected float32 or bfloat16");
+    if (activation != "gelu" && activation != "gelu_tanh")
+      throw std::invalid_argument("activation is '" + activation + "'; expected gelu or gelu_tanh");
+    if (width < 1 || heads < 1 || width % heads || context < 1 || vocab < 1) throw std::invalid_argument("width, heads, context or vocab cannot be");
+    for (const auto& p : pointers)
+      layers.push_back({norm(p[0], p[1]), norm(p[2], p[3]), linear(p[4], p[5]), linear(p[6], p[7]), linear(p[8], p[9]), linear(p[10], p[11]),
+                        (void*)p[12], (void*)p[13]});
+    model = {rows, width, heads, context, vocab, type == "float32" ? ngf::WeightType::fp32 : ngf::WeightType::bf16,
+             activation == "gelu" ? ngf::Activation::gelu : ngf::Activation::gelu_tanh, (const float*)wte, (const float*)wpe,
+             norm(ln_f[0], ln_f[1]), linear(head[0], head[1]), layers.data(), (int64_t)layers.size()};
+  }
+  static ngf::NormWeights norm(uintptr_t weight, uintptr_t bias) { return {(const float*)weight, (const float*)bias}; }
+  static ngf::LinearWeights linear(uintptr_t weight, uintptr_t bias) { return {(const void*)weight, (const void*)bias}; }
+};
+
 }  // namespace
 
 // The arguments that describe a batch, the same for both samplers.
@@ -62,7 +90,7 @@ Batch make_batch(uintptr_t logits, const std::string& type, int64_t rows, int64_
       seed, offset, token
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "The sampler in C++ and CUDA. Pointers are addresses; those of one call lie in one memory (host, or one GPU).";
+  module.doc() = "The sampler in C++ and CUDA, and decoding on the CPU. Pointers are addresses; those of one call lie in one memory (host, or one GPU).";
   module.attr("__version__") = NGF_VERSION;
 
   module.def("build_info", [] {
@@ -85,6 +113,16 @@ PYBIND11_MODULE(_C, module) {
     py::gil_scoped_release others_may_run;
     ngf::sample_cpu(batch, threads, isa.c_str());
   }, "Draw one token per row into `token`. `*_rows` are addresses of one value per row, or 0 for the value beside them.");
+
+  py::class_<Decoder>(module, "Decoder", "A GPT on the CPU, one token a row: see csrc/decode.h. Weights stay where they are.")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, const std::string&, const std::string&, uintptr_t, uintptr_t,
+                    std::array<uintptr_t, 2>, std::array<uintptr_t, 2>, const std::vector<std::array<uintptr_t, 14>>&>(),
+           py::arg("rows"), py::arg("width"), py::arg("heads"), py::arg("context"), py::arg("vocab"), py::arg("type"), py::arg("activation"),
+           py::arg("wte"), py::arg("wpe"), py::arg("ln_f"), py::arg("head"), py::arg("layers"))
+      .def("step", [](const Decoder& self, uintptr_t token, uintptr_t position, uintptr_t logits, int threads, const std::string& isa) {
+        py::gil_scoped_release others_may_run;
+        ngf::decode_cpu(self.model, (const int64_t*)token, (const int64_t*)position, (float*)logits, threads, isa.c_str());
+      }, "Process `token` at `position` in every row; logits (rows, vocab) fp32.");
 
 #ifdef NGF_CUDA
   module.def("sample_cuda", [](NGF_BATCH_PARAMETERS, int device, uintptr_t stream) {

@@ -30,7 +30,7 @@ const std::vector<Isa>& isas() {  // best first
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx512) found.push_back({"avx512", sample_row_avx512});
-    if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", sample_row_avx2});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", sample_row_avx2});
 #endif
     found.push_back({"baseline", sample_row_baseline});
     return found;

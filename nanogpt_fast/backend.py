@@ -20,7 +20,7 @@ import warnings
 
 import torch
 
-OPS = ("attention", "layer_norm", "mlp", "cross_entropy", "sample")
+OPS = ("attention", "layer_norm", "mlp", "cross_entropy", "sample", "decode")
 CHOICES = ("auto", "fused", "reference")
 
 

@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from . import backend, reference
-from .ops import attention, layer_norm, mlp
+from .ops import attention, decode, layer_norm, mlp
 from .ops import sample as sampler
 
 
@@ -363,6 +363,8 @@ class Session:
         self.position = torch.zeros(rows, dtype=torch.long, device=device)          # ... and where it stands
         self.row = torch.arange(rows, device=device)
         self.owner = None                                                           # weakref of the Run whose rows the cache holds
+        self.activation = self.layers[0].activation if self.layers else "gelu"
+        self.native = decode.decoder(self)                                          # the C++ decode step, on a CPU
         # What the captured step reads and writes besides; see `start_drawing`.
         self.graphs, self.graph = device.type == "cuda", None
         self.drawn = torch.zeros(rows, self.block_size + 1, dtype=torch.long, device=device)
@@ -386,6 +388,11 @@ class Session:
         """Bring the half-precision copies up to date: the weights may have been trained since."""
         for parameter, copy in self.copies:
             copy.copy_(parameter())
+
+    def weights(self):
+        """Every matrix and bias that a matmul takes."""
+        return [tensor for layer in self.layers for pair in (layer.c_attn, layer.c_proj, layer.c_fc, layer.mlp_proj) for tensor in pair] \
+            + list(self.head)
 
     def belongs_to(self, run):
         return self.owner is not None and self.owner() is run
@@ -450,6 +457,9 @@ class Session:
 
     def decode(self, upto):
         """Process `token` at `position` in every row, with the cache -> logits (rows, V). upto: longest row, in tokens."""
+        if self.native is not None:
+            return decode.step(self.native, self.token, self.position, self.wte.size(0))
+
         def attend(layer, qkv):                                                     # (rows, 3C)
             q, k, v = reference.split_heads(qkv[:, None], self.n_head)              # (rows, H, 1, D)
             keys, values = self.cache[layer]

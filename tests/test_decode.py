@@ -1,0 +1,108 @@
+"""The C++ decode step against float64: both dtypes, every instruction set of this machine, odd widths, one row and sixteen."""
+import contextlib
+import copy
+import io
+
+import pytest
+import torch
+
+import nanogpt_fast
+from nanogpt_fast import GPT, GPTConfig, generation
+from nanogpt_fast.ops import decode
+
+pytestmark = pytest.mark.skipif(not hasattr(decode.sample._C, "Decoder"), reason="the extension is not built: no C++ compiler")
+ISAS = decode.sample._C.build_info()["cpu_isas"].split() if hasattr(decode.sample._C, "Decoder") else []
+
+
+def model_of(**changes):
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = GPT(GPTConfig(**{**dict(block_size=40, vocab_size=101, n_layer=2, n_head=2, n_embd=32), **changes})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3).add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def session_with_prompts(model, rows, dtype):
+    """A session whose cache holds `rows` prompts of different lengths, and the next token of each."""
+    session = generation.Session(model, rows, dtype)
+    session.refresh()
+    lengths = torch.randint(1, 39, (rows,))
+    prompts = torch.randint(model.config.vocab_size, (rows, int(lengths.max())))
+    session.prefill(prompts, lengths)
+    session.feed(torch.randint(model.config.vocab_size, (rows,)), lengths)
+    return session, prompts, lengths
+
+
+@torch.no_grad()
+def logits_of(model, dtype, prompts, lengths, tokens):
+    """The same next logits from the whole model, in `dtype` (float64 is the oracle), one row at a time."""
+    model = copy.deepcopy(model)
+    rows = []
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16), nanogpt_fast.use("reference"):
+        model = model.double() if dtype == torch.float64 else model
+        for prompt, length, token in zip(prompts, lengths, tokens):
+            rows.append(model(torch.cat((prompt[:length], token[None]))[None])[0][0, -1].double())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows,changes", [(1, {}), (3, {"bias": False}), (16, {"activation": "gelu_tanh"}), (6, {"n_head": 3, "n_embd": 39}),
+                                          (4, {"n_head": 1, "n_embd": 100, "vocab_size": 7})], ids=str)
+@torch.no_grad()
+def test_logits_are_as_near_to_float64_as_pytorchs_own(rows, changes, dtype, isa):
+    model = model_of(**changes)
+    session, prompts, lengths = session_with_prompts(model, rows, dtype)
+    assert session.native is not None
+    token = session.token.clone()
+    oracle = logits_of(model, torch.float64, prompts, lengths, token)
+    plain = logits_of(model, dtype, prompts, lengths, token)
+    logits = decode.step(session.native, session.token, session.position, model.config.vocab_size, isa).double()
+    error, plain_error = (logits - oracle).norm(), (plain - oracle).norm()
+    assert error <= 2 * plain_error
+    assert (logits - oracle).mean().abs() <= 6 * (logits - oracle).std() / logits.numel() ** 0.5 + 1e-6 * oracle.abs().mean()
+
+
+@torch.no_grad()
+def test_the_number_of_threads_changes_no_bit():
+    session, _, _ = session_with_prompts(model_of(n_embd=64, vocab_size=333), 5, torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(decode.step(session.native, session.token, session.position, 333))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@torch.no_grad()
+def test_a_rows_logits_do_not_depend_on_the_rows_around_it():
+    model = model_of()
+    session, prompts, lengths = session_with_prompts(model, 7, torch.float32)
+    together = decode.step(session.native, session.token, session.position, 101)
+    for row in range(7):
+        alone = generation.Session(model, 1, torch.float32)
+        alone.cache.copy_(session.cache[:, :, row:row + 1])
+        alone.feed(session.token[row:row + 1], session.position[row:row + 1])
+        assert torch.equal(decode.step(alone.native, alone.token, alone.position, 101)[0], together[row])
+
+
+def test_what_cannot_be_decoded_natively_says_why():
+    model = model_of()
+    assert decode.why_not(generation.Session(model, 2, torch.float32)) is None
+    assert "17 rows" in decode.why_not(generation.Session(model, 17, torch.float32))
+    assert "torch.float16" in decode.why_not(generation.Session(model, 1, torch.float16))
+    assert "not float32" in decode.why_not(generation.Session(model.bfloat16(), 1, torch.bfloat16))
+    with nanogpt_fast.use("reference"):
+        assert generation.Session(model.float(), 1, torch.float32).native is None
+
+
+def test_bad_tokens_positions_and_instruction_sets_are_refused():
+    session = generation.Session(model_of(), 2, torch.float32)
+    ids = lambda *values: torch.tensor(values)
+    for token, position, isa, message in ((ids(0, 101), ids(0, 0), "", "token 101 in row 1"), (ids(0, 0), ids(-1, 0), "", "position -1 in row 0"),
+                                          (ids(0, 0), ids(0, 40), "", "position 40 in row 1"), (ids(0, 0), ids(0, 0), "mmx", "isa is 'mmx'")):
+        with pytest.raises(ValueError, match=message):
+            decode.step(session.native, token, position, 101, isa)
