@@ -46,7 +46,7 @@ def _row_delta(out_ptr, do_ptr, delta_ptr, stride_dot, m, H, Tq, D: tl.constexpr
 
 @triton.jit
 def _walk_queries(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_sum_ptr, stride_qt, stride_dot, start, stop, n,
-                  scale, seed, dropout_p, head, Tq, Tk, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
+                  scale2, seed, dropout_p, head, Tq, Tk, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
                   MASKED: tl.constexpr, DROPOUT: tl.constexpr, WITH_DQ: tl.constexpr):
     """Add to dk, dv [BLOCK_N, HEAD] of the keys n .. what the queries start .. stop give, and WITH_DQ to those queries' dq."""
     key = n + tl.arange(0, BLOCK_N)
@@ -57,7 +57,7 @@ def _walk_queries(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_sum_ptr, s
         lse = tl.load(lse_ptr + query, mask=query < Tq, other=float("inf"))                 # beyond the last query p becomes 0
         delta = tl.load(delta_ptr + query, mask=query < Tq, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")                                  # [BLOCK_N, BLOCK_M]
-        p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
+        p = tl.exp2(s * scale2 - lse[None, :])
         if MASKED:
             p = tl.where(query[None, :] + (Tk - Tq) >= key[:, None], p, 0.0)
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")                                # [BLOCK_N, BLOCK_M]
@@ -79,7 +79,7 @@ def _walk_queries(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_sum_ptr, s
 
 @triton.jit
 def _tile_of_keys(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dq_sum_ptr,
-                  stride_qt, stride_kt, stride_dot, stride_gt, n, scale, seed, dropout_p, head, Tq, Tk,
+                  stride_qt, stride_kt, stride_dot, stride_gt, n, scale, scale2, seed, dropout_p, head, Tq, Tk,
                   D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
                   WITH_DQ: tl.constexpr):
     """dk and dv of the keys n .. n+BLOCK_N of one head, and WITH_DQ their part of dq. All pointers are at the head's start."""
@@ -92,10 +92,10 @@ def _tile_of_keys(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_pt
     full = tl.minimum(tl.cdiv(tl.maximum(n + BLOCK_N - 1 - (Tk - Tq), 0), BLOCK_M) * BLOCK_M, Tq)
     if full > first:
         dk, dv = _walk_queries(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_sum_ptr, stride_qt, stride_dot,
-                               first, full, n, scale, seed, dropout_p, head, Tq, Tk, D, BLOCK_M, BLOCK_N, HEAD, True, DROPOUT, WITH_DQ)
+                               first, full, n, scale2, seed, dropout_p, head, Tq, Tk, D, BLOCK_M, BLOCK_N, HEAD, True, DROPOUT, WITH_DQ)
     if Tq > full:
         dk, dv = _walk_queries(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_sum_ptr, stride_qt, stride_dot,
-                               full, Tq, n, scale, seed, dropout_p, head, Tq, Tk, D, BLOCK_M, BLOCK_N, HEAD, False, DROPOUT, WITH_DQ)
+                               full, Tq, n, scale2, seed, dropout_p, head, Tq, Tk, D, BLOCK_M, BLOCK_N, HEAD, False, DROPOUT, WITH_DQ)
     if DROPOUT:
         dv = dv * keep_scale(dropout_p)
     store_tile(dk_ptr, dk * scale, n, stride_gt, Tk, D, BLOCK_N, HEAD)
@@ -105,7 +105,7 @@ def _tile_of_keys(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_pt
 @triton.jit(do_not_specialize=["H", "Tq", "Tk"])
 def backward_head_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, dq_sum_ptr, seed_ptr,
                          stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_dob, stride_doh, stride_dot, stride_gt,
-                         scale, dropout_p, H, Tq, Tk, D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                         scale, scale2, dropout_p, H, Tq, Tk, D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                          DROPOUT: tl.constexpr):
     """The head form: program i owns head i."""
     head = tl.program_id(0)
@@ -126,7 +126,7 @@ def backward_head_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_pt
         offset = head_offset(head, H, stride_kb, stride_kh)
         grad = batch * Tk * stride_gt + column
         _tile_of_keys(q_ptr, k_ptr + offset, v_ptr + offset, do_ptr, lse_ptr, delta_ptr, dk_ptr + grad, dv_ptr + grad, dq_sum_ptr, stride_qt, stride_kt, stride_dot,
-                      stride_gt, n, scale, seed, dropout_p, head, Tq, Tk, D, HEAD, BLOCK_M, BLOCK_N, DROPOUT, True)
+                      stride_gt, n, scale, scale2, seed, dropout_p, head, Tq, Tk, D, HEAD, BLOCK_M, BLOCK_N, DROPOUT, True)
         # The queries whose last key is in this tile are complete.
         tl.debug_barrier()
         m = tl.maximum(n - (Tk - Tq), 0)
@@ -137,7 +137,7 @@ def backward_head_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_pt
 @triton.jit(do_not_specialize=["H", "Tq", "Tk", "n_heads", "group"])
 def backward_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, seed_ptr,
                          stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_dob, stride_doh, stride_dot, stride_gt,
-                         scale, dropout_p, H, Tq, Tk, n_heads, group, D: tl.constexpr, HEAD: tl.constexpr,
+                         scale, scale2, dropout_p, H, Tq, Tk, n_heads, group, D: tl.constexpr, HEAD: tl.constexpr,
                          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr):
     """The split form's second half: a program takes a tile of keys; rank 0, the first keys, is seen by most queries."""
     rank, head = scheduled_tile(tl.cdiv(Tk, BLOCK_N), n_heads, group)
@@ -148,12 +148,12 @@ def backward_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr
     _tile_of_keys(q_ptr + head_offset(head, H, stride_qb, stride_qh), k_ptr + offset, v_ptr + offset,
                   do_ptr + head_offset(head, H, stride_dob, stride_doh), lse_ptr + rows, delta_ptr + rows,
                   dk_ptr + batch * Tk * stride_gt + column, dv_ptr + batch * Tk * stride_gt + column, dk_ptr,
-                  stride_qt, stride_kt, stride_dot, stride_gt, rank * BLOCK_N, scale, seed, dropout_p, head, Tq, Tk,
+                  stride_qt, stride_kt, stride_dot, stride_gt, rank * BLOCK_N, scale, scale2, seed, dropout_p, head, Tq, Tk,
                   D, HEAD, BLOCK_M, BLOCK_N, DROPOUT, False)
 
 
 @triton.jit
-def _walk_keys(dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, start, stop, m, scale, seed, dropout_p, head, Tq, Tk,
+def _walk_keys(dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, start, stop, m, scale2, seed, dropout_p, head, Tq, Tk,
                D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
                MASKED: tl.constexpr, DROPOUT: tl.constexpr):
     """Add to dq [BLOCK_M, HEAD] of the queries m .. what the keys start .. stop give."""
@@ -162,7 +162,7 @@ def _walk_keys(dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, start, stop, m, s
         k = load_tile(k_ptr, n, stride_kt, Tk, D, BLOCK_N, HEAD, MASKED)
         v = load_tile(v_ptr, n, stride_kt, Tk, D, BLOCK_N, HEAD, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")                                  # [BLOCK_M, BLOCK_N]
-        p = tl.exp2(s * (scale * LOG2_E) - lse[:, None])
+        p = tl.exp2(s * scale2 - lse[:, None])
         if MASKED:
             key = n + tl.arange(0, BLOCK_N)
             p = tl.where(query[:, None] + (Tk - Tq) >= key[None, :], p, 0.0)
@@ -178,7 +178,7 @@ def _walk_keys(dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, start, stop, m, s
 @triton.jit(do_not_specialize=["H", "Tq", "Tk", "n_heads", "group"])
 def backward_dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, seed_ptr,
                        stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_dob, stride_doh, stride_dot, stride_gt,
-                       scale, dropout_p, H, Tq, Tk, n_heads, group, D: tl.constexpr, HEAD: tl.constexpr,
+                       scale, scale2, dropout_p, H, Tq, Tk, n_heads, group, D: tl.constexpr, HEAD: tl.constexpr,
                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr):
     """The split form's first half: a program takes a tile of queries, the last ones first; it leaves delta for the second half."""
     n_tiles = tl.cdiv(Tq, BLOCK_M)
@@ -200,10 +200,10 @@ def backward_dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr,
     full = (m + (Tk - Tq)) // BLOCK_N * BLOCK_N             # as in the forward
     stop = tl.minimum(m + BLOCK_M, Tq) + (Tk - Tq)
     if full > 0:
-        dq = _walk_keys(dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, 0, full, m, scale, seed, dropout_p, head, Tq, Tk,
+        dq = _walk_keys(dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, 0, full, m, scale2, seed, dropout_p, head, Tq, Tk,
                         D, BLOCK_M, BLOCK_N, HEAD, False, DROPOUT)
     if stop > full:
-        dq = _walk_keys(dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, full, stop, m, scale, seed, dropout_p, head, Tq, Tk,
+        dq = _walk_keys(dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, full, stop, m, scale2, seed, dropout_p, head, Tq, Tk,
                         D, BLOCK_M, BLOCK_N, HEAD, True, DROPOUT)
     store_tile(dq_ptr + batch * Tq * stride_gt + column, dq * scale, m, stride_gt, Tq, D, BLOCK_M, HEAD)
 
@@ -216,7 +216,7 @@ _HEAD_MMA_SYNC = {32: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 3)}
 _HEAD_MMA_SYNC_DROPOUT = {32: Tile(64, 128, 8, 3), 64: Tile(32, 64, 8, 2)}
 _HEAD_90 = {32: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 3)}
 _DKDV_MMA_SYNC = {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 1)}
-_DKDV_MMA_SYNC_DROPOUT = {32: Tile(64, 128, 8, 2), 64: Tile(64, 64, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 1)}
+_DKDV_MMA_SYNC_DROPOUT = {32: Tile(64, 128, 8, 2), 64: Tile(64, 64, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 8, 1)}
 _DKDV_90 = {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)}
 _DKDV_90_DROPOUT = {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 1)}
 _DQ_MMA_SYNC = {32: Tile(128, 64, 8, 3), 64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)}
@@ -288,16 +288,16 @@ def attention_backward(do, q, k, v, out, lse, dq, dk, dv, *, scale, dropout_p=0.
         if form == "head":
             tile = tiles["head"] if tiles else tile_for(HEAD_TILES, q, dropout_p)
             dq_sum = torch.empty((B, H, Tq, D), dtype=torch.float32, device=q.device)
-            backward_head_kernel[(B * H,)](q, k, v, out, do, lse, delta, dq, dk, dv, dq_sum, seed, *strides, scale, dropout_p, H, Tq, Tk,
+            backward_head_kernel[(B * H,)](q, k, v, out, do, lse, delta, dq, dk, dv, dq_sum, seed, *strides, scale, scale * LOG2_E, dropout_p, H, Tq, Tk,
                                            **constants, **tile._asdict())
             return
         group = head_group(k)
         tile = tiles["dq"] if tiles else tile_for(DQ_TILES, q, dropout_p)
         backward_dq_kernel[(B * H * triton.cdiv(Tq, tile.BLOCK_M),)](
-            q, k, v, out, do, lse, delta, dq, seed, *strides, scale, dropout_p, H, Tq, Tk, B * H, group, **constants, **tile._asdict())
+            q, k, v, out, do, lse, delta, dq, seed, *strides, scale, scale * LOG2_E, dropout_p, H, Tq, Tk, B * H, group, **constants, **tile._asdict())
         tile = tiles["dkdv"] if tiles else tile_for(DKDV_TILES, q, dropout_p)
         backward_dkdv_kernel[(B * H * triton.cdiv(Tk, tile.BLOCK_N),)](
-            q, k, v, do, lse, delta, dk, dv, seed, *strides, scale, dropout_p, H, Tq, Tk, B * H, group, **constants, **tile._asdict())
+            q, k, v, do, lse, delta, dk, dv, seed, *strides, scale, scale * LOG2_E, dropout_p, H, Tq, Tk, B * H, group, **constants, **tile._asdict())
 
 
 def gate_cases(arch):
@@ -305,7 +305,7 @@ def gate_cases(arch):
     rows, heads, T, D = 64 * 1024, 64 * 12, 1024, 64
     tensor, matmul = rows * 768 * 2, 2 * heads * T * T // 2 * D
     kernels = (("head", backward_head_kernel, HEAD_TILES, 8 * tensor, 5, 17), ("dkdv", backward_dkdv_kernel, DKDV_TILES, 6 * tensor, 4, 17),
-               ("dq", backward_dq_kernel, DQ_TILES, 6 * tensor, 3, 3))
+               ("dq", backward_dq_kernel, DQ_TILES, 6 * tensor, 3, 9))
     for name, kernel, tables, moved, matmuls, narrow in kernels:
         for column, dtype in (("half", "bf16"), ("dropout", "bf16"), ("float32", "fp32")):
             for HEAD, tile in tables[column][arch].items():

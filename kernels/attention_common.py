@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = math.log2(math.e)      # multiplied into the scale by launchers, in fp64: in the kernel it would be one rounding more
 
 
 # ---------------------------------------------------------------------------------------------------------------- device functions
@@ -158,7 +158,7 @@ def model_case(name, kernel, tile, arch, HEAD, dropout, pointers, **more):
     """A `gate_case.Case` of an attention kernel with strides that are multiples of 16, as GPT-2's are; the rest is passed on."""
     from .gate_case import Case
     constexprs = dict(D=HEAD, HEAD=HEAD, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, DROPOUT=dropout)
-    kinds = {**pointers, "seed_ptr": "*i64", "scale": "fp32", "dropout_p": "fp32"}
+    kinds = {**pointers, "seed_ptr": "*i64", "scale": "fp32", "scale2": "fp32", "dropout_p": "fp32"}
     if not dropout:
         constexprs["seed_ptr"] = None
     signature = {n: kinds.get(n, "i32") for n in kernel.arg_names if n not in constexprs}

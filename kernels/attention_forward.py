@@ -48,7 +48,7 @@ def _walk_keys(acc, total, top, q, k_ptr, v_ptr, stride_kt, start, stop, m, scal
 @triton.jit(do_not_specialize=["H", "Tq", "Tk", "n_heads", "group"])
 def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr,
                    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
-                   scale, dropout_p, H, Tq, Tk, n_heads, group,
+                   scale2, dropout_p, H, Tq, Tk, n_heads, group,
                    D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr):
     n_tiles = tl.cdiv(Tq, BLOCK_M)
     rank, head = scheduled_tile(n_tiles, n_heads, group)
@@ -57,7 +57,6 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr,
     k_ptr += head_offset(head, H, stride_kb, stride_kh)
     v_ptr += head_offset(head, H, stride_kb, stride_kh)
     q = load_tile(q_ptr + head_offset(head, H, stride_qb, stride_qh), m, stride_qt, Tq, D, BLOCK_M, HEAD, True)
-    scale2 = scale * LOG2_E
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     acc = tl.zeros((BLOCK_M, HEAD), tl.float32)
@@ -114,7 +113,7 @@ def attention_forward(q, k, v, *, scale, dropout_p=0.0, seed=None, tile=None):
     tile = tile or tile_for(TILES, q, dropout_p)
     with torch.cuda.device_of(q):
         forward_kernel[(B * H * triton.cdiv(Tq, tile.BLOCK_M),)](
-            q, k, v, out, lse, seed if dropout_p > 0 else None, *q.stride()[:3], *k.stride()[:3], scale, dropout_p,
+            q, k, v, out, lse, seed if dropout_p > 0 else None, *q.stride()[:3], *k.stride()[:3], scale * LOG2_E, dropout_p,
             H, Tq, Tk, B * H, head_group(k), D=D, HEAD=padded_head(D), DROPOUT=dropout_p > 0, **tile._asdict())
     return out, lse
 
