@@ -20,22 +20,26 @@ export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TRITON_DE
 : > "$out/stages.txt"
 failed=0
 
-# stage NAME PERCENT FILE COMMAND...: run the command within its percentage of all the time, and within what is left.
+# stage NAME PERCENT FILE COMMAND...: run the command within its percentage of all the time, and within what is left. It is told to
+# end 25 seconds before it is ended, and a command that watches the clock (@MINUTES@) a little earlier still.
 stage() {
-  local name=$1 limit=$((total * $2 / 100)) file=$out/$3 left=$((total - SECONDS - reserve)) began=$SECONDS status
+  local name=$1 limit=$((total * $2 / 100)) file=$out/$3 left=$((total - SECONDS - reserve)) began=$SECONDS grace=25 before status
   shift 3
   [ "$limit" -lt "$left" ] || limit=$left
-  if [ "$limit" -lt 5 ]; then echo "$name: not begun, no time is left" | tee -a "$out/stages.txt"; return; fi
+  [ "$limit" -ge 75 ] || grace=$((limit / 3))
+  if [ "$limit" -lt 6 ]; then echo "$name: not begun, no time is left" | tee -a "$out/stages.txt"; return; fi
+  limit=$((limit - grace))
+  set -- "${@//@MINUTES@/$(awk "BEGIN { print $limit * 0.9 / 60 }")}"
+  touch "$file"; before=$(($(wc -l < "$file") + 1))
   echo "== $name (at most $limit s): $*" | tee -a "$file"
-  limit_minutes=$("$python" -c "print(max(0.05, ($limit - 15) / 60))")  # what a command that watches the clock is told
-  timeout -k 5 "$limit" "${@//@MINUTES@/$limit_minutes}" >> "$file" 2>&1
+  timeout -k "$grace" "$limit" "$@" >> "$file" 2>&1
   status=$?
   case $status in
     0) status=passed ;;
     124 | 137) status="ran out of its time; what it had written counts" ;;
     *) status="FAILED (exit status $status, see ${file##*/})"; failed=1 ;;
   esac
-  tail -n 12 "$file" | cut -c 1-200
+  tail -n +$((before + 1)) "$file" | tail -n 12 | cut -c 1-200
   echo "$name: $status, $((SECONDS - began)) s" | tee -a "$out/stages.txt"
 }
 
@@ -46,7 +50,7 @@ fi
 
 if [ -n "$dry" ]; then
   stage "tests" 25 tests.txt "$python" -m pytest -q -p no:cacheprovider tests/test_devices.py
-  stage "train" 25 measured.txt "$python" -m nanogpt_fast bench train --model=tiny --device=cpu --only=import --rounds=2 --minutes=@MINUTES@ --json="$out/results.jsonl"
+  stage "train" 25 measured.txt "$python" -m nanogpt_fast bench train --model=tiny --device=cpu --only="one import" --rounds=2 --minutes=@MINUTES@ --json="$out/results.jsonl"
   stage "generate" 20 measured.txt "$python" -m nanogpt_fast bench generate --model=tiny --device=cpu --batch_sizes=1 --prompt=4 --tokens=8 \
     --rounds=1 --minutes=@MINUTES@ --json="$out/results.jsonl"
   stage "kernels" 30 measured.txt "$python" -m benchmarks.run --device cpu --quick --rounds 2 --implementations ours,eager --minutes @MINUTES@ --json "$out/results.jsonl"

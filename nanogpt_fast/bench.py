@@ -14,6 +14,7 @@ import importlib.util
 import io
 import itertools
 import os
+import signal
 import statistics
 import sys
 import time
@@ -119,9 +120,9 @@ def record(o, benchmark, device, **found):
 
 
 def wanted(o, names):
-    """The names that --only leaves, in their order."""
+    """The names that --only leaves, in their order. A word that is a whole name means that one alone."""
     words = [word for word in o.only.split(",") if word]
-    left = [name for name in names if not words or any(word in name for word in words)]
+    left = [name for name in names if not words or any(word == name or word not in names and word in name for word in words)]
     if not left:
         raise ValueError(f"--only={o.only} leaves none of: {'; '.join(names)}")
     return left
@@ -190,6 +191,14 @@ TRAIN_VARIANTS_CPU = {
 }
 
 
+class ToldToEnd(BaseException):
+    """SIGTERM, as `timeout` sends it. Not an Exception: a compiler would take it for one of its own."""
+
+
+def _raise_told_to_end(number, frame):
+    raise ToldToEnd
+
+
 class Trainer:
     """One variant: a model, its optimizer, and `step(x, y)`, which returns the loss."""
 
@@ -232,10 +241,11 @@ def train(o, device, dtype):
     data = [torch.randint(config["vocab_size"], (2, B, T), generator=random).to(device) for _ in range(4)]
 
     print(f"{o.model}: {B} x {T} tokens a step, {str(dtype).removeprefix('torch.')}, on {devices.describe(device)}")
-    runs, found = {}, {}
+    runs, found, told_to_end = {}, {}, False
+    signal.signal(signal.SIGTERM, _raise_told_to_end)
     for name in wanted(o, all_variants):
         before = _allocated(device)
-        if runs and time.monotonic() > until - 20 * o.minutes:
+        if told_to_end or runs and time.monotonic() > until - 20 * o.minutes:
             found[name] = dict(error="not measured: out of time")
             continue
         try:
@@ -249,6 +259,9 @@ def train(o, device, dtype):
             print(f"{name:<28} out of memory: {str(error).splitlines()[0]}", flush=True)
             found[name] = dict(error="out of memory")
             continue
+        except ToldToEnd:  # in the middle of a compilation, say: what was built before can still be timed
+            found[name], told_to_end = dict(error="not measured: out of time"), True
+            continue
         ops = {}
         if isinstance(model := unwrapped(trainer.network), GPT):
             ops = {row.op: row.implementation for row in explain(model, dtype=dtype)}
@@ -260,7 +273,7 @@ def train(o, device, dtype):
                 trainer.step(*next(batches))
         runs[name] = several
 
-    samples = measure.interleaved(runs, o.rounds, warmup=1, until=until)
+    samples = measure.interleaved(runs, o.rounds, warmup=1, until=time.monotonic() + 5 if told_to_end else until)
     with quiet():
         counter = GPT(GPTConfig(**config))  # counts the FLOPs of either side
     for name, values in samples.items():
