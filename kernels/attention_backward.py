@@ -211,7 +211,8 @@ def backward_dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr,
 # {kind: {architecture: {HEAD: Tile}}} as in attention_forward, chosen the same way; none is timed yet. What decided:
 #   head     no row: the form is not taken. 128: dk and dv alone are 64 registers a thread in 8 warps; it spills 480 bytes and more.
 #            64 on sm_90: 64x128 halves what 64x64 moves of dq's sum, and holds k and v of 128 keys. 8 warps, one program a multiprocessor.
-#   dkdv     128 keys where they fit, for the same reason; dq: as the forward.
+#   dkdv     128 keys where they fit, for the same reason.
+#   dq       as the forward; 64 on sm_90: 128x64 spills 16 bytes, 64x64 leaves room for three programs a multiprocessor.
 _HEAD_MMA_SYNC = {32: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 3)}
 _HEAD_MMA_SYNC_DROPOUT = {32: Tile(64, 128, 8, 3), 64: Tile(32, 64, 8, 2)}
 _HEAD_90 = {32: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 3)}
@@ -220,7 +221,7 @@ _DKDV_MMA_SYNC_DROPOUT = {32: Tile(64, 128, 8, 2), 64: Tile(64, 64, 8, 2), 128: 
 _DKDV_90 = {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)}
 _DKDV_90_DROPOUT = {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 1)}
 _DQ_MMA_SYNC = {32: Tile(128, 64, 8, 3), 64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)}
-_DQ_90 = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)}
+_DQ_90 = {32: Tile(128, 64, 4, 3), 64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)}
 _DQ_90_DROPOUT = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 16, 8, 2)}
 _FLOAT32 = {32: Tile(32, 32, 8, 2), 64: Tile(32, 32, 8, 2), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
 
@@ -235,8 +236,12 @@ DKDV_TILES = _table(_DKDV_MMA_SYNC, _DKDV_MMA_SYNC_DROPOUT, _DKDV_90, _DKDV_90_D
 DQ_TILES = _table(_DQ_MMA_SYNC, _DQ_MMA_SYNC, _DQ_90, _DQ_90_DROPOUT)
 # (kernel, kind, architecture, HEAD): (bytes a thread, why): the only rows that spill.
 SPILLS = {
-    ("head", "dropout", 90, 64): (120, "Philox's words beside five tiles: 14 of the 1,148 instructions of the loop over queries reload an address. "
-                                       "64x64 computes each exponential twice, and the split form draws the mask twice"),
+    ("head", "dropout", 90, 64): (96, "Philox's words beside five tiles; 14 of the 1,148 instructions of the loop over queries reload an "
+                                      "address. 64x64 computes each exponential twice, and the split form draws the mask twice"),
+    ("head", "dropout", 100, 64): (32, "as on sm_90"),
+    ("head", "float32", 100, 64): (32, "without tensor cores a thread keeps whole rows of both factors in registers"),
+    **{("dq", "float32", arch, 256): (232, "without tensor cores a thread keeps whole rows of both factors in registers, and no tile is "
+                                           "smaller than 16x16") for arch in (80, 86, 89, 90, 100)},
 }
 
 

@@ -92,8 +92,8 @@ _HALF_90 = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 4, 3), 128: Tile(128, 64,
 _DROPOUT_90 = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)}
 _FLOAT32 = {32: Tile(64, 32, 8, 2), 64: Tile(64, 32, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(16, 16, 8, 1)}
 TILES = {
-    "half": {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _HALF_90, 100: _HALF_90},
-    "dropout": {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _DROPOUT_90, 100: _DROPOUT_90},
+    "half": {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _HALF_90, 100: _HALF_90 | {256: Tile(64, 32, 8, 2)}},
+    "dropout": {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _DROPOUT_90, 100: _DROPOUT_90 | {32: Tile(128, 64, 8, 3)}},
     "float32": dict.fromkeys((80, 86, 89, 90, 100), _FLOAT32),
 }
 

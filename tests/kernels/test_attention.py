@@ -370,3 +370,75 @@ def test_a_backward_that_forgets_dropout_is_seen(form):
 
 
 # ------------------------------------------------------------------------------------------------------------- 64-bit and arguments
+
+
+@pytest.mark.skipif(ON_GPU, reason="asks the interpreter for addresses")
+def test_offsets_beyond_2_to_the_31_are_computed_in_64_bits():
+    """The last program of B=16384, T=1024, C=768 (B*T*3C = 3.9e10) and of a scratch of B*H*T*D, by the addresses it forms."""
+    B, heads, T, D = 16384, 12, 1024, 64
+    C, tile = heads * D, Tile(64, 64, 4, 1)
+    x, f = torch.zeros(1, dtype=f16), torch.zeros(1)
+    strides = (T * 3 * C, D, 3 * C)
+    sizes = dict(D=D, HEAD=D, BLOCK_M=64, BLOCK_N=64, DROPOUT=False)
+    last_row, last_rows = (B - 1) * T * 3 * C + 11 * D, (B - 1) * T * C + 11 * D       # where the last head begins
+
+    def addresses(program, grid, kernel, *args, **constants):
+        with harness.addresses_of_one_program((program,), (grid,)) as seen:
+            kernel[(1,)](*args, **constants)
+        return {int(a[0]) for _, a in seen if a.size}, {int(a.max()) for _, a in seen if a.size}
+
+    grid = B * heads * T // tile.BLOCK_M
+    first, _ = addresses(grid - 1, grid, attention_forward.forward_kernel, x, x, x, x, f, None, *strides, *strides, 0.1, 0.0, heads, T, T,
+                         B * heads, B * heads, **sizes)
+    assert {x.data_ptr() + 2 * last_row, x.data_ptr() + 2 * last_rows, f.data_ptr() + 4 * (B * heads - 1) * T} <= first
+
+    first, largest = addresses(B * heads - 1, B * heads, attention_backward.backward_head_kernel, x, x, x, x, x, f, f, x, x, x, f, None,
+                               *strides, *strides, *strides, 3 * C, 0.1, 0.1, 0.0, heads, T, T, **sizes)
+    assert {x.data_ptr() + 2 * last_row, f.data_ptr() + 4 * (B * heads - 1) * T * D} <= first
+    assert f.data_ptr() + 4 * (B * heads * T * D - 1) in largest                        # the last element of dq's sum
+
+    # The last program of the split form has the first queries, or the last keys and the queries that see them.
+    for kernel, pointers, row in ((attention_backward.backward_dq_kernel, (x, x, x, x, x, f, f, x, None), 0),
+                                  (attention_backward.backward_dkdv_kernel, (x, x, x, x, f, f, x, x, None), T - 64)):
+        first, _ = addresses(grid - 1, grid, kernel, *pointers, *strides, *strides, *strides, 3 * C, 0.1, 0.1, 0.0, heads, T, T,
+                             B * heads, B * heads, **sizes)
+        assert {x.data_ptr() + 2 * (last_row + row * 3 * C), f.data_ptr() + 4 * ((B * heads - 1) * T + row)} <= first
+
+
+@pytest.mark.parametrize("error, message, change", (
+    (ValueError, r"q has shape \(2, 8, 16\); expected \(B, H, T, D\)", dict(q=torch.zeros(2, 8, 16))),
+    (TypeError, "k is torch.float16, q torch.float32", dict(k=torch.zeros(1, 2, 8, 16, dtype=f16))),
+    (TypeError, "expected float32, float16 or bfloat16", dict(q=torch.zeros(1, 2, 8, 16, dtype=torch.float64))),
+    (ValueError, "v has strides .*make it contiguous first", dict(v=torch.zeros(1, 2, 16, 8).transpose(2, 3))),
+    (ValueError, "expected the same B, H and D, and k like v", dict(v=torch.zeros(1, 2, 9, 16))),
+    (ValueError, "8 queries and 7 keys", dict(k=torch.zeros(1, 2, 7, 16), v=torch.zeros(1, 2, 7, 16))),
+    (ValueError, "k has strides .* expected the same", dict(v=torch.zeros(1, 8, 2, 16).transpose(1, 2))),
+    (ValueError, "scale is -1.0; expected a positive number", dict(scale=-1.0)),
+    (ValueError, "dropout_p is 1.1; expected 0 to 1", dict(dropout_p=1.1)),
+    (ValueError, "dropout needs a seed", dict(dropout_p=0.1)),
+    (ValueError, "the head size is 300; expected 1 to 256", dict.fromkeys("qkv", torch.zeros(1, 2, 8, 300))),
+))
+def test_wrong_arguments_are_named(error, message, change):
+    arguments = dict.fromkeys("qkv", torch.zeros(1, 2, 8, 16)) | dict(scale=1.0) | change
+    arguments = {name: x.to(harness.DEVICE) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    with pytest.raises(error, match=message):
+        attention_forward.attention_forward(**arguments)
+
+
+def test_gradients_that_share_no_row_stride_are_refused():
+    problem = Problem(1, 2, 8, D=16)
+    out, lse = problem.forward()
+    right, wrong = torch.empty(1, 8, 2, 16, device=harness.DEVICE), torch.empty(1, 2, 8, 16, device=harness.DEVICE).transpose(1, 2)
+    with pytest.raises(ValueError, match="dq is .* expected .* strides"):
+        attention_backward.attention_backward(problem.do, problem.q, problem.k, problem.v, out, lse, wrong, right, right, scale=1.0)
+    with pytest.raises(ValueError, match="form is 'heads'"):
+        attention_backward.attention_backward(problem.do, problem.q, problem.k, problem.v, out, lse, right, right, right, scale=1.0, form="heads")
+
+
+def test_the_head_form_is_taken_where_heads_fill_the_card_and_its_working_set_stays_in_l2(monkeypatch):
+    monkeypatch.setattr(attention_backward, "machine", lambda index: (90, 132, 50 * 2**20))
+    form = lambda B, T, D, dtype=bf16: attention_backward.form_for(torch.empty(B, 12, T, D, dtype=dtype, device="meta"), None, 0.0)
+    assert form(64, 1024, 64) == "head" and form(11, 1024, 64) == "head"
+    assert form(10, 1024, 64) == "split"        # 120 heads, 132 multiprocessors
+    assert form(64, 4096, 64) == "split"        # 2 MB a head
+    assert form(64, 1024, 128) == "split"       # no tile without spills
