@@ -257,13 +257,14 @@ def _cache(cold):
                 os.environ["TRITON_CACHE_DIR"] = before
 
 
-def compile_all(archs=tuple(ARCHITECTURES), only="", cold=False, workers=None):
-    """Rows of every case whose name contains `only`, in the order of the cases.
+def compile_all(archs=tuple(ARCHITECTURES), only="", cold=False, workers=None, counted=False):
+    """Rows of every case whose name contains `only`, in the order of the cases; counted: only launches at GPT-2 124M shapes.
 
     Compiled by processes (as many as there are cores unless `workers` says otherwise). cold: from an empty cache, so that
     `compile_seconds` means something.
     """
-    tasks = [(arch, name) for arch in archs for name in all_cases(arch) if only in name]
+    tasks = [(arch, name) for arch in archs for name, case in all_cases(arch).items()
+             if only in name and not (counted and case.bytes is None)]
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     if not tasks:
         return []

@@ -1,6 +1,7 @@
 """The compile gate: every kernel within its limits, and a gate that notices when one isn't.
 
-`make test` compiles for sm_90, `make test-all` for every architecture. No GPU is needed. Triton must not be interpreting.
+`make test` compiles what GPT-2 124M launches for sm_90 (110 s for all of sm_90 is too long for it), `make test-all` everything for
+every architecture. No GPU is needed. Triton must not be interpreting.
 """
 import os
 import pathlib
@@ -17,10 +18,16 @@ from nanogpt_fast.kernels import gate  # noqa: E402
 from nanogpt_fast.kernels.gate_case import Case  # noqa: E402
 
 
-@pytest.mark.parametrize("arch", [90] + [pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 86, 89, 100)])
+def test_every_launch_at_gpt2_shapes_keeps_the_limits_on_sm_90():
+    rows = gate.compile_all((90,), counted=True, workers=2)
+    assert {row.name.split(".")[0] for row in rows} >= {"attention", "layer_norm", "mlp", "cross_entropy"}
+    assert not [line for row in rows for line in gate.failures(row)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", gate.ARCHITECTURES)
 def test_every_kernel_in_every_tile_row_keeps_the_limits(arch):
     rows = gate.compile_all((arch,), workers=2)
-    assert rows, "no kernel module has gate_cases"
     assert not [line for row in rows for line in gate.failures(row)]
 
 
