@@ -1,0 +1,130 @@
+"""Accelerated models on kernels: the kernels run, results lie on the own path's, and what they cannot do goes the own way, counted."""
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+import nanogpt_fast
+from nanogpt_fast import classic
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forks import SMALL, fork  # noqa: E402
+
+
+def nano(**changes):
+    return fork(dropout=0.0, **changes)
+
+
+def classic_gpt():
+    return classic.ClassicGPT(classic.ClassicConfig(**{**SMALL, "dropout": 0.0}))
+
+
+def gpt2():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=65, n_positions=32, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
+                                     attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def stirred(model, device):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model.to(device)
+
+
+def step(model, x, y):
+    """(logits, gradients by name): of nanoGPT's kind of model, or of transformers'."""
+    model.zero_grad(set_to_none=True)
+    if hasattr(model, "generation_config"):
+        out = model(x, labels=y)
+        logits, loss = out.logits, out.loss
+    else:
+        logits, loss = model(x, y)
+    loss.backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_close(a, b):
+    """Two fp32 paths: a few roundings of the largest value."""
+    scale = b.abs().max().clamp(min=1e-6)
+    assert (a - b).abs().max() <= 1e-4 * scale + 1e-7
+
+
+@pytest.mark.parametrize("make,root", [(nano, 1), (classic_gpt, 0), (gpt2, 0)], ids=["nanogpt", "classic", "gpt2"])
+def test_the_kernels_run_and_logits_and_gradients_are_the_own_paths(make, root, device):
+    model = stirred(make(), device)
+    x, y = torch.randint(65, (1, 9), device=device), torch.randint(65, (1, 9), device=device)
+    logits, grads = step(model, x, y)
+    report = nanogpt_fast.accelerate(model, backend="fused")
+    assert report.left == []
+    fused_logits, fused_grads = step(model, x, y)
+    assert {where for _, where in report.calls} == {"kernels"}
+    # A swapped nanoGPT walks its untouched blocks itself; the others are called, and call their parts.
+    expected = {"model": 1} if root else {"attention": 2, "block": 2, "mlp": 2, "layer_norm": 3}
+    assert {part: n for (part, _), n in report.calls.items()} == expected
+    assert not torch.equal(fused_logits, logits)
+    assert_close(fused_logits, logits)
+    for name in grads:
+        assert_close(fused_grads[name], grads[name])
+    nanogpt_fast.restore(model)
+    assert torch.equal(step(model, x, y)[0], logits)
+
+
+def test_a_fork_with_a_forward_of_its_own_still_has_fused_blocks(device):
+    def scaled(module):
+        class GPT(module.GPT):
+            def forward(self, idx, targets=None):
+                logits, loss = super().forward(idx, targets)
+                return logits / 2, loss
+        module.GPT = GPT
+    model = stirred(fork(change=scaled, dropout=0.0), device)
+    x = torch.randint(65, (1, 9), device=device)
+    expected = model(x, x)[0]
+    report = nanogpt_fast.accelerate(model, backend="fused")
+    assert_close(model(x, x)[0], expected)
+    assert report.calls == {("block", "kernels"): 2, ("layer_norm", "kernels"): 1}
+
+
+def test_what_a_user_changed_afterwards_is_honoured(device):
+    model = stirred(nano(), device)
+    twin = copy.deepcopy(model)
+    report = nanogpt_fast.accelerate(model, backend="fused")
+    for m in (model, twin):
+        m.transformer.h[0].ln_2.register_forward_hook(lambda module, args, out: 3 * out)
+        m.transformer.h[1].mlp.c_fc = nn.Sequential(m.transformer.h[1].mlp.c_fc, nn.Hardtanh())
+    x = torch.randint(65, (1, 9), device=device)
+    assert_close(model(x, x)[0], twin(x, x)[0])
+    assert {path for path, _ in report.unfused} == {"transformer.h.0", "transformer.h.1.mlp"}
+
+
+def test_dropout_is_drawn_by_the_kernels_and_only_in_training(device):
+    model = stirred(fork(dropout=0.5), device)
+    report = nanogpt_fast.accelerate(model, backend="fused")
+    x = torch.randint(65, (1, 9), device=device)
+    losses = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        losses.append(model(x, x)[1].item())
+    assert losses[0] == losses[2] != losses[1]
+    model.eval()
+    assert torch.equal(model(x, x)[0], model(x, x)[0]) and {where for _, where in report.calls} == {"kernels"}
+
+
+def test_masks_and_past_keys_take_the_own_path_and_are_counted(device):
+    model = stirred(gpt2(), device).eval()
+    x = torch.randint(1, 65, (2, 7), device=device)
+    mask = torch.ones_like(x)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        expected = model(x, attention_mask=mask).logits
+        text = model.generate(x, max_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(x))
+        report = nanogpt_fast.accelerate(model, backend="auto,attention=fused")
+        assert torch.allclose(model(x, attention_mask=mask).logits, expected, atol=1e-5)
+        assert report.calls["attention", "own path: an attention mask"] == 2
+        assert torch.equal(model.generate(x, max_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(x)), text)
+    assert report.calls["attention", "kernels"] == 2 and report.calls["attention", "own path: past key values"] == 4
+    assert "own path: an attention mask" in str(report)
