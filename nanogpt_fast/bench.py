@@ -242,7 +242,7 @@ def train(o, device, dtype):
 
     print(f"{o.model}: {B} x {T} tokens a step, {str(dtype).removeprefix('torch.')}, on {devices.describe(device)}")
     runs, found, told_to_end = {}, {}, False
-    signal.signal(signal.SIGTERM, _raise_told_to_end)
+    before_us = signal.signal(signal.SIGTERM, _raise_told_to_end)
     for name in wanted(o, all_variants):
         before = _allocated(device)
         if told_to_end or runs and time.monotonic() > until - 20 * o.minutes:
@@ -272,6 +272,7 @@ def train(o, device, dtype):
             for _ in range(steps):
                 trainer.step(*next(batches))
         runs[name] = several
+    signal.signal(signal.SIGTERM, before_us)
 
     samples = measure.interleaved(runs, o.rounds, warmup=1, until=time.monotonic() + 5 if told_to_end else until)
     with quiet():
