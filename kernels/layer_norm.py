@@ -87,7 +87,6 @@ def _backward_kernel(
         dx_ptr, dbranch_ptr, dweight_ptr, dbias_ptr,            # (N, C), (N, C) or None, (programs, C) fp32 or None, the same
         n_rows, C, p, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     columns = tl.arange(0, BLOCK_C)
-    weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros([ROWS, BLOCK_C], tl.float32)                                     # this program's share of the sums
     dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
 
@@ -100,6 +99,8 @@ def _backward_kernel(
         mean = tl.load(statistics_ptr + rows, mask=rows < n_rows, other=0.0)            # [ROWS]
         rstd = tl.load(statistics_ptr + n_rows + rows, mask=rows < n_rows, other=0.0)
 
+        # Read again for each row, from the L1 cache: kept in registers it would spill others.
+        weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
         n = tl.where(inside, (s - mean[:, None]) * rstd[:, None], 0.0)
         g = dy * weight
         dx = rstd[:, None] * (g - (tl.sum(g, 1) / C)[:, None] - n * (tl.sum(g * n, 1) / C)[:, None])
@@ -170,8 +171,8 @@ class Tile(NamedTuple):
 # Forward: 32 elements a thread. A row of 1,024 then lies in one warp, whose sums are shuffles without a barrier, and 72
 # registers leave 28 such programs on a multiprocessor: 130 KB of loads in flight, where 5 TB/s at 0.7 us need 27 KB. Short
 # rows share a tile, so that a warp has 1,024 elements to load.
-# Backward: 16 elements a thread, since each holds the running sums of dweight and dbias beside its row: 127 registers, 154
-# with dropout. From 1,024 on they are capped at 128, at no spill, so that all programs are resident at once.
+# Backward: 16 elements a thread, since each holds the running sums of dweight and dbias beside its row. From 1,024 on
+# registers are capped at 128, at no spill, so that all programs are resident at once.
 TILES = {
     16: (Tile(32, 1), Tile(16, 1)),
     32: (Tile(32, 1), Tile(16, 1)),
