@@ -1,7 +1,7 @@
 """The compile gate: every kernel within its limits, and a gate that notices when one isn't.
 
-`make test` compiles what GPT-2 124M launches for sm_90 (all of sm_90 takes 110 s and more), `make test-all` everything for every
-architecture. No GPU is needed. Triton must not be interpreting.
+`make test` compiles what GPT-2 124M launches for sm_90 (all of sm_90 takes 110 s and more), `make test-all` everything for
+every architecture. No GPU is needed. Triton must not be interpreting.
 """
 import os
 import pathlib
