@@ -1,0 +1,207 @@
+"""`nanogpt-fast run`: a checkout's scripts unedited. The checkout is tests/checkout, copied; the one that NANOGPT_DIR names as well."""
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import forks
+import nanogpt_fast
+from nanogpt_fast import cli, run
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A copy of tests/checkout as the current folder; what `run` sets in this process is undone afterwards."""
+    for name in ("model.py", "train.py"):
+        shutil.copy(HERE / "checkout" / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "model", None)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def status_of(words):
+    """The exit status of the command in this process, as a shell would see it."""
+    try:
+        return cli.main(["run", *words])
+    except SystemExit as stop:
+        return stop.code
+
+
+def losses(text):
+    return re.findall(r"loss (\S+)", text)
+
+
+def edit(checkout, old, new):
+    path = checkout / "model.py"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def plainly(capfd, *words):
+    """The losses that `python train.py` prints."""
+    sys.argv[:], sys.path[:1] = ["train.py", *words], [""]
+    sys.modules.pop("model", None)
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        runpy.run_path("train.py", run_name="__main__")
+    out = capfd.readouterr().out
+    assert " model\n" in out
+    return losses(out)
+
+
+def test_the_script_gets_our_classes_its_arguments_and_its_exit_status(checkout, capfd):
+    assert status_of(["train.py", "--max_iters=4", "--status=7"]) == 7
+    out = capfd.readouterr().out
+    assert out.splitlines()[0] == (f"nanogpt-fast: train.py runs on {checkout}/model.py with nanogpt_fast's classes in place of its own, "
+                                   "backend auto")
+    assert out.count("nanogpt-fast:") == 1 and out.count("nanogpt_fast.model") == 4
+    assert losses(out) == plainly(capfd, "--max_iters=4")
+
+
+def test_what_else_model_py_defines_stays(checkout):
+    edit(checkout, "import inspect", "import inspect\nEXTRA = 'kept'\ndef helper():\n    return GPT")
+    (checkout / "train.py").write_text("import model\nassert model.EXTRA == 'kept' and model.helper() is model.GPT\n"
+                                       "assert model.GPT.__module__ == 'nanogpt_fast.model'")
+    assert status_of(["train.py"]) == 0
+
+
+@pytest.mark.parametrize("word,expected", [("--backend=reference", "reference"), ("--backend=auto,attention=reference", "auto,attention=reference")])
+def test_backend_is_ours_before_and_after_the_script(checkout, capfd, word, expected):
+    for words in ([word, "train.py"], ["train.py", word]):
+        assert status_of(words) == 0
+        assert f"backend {expected}\n" in capfd.readouterr().out
+
+
+def test_backend_gloo_is_the_scripts_own(checkout, capfd):
+    (checkout / "train.py").write_text("import sys, model\nprint(sys.argv)")
+    assert status_of(["train.py", "--backend=gloo", "config.py", "--a=b c"]) == 0
+    assert "['train.py', '--backend=gloo', 'config.py', '--a=b c']" in capfd.readouterr().out
+
+
+def test_an_error_in_the_script_is_shown_as_python_shows_it(checkout, capfd):
+    assert status_of(["train.py", "--max_iters=1", "--status=99"]) == 1
+    err = capfd.readouterr().err
+    assert "OSError: the disk is full" in err and 'File "train.py"' in err and "nanogpt_fast/run.py" not in err
+
+
+@pytest.mark.parametrize("words,message", [
+    ([], None), (["train.py", "--compare", "x"], "--compare takes the number of steps"), (["nowhere.py"], "there is no script nowhere.py"),
+    (["--fast", "train.py"], "--fast stands before the script"), (["--backend=quick", "train.py"], "'quick' is not one of"),
+    (["--backend=auto"], "no script is named")])
+def test_what_cannot_be_is_one_line(checkout, capfd, words, message):
+    assert status_of(words) == (0 if message is None else 2)
+    out, err = capfd.readouterr()
+    assert "usage: nanogpt-fast run" in out if message is None else message in err and len(err.splitlines()) == 1
+
+
+def test_without_a_model_py_it_says_so(checkout, capfd):
+    (checkout / "model.py").unlink()
+    assert status_of(["train.py"]) == 2 and "there is no" in capfd.readouterr().err
+
+
+# Forks: their classes stay
+
+@pytest.mark.parametrize("old,new,reason", [
+    ("is_causal=True)", "is_causal=True, scale=0.1)", "logits differ"),
+    ("std=0.02 / math.sqrt", "std=0.01 / math.sqrt", "initial weights differ"),
+    ("    bias: bool = True", "    bias: bool = True\n    rope: bool = False", "its GPTConfig has other fields or defaults: rope"),
+    ("    @torch.no_grad()", "    def speak(self):\n        pass\n\n    @torch.no_grad()", "its GPT has speak, ours has not"),
+    ("        return idx\n", "        return idx.flip(1)\n", "generated tokens differ"),
+    ("class MLP", "class Mlp", "it defines no MLP"),
+])
+def test_a_fork_that_differs_is_found_out(checkout, monkeypatch, old, new, reason):
+    edit(checkout, old, new)
+    monkeypatch.setattr(forks, "CHECKOUT", checkout)
+    assert reason in run.why_not_ours(forks.module())
+
+
+def test_the_checkouts_model_is_found_equal_to_ours():
+    assert run.why_not_ours(forks.module()) is None
+
+
+def test_a_fork_keeps_its_classes_and_is_accelerated(checkout, capfd):
+    edit(checkout, "self.gelu = nn.GELU()", "self.gelu = nn.ReLU()")
+    expected = plainly(capfd)
+    assert status_of(["train.py"]) == 0
+    out = capfd.readouterr().out
+    assert "its own classes, accelerated (its logits differ from nanoGPT's)" in out
+    assert "swapped        2 x attention (CausalSelfAttention)" in out and "mlp (MLP): its activation is a ReLU" in out
+    assert losses(out) == expected
+
+
+# --compare
+
+def test_compare_prints_equal_losses_and_both_speeds(checkout, capfd):
+    assert status_of(["train.py", "--compare", "3", "--max_iters=9"]) == 0
+    out = capfd.readouterr().out
+    rows = re.findall(r"^ +(\d) +(\d\.\d{8}) +(\d\.\d{8}) +(\S+)$", out, re.M)
+    assert [row[0] for row in rows] == ["0", "1", "2"] and all(row[1] == row[2] for row in rows)
+    assert re.search(r"losses +equal, bit for bit", out) and out.count("tokens/s") == 2
+
+
+def test_compare_of_a_script_that_does_not_train_says_so(checkout, capfd):
+    (checkout / "train.py").write_text("print('no steps')")
+    assert status_of(["train.py", "--compare=2"]) == 2
+    assert "no steps" in (err := capfd.readouterr().err) and "after 0 of 2 optimizer steps" in err
+
+
+# torchrun, and a real checkout
+
+def test_two_ranks_under_torchrun(checkout, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    both = subprocess.run([*command, "-m", "nanogpt_fast", "run", "train.py", "--backend=gloo"], cwd=checkout, env=env, capture_output=True,
+                          text=True, timeout=120)
+    assert both.returncode == 0, both.stderr
+    assert both.stdout.count("nanogpt-fast: train.py runs on") == 1 and both.stdout.count("nanogpt_fast.model") == 6
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_same_steps_as_without(checkout):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    plain, ours = (subprocess.run([*command, *words], cwd=checkout, env=env, capture_output=True, text=True, timeout=120).stdout
+                   for words in (["train.py"], ["-m", "nanogpt_fast", "run", "train.py"]))
+    figures = lambda text: sorted((rank, it, round(float(loss), 5)) for rank, it, loss in re.findall(r"rank (\d) iter (\d): loss (\S+)", text))
+    assert figures(plain) == figures(ours) and len(figures(ours)) == 6
+
+
+REAL = os.environ.get("NANOGPT_DIR")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL, reason="NANOGPT_DIR names no nanoGPT checkout")
+def test_upstreams_three_scripts_run_unedited_and_train_alike(checkout, capfd):
+    for name in ("train.py", "sample.py", "bench.py", "model.py", "configurator.py"):
+        shutil.copy(Path(REAL, name), checkout)
+    text = "".join(f"{i} times {i} is {i * i}\n" for i in range(3000))
+    from nanogpt_fast.text import prepare
+    prepare.write(text, checkout / "data" / "sums", "char", say=lambda _: None)
+    small = ["--dataset=sums", "--device=cpu", "--compile=False", "--eval_iters=1", "--eval_interval=5", "--log_interval=1", "--block_size=16",
+             "--batch_size=2", "--n_layer=2", "--n_head=2", "--n_embd=32", "--max_iters=6", "--dtype=float32",
+             "--gradient_accumulation_steps=2"]
+    env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    scripts = [["train.py", *small], ["sample.py", "--device=cpu", "--compile=False", "--num_samples=1", "--max_new_tokens=20", "--start=1"],
+               ["bench.py", "--device=cpu", "--compile=False", "--real_data=False", "--batch_size=1", "--block_size=16"]]
+    for words in scripts[:2]:
+        outputs = []
+        for command in ([], ["-m", "nanogpt_fast", "run"]):
+            done = subprocess.run([sys.executable, *command, *words], cwd=checkout, env=env, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+            outputs.append(re.sub(r"time .*|using fused.*|nanogpt-fast: .*\n", "", done.stdout))
+        assert outputs[0] == outputs[1]
+    assert status_of([*scripts[0], "--compare=4"]) == 0
+    assert "float32's rounding" in (out := capfd.readouterr().out) or "bit for bit" in out
