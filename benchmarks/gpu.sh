@@ -6,9 +6,10 @@
 # minutes (default 9). Needs no network: torch, triton, pytest, and, to build, nvcc, setuptools, pybind11 and ninja are there.
 #
 # DIR gets summary.txt (also the last lines printed), results.jsonl, doctor.txt, build.txt, tests.txt, verify.txt, measured.txt.
+# NANOGPT_FAST_COMMIT names the commit where the tree came without its history.
 # NANOGPT_FAST_DRY_RUN=1 goes the same way on a CPU, on tiny shapes, in a minute: it tries the machinery and measures nothing.
 set -u
-if [ $# -lt 1 ]; then sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; fi
+if [ $# -lt 1 ]; then sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; fi
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 minutes=${2:-9}
 cd "$(dirname "$0")/.." || exit 2

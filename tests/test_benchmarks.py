@@ -1,0 +1,190 @@
+"""The benchmarks' machinery: the list of cases, the README's tables, the command for a GPU machine."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package
+
+from benchmarks import cases, report, run  # noqa: E402
+
+CPU = torch.device("cpu")
+QUICK = cases.cases("cpu", quick=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the cases
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_cases_have_their_own_names_and_count_what_they_move(device):
+    listed = cases.cases(device)
+    assert len({case.name for case in listed}) == len(listed)
+    for case in listed:
+        assert case.bytes > 0 and case.flops >= 0 and {"ours", "eager"} <= case.implementations.keys(), case.name
+        assert not case.sweep or case.sweep in case.shape, case.name
+    assert {case.op for case in listed} == {"attention", "decode attention", "add + LayerNorm", "GELU-MLP", "linear cross-entropy", "sampler"}
+    assert {case.direction for case in listed} == {"forward", "both"}
+
+
+def test_a_gpus_cases_begin_with_a_training_step_and_reach_the_sweeps():
+    listed = cases.cases("cuda")
+    first = {(case.op, str(case.shape), case.direction) for case in listed[:8]}
+    assert first == {(op, str(shape), direction) for op, shape in report.GPU_KERNELS for direction in ("forward", "both")}
+    assert {case.shape["T"] for case in listed if case.op == "attention"} >= {256, 512, 1024, 2048, 4096, 8192, 16384}
+    everything = {name for case in listed for name in case.implementations}
+    assert everything >= set(report.PEERS) - {"F.linear_cross_entropy"} | {"ours", "ours epilogue", "ours pointwise", "our kernel"}
+    for op, shape in report.GPU_STEPS:
+        assert any((case.op, case.shape) == (op, shape) for case in listed)
+
+
+def test_bytes_and_flops_are_those_of_the_textbook():
+    attention = cases.attention_case(2, 8, 3, 4, torch.bfloat16, "forward")
+    assert attention.flops == 4 * 2 * 3 * 8 * 8 * 4 / 2 and attention.bytes == 2 * 8 * 4 * 12 * 2      # q, k, v in, y out
+    assert cases.attention_case(2, 8, 3, 4, torch.bfloat16, "both").flops == 3.5 * attention.flops     # 2 matmuls, then 5
+    mlp = cases.mlp_case(10, 8, torch.float32, "forward")
+    assert mlp.flops == 2 * 10 * 2 * 8 * 32 and mlp.bound == "copy"
+    assert cases.mlp_case(32768, 768, torch.bfloat16, "both").bound == "matmul"
+    assert cases.layer_norm_case(10, 8, torch.bfloat16, "forward").bytes == 10 * 8 * (4 + 2 + 4 + 2)
+
+
+@pytest.mark.parametrize("case", [case for case in QUICK if case.op != "sampler"], ids=lambda case: case.op)
+def test_ours_and_eager_compute_the_same(case):
+    torch.manual_seed(0)
+    runs, absent = case.runs(CPU, ["ours", "eager"], sets=1)
+    assert not absent
+    first, second = ([t for t in (result if isinstance(result, tuple) else (result,))] for result in (runs["ours"](), runs["eager"]()))
+    assert len(first) == len(second) > 0
+    for ours, eager in zip(first, second):
+        torch.testing.assert_close(ours, eager, atol=1e-5, rtol=1e-5)
+
+
+def test_inputs_rotate():
+    case, seen = cases.layer_norm_case(4, 8, torch.float32, "forward"), []
+    case.implementations = {"ours": lambda t: seen.append(t["x"].data_ptr())}
+    runs, _ = case.runs(CPU)
+    for _ in range(5):
+        runs["ours"]()
+    assert len(set(seen)) == 3 and seen[:3] == seen[3:]
+
+
+def test_a_peer_that_is_not_here_has_its_reason_and_the_rest_is_timed(tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    run.main(["--device=cpu", "--quick", "--rounds=3", "--only=LayerNorm,sampler", "--implementations=ours,eager,quack", f"--json={path}"])
+    norm, sampler = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(norm["samples"]["ours"]) == len(norm["samples"]["eager"]) == 3
+    assert norm["absent"]["quack"] == "ModuleNotFoundError: No module named 'quack'"
+    assert sampler["op"] == "sampler" and set(sampler["samples"]) == {"ours", "eager"}
+    assert {"copy", "matmul"} == norm["limits"].keys() and norm["bytes"] > 0
+    assert "not here: ModuleNotFoundError" in capsys.readouterr().out
+
+
+def test_no_case_is_begun_when_the_minutes_are_over(tmp_path, capsys):
+    run.main(["--device=cpu", "--quick", "--minutes=0", "--only=LayerNorm", f"--json={tmp_path / 'r'}"])
+    assert "out of time: 1 of 1 cases were not begun" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_pytest_benchmark_files_read_as_a_comparison():
+    done = subprocess.run([sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "-k", "LayerNorm and (ours or eager)",
+                           "--benchmark-group-by=group"], cwd=ROOT, env={**os.environ, "NANOGPT_FAST_QUICK": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "add + LayerNorm both float32 rows=8 C=32" in done.stdout and "eager" in done.stdout
+
+
+# --------------------------------------------------------------------------------------------------------------- the report
+
+ENVIRONMENT = dict(time="2026-01-01T00:00:00+00:00", torch="2.11.0", triton="3.6.0", gpu="NVIDIA H200", driver="580", cuda="13.0", cpu="a CPU",
+                   cores=2, threads=2, commit="abc", load=0.1)
+
+
+def kernel_record(**changed):
+    op, shape = report.GPU_KERNELS[1]
+    return {"benchmark": "kernel", "device": "cuda", "op": op, "shape": shape, "sweep": "C", "direction": "forward", "dtype": "bfloat16",
+            "bytes": 300e6, "flops": 0, "bound": "copy", "limits": {"copy": 4e12, "matmul": 7e14}, "absent": {"quack": "no"},
+            "samples": {"ours": [100e-6] * 3, "eager": [300e-6] * 3, "compile": [150e-6] * 3, "Liger": [140e-6] * 3},
+            "environment": ENVIRONMENT, **changed}
+
+
+def train_record(tokens_per_s, **environment):
+    row = dict(samples=[0.1, 0.1, 0.1], first_step_s=30.0, peak_memory=2**30, mfu=0.4, ops={})
+    return {"benchmark": "train", "device": "cuda", "options": {"model": "gpt2"}, "against": "nanoGPT checkout", "dtype": "bfloat16",
+            "shape": {"batch_size": 32, "block_size": 1024}, "environment": {**ENVIRONMENT, **environment},
+            "variants": {"nanoGPT compiled": {**row, "tokens_per_s": tokens_per_s}, "one import": {**row, "tokens_per_s": 1.5 * tokens_per_s},
+                         "nanoGPT": {"error": "out of memory"}}}
+
+
+def test_the_readmes_tables_are_what_the_report_prints():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = report.sections(report.read())
+    assert [name for _, name, _ in report.MARKED.findall(readme)] == list(found)
+    assert report.fill(readme, found) == readme, "run: python -m benchmarks.report --write"
+
+
+def test_what_was_not_measured_says_so():
+    for name, text in report.sections([]).items():
+        if name not in ("doctor", "verify", "compile gate"):
+            assert report.MISSING in text, name
+    assert report.train([train_record(1000)], "cuda", "gpt2", "GPT-2").count(report.MISSING) == 3  # of the six variants
+
+
+def test_a_table_shows_medians_ratios_and_shares_of_what_was_measured():
+    row = next(line for line in report.kernels([kernel_record()]).splitlines() if "LayerNorm" in line and "| forward |" in line)
+    assert [cell.strip() for cell in row.split("|")][4:9] == ["100.0", "75 %", "300.0", "150.0", "140.0 (Liger)"]
+    text = report.train([train_record(1000)], "cuda", "gpt2", "GPT-2")
+    assert "| one import | 1,500 | 1.50 | 40.0 % | 1.0 GiB | 30.0 s | 0.0 % |" in text and "| nanoGPT | out of memory |" in text
+    assert "NVIDIA H200" in text and "commit abc" in text
+
+
+def test_the_newest_of_two_measurements_counts(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text("\n".join(json.dumps(train_record(rate, time=time)) for rate, time in ((2000, "2026-02-01"), (1000, "2026-01-01"))))
+    assert "3,000" in report.train(report.read(path), "cuda", "gpt2", "GPT-2")
+
+
+def test_a_marker_that_nothing_fills_is_an_error():
+    with pytest.raises(ValueError, match="a section 'no such'"):
+        report.fill("<!-- generated: no such -->\n<!-- end -->", {"other": ""})
+
+
+def test_plots_are_drawn_of_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "PLOTS", tmp_path)
+    curve = [dict(step=0, seconds=0.0, val_loss=4.0), dict(step=9, seconds=1.0, val_loss=3.0)]
+    losses = {"benchmark": "loss", "device": "cpu", "options": {"model": "cpu"}, "curves": {"nanoGPT": curve, "ours": curve}, "environment": ENVIRONMENT}
+    attention = [kernel_record(op="attention", shape=dict(B=32768 // T, T=T, H=12, D=64), sweep="T", flops=1e12, direction=direction, bound="matmul")
+                 for T in (512, 1024) for direction in ("forward", "both")]
+    assert report.draw([]) == []
+    assert report.draw([*attention, losses, train_record(1000)]) == ["bars", "roofline", "scaling", "loss", "train"]
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in ("bars", "roofline", "scaling", "loss", "train")}
+
+
+def test_the_summary_is_one_screen():
+    text = report.summary([train_record(1000), *[kernel_record()] * 40])
+    assert "one import" in text and "1.50 x nanoGPT" in text and len(text.splitlines()) <= 40
+    assert report.summary([]) == "nothing was measured"
+
+
+# --------------------------------------------------------------------------------------------------------- the GPU's command
+
+def test_the_gpu_command_runs_dry_on_a_cpu(tmp_path):
+    done = subprocess.run(["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out"), "10"], capture_output=True, text=True,
+                          env={**os.environ, "NANOGPT_FAST_DRY_RUN": "1", "PYTHON": sys.executable})
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["measured.txt", "results.jsonl", "summary.txt", "tests.txt"]
+    kinds = [json.loads(line)["benchmark"] for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert set(kinds) == {"train", "generate", "kernel"}
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert done.stdout.rstrip().endswith(summary.rstrip()) and len(summary.splitlines()) < 40  # one screen, and the last lines
+    assert all(f"{stage}: passed" in summary for stage in ("tests", "train", "generate", "kernels"))
+    assert not (ROOT / "nanogpt_fast" / "kernels").is_symlink()
+
+
+@pytest.mark.slow
+def test_the_gpu_command_begins_nothing_when_no_time_is_left(tmp_path):
+    done = subprocess.run(["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path), "0"], capture_output=True, text=True,
+                          env={**os.environ, "NANOGPT_FAST_DRY_RUN": "1", "PYTHON": sys.executable})
+    assert done.returncode == 0 and done.stdout.count("not begun, no time is left") >= 4
