@@ -21,9 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import backend as ops_backend
 from . import checkpoint as checkpoints
-from . import devices, options
+from . import captured, devices, options
 from .config import GPTConfig
 from .explanation import explain
+from .half_weights import HalfWeights
 from .interrupt import StopOnSignal
 from .model import GPT
 from .options import option
@@ -88,6 +89,8 @@ class TrainOptions:
     dtype: str = option("auto", "of the forward pass (auto on GPUs: bfloat16, float16 on old ones; else float32)",
                         choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool | str = option("auto", "torch.compile the model (auto: on CUDA)", choices=("auto", True, False))
+    cuda_graph: str = option("auto", "replay the step as CUDA graphs, which small models need (auto: where it can be; on: or "
+                             "say why not and leave)", choices=("auto", "on", "off"))
     seed: int = option(1337, "of weights, batches and dropout; rank r takes seed + r", minimum=0)
 
     def __post_init__(self):
@@ -186,6 +189,11 @@ def _train(o, ranks, device, ops):
     evaluated_network = network
     if ranks.size > 1:
         network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+    weights = HalfWeights(model, dtype)
+    not_captured = "cuda_graph=off" if o.cuda_graph == "off" else captured.why_not(
+        model, optimizer, device, ranks=ranks.size, scaled=scaler.is_enabled())
+    if o.cuda_graph == "on" and not_captured is not None:
+        raise ValueError(f"cuda_graph is 'on', but the step cannot be captured: {not_captured}. cuda_graph=auto trains without")
 
     # what is saved
     def checkpoint(**more):
@@ -203,7 +211,7 @@ def _train(o, ranks, device, ops):
         Path(o.out_dir).mkdir(parents=True, exist_ok=True)
         checkpoints.remove_leftovers(o.out_dir)
     tokens = o.gradient_accumulation_steps * o.batch_size * T
-    _banner(o, model, device, dtype, compiled, ranks, folder, tokens)
+    _banner(o, model, device, dtype, compiled, weights, not_captured, ranks, folder, tokens)
     progress = Progress(o, start=iter_num, total=o.max_iters, tokens=tokens, evaluated_at=evaluated_at, active=ranks.is_master)
     losses = {"train": None, "val": None}
     stop = StopOnSignal(alone=ranks.size == 1)
@@ -226,6 +234,28 @@ def _train(o, ranks, device, ops):
             save_last()
         return True
 
+    def forward_backward(x, y, meanwhile=None):
+        """Add the gradients of one micro-batch; returns its share of the step's loss. `meanwhile` runs between the passes."""
+        with weights.in_use():
+            with context:
+                _, loss = network(x, y, return_logits=False)
+                loss = loss / accumulation
+            if meanwhile is not None:
+                meanwhile()
+            scaler.scale(loss).backward()
+        return loss.detach()
+
+    def update():
+        """Clip, let the optimizer move the weights, and cast them anew."""
+        if o.grad_clip != 0.0:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        weights.refresh()
+
+    graphs = None if not_captured else captured.CapturedStep(forward_backward, update, optimizer, (o.batch_size, T), device)
+
     def step():
         """Forward, backward, update; returns the mean loss of the micro-batches and where in the text each of them lies."""
         total, windows = torch.zeros((), device=device), []
@@ -234,17 +264,16 @@ def _train(o, ranks, device, ops):
                 network.require_backward_grad_sync = micro_step == accumulation - 1
             windows.append(train_batches.drawn)
             x, y = train_batches.next()
-            with context:
-                _, loss = network(x, y, return_logits=False)
-                loss = loss / accumulation
-            train_batches.prefetch()  # drawn now, gathered while the backward pass runs
-            scaler.scale(loss).backward()
-            total += loss.detach()
-        if o.grad_clip != 0.0:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
+            # The next batch is drawn behind the forward pass, as nanoGPT does, and gathered while the GPU or the backward runs.
+            if graphs is None:
+                total += forward_backward(x, y, meanwhile=train_batches.prefetch)
+            else:
+                graphs.micro_step(x, y, first=micro_step == 0)
+                train_batches.prefetch()
+        if graphs is not None:
+            graphs.update()
+            return graphs.loss, windows
+        update()
         optimizer.zero_grad(set_to_none=True)
         return total, windows
 
@@ -435,7 +464,7 @@ def _continue_exactly(start, optimizer, scaler, batches, ranks):
     return resume["evaluated_at"]
 
 
-def _banner(o, model, device, dtype, compiled, ranks, folder, tokens):
+def _banner(o, model, device, dtype, compiled, weights, not_captured, ranks, folder, tokens):
     c = model.config
     where = devices.describe(device) + (f" and {ranks.size - 1} more ranks" if ranks.size > 1 else "")
     how = "compiled" if compiled else "not compiled" + (" (auto)" if o.compile == "auto" else "")
@@ -444,6 +473,11 @@ def _banner(o, model, device, dtype, compiled, ranks, folder, tokens):
           f"{model.get_num_params():,} parameters")
     print(f"step    {o.gradient_accumulation_steps} x {o.batch_size} x {c.block_size} = {tokens:,} tokens; {o.max_iters:,}"
           f" steps on {folder}")
+    print("graphs  " + (f"none: {not_captured}" if not_captured else
+                        f"the step is captured in CUDA graphs after {captured.WARM_UP_STEPS} ordinary ones"))
+    if dtype != torch.float32:
+        print(f"casts   {len(weights.copies)} matrices to {str(dtype).removeprefix('torch.')} once a step"
+              + (f"; at every use: {'; '.join(weights.left)}" if weights.left else ""))
     for i, line in enumerate(str(explain(model, dtype=dtype)).splitlines()):
         print(f"{'ops' if i == 0 else '':<7} {line}")
     print(f"writes  {o.out_dir}", flush=True)

@@ -1,0 +1,87 @@
+"""Half-precision copies of the matmul weights, cast once an optimizer step instead of once a use.
+
+Autocast casts every fp32 weight in every forward pass: 4 bytes read and 2 written a parameter, 0.75 GB a micro-batch of GPT-2 124M,
+and the same result 40 times over where 40 micro-batches make a step. Here each matrix that a matmul takes has one copy, and
+
+    with weights.in_use():       the Linears hold their copies; what flows back to a copy goes on to its fp32 weight
+        loss = model(x, y)[1]
+        loss.backward()
+    optimizer.step()             moves the fp32 weights
+    weights.refresh()            the one cast
+
+The numbers are autocast's: it casts the same weight to the same bits, and its gradient back to fp32. The embedding, whose
+weight is the vocabulary head's too, keeps reading fp32 (C10); biases and LayerNorms stay with autocast, they are small.
+"""
+import contextlib
+
+import torch
+import torch.nn as nn
+
+from .model import GPT, Block, touched
+
+
+class HalfWeights:
+    """The copies of a GPT's matmul weights in `dtype`; none where dtype is float32.
+
+    left: why matrices were left to autocast, one text for each block or head: whoever replaced or hooked a module may look at
+    its weight, and would find the copy there (C21).
+    """
+
+    def __init__(self, model, dtype):
+        linears, self.left = _untouched_linears(model)
+        linears = [linear for linear in linears if linear.weight.dtype == torch.float32 != dtype]
+        self.linears = linears
+        self.weights = [linear.weight for linear in linears]
+        self.copies = [weight.detach().to(dtype) for weight in self.weights]
+
+    @contextlib.contextmanager
+    def in_use(self):
+        """Inside, forward and backward passes take the copies; state_dict and optimizers are for outside."""
+        for linear, weight, copy in zip(self.linears, self.weights, self.copies, strict=True):
+            linear._parameters["weight"] = _Cast.apply(weight, copy)
+        try:
+            yield
+        finally:
+            for linear, weight in zip(self.linears, self.weights, strict=True):
+                linear._parameters["weight"] = weight
+
+    @torch.no_grad()
+    def refresh(self):
+        """Cast the weights as they are now. Between a forward pass and its backward this raises in the backward."""
+        if self.copies:
+            torch._foreach_copy_(self.copies, self.weights)
+
+
+class _Cast(torch.autograd.Function):
+    """The cast of a weight, made already: gives the copy, and hands its gradient to the weight."""
+
+    @staticmethod
+    def forward(ctx, weight, copy):
+        ctx.dtype = weight.dtype
+        return copy.detach()    # the same memory and version counter, so that a refresh at the wrong moment is noticed
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype), None
+
+
+def _untouched_linears(model):
+    """([every Linear whose weight only our own code sees], [why not, for the others])."""
+    reason = touched(model, GPT)
+    if reason is not None:
+        return [], [reason]
+    linears, left = [], []
+    for i, block in enumerate(model.transformer.h):
+        reason = block.unfused_reason() if isinstance(block, Block) else f"{type(block).__name__} stands where Block did"
+        inside = [] if reason else [block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj]
+        reason = reason or next(filter(None, (touched(linear, nn.Linear) for linear in inside)), None)
+        if reason is None:
+            linears += inside
+        else:
+            left.append(f"block {i}: {reason}")
+    reason = touched(model.lm_head, nn.Linear)
+    if reason is None:
+        linears.append(model.lm_head)
+    else:
+        left.append(f"lm_head: {reason}")
+    return linears, left

@@ -1,0 +1,208 @@
+"""Half-precision copies of the weights: cast once a step, with autocast's numbers, and out of the way of whoever looks."""
+import contextlib
+import copy
+import io
+
+import pytest
+import tiny
+import torch
+import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanogpt_fast import GPT, GPTConfig, half_weights, training
+from nanogpt_fast.half_weights import HalfWeights
+
+
+def model_of(**changes):
+    torch.manual_seed(1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return GPT(GPTConfig(**{**dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32, bias=True), **changes}),
+                   backend="reference")
+
+
+def batch(B=4, T=16, V=61):
+    return torch.randint(V, (B, T)), torch.randint(V, (B, T))
+
+
+def autocast():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each of some fp32 tensors is cast to half precision: {data_ptr: times}."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.times = {t.data_ptr(): 0 for t in tensors}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._foreach_copy_.default:
+            pairs = zip(args[0], args[1])
+        elif func is torch.ops.aten.copy_.default:
+            pairs = [(args[0], args[1])]
+        elif func is torch.ops.aten._to_copy.default:
+            pairs = [(out, args[0])]
+        else:
+            pairs = []
+        for target, source in pairs:
+            if source.dtype == torch.float32 and target.dtype == torch.bfloat16 and source.data_ptr() in self.times:
+                self.times[source.data_ptr()] += 1
+        return out
+
+
+@pytest.mark.parametrize("once", [True, False], ids=["copies", "autocast"])
+def test_each_weight_is_cast_once_a_step_however_many_micro_batches(once):
+    model = model_of()
+    weights = HalfWeights(model, torch.bfloat16)
+    matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    assert len(weights.copies) == len(matrices) == 9
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Casts(matrices) as casts:
+        for _ in range(3):
+            for _ in range(4):
+                with weights.in_use() if once else contextlib.nullcontext(), autocast():
+                    loss = model(*batch())[1]
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if once:
+                weights.refresh()
+    assert set(casts.times.values()) == ({3} if once else {12})
+
+
+def test_the_trainer_casts_once_a_step(tmp_path, monkeypatch):
+    tiny.data(tmp_path)
+    seen = []
+    original = HalfWeights.refresh
+    monkeypatch.setattr(HalfWeights, "refresh", lambda self: (seen.append(len(self.copies)), original(self))[1])
+    training.train(tiny.options(tmp_path, dtype="bfloat16", max_iters=3, gradient_accumulation_steps=4))
+    assert seen == [9, 9, 9]
+
+
+def test_losses_and_gradients_are_autocasts_bit_for_bit():
+    plain, copied = model_of(dropout=0.1), model_of(dropout=0.1)
+    weights = HalfWeights(copied, torch.bfloat16)
+    optimizers = [m.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu") for m in (plain, copied)]
+    for step in range(20):
+        torch.manual_seed(step)
+        x, y = batch()
+        losses = []
+        for model, context in ((plain, contextlib.nullcontext()), (copied, weights.in_use())):
+            torch.manual_seed(step)
+            with context, autocast():
+                loss = model(x, y)[1]
+            loss.backward()
+            losses.append(loss)
+        assert torch.equal(*losses)
+        for (name, a), b in zip(plain.named_parameters(), copied.parameters(), strict=True):
+            assert a.grad.dtype == b.grad.dtype == torch.float32 and torch.equal(a.grad, b.grad), name
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.refresh()
+
+
+def test_a_run_in_bfloat16_is_the_run_of_plain_autocast(tmp_path, monkeypatch):
+    tiny.data(tmp_path)
+    settings = dict(dtype="bfloat16", max_iters=20, gradient_accumulation_steps=2, dropout=0.1)
+    copies, plain = tiny.options(tmp_path, "a", **settings), tiny.options(tmp_path, "b", **settings)
+    training.train(copies)
+    monkeypatch.setattr(half_weights, "_untouched_linears", lambda model: ([], ["asked for"]))
+    training.train(plain)
+    assert tiny.losses(copies) == tiny.losses(plain) and len(tiny.losses(plain)) == 20
+
+
+def test_the_embedding_stays_fp32_and_the_tied_weight_gets_both_gradients():
+    model = model_of()
+    with HalfWeights(model, torch.bfloat16).in_use(), autocast():
+        assert model.lm_head.weight.dtype == torch.bfloat16
+        assert model.transformer.wte.weight.dtype == model.embed(batch()[0]).dtype == torch.float32
+        model(torch.full((1, 4), 7), torch.full((1, 4), 9))[1].backward()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.lm_head.weight.grad[7].abs().max() > 0 and model.lm_head.weight.grad[9].abs().max() > 0
+
+
+def test_in_float32_there_are_no_copies():
+    assert HalfWeights(model_of(), torch.float32).copies == []
+
+
+def test_parameters_are_back_after_an_error_and_a_frozen_one_stays_frozen():
+    model = model_of()
+    model.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
+    before = dict(model.named_parameters())
+    with pytest.raises(ValueError, match="block size"), HalfWeights(model, torch.bfloat16).in_use():
+        model(torch.zeros(1, 17, dtype=torch.long))
+    assert all(p is before[name] for name, p in model.named_parameters())
+    with HalfWeights(model, torch.bfloat16).in_use(), autocast():
+        model(*batch())[1].backward()
+    assert model.transformer.h[0].mlp.c_fc.weight.grad is None and model.transformer.h[0].mlp.c_proj.weight.grad is not None
+
+
+def test_a_refresh_between_forward_and_backward_is_noticed():
+    model = model_of()
+    weights = HalfWeights(model, torch.bfloat16)
+    with weights.in_use(), autocast():
+        loss = model(*batch())[1]
+    weights.refresh()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def hooked(model):
+    model.transformer.h[0].attn.register_forward_hook(lambda module, args, out: None)
+
+
+def another_linear(model):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * nn.functional.linear(x, self.weight.float(), self.bias)  # a cast of its own
+    model.transformer.h[0].attn.c_attn.__class__ = Doubled
+
+
+def another_mlp(model):
+    model.transformer.h[0].mlp = nn.Sequential(nn.Linear(32, 32), nn.Tanh())
+
+
+@pytest.mark.parametrize("touch", [hooked, another_linear, another_mlp], ids=lambda f: f.__name__)
+def test_a_touched_block_keeps_autocasts_casts_and_it_is_said(touch):
+    model = model_of()
+    touch(model)
+    weights = HalfWeights(model, torch.bfloat16)
+    assert len(weights.copies) == 5 and [text.split(":")[0] for text in weights.left] == ["block 0"]
+    plain, (x, y) = copy.deepcopy(model), batch()
+    with autocast():
+        expected = plain(x, y)[1]
+    with weights.in_use(), autocast():
+        loss = model(x, y)[1]
+    assert torch.equal(loss, expected)
+
+
+def test_a_touched_head_or_model_is_left_alone():
+    model = model_of()
+    model.lm_head.register_forward_pre_hook(lambda module, args: None)
+    assert len(HalfWeights(model, torch.bfloat16).copies) == 8
+    class Shifted(GPT):
+        pass
+    model.__class__ = Shifted
+    weights = HalfWeights(model, torch.bfloat16)
+    assert weights.copies == [] and "Shifted" in weights.left[0]
+
+
+def test_a_compiled_model_takes_the_copies_without_compiling_again():
+    model, (x, y) = model_of(), batch()
+    graphs = []
+    def counting(graph, inputs):
+        graphs.append([t.dtype for t in inputs if isinstance(t, torch.Tensor) and t.dim() == 2])
+        return graph.forward
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counting, fullgraph=True)
+    weights = HalfWeights(model, torch.bfloat16)
+    for _ in range(3):
+        with weights.in_use(), autocast():
+            loss = compiled(x, y)[1]
+        loss.backward()
+        weights.refresh()
+    assert len(graphs) == 1 and graphs[0].count(torch.bfloat16) == 9
+    with autocast():
+        assert torch.equal(loss, model(x, y)[1])
