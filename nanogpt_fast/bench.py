@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 
 from . import backend as ops_backend
-from . import devices, measure, options, reference
+from . import captured, devices, measure, options, reference
 from .config import GPTConfig
 from .explanation import explain
+from .half_weights import HalfWeights
 from .model import GPT
 from .options import option
 from .training import learning_rate
@@ -163,10 +164,6 @@ def _upstream(folder):
     return _modules[folder]
 
 
-def unwrapped(network):
-    return getattr(network, "_orig_mod", network)
-
-
 # ---------------------------------------------------------------------------------------------------------------- training
 
 @dataclass
@@ -200,24 +197,49 @@ def _raise_told_to_end(number, frame):
 
 
 class Trainer:
-    """One variant: a model, its optimizer, and `step(x, y)`, which returns the loss."""
+    """One variant: a model, its optimizer, and `step(x, y)`, x and y (B, T), which returns the loss.
 
-    def __init__(self, o, variant, config, device, dtype):
-        model = build(o, variant.nanogpt, config, device)
-        self.optimizer = _optimizer(o, variant, model, device)
-        self.network = torch.compile(model) if variant.compiled else model
-        self.parameters = list(model.parameters())
-        self.context = devices.autocast(device, torch.bfloat16 if variant.bf16 else dtype)
-        self.more = {} if variant.logits else dict(return_logits=False)
+    Our trainer's way is training.py's: no logits, half-precision copies of the weights, the step captured in CUDA graphs where it
+    can be. The others do what nanoGPT's train.py does.
+    """
+
+    def __init__(self, o, variant, config, B, device, dtype):
+        dtype = torch.bfloat16 if variant.bf16 else dtype
+        self.model = build(o, variant.nanogpt, config, device)
+        self.optimizer = _optimizer(o, variant, self.model, device)
+        self.network = torch.compile(self.model) if variant.compiled else self.model
+        self.parameters = list(self.model.parameters())
+        self.context = devices.autocast(device, dtype)
+        self.more, self.weights, self.graphs, self.not_captured = {}, None, None, "not our trainer"
+        if not variant.logits:
+            self.more = dict(return_logits=False)
+            self.weights = HalfWeights(self.model, dtype)
+            self.not_captured = captured.why_not(self.model, self.optimizer, device)
+        if self.not_captured is None:
+            self.graphs = captured.CapturedStep(self.forward_backward, self.update, self.optimizer, (B, config["block_size"]), device)
 
     def step(self, x, y):
-        with self.context:
-            loss = self.network(x, y, **self.more)[1]
-        loss.backward()
+        if self.graphs is not None:
+            self.graphs.micro_step(x, y, first=True)
+            self.graphs.update()
+            return self.graphs.loss
+        loss = self.forward_backward(x, y)
+        self.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def forward_backward(self, x, y):
+        with self.weights.in_use() if self.weights else contextlib.nullcontext():
+            with self.context:
+                loss = self.network(x, y, **self.more)[1]
+            loss.backward()
+        return loss.detach()
+
+    def update(self):
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        if self.weights:
+            self.weights.refresh()
 
 
 def _optimizer(o, variant, model, device):
@@ -244,28 +266,31 @@ def train(o, device, dtype):
     runs, found, told_to_end = {}, {}, False
     before_us = signal.signal(signal.SIGTERM, _raise_told_to_end)
     for name in wanted(o, all_variants):
-        before = _allocated(device)
+        before = _reset_peak(device)
         if told_to_end or runs and time.monotonic() > until - 20 * o.minutes:
             found[name] = dict(error="not measured: out of time")
             continue
         try:
-            trainer = Trainer(o, all_variants[name], config, device, dtype)
+            trainer = Trainer(o, all_variants[name], config, B, device, dtype)
             batches = itertools.cycle(data)
             start = time.perf_counter()
             trainer.step(*next(batches)).item()
             first = time.perf_counter() - start
-            memory = _peak(device, before, lambda: trainer.step(*next(batches)))
-        except torch.OutOfMemoryError as error:
-            print(f"{name:<28} out of memory: {str(error).splitlines()[0]}", flush=True)
-            found[name] = dict(error="out of memory")
+            for _ in range(captured.WARM_UP_STEPS + 1 if trainer.graphs else 1):  # up to the step that is recorded, and replayed
+                trainer.step(*next(batches))
+            memory = _peak(device, before)
+        except Exception as error:  # out of memory, a graph that cannot be captured: others can still be timed
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            print(f"{name:<28} {type(error).__name__}: {error}", flush=True)
+            found[name] = dict(error="out of memory" if out_of_memory else f"{type(error).__name__}: {error}"[:300])
             continue
         except ToldToEnd:  # in the middle of a compilation, say: what was built before can still be timed
             found[name], told_to_end = dict(error="not measured: out of time"), True
             continue
         ops = {}
-        if isinstance(model := unwrapped(trainer.network), GPT):
-            ops = {row.op: row.implementation for row in explain(model, dtype=dtype)}
-        found[name] = dict(first_step_s=first, peak_memory=memory, ops=ops)
+        if isinstance(trainer.model, GPT):
+            ops = {row.op: row.implementation for row in explain(trainer.model, dtype=dtype)}
+        found[name] = dict(first_step_s=first, peak_memory=memory, ops=ops, not_captured=trainer.not_captured)
         print(f"{name:<28} first step {first:6.1f} s", flush=True)
 
         def several(trainer=trainer, batches=batches):
@@ -305,21 +330,18 @@ def rival_of(found):
     return next((found[name] for name in ("nanoGPT compiled", "nanoGPT") if "tokens_per_s" in found.get(name, ())), None)
 
 
-def _allocated(device):
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _peak(device, before, step):
-    """Bytes that a variant needs at its peak, as if it were alone: what it keeps and what a step adds. None on a CPU."""
+def _reset_peak(device):
+    """Bytes in use now; the peak counts from here."""
     if device.type != "cuda":
-        step()
-        return None
+        return 0
     torch.cuda.synchronize(device)
-    at_rest = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    step()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before if at_rest >= before else None
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak(device, before):
+    """Bytes that a variant has needed since it was begun, at its peak, as if it were alone. None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
 
 
 # -------------------------------------------------------------------------------------------------------------- generation
@@ -504,7 +526,7 @@ def loss(o, device, dtype):
     def batches(split, seed):
         return Batches(folder, split, B, config["block_size"], device=device, generator=torch.Generator().manual_seed(seed))
 
-    sides = {name: Side(Trainer(o, variant, config, device, dtype), batches("train", 1)) for name, variant in both.items()}
+    sides = {name: Side(Trainer(o, variant, config, B, device, dtype), batches("train", 1)) for name, variant in both.items()}
     print(f"{o.model} on {o.data}, {o.steps} steps of {B} x {config['block_size']} tokens, on {devices.describe(device)}")
     for step in range(0, o.steps + 1, o.eval_interval):
         for name, side in sides.items():
@@ -550,7 +572,7 @@ class Side:
     @torch.no_grad()
     def evaluate(self, step, batches, count):
         """Note the validation loss at this step; the clock stands."""
-        model = unwrapped(self.trainer.network).eval()
+        model = self.trainer.model.eval()
         with self.trainer.context:
             values = [model(*batches.next())[1].item() for _ in range(count)]
         model.train()
