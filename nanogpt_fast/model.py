@@ -74,6 +74,7 @@ class MLP(nn.Module):
     """Linear to 4C, GELU, Linear back to C, dropout."""
 
     backend = None
+    recompute = False  # True: the fused op keeps 8C bytes less a token and computes GELU again in the backward
 
     def __init__(self, config):
         super().__init__()
@@ -89,7 +90,8 @@ class MLP(nn.Module):
             _backend.notice_unfused(f"an MLP calls its own modules, not the fused op: {reason}")
             return self.c_proj(self.gelu(self.c_fc(x)))
         return mlp.gelu_mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias,
-                            activation="gelu_tanh" if self.gelu.approximate == "tanh" else "gelu", backend=self.backend)
+                            activation="gelu_tanh" if self.gelu.approximate == "tanh" else "gelu",
+                            recompute=self.recompute, backend=self.backend)
 
     def forward(self, x):
         return self.dropout(self.branch(x))

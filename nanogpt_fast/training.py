@@ -91,6 +91,7 @@ class TrainOptions:
     compile: bool | str = option("auto", "torch.compile the model (auto: on CUDA)", choices=("auto", True, False))
     cuda_graph: str = option("auto", "replay the step as CUDA graphs, which small models need (auto: where it can be; on: or "
                              "say why not and leave)", choices=("auto", "on", "off"))
+    recompute: bool = option(False, "keep less for the backward: the fused MLP computes its GELU twice (a fifth of a block's bytes)")
     seed: int = option(1337, "of weights, batches and dropout; rank r takes seed + r", minimum=0)
 
     def __post_init__(self):
@@ -167,6 +168,8 @@ def _train(o, ranks, device, ops):
     T = min(o.block_size, model.config.block_size)
     if T < model.config.block_size:
         model.crop_block_size(T)
+    for block in model.transformer.h:
+        block.mlp.recompute = o.recompute
 
     def batches(split, generator=None):
         return Batches(folder, split, o.batch_size, T, device=device, generator=generator, vocab_size=model.config.vocab_size)
