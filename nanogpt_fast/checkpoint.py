@@ -74,7 +74,7 @@ def read(path):
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
         raise CheckpointError(f"there is no checkpoint {path}; beside it: {', '.join(beside) or 'no *.pt at all'}")
-    _refuse_damage(path)
+    refuse_damage(path)
     try:
         with torch.serialization.safe_globals(NUMPY_SCALARS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -97,8 +97,11 @@ def read(path):
     return checkpoint
 
 
-def _refuse_damage(path):
-    """torch.save writes a CRC for every tensor, torch.load does not look at it: a flipped bit would train on."""
+def refuse_damage(path):
+    """CheckpointError where a torch file's own checksums are wrong.
+
+    torch.save writes a CRC for every tensor, torch.load does not look at it: a flipped bit would train on.
+    """
     if not zipfile.is_zipfile(path):
         return  # cut short (torch.load says so), or the format of torch before 1.6
     try:

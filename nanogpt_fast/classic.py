@@ -367,7 +367,7 @@ def is_checkpoint(path):
     """True where a readable torch file at `path` says that it holds a model of this file."""
     try:
         checkpoint = torch.load(path, map_location="meta", weights_only=True)
-    except OSError:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):  # torch reads a truncated file as an OSError, too
         raise
     except Exception:  # whatever it is, it is not ours
         return False
@@ -385,7 +385,7 @@ def load_checkpoint(path, device="auto"):
         model = CLASSES[checkpoint["classic"]](ClassicConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         tokenizer = None if checkpoint["tokenizer"] is None else tokenizers.from_state(checkpoint["tokenizer"])
-    except OSError:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):  # torch reads a truncated file as an OSError, too
         raise
     except Exception as error:  # a damaged file fails in whichever part reads it first
         raise ValueError(f"{path} is no checkpoint of a classic model, or a damaged one "

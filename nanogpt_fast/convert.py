@@ -3,6 +3,7 @@
     gpt = to_gpt(classic_model)              also a state dict: to_gpt(state_dict, config=ClassicConfig(...))
     classic_model = to_classic(gpt)
     convert_checkpoint("classic.pt", "out/ckpt.pt")      or the other way round: the file says which it is
+    convert_checkpoint("out/ckpt.pt", "my-gpt2")         a folder for transformers, and back; pretrained.py reads and writes those
 
 Attention does not care whether three matrices (C, C) multiply x or one (3C, C) that stacks them: the fused layout is the same
 numbers in fewer, larger matmuls. Everything else only changes its name:
@@ -23,8 +24,12 @@ models are asked for logits at the end, and a difference raises, too: no convers
 """
 import contextlib
 import io
+import os
 import re
+import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -101,45 +106,113 @@ def untie_head(gpt):
     return gpt
 
 
-def convert_checkpoint(source, target):
-    """Convert a checkpoint file: what classic.save_checkpoint wrote becomes nanoGPT's ckpt.pt, and the other way round.
+FORMATS = ("nanogpt", "classic", "huggingface")
 
-    The tokenizer goes along, the optimizer's state does not: the result is for sampling and fine-tuning. Returns the converted
-    model. Raises ConversionError, ValueError (a damaged file), FileNotFoundError, or checkpoint.CheckpointError.
+
+def convert_checkpoint(source, target, to=None):
+    """Convert a checkpoint: nanoGPT's ckpt.pt, what classic.save_checkpoint wrote, or a folder of transformers' GPT-2, each to each.
+
+    to: "nanogpt", "classic" or "huggingface"; None: what the target's name and the source leave, see `ConvertOptions`. The target is
+    read back, its logits are compared with the source's, and only then it gets its name. The tokenizer goes along between the two .pt
+    formats; the optimizer's state does not: the result is for sampling and fine-tuning. Returns the converted model. Raises
+    ConversionError, ValueError (a damaged file), FileNotFoundError, checkpoint.CheckpointError.
     """
-    if classic.is_checkpoint(source):
+    model, tokenizer, found = _load(source)
+    to = to or ("huggingface" if Path(target).suffix not in (".pt", ".pth") else "classic" if found == "nanogpt" else "nanogpt")
+    if to == found:
+        raise ConversionError(f"{source} is in the form of {found} already; --to={'|'.join(FORMATS)} names another")
+    gpt = to_gpt(model) if isinstance(model, ClassicGPT) else model
+    if to == "huggingface":
+        _write_folder(gpt, target)
+        return gpt
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    converted = to_classic(gpt) if to == "classic" else gpt
+    with _proved(target, converted) as temporary:
+        classic.save_checkpoint(temporary, converted, tokenizer) if to == "classic" else save_gpt(temporary, converted, tokenizer)
+    return converted
+
+
+def _load(source):
+    """(model in eval mode, tokenizer or None, its format) from a file or a folder, whichever it is."""
+    source = Path(source)
+    if source.is_dir() and (source / "config.json").is_file():
+        return _quietly(lambda: GPT.from_pretrained(str(source))).eval(), None, "huggingface"
+    if source.is_file():
+        checkpoints.refuse_damage(source)
+    if source.is_file() and classic.is_checkpoint(source):
         model, tokenizer = classic.load_checkpoint(source, device="cpu")
         if not isinstance(model, ClassicGPT):
             raise ConversionError(f"{source} holds a {type(model).__name__}: only the last step of the ladder is a GPT")
-        gpt = to_gpt(model)
-        save_gpt(target, gpt, tokenizer)
-        return gpt
-    gpt, tokenizer, _ = checkpoints.load_model(source)
-    model = to_classic(gpt)
-    classic.save_checkpoint(target, model, tokenizer)
-    return model
+        return model, tokenizer, "classic"
+    gpt, tokenizer, _ = _quietly(lambda: checkpoints.load_model(source))
+    return gpt, tokenizer, "nanogpt"
+
+
+@contextlib.contextmanager
+def _proved(target, model):
+    """Write to a temporary name, read it back, compare logits with `model`'s, rename."""
+    temporary = Path(f"{target}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _prove(model, _load(temporary)[0])
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_folder(gpt, target):
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file; a model of transformers' is a folder")
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=target, prefix=".") as temporary:
+            gpt.save_pretrained(temporary)
+            _prove(gpt, _load(temporary)[0])
+            _prove(gpt, _TransformersGPT(temporary)) if find_spec("transformers") else None
+            for file in Path(temporary).iterdir():
+                os.replace(file, target / file.name)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
+
+
+class _TransformersGPT(nn.Module):
+    """transformers' own reading of a folder, called as a GPT is."""
+
+    def __init__(self, folder):
+        super().__init__()
+        from transformers import GPT2LMHeadModel
+        self.model = GPT2LMHeadModel.from_pretrained(folder)
+        self.config = GPTConfig(block_size=self.model.config.n_positions, vocab_size=self.model.config.vocab_size)
+
+    def forward(self, idx, targets=None):
+        return self.model(idx).logits, None
 
 
 @dataclass
 class ConvertOptions:
-    """Convert a checkpoint of the classic GPT (separate query, key and value) to nanoGPT's layout, or the other way round.
+    """Convert a checkpoint between nanoGPT's ckpt.pt, the classic GPT's (separate query, key and value), and a folder of
+    transformers' GPT-2 (config.json and model.safetensors). What the source is, its content says.
 
-    The file says which it is. Example: nanogpt-fast convert classic.pt out/ckpt.pt
+    Without --to, a target that ends in .pt becomes nanoGPT's, or the classic GPT's where the source is nanoGPT's; any other name
+    becomes a folder of transformers'. The result is read back and its logits are compared with the source's before it gets its name.
+    Examples: nanogpt-fast convert classic.pt out/ckpt.pt; nanogpt-fast convert out/ckpt.pt my-gpt2
     """
 
-    source: str = option("", "the checkpoint to read", positional=True)
+    source: str = option("", "the checkpoint to read: a file or a folder", positional=True)
     target: str = option("", "the checkpoint to write", positional=True)
+    to: str = option("auto", "the form to write", choices=("auto", *FORMATS))
 
     def __post_init__(self):
         if not self.source or not self.target:
-            raise ValueError("two files are needed: nanogpt-fast convert SOURCE TARGET")
+            raise ValueError("two names are needed: nanogpt-fast convert SOURCE TARGET")
 
 
 def main(argv):
     """The command `nanogpt-fast convert`."""
     o = options.parse(ConvertOptions, argv, "nanogpt-fast convert")
-    model = convert_checkpoint(o.source, o.target)
-    print(f"{o.target} holds the {type(model).__name__} that computes what {o.source} does")
+    model = convert_checkpoint(o.source, o.target, None if o.to == "auto" else o.to)
+    print(f"{o.target} holds the {type(model).__name__} that computes what {o.source} does: read back, and its logits compared")
 
 
 def save_gpt(path, gpt, tokenizer=None, *, iter_num=0, best_val_loss=float("inf"), config=None):

@@ -281,6 +281,11 @@ class GPT(nn.Module):
         model.load_state_dict(state_dict)
         return model
 
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, which transformers' GPT2LMHeadModel and `GPT.from_pretrained` read. Exact."""
+        from .pretrained import write_folder
+        write_folder(self, folder)
+
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """AdamW in two groups: tensors of two and more dimensions decay, biases and LayerNorm weights do not."""
         trained = [p for p in self.parameters() if p.requires_grad]
