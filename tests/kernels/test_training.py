@@ -1,0 +1,126 @@
+"""Training steps of the whole GPT on its kernels, as the trainer takes them: weights cast once, no logits, scaled fp16."""
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from test_model import autocast, batch, error, key_biases, model_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import tiny  # noqa: E402  (of the other half of the suite)
+
+from nanogpt_fast.half_weights import HalfWeights  # noqa: E402
+from nanogpt_fast.training import run  # noqa: E402
+
+
+class Made(TorchDispatchMode):
+    """Collects dtype and size of everything that an operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.tensors += [(t.dtype, t.numel(), function) for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        return out
+
+
+def take_step(model, weights, optimizer, x, y):
+    with weights.in_use():
+        with autocast(x.device, torch.bfloat16):
+            loss = model(x, y, return_logits=False)[1]
+        loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    weights.refresh()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_no_fp32_tensor_of_the_size_of_the_logits_is_made_in_a_whole_step(device, backend):
+    # More rows than channels, so that the weight and its moments stay below B T V; a CPU makes dW 1024 columns at a time.
+    B, T, V = 2, 48, 1100
+    model = model_of(device, backend, vocab_size=V)
+    weights, (x, y) = HalfWeights(model, torch.bfloat16), batch(device, B, T, V)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
+    with Made() as made:
+        take_step(model, weights, optimizer, x, y)
+    large = [function for dtype, size, function in made.tensors if dtype == torch.float32 and size >= B * T * V]
+    assert (large == []) == (backend == "fused"), large
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_copies_of_the_weights_give_the_gradients_of_autocast(device, accumulation):
+    plain, (x, y) = model_of(device), batch(device, B=1, T=20)
+    copied = copy.deepcopy(plain)
+    oracle = copy.deepcopy(plain).double()
+    oracle.set_backend("reference")
+    weights = HalfWeights(copied, torch.bfloat16)
+    for _ in range(accumulation):
+        with autocast(device, torch.bfloat16):
+            expected = plain(x, y, return_logits=False)[1]
+        expected.backward()
+        with weights.in_use(), autocast(device, torch.bfloat16):
+            loss = copied(x, y, return_logits=False)[1]
+            loss.backward()
+        oracle(x, y)[1].backward()
+        assert torch.equal(loss, expected)
+    for (name, a), b, c in zip(plain.named_parameters(), copied.parameters(), oracle.parameters(), strict=True):
+        # The MLP's and the head's gradients stay fp32 on their way to an fp32 weight; on their way to a copy they are rounded
+        # to bf16 once (2^-9, a part of the error that bf16 has anyway), as every gradient of plain autocast is.
+        of = lambda p: key_biases(name, p.grad.double())
+        assert error(of(b), of(c)) <= 1.2 * error(of(a), of(c)) + 2 ** -9, name
+
+
+def test_float16_with_a_gradscaler_trains_on_kernels_as_on_the_reference(device):
+    losses, scales = {}, {}
+    for backend in ("fused", "reference"):
+        model, scaler = model_of(device, backend, n_layer=1), torch.amp.GradScaler(device.type)
+        weights = HalfWeights(model, torch.float16)
+        optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), device.type)
+        torch.manual_seed(3)
+        x, y = batch(device, B=1, T=20)
+        losses[backend] = []
+        for step in range(5):
+            with weights.in_use():
+                with autocast(device, torch.float16):
+                    loss = model(x, y, return_logits=False)[1]
+                scaler.scale(loss).backward()
+            if step == 2:               # an overflow: the scaler skips this step and halves its scale
+                next(model.parameters()).grad[0, 0] = float("inf")
+                before = [p.detach().clone() for p in model.parameters()]
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            weights.refresh()
+            if step == 2:
+                assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+            optimizer.zero_grad(set_to_none=True)
+            losses[backend].append(loss.item())
+        scales[backend] = scaler.get_scale()
+    assert scales["fused"] == scales["reference"] == 32768.0
+    assert losses["fused"][4] < losses["fused"][0] - 0.1 and losses["fused"][2] == pytest.approx(losses["fused"][3], abs=0)
+    for a, b in zip(*losses.values(), strict=True):
+        assert a == pytest.approx(b, abs=5e-3)      # 2^-11 of a loss of 5.6, and AdamW's amplification of it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-3), ("bfloat16", 3e-2)])  # those of test_model's AdamW steps
+def test_three_steps_of_the_trainer_on_kernels_have_the_references_losses(dtype, bound, device, tmp_path, capsys):
+    tiny.data(tmp_path)
+    settings = dict(device=device.type, dtype=dtype, max_iters=3, n_layer=1, eval_interval=100, eval_iters=1, bias=True,
+                    gradient_accumulation_steps=2, batch_size=2)
+    for backend in ("fused", "reference"):
+        assert run(tiny.words(tiny.options(tmp_path, backend, backend=backend, **settings))) == 0
+        printed = capsys.readouterr().out
+        assert printed.count(" triton\n") == (4 if backend == "fused" else 0)     # the four families, in the banner
+    losses = {backend: tiny.losses(tmp_path / backend) for backend in ("fused", "reference")}
+    assert list(losses["fused"]) == [0, 1, 2]
+    for a, b in zip(losses["fused"].values(), losses["reference"].values(), strict=True):
+        assert a == pytest.approx(b, abs=bound)
