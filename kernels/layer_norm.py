@@ -172,7 +172,7 @@ class Tile(NamedTuple):
 # registers leave 28 such programs on a multiprocessor: 130 KB of loads in flight, where 5 TB/s at 0.7 us need 27 KB. Short
 # rows share a tile, so that a warp has 1,024 elements to load.
 # Backward: 16 elements a thread, since each holds the running sums of dweight and dbias beside its row. From 1,024 on
-# registers are capped at 128, at no spill, so that all programs are resident at once.
+# registers are capped at 128, so that all programs are resident at once. With Triton 3.6 and dropout, 8 bytes spill.
 TILES = {
     16: (Tile(32, 1), Tile(16, 1)),
     32: (Tile(32, 1), Tile(16, 1)),
@@ -376,9 +376,11 @@ def gate_cases(arch):
                        narrow_reason="the seed, and in short rows the bias" if seed else "")
             pointers = dict(dy_ptr=H, ds_ptr=stream, s_ptr=S, weight_ptr=S, statistics_ptr=S, seed_ptr=seed,
                             dx_ptr=S, dbranch_ptr=branch, dweight_ptr=S, dbias_ptr=S)
+            spilled = 8 if seed else 0
             yield case(f"backward {variant} {BLOCK_C}", _backward_kernel, pointers, bwd, BLOCK_C,
                        moved=N * (C * (16 if branch else 10) + 8) if gpt2 else None, flops=18 * N * C if gpt2 else None,
-                       in_model=gpt2 and seed is None, options=_backward_options(bwd),
+                       in_model=gpt2 and seed is None, options=_backward_options(bwd), allowed_spill_bytes=spilled,
+                       spill_reason="8 bytes in some tiles, by Triton 3.6's ptxas alone" if spilled else "",
                        allowed_narrow_loads=2 * bwd.rows + (1 if seed else 0), narrow_reason="a row's mean and rstd, the seed")
         yield case(f"drop {BLOCK_C}", _drop_kernel, dict(ds_ptr=S, seed_ptr="*i64", dbranch_ptr=H), fwd, BLOCK_C,
                    allowed_narrow_loads=1, narrow_reason="the seed")
