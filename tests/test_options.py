@@ -145,7 +145,7 @@ def test_a_missing_config_file_is_named():
 def test_help_lists_every_key_with_default_and_meaning(capsys):
     with pytest.raises(SystemExit) as left:
         parse("--help")
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())  # wrapped to the terminal's width
     assert left.value.code == 0
     for words in ("Things to set.", "Files:", "--eval_interval=2000", "steps between evaluations", "int, at least 1",
                   "--top_k=200", "auto | float32 | bfloat16", "Also --data."):
