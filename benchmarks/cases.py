@@ -3,12 +3,12 @@
 `python -m benchmarks.run` takes it for published figures, the pytest-benchmark files of this folder for browsing.
 
 A case's `make(device)` draws random inputs; several sets of them take turns, so that no call finds its own in a cache.
-`implementations` are functions of one set. Directions: "forward" is inference (no_grad); "both" is forward and backward in one call,
-as training does it, because an op may do part of its backward in its forward (linear cross-entropy does).
+`implementations` are functions of one set. Directions: "forward" is inference (no_grad); "both" is forward and backward in one
+call, as training does it, because an op may do part of its backward in its forward (linear cross-entropy does).
 
-`bytes` are what any implementation must move: each input read once, each result written once, nothing in between. An op that keeps
-less between forward and backward than this counts can pass 100 percent; one that reads twice cannot reach it. `flops` are those of
-the matmuls; causal attention counts half of the square.
+`bytes` are what any implementation must move: each input read once, each result written once, nothing in between. An op that
+keeps less between forward and backward than this counts can pass 100 percent; one that reads twice cannot reach it. `flops`
+are those of the matmuls; causal attention counts half of the square.
 """
 import functools
 import itertools
@@ -48,7 +48,7 @@ class Case:
 
     @property
     def bound(self):
-        """Which limit of the machine counts: "copy" below 100 FLOPs a byte, else "matmul". An H200 has 989e12 / 4.8e12 = 206."""
+        """Which limit of the machine counts: "copy" below 100 FLOPs a byte, else "matmul". On paper an H200 has 206."""
         return "copy" if self.flops < 100 * self.bytes else "matmul"
 
     def runs(self, device, names=None, sets=3):
@@ -114,7 +114,7 @@ def randn(device, dtype, *shape, grad=False, scale=1.0):
 
 
 def attention_case(B, T, H, D, dtype, direction, sweep=""):
-    """Packed projection in, (B, T, C) out, as the model calls it: what a peer needs beside its kernel counts, as it does for us."""
+    """Packed projection in, (B, T, C) out, as the model calls it: what a peer needs beside its kernel counts, as for us."""
     C, size, grad = H * D, dtype.itemsize, direction == BOTH
     # forward: qkv in, out written; backward: dout, out and qkv in, dqkv written
     moved = B * T * C * size * (4 + (8 if grad else 0))
@@ -161,8 +161,8 @@ def attention_case(B, T, H, D, dtype, direction, sweep=""):
 def decode_case(B, T, H, D, dtype, sweep=""):
     """One new query a row over a cache of T tokens, all of them filled."""
     def make(device):
-        return {"q": randn(device, dtype, B, H, 1, D), "k": randn(device, dtype, B, H, T, D), "v": randn(device, dtype, B, H, T, D),
-                "lengths": torch.full((B,), T, device=device)}
+        return {"q": randn(device, dtype, B, H, 1, D), "k": randn(device, dtype, B, H, T, D),
+                "v": randn(device, dtype, B, H, T, D), "lengths": torch.full((B,), T, device=device)}
 
     def plain(t):
         seen = torch.arange(T, device=t["k"].device) < t["lengths"][:, None]
@@ -218,8 +218,10 @@ def mlp_case(rows, C, dtype, direction, sweep=""):
     grad, size = direction == BOTH, dtype.itemsize
 
     def make(device):
-        return {"x": randn(device, dtype, rows, C, grad=grad), "w_fc": randn(device, dtype, 4 * C, C, grad=grad, scale=C ** -0.5),
-                "b_fc": randn(device, dtype, 4 * C, grad=grad), "w_proj": randn(device, dtype, C, 4 * C, grad=grad, scale=C ** -0.5 / 2),
+        return {"x": randn(device, dtype, rows, C, grad=grad),
+                "w_fc": randn(device, dtype, 4 * C, C, grad=grad, scale=C ** -0.5),
+                "b_fc": randn(device, dtype, 4 * C, grad=grad),
+                "w_proj": randn(device, dtype, C, 4 * C, grad=grad, scale=C ** -0.5 / 2),
                 "b_proj": randn(device, dtype, C, grad=grad)}
 
     def plain(t):
@@ -231,8 +233,9 @@ def mlp_case(rows, C, dtype, direction, sweep=""):
     # forward: x, both weights in, y out; backward: dy, x and h in, weights again, their gradients and dx out
     moved = size * ((2 * rows * C + 8 * C * C) + ((7 * rows * C + 16 * C * C) if grad else 0))
     return Case("GELU-MLP", dict(rows=rows, C=C), dtype, direction, moved, 16 * rows * C * C * (3 if grad else 1), make,
-                {"ours": lambda t: mlp.gelu_mlp(**t, backend=AUTO), "ours epilogue": form("epilogue"), "ours pointwise": form("pointwise"),
-                 "eager": plain, "compile": compiled(plain), "compile max-autotune": compiled(plain, AUTOTUNE)}, sweep=sweep)
+                {"ours": lambda t: mlp.gelu_mlp(**t, backend=AUTO), "ours epilogue": form("epilogue"),
+                 "ours pointwise": form("pointwise"), "eager": plain, "compile": compiled(plain),
+                 "compile max-autotune": compiled(plain, AUTOTUNE)}, sweep=sweep)
 
 
 def cross_entropy_case(rows, C, V, dtype, direction, sweep=""):
@@ -267,8 +270,9 @@ def cross_entropy_case(rows, C, V, dtype, direction, sweep=""):
                        "compile max-autotune": compiled(plain, AUTOTUNE), "Liger": liger, "quack": quack}
     if hasattr(F, "linear_cross_entropy"):
         implementations["F.linear_cross_entropy"] = chunked_by_torch
-    return Case("linear cross-entropy", dict(rows=rows, C=C, V=V), dtype, direction, moved, 2 * rows * C * V * (3 if grad else 1),
-                make, implementations, sweep=sweep)
+    flops = 2 * rows * C * V * (3 if grad else 1)
+    return Case("linear cross-entropy", dict(rows=rows, C=C, V=V), dtype, direction, moved, flops, make, implementations,
+                sweep=sweep)
 
 
 def sample_case(rows, V, dtype, sweep=""):

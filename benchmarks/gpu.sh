@@ -17,20 +17,23 @@ dry=${NANOGPT_FAST_DRY_RUN:-}
 python=${PYTHON:-python3}
 total=$((minutes * 60))
 reserve=15  # seconds for the summary
+results=$out/results.jsonl
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TRITON_DEFAULT_FP_FUSION=1
 : > "$out/stages.txt"
 failed=0
 
-# stage NAME PERCENT FILE COMMAND...: run the command within its percentage of all the time, and within what is left. It is told to
-# end 25 seconds before it is ended, and a command that watches the clock (@MINUTES@) a little earlier still.
+# stage NAME PERCENT FILE COMMAND...: run the command within its percentage of all the time, and within what is left. It is
+# told to end 25 seconds before it is ended, and a command that watches the clock (@MINUTES@) a little earlier still.
 stage() {
-  local name=$1 limit=$((total * $2 / 100)) file=$out/$3 left=$((total - SECONDS - reserve)) began=$SECONDS grace=25 before status
+  local name=$1 limit=$((total * $2 / 100)) file=$out/$3 began=$SECONDS grace=25 left hundredths before status
   shift 3
+  left=$((total - SECONDS - reserve))
   [ "$limit" -lt "$left" ] || limit=$left
   [ "$limit" -ge 75 ] || grace=$((limit / 3))
   if [ "$limit" -lt 6 ]; then echo "$name: not begun, no time is left" | tee -a "$out/stages.txt"; return; fi
   limit=$((limit - grace))
-  set -- "${@//@MINUTES@/$(awk "BEGIN { print $limit * 0.9 / 60 }")}"
+  hundredths=$((limit * 90 / 60))  # of a minute, nine tenths of the limit
+  set -- "${@//@MINUTES@/$((hundredths / 100)).$(printf %02d $((hundredths % 100)))}"
   touch "$file"; before=$(($(wc -l < "$file") + 1))
   echo "== $name (at most $limit s): $*" | tee -a "$file"
   timeout -k "$grace" "$limit" "$@" >> "$file" 2>&1
@@ -51,23 +54,27 @@ fi
 
 if [ -n "$dry" ]; then
   stage "tests" 25 tests.txt "$python" -m pytest -q -p no:cacheprovider tests/test_devices.py
-  stage "train" 25 measured.txt "$python" -m nanogpt_fast bench train --model=tiny --device=cpu --only="one import" --rounds=2 --minutes=@MINUTES@ --json="$out/results.jsonl"
-  stage "generate" 20 measured.txt "$python" -m nanogpt_fast bench generate --model=tiny --device=cpu --batch_sizes=1 --prompt=4 --tokens=8 \
-    --rounds=1 --minutes=@MINUTES@ --json="$out/results.jsonl"
-  stage "kernels" 30 measured.txt "$python" -m benchmarks.run --device cpu --quick --rounds 2 --implementations ours,eager --minutes @MINUTES@ --json "$out/results.jsonl"
+  stage "train" 25 measured.txt "$python" -m nanogpt_fast bench train --model=tiny --device=cpu --only="one import" --rounds=2 \
+    --minutes=@MINUTES@ --json="$results"
+  stage "generate" 20 measured.txt "$python" -m nanogpt_fast bench generate --model=tiny --device=cpu --batch_sizes=1 \
+    --prompt=4 --tokens=8 --rounds=1 --minutes=@MINUTES@ --json="$results"
+  stage "kernels" 30 measured.txt "$python" -m benchmarks.run --device cpu --quick --rounds 2 --implementations ours,eager \
+    --minutes @MINUTES@ --json "$results"
 else
   # Only this GPU's architecture: seconds instead of a minute.
   arch=$("$python" -c 'import torch; print("".join(map(str, torch.cuda.get_device_capability())))' 2>/dev/null)
   stage "build" 15 build.txt env NANOGPT_FAST_CUDA=1 NANOGPT_FAST_CUDA_ARCHS="$arch" "$python" setup.py build_ext --inplace
   stage "doctor" 8 doctor.txt "$python" -m nanogpt_fast doctor
-  stage "tests" 24 tests.txt "$python" -m pytest -q -p no:cacheprovider tests/kernels tests/test_sample_cuda.py -n 8 --maxfail=30
+  stage "tests" 24 tests.txt "$python" -m pytest -q -p no:cacheprovider -n 8 --maxfail=30 tests/kernels \
+    tests/test_sample_cuda.py
   stage "verify" 10 verify.txt "$python" -m nanogpt_fast verify --quick
-  stage "train" 32 measured.txt "$python" -m nanogpt_fast bench train --model=gpt2 --minutes=@MINUTES@ --json="$out/results.jsonl"
-  stage "generate" 14 measured.txt "$python" -m nanogpt_fast bench generate --rounds=3 --minutes=@MINUTES@ --json="$out/results.jsonl"
-  stage "kernels" 100 measured.txt "$python" -m benchmarks.run --without "compile max-autotune" --minutes @MINUTES@ --json "$out/results.jsonl"
+  stage "train" 32 measured.txt "$python" -m nanogpt_fast bench train --model=gpt2 --minutes=@MINUTES@ --json="$results"
+  stage "generate" 14 measured.txt "$python" -m nanogpt_fast bench generate --rounds=3 --minutes=@MINUTES@ --json="$results"
+  stage "kernels" 100 measured.txt "$python" -m benchmarks.run --without "compile max-autotune" --minutes @MINUTES@ \
+    --json "$results"
 fi
 
-{ cat "$out/stages.txt"; echo; "$python" -m benchmarks.report --summary "$out/results.jsonl"; } > "$out/summary.txt" 2>&1
+{ cat "$out/stages.txt"; echo; "$python" -m benchmarks.report --summary "$results"; } > "$out/summary.txt" 2>&1
 rm -f "$out/stages.txt"
 echo; echo "== summary"; cat "$out/summary.txt"
 exit $failed

@@ -14,13 +14,13 @@ import statistics
 from pathlib import Path
 
 from benchmarks import RESULTS
-from nanogpt_fast.bench import MODELS, TRAIN_VARIANTS, quantile, rival_of
+from nanogpt_fast.bench import MODELS, TRAIN_VARIANTS, percentiles, rival_of
 
 ROOT = Path(__file__).parent.parent
 PLOTS = ROOT / "docs" / "measured"
 MISSING = "not measured yet"
-PEERS = ("eager", "compile", "compile max-autotune", "SDPA flash", "SDPA cuDNN", "SDPA efficient", "FlexAttention", "flash-attn",
-         "Liger", "quack", "F.linear_cross_entropy")
+PEERS = ("eager", "compile", "compile max-autotune", "SDPA flash", "SDPA cuDNN", "SDPA efficient", "FlexAttention",
+         "flash-attn", "Liger", "quack", "F.linear_cross_entropy")
 # What GPT-2 124M's training step on a GPU is made of, (op, shape); each forward, and forward and backward.
 GPU_KERNELS = (("attention", dict(B=32, T=1024, H=12, D=64)), ("add + LayerNorm", dict(rows=32768, C=768)),
                ("GELU-MLP", dict(rows=32768, C=768)), ("linear cross-entropy", dict(rows=32768, C=768, V=50304)))
@@ -38,8 +38,10 @@ def read(*paths):
 def last(records, benchmark, device=None, **fields):
     """The newest record of this kind, or None. fields: must be equal; `options` may be reached into by name."""
     def fits(record):
+        if record["benchmark"] != benchmark or device not in (None, device_of(record)):
+            return False
         return all(record.get(key, record.get("options", {}).get(key)) == value for key, value in fields.items())
-    return next((r for r in reversed(records) if r["benchmark"] == benchmark and device in (None, device_of(r)) and fits(r)), None)
+    return next(filter(fits, reversed(records)), None)
 
 
 def device_of(record):
@@ -56,7 +58,9 @@ def table(head, rows):
 def where(record):
     """The machine and the versions, as a line of small print."""
     e = record["environment"]
-    machine = f"{e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}" if device_of(record) == "cuda" else f"{e['cpu']}, {e['threads']} threads"
+    machine = f"{e['cpu']}, {e['threads']} threads"
+    if device_of(record) == "cuda":
+        machine = f"{e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}"
     triton = f", Triton {e['triton']}" if "triton" in e else ""
     load = f", load {e['load']:.1f} on {e['cores']} cores" if "load" in e and device_of(record) == "cpu" else ""
     return f"<sub>{machine}; torch {e['torch']}{triton}; commit {e['commit']}, {e['time'][:10]}{load}</sub>"
@@ -78,13 +82,14 @@ def train(records, device, model, title):
             rows.append([name, row.get("error", MISSING)] + [""] * (5 if gpu else 3))
             continue
         more = [f"{100 * row['mfu']:.1f} %" if row["mfu"] else "", f"{row['peak_memory'] / 2**30:.1f} GiB"] if gpu else []
-        rows.append([name, f"{row['tokens_per_s']:,.0f}", f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}" if rival else "", *more,
-                     f"{row['first_step_s']:.1f} s", f"{100 * spread(row['samples']):.1f} %"])
+        ratio = f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}" if rival else ""
+        rows.append([name, f"{row['tokens_per_s']:,.0f}", ratio, *more, f"{row['first_step_s']:.1f} s",
+                     f"{100 * spread(row['samples']):.1f} %"])
     against = "times nanoGPT" + (" compiled" if "tokens_per_s" in found.get("nanoGPT compiled", ()) else "")
     head = ["", "tokens/s", against, *(["MFU", "peak memory"] if gpu else []), "first step", "spread"]
     return f"**{title}**\n\n" + table(head, rows) + small(record, lambda r: (
-        f"{r['shape']['batch_size']} x {r['shape']['block_size']} tokens a step, {r['dtype']} unless said; nanoGPT is {r['against']}; "
-        "spread: half the width of the middle half of the samples"))
+        f"{r['shape']['batch_size']} x {r['shape']['block_size']} tokens a step, {r['dtype']} unless said; nanoGPT is "
+        f"{r['against']}; spread: half the width of the middle half of the samples"))
 
 
 def spread(samples):
@@ -117,13 +122,13 @@ def generate(records, device, batches=(1, 8, 64)):
                 rows.append([B, name, MISSING, "", "", "", ""])
                 continue
             row, slow = found[name], found.get("nanoGPT")
-            ms = ", ".join(f"{1e3 * quantile(row['latency'], q):.2f}" for q in (0.5, 0.9, 0.99) if row["latency"])
-            rows.append([B, name, f"{row['tokens_per_s']:,.0f}", f"{row['tokens_per_s'] / slow['tokens_per_s']:,.1f}" if slow else "",
-                         f"{100 * row['of_limit']:.0f} %", f"{1e3 * row['prefill_s']:,.1f} ms", ms])
+            ratio = f"{row['tokens_per_s'] / slow['tokens_per_s']:,.1f}" if slow else ""
+            rows.append([B, name, f"{row['tokens_per_s']:,.0f}", ratio, f"{100 * row['of_limit']:.0f} %",
+                         f"{1e3 * row['prefill_s']:,.1f} ms", percentiles(row["latency"])])
     head = ["batch", "", "tokens/s", "times nanoGPT", "of the memory limit", "prefill", "ms a token: median, 90 %, 99 %"]
-    return table(head, rows) + small(newest, lambda r: f"GPT-2 124M, {r['prompt']} tokens of prompt, {r['dtype']} unless said; nanoGPT is "
-                                     f"{r['against']}; the limit: weights and cache read once a step at the {r['limits']['copy'] / 1e9:,.0f} "
-                                     "GB/s that a copy reached in the same run")
+    return table(head, rows) + small(newest, lambda r: (
+        f"GPT-2 124M, {r['prompt']} tokens of prompt, {r['dtype']} unless said; nanoGPT is {r['against']}; the limit: weights "
+        f"and cache read once a step at the {r['limits']['copy'] / 1e9:,.0f} GB/s that a copy reached in the same run"))
 
 
 def kernels(records, device="cuda"):
@@ -137,8 +142,9 @@ def kernels(records, device="cuda"):
         way = "forward" if direction == "forward" else "forward + backward"
         rows.append([op, size, way, *(kernel_row(record) if record else [MISSING, "", "", "", ""])])
     head = ["op", "shape", "", "ours, us", "of the limit", "eager, us", "torch.compile, us", "fastest peer, us"]
-    return table(head, rows) + small(newest, lambda r: "bf16; medians, cold caches; the limit is the copy bandwidth or matmul rate that "
-                                     f"the same run reached ({r['limits']['copy'] / 1e12:.2f} TB/s, {r['limits']['matmul'] / 1e12:.0f} TFLOP/s)")
+    return table(head, rows) + small(newest, lambda r: (
+        "bf16; medians, cold caches; the limit is the copy bandwidth or matmul rate that the same run reached "
+        f"({r['limits']['copy'] / 1e12:.2f} TB/s, {r['limits']['matmul'] / 1e12:.0f} TFLOP/s)"))
 
 
 def kernel_row(record):
@@ -147,8 +153,8 @@ def kernel_row(record):
     peers = {name: seconds for name, seconds in median.items() if name in PEERS}
     best = min(peers, key=peers.get, default=None)
     limit = limit_share(record, median["ours"]) if "ours" in median else None
-    return [us.get("ours", record["absent"].get("ours", MISSING)), "" if limit is None else f"{100 * limit:.0f} %", us.get("eager", ""),
-            us.get("compile", ""), f"{us[best]} ({best})" if best else ""]
+    return [us.get("ours", record["absent"].get("ours", MISSING)), "" if limit is None else f"{100 * limit:.0f} %",
+            us.get("eager", ""), us.get("compile", ""), f"{us[best]} ({best})" if best else ""]
 
 
 def limit_share(record, seconds):
@@ -192,9 +198,10 @@ def loss(records, device):
             rows.append([model, MISSING, "", "", ""])
             continue
         for name, curve in record["curves"].items():
-            rows.append([model, name, f"{curve[-1]['step']:,}", f"{curve[-1]['val_loss']:.4f}", f"{curve[-1]['seconds']:,.1f} s"])
-    return table(["model", "", "steps", "validation loss", "after"], rows) + small(newest, lambda r: f"the same text, batches and initial "
-                                                                                   f"weights, in turns; {r['dtype']}")
+            end = curve[-1]
+            rows.append([model, name, f"{end['step']:,}", f"{end['val_loss']:.4f}", f"{end['seconds']:,.1f} s"])
+    return table(["model", "", "steps", "validation loss", "after"], rows) + small(
+        newest, lambda r: f"the same text, batches and initial weights, in turns; {r['dtype']}")
 
 
 def gate():
@@ -202,15 +209,18 @@ def gate():
     path = RESULTS / "gate.json"
     rows = [row for row in json.loads(path.read_text())] if path.exists() else []
     rows = [row for row in rows if row["arch"] == 90 and row["in_model"]]
-    body = [[f"`{r['name']}`", r["tile_row"], r["registers"], r["spill_bytes"], f"{r['shared'] / 1024:.0f} KiB", r["resident_blocks"],
-             "" if r["floor_us"] is None else f"{r['floor_us']:,.0f}", f"{r['compile_seconds']:.1f}"] for r in rows]
-    return table(["kernel, compiled for sm_90", "tile", "registers", "spill, B", "shared", "blocks/SM", "floor, us", "compile, s"],
-                 body or [[MISSING] + [""] * 7])
+    body = [[f"`{r['name']}`", r["tile_row"], r["registers"], r["spill_bytes"], f"{r['shared'] / 1024:.0f} KiB",
+             r["resident_blocks"], "" if r["floor_us"] is None else f"{r['floor_us']:,.0f}", f"{r['compile_seconds']:.1f}"]
+            for r in rows]
+    head = ["kernel, compiled for sm_90", "tile", "registers", "spill, B", "shared", "blocks/SM", "floor, us", "compile, s"]
+    return table(head, body or [[MISSING] + [""] * 7])
 
 
 def command_output(name):
     path = RESULTS / f"{name}.txt"
-    return f"```\n$ nanogpt-fast {name}\n{shorten(path.read_text().strip())}\n```" if path.exists() else f"`nanogpt-fast {name}`: {MISSING}"
+    if not path.exists():
+        return f"`nanogpt-fast {name}`: {MISSING}"
+    return f"```\n$ nanogpt-fast {name}\n{shorten(path.read_text().strip())}\n```"
 
 
 def shorten(text, head=30, tail=8, width=150):
@@ -267,11 +277,14 @@ def draw(records):
         if record["benchmark"] == "kernel" and record["device"] == "cuda":
             newest[record["op"], str(record["shape"]), record["direction"], record["dtype"]] = record
     measured = list(newest.values())
-    losses = [record for device, model in (("cuda", "baby"), ("cpu", "cpu")) if (record := last(records, "loss", device, model=model))]
-    trained = [(title, record) for device, model, title in (("cuda", "gpt2", "GPT-2 124M, GPU"), ("cpu", "gpt2", "GPT-2 124M, CPU"), ("cpu", "cpu", "CPU recipe"))
-               if (record := last(records, "train", device, model=model))]
-    for name, data, function in (("bars", measured, draw_bars), ("roofline", measured, draw_roofline), ("scaling", measured, draw_scaling),
-                                 ("loss", losses, draw_loss), ("train", trained, draw_train)):
+    losses = [last(records, "loss", device, model=model) for device, model in (("cuda", "baby"), ("cpu", "cpu"))]
+    losses = [record for record in losses if record]
+    panels = (("cuda", "gpt2", "GPT-2 124M, GPU"), ("cpu", "gpt2", "GPT-2 124M, CPU"), ("cpu", "cpu", "CPU recipe"))
+    trained = [(title, last(records, "train", device, model=model)) for device, model, title in panels]
+    trained = [(title, record) for title, record in trained if record]
+    for name, data, function in (("bars", measured, draw_bars), ("roofline", measured, draw_roofline),
+                                 ("scaling", measured, draw_scaling), ("loss", losses, draw_loss),
+                                 ("train", trained, draw_train)):
         if data and function(data):
             drawn.append(name)
     return drawn
@@ -317,9 +330,11 @@ def draw_roofline(measured):
     fig, (ax,) = figure()
     limits = measured[-1]["limits"]
     intensities = [2.0 ** i for i in range(-4, 15)]
-    ax.plot(intensities, [min(limits["copy"] * i, limits["matmul"]) / 1e12 for i in intensities], color="black", label="this GPU")
+    ax.plot(intensities, [min(limits["copy"] * i, limits["matmul"]) / 1e12 for i in intensities], color="black",
+            label="this GPU")
     for op in dict.fromkeys(record["op"] for record in measured):
-        points = [(max(r["flops"], r["bytes"] / 16) / r["bytes"], r) for r in measured if r["op"] == op and "ours" in r["samples"]]
+        points = [(max(r["flops"], r["bytes"] / 16) / r["bytes"], r) for r in measured
+                  if r["op"] == op and "ours" in r["samples"]]
         ax.plot([i for i, _ in points], [i * r["bytes"] / medians(r)["ours"] / 1e12 for i, r in points], "o", label=op)
     ax.set(xscale="log", yscale="log", xlabel="FLOPs a byte (ops without matmuls stand at 1/16)", ylabel="TFLOP/s")
     ax.legend(fontsize=7)
@@ -347,8 +362,9 @@ def draw_loss(losses):
     fig, axes = figure(len(losses))
     for ax, record in zip(axes, losses):
         for name, curve in record["curves"].items():
-            ax.plot([point["seconds"] for point in curve], [point["val_loss"] for point in curve], "o-", markersize=3, label=name)
-        ax.set(xlabel="seconds of training", ylabel="validation loss", title=f"{record['options']['model']}, {record['device']}")
+            ax.plot([p["seconds"] for p in curve], [p["val_loss"] for p in curve], "o-", markersize=3, label=name)
+        ax.set(xlabel="seconds of training", ylabel="validation loss",
+               title=f"{record['options']['model']}, {record['device']}")
         ax.legend()
     return save(fig, "loss")
 
@@ -373,23 +389,25 @@ def summary(records):
         record = last(records, "train", model=model)
         if record:
             rival = rival_of(record["variants"])
-            lines.append(f"train {model}, {record['shape']['batch_size']} x {record['shape']['block_size']} tokens, against {record['against']}")
+            shape = record["shape"]
+            lines.append(f"train {model}, {shape['batch_size']} x {shape['block_size']} tokens, against {record['against']}")
             for name, row in record["variants"].items():
                 if "tokens_per_s" in row:
                     mfu = f"{100 * row['mfu']:5.1f} % MFU" if row["mfu"] else ""
                     ratio = f"{row['tokens_per_s'] / rival['tokens_per_s']:5.2f} x nanoGPT" if rival else ""
-                    lines.append(f"  {name:<24} {row['tokens_per_s']:>10,.0f} tokens/s {mfu} {ratio}  first step {row['first_step_s']:.0f} s")
+                    lines.append(f"  {name:<24} {row['tokens_per_s']:>10,.0f} tokens/s {mfu} {ratio}  "
+                                 f"first step {row['first_step_s']:.0f} s")
                 else:
                     lines.append(f"  {name:<24} {row['error']}")
     for B in sorted({r["batch_size"] for r in records if r["benchmark"] == "generate"}):
         record = last(records, "generate", batch_size=B)
-        lines.append(f"generate, batch {B}: " + ", ".join(f"{name} {row['tokens_per_s']:,.0f} tokens/s ({100 * row['of_limit']:.0f} % of the limit)"
-                                                          for name, row in record["variants"].items()))
+        lines.append(f"generate, batch {B}, tokens/s (share of the memory limit): " + ", ".join(
+            f"{name} {row['tokens_per_s']:,.0f} ({100 * row['of_limit']:.0f} %)" for name, row in record["variants"].items()))
     for record in [r for r in records if r["benchmark"] == "kernel"][:20]:
         ours, share, _, compiled, best = kernel_row(record)
         shape = " ".join(f"{key}={value}" for key, value in record["shape"].items())
-        lines.append(f"{record['op']:<20} {record['direction']:<7} {shape:<28} ours {ours:>9} us ({share or '-'} of limit), compile {compiled or '-'}, "
-                     f"best peer {best or '-'}")
+        lines.append(f"{record['op']:<20} {record['direction']:<7} {shape:<28} ours {ours:>9} us ({share or '-'} of limit), "
+                     f"compile {compiled or '-'}, best peer {best or '-'}")
     return "\n".join(lines) or "nothing was measured"
 
 

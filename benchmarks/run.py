@@ -1,10 +1,10 @@
 """Time every op against its peers, for publication: the cases of cases.py, every sample written to a file.
 
-    python -m benchmarks.run [--device cuda|cpu] [--only attention,mlp] [--implementations ours,eager] [--json FILE] [--minutes N]
+    python -m benchmarks.run [--device cuda|cpu] [--only attention,MLP] [--implementations ours,eager] [--minutes N]
 
-The implementations of a case take turns. On a GPU: events, cold caches, inputs that rotate (measure.interleaved_on_gpu); on a CPU
-a CPU clock. What the machine reaches in copying and in matmuls is measured first, in the same run: a row's share is of that. A case is
-written as soon as it is had, and none is begun when the minutes are over. Already written results are not touched.
+The implementations of a case take turns. On a GPU: events, cold caches, inputs that rotate (measure.interleaved_on_gpu); on a
+CPU its clock. What the machine reaches in copying and in matmuls is measured first, in the same run: a row's share is of that.
+A case is appended to the file as soon as it is had, and none is begun when the minutes are over.
 """
 import argparse
 import time
@@ -22,7 +22,8 @@ def main(argv=None):
     path = args.json or RESULTS / f"{device.type}.jsonl"
     until = time.monotonic() + 60 * args.minutes
     limits = measure.limits(device) if not args.quick else {"copy": 1e10, "matmul": 1e11}
-    print(f"{device}: copies at {limits['copy'] / 1e9:,.0f} GB/s, bf16 matmuls at {limits['matmul'] / 1e12:,.1f} TFLOP/s", flush=True)
+    print(f"{device}: copies at {limits['copy'] / 1e9:,.0f} GB/s, bf16 matmuls at {limits['matmul'] / 1e12:,.1f} TFLOP/s",
+          flush=True)
     words = [word for word in args.only.split(",") if word]
     names = [name for name in args.implementations.split(",") if name] or None
     left = [case for case in cases(device.type, args.quick) if not words or any(word in case.name for word in words)]
@@ -50,8 +51,8 @@ def time_case(case, device, names, args, limits, until, path):
         print(f"  {name:<24} not here: {why}")
     print(end="", flush=True)
     measure.append(path, "kernel", device=device.type, op=case.op, shape=case.shape, sweep=case.sweep, direction=case.direction,
-                   dtype=str(case.dtype).removeprefix("torch."), bytes=case.bytes, flops=case.flops, bound=case.bound, limits=limits,
-                   samples=samples, absent=absent)
+                   dtype=str(case.dtype).removeprefix("torch."), bytes=case.bytes, flops=case.flops, bound=case.bound,
+                   limits=limits, samples=samples, absent=absent)
 
 
 def share(case, seconds, limits):

@@ -4,10 +4,10 @@
     nanogpt-fast bench generate    prefill, tokens a second at several batch sizes, latency, share of the memory limit
     nanogpt-fast bench loss        loss against wall-clock time, on the same text
 
-All variants live side by side and take turns (`measure.interleaved`), so a slow minute of the machine falls on all of them; only
-ratios within one run mean anything. "nanoGPT" is the model.py of a checkout where `--upstream DIR` names one. Without it, it is
-`GPT(config, backend="reference")`, which makes exactly the PyTorch calls of nanoGPT's model (tests/test_contract.py holds them
-equal bit for bit), with nanoGPT's optimizer and its training step, and with its sampling loop for generation.
+All variants live side by side and take turns (`measure.interleaved`), so a slow minute of the machine falls on all of them;
+only ratios within one run mean anything. "nanoGPT" is the model.py of a checkout where `--upstream DIR` names one. Without it,
+it is `GPT(config, backend="reference")`, which makes exactly the PyTorch calls of nanoGPT's model (tests/test_contract.py holds
+them equal bit for bit), with nanoGPT's optimizer and its training step, and with its sampling loop for generation.
 """
 import contextlib
 import importlib.util
@@ -199,8 +199,8 @@ def _raise_told_to_end(number, frame):
 class Trainer:
     """One variant: a model, its optimizer, and `step(x, y)`, x and y (B, T), which returns the loss.
 
-    Our trainer's way is training.py's: no logits, half-precision copies of the weights, the step captured in CUDA graphs where it
-    can be. The others do what nanoGPT's train.py does.
+    Our trainer's way is training.py's: no logits, half-precision copies of the weights, the step captured in CUDA graphs
+    where it can be. The others do what nanoGPT's train.py does.
     """
 
     def __init__(self, o, variant, config, B, device, dtype):
@@ -216,7 +216,8 @@ class Trainer:
             self.weights = HalfWeights(self.model, dtype)
             self.not_captured = captured.why_not(self.model, self.optimizer, device)
         if self.not_captured is None:
-            self.graphs = captured.CapturedStep(self.forward_backward, self.update, self.optimizer, (B, config["block_size"]), device)
+            self.graphs = captured.CapturedStep(self.forward_backward, self.update, self.optimizer,
+                                                (B, config["block_size"]), device)
 
     def step(self, x, y):
         if self.graphs is not None:
@@ -276,7 +277,7 @@ def train(o, device, dtype):
             start = time.perf_counter()
             trainer.step(*next(batches)).item()
             first = time.perf_counter() - start
-            for _ in range(captured.WARM_UP_STEPS + 1 if trainer.graphs else 1):  # up to the step that is recorded, and replayed
+            for _ in range(captured.WARM_UP_STEPS + 1 if trainer.graphs else 1):  # up to the step that is recorded
                 trainer.step(*next(batches))
             memory = _peak(device, before)
         except Exception as error:  # out of memory, a graph that cannot be captured: others can still be timed
@@ -321,7 +322,8 @@ def train_table(found):
         ratio = "" if rival is None else f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}"
         mfu = "" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %"
         memory = "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**30:.2f} GiB"
-        lines.append(f"{name:<28} {row['tokens_per_s']:>10,.0f} {ratio:>14} {mfu:>7} {memory:>12} {row['first_step_s']:>9.1f} s")
+        lines.append(f"{name:<28} {row['tokens_per_s']:>10,.0f} {ratio:>14} {mfu:>7} {memory:>12} "
+                     f"{row['first_step_s']:>9.1f} s")
     return "\n".join(lines) + "\n(times nanoGPT: compiled, where that was run)"
 
 
@@ -415,7 +417,8 @@ class PlainCache:
         for block, (keys, values) in zip(t.h, cache):
             q, k, v = reference.split_heads(block.attn.c_attn(block.ln_1(x)), self.n_head)
             keys[:, :, start:start + T], values[:, :, start:start + T] = k, v
-            y = F.scaled_dot_product_attention(q, keys[:, :, :start + T], values[:, :, :start + T], is_causal=start == 0 and T > 1)
+            seen = keys[:, :, :start + T], values[:, :, :start + T]
+            y = F.scaled_dot_product_attention(q, *seen, is_causal=start == 0 and T > 1)
             x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))
             x = x + block.mlp(block.ln_2(x))
         return self.model.lm_head(t.ln_f(x[:, -1]))
@@ -463,8 +466,8 @@ def generate(o, device, dtype):
     until = time.monotonic() + 60 * o.minutes
     print(f"{o.model}: {prompt} tokens of prompt, then {tokens}, on {devices.describe(device)}; copies at "
           f"{limits['copy'] / 1e9:,.0f} GB/s")
-    print(f"{'':>5} {'':<22} {'prefill':>10} {'tokens/s':>10} {'times nanoGPT':>14} {'of the limit':>13}  latency of a token, ms: "
-          "half, 90 %, 99 % of them")
+    print(f"{'':>5} {'':<22} {'prefill':>10} {'tokens/s':>10} {'times nanoGPT':>14} {'of the limit':>13}  "
+          "latency of a token, ms: half, 90 %, 99 % of them")
     for B in (int(text) for text in o.batch_sizes.split(",")):
         idx = torch.randint(config["vocab_size"], (B, prompt), generator=torch.Generator().manual_seed(B)).to(device)
         counts = {name: max(4, tokens // side.tokens_share) for name, (side, _) in sides.items()}
@@ -483,8 +486,8 @@ def generate(o, device, dtype):
             found[name] = dict(prefill_s=median[name, 1], tokens_per_s=rate, tokens=n, of_limit=rate / limit, latency=latency,
                                first_samples=samples[name, 1], all_samples=samples[name, n])
             ratio = rate / found["nanoGPT"]["tokens_per_s"] if "nanoGPT" in found else float("nan")
-            print(f"{B:>5} {name:<22} {1e3 * median[name, 1]:>7.1f} ms {rate:>10,.0f} {ratio:>14.1f} {100 * rate / limit:>11.0f} %  "
-                  + ", ".join(f"{1e3 * quantile(latency, q):.2f}" for q in (0.5, 0.9, 0.99) if latency), flush=True)
+            print(f"{B:>5} {name:<22} {1e3 * median[name, 1]:>7.1f} ms {rate:>10,.0f} {ratio:>14.1f} "
+                  f"{100 * rate / limit:>11.0f} %  " + percentiles(latency), flush=True)
         record(o, "generate", device, shape=config, batch_size=B, prompt=prompt, limits=limits,
                dtype=str(dtype).removeprefix("torch."), variants=found)
 
@@ -499,8 +502,10 @@ def latencies(side, idx, n):
     return [later - earlier for earlier, later in zip(times, times[1:])]
 
 
-def quantile(values, q):
-    return sorted(values)[min(int(q * len(values)), len(values) - 1)]
+def percentiles(seconds):
+    """Half, 90 and 99 percent of them are below: in ms, as text; empty for none."""
+    ranked = sorted(seconds)
+    return ", ".join(f"{1e3 * ranked[min(int(q * len(ranked)), len(ranked) - 1)]:.2f}" for q in (0.5, 0.9, 0.99) if ranked)
 
 
 def bytes_a_step(config, B, T, dtype):
@@ -532,7 +537,8 @@ def loss(o, device, dtype):
         for name, side in sides.items():
             with contextlib.closing(batches("val", 2)) as held_out:
                 row = side.evaluate(step, held_out, o.eval_iters)
-            print(f"step {row['step']:>6}  {name:<8} {row['seconds']:>8.1f} s  validation loss {row['val_loss']:.4f}", flush=True)
+            print(f"step {row['step']:>6}  {name:<8} {row['seconds']:>8.1f} s  validation loss {row['val_loss']:.4f}",
+                  flush=True)
             side.advance(step, min(o.eval_interval, o.steps - step), schedule, device)
     for side in sides.values():
         side.batches.close()

@@ -16,6 +16,7 @@ import textwrap
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+WHEELS = "https://download.pytorch.org/whl"
 SECONDS = 120  # for one probe: importing torch from a cold network disk takes a minute
 
 
@@ -31,8 +32,8 @@ def main(argv):
 
 def examine():
     """Everything that was found, as one dict. A section that could not be had holds {"error": why}."""
-    return {"machine": look(machine), "compilers": look(compilers), "driver": look(driver), "torch": ask(TORCH), "triton": ask(TRITON),
-            "extension": extension(), "ops": ask(OPS)}
+    return {"machine": look(machine), "compilers": look(compilers), "driver": look(driver), "torch": ask(TORCH),
+            "triton": ask(TRITON), "extension": extension(), "ops": ask(OPS)}
 
 
 # ------------------------------------------------------------------------------------------------------------------ looking
@@ -79,9 +80,11 @@ def machine():
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
-        found["cpu"] = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+        names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        found["cpu"] = next(names, platform.processor())
         flags = set(next((line for line in lines if line.startswith(("flags", "Features"))), "").split())
-        known = (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("avx512_bf16", "AVX-512 bf16"), ("amx_bf16", "AMX bf16"), ("asimd", "NEON"))
+        known = (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("avx512_bf16", "AVX-512 bf16"), ("amx_bf16", "AMX bf16"),
+                 ("asimd", "NEON"))
         found["features"] = [name for flag, name in known if flag in flags]
     return found
 
@@ -103,8 +106,8 @@ def driver():
     """What nvidia-smi says, which needs the driver but no CUDA."""
     if not shutil.which("nvidia-smi"):
         return {"error": "there is no nvidia-smi: no NVIDIA driver is installed"}
-    query = "name,driver_version,compute_cap,memory.total"
-    done = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, timeout=60)
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap,memory.total", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.returncode:
         return {"error": f"nvidia-smi: {first_line(done.stdout + done.stderr)}"}
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.strip().splitlines()]
@@ -204,9 +207,9 @@ OPS = """
 def report(found):
     """The findings as text."""
     lines = [f"{name:<11}{text}" for name, text in (
-        ("Python", _machine(found["machine"])), ("PyTorch", _torch(found["torch"])), ("GPU", _gpu(found["driver"], found["torch"])),
-        ("Triton", _triton(found["triton"])), ("compilers", _compilers(found["compilers"])),
-        ("extension", _extension(found["extension"])))]
+        ("Python", _machine(found["machine"])), ("PyTorch", _torch(found["torch"])),
+        ("GPU", _gpu(found["driver"], found["torch"])), ("Triton", _triton(found["triton"])),
+        ("compilers", _compilers(found["compilers"])), ("extension", _extension(found["extension"])))]
     lines += ["", *_ops(found["ops"])]
     advice = remedies(found)
     if advice:
@@ -234,17 +237,19 @@ def _torch(t):
 def _gpu(d, t):
     if "error" in d:
         return f"none that can be used: {d['error']}"
-    gpus = "; ".join(f"{g['name']}, compute capability {g['capability']}, {g['memory']}, driver {g['driver']}" for g in d["gpus"])
+    gpus = "; ".join(f"{g['name']}, compute capability {g['capability']}, {g['memory']}, driver {g['driver']}"
+                     for g in d["gpus"])
     if t.get("cuda"):
         return gpus
-    why = t.get("cuda_error") or t.get("error") or ("this PyTorch was built without CUDA" if not t.get("cuda_build") else "CUDA does not start")
-    return f"{gpus}; PyTorch cannot use it: {why}"
+    why = "CUDA does not start" if t.get("cuda_build") else "this PyTorch was built without CUDA"
+    return f"{gpus}; PyTorch cannot use it: {t.get('cuda_error') or t.get('error') or why}"
 
 
 def _triton(t):
     if "error" in t:
         return f"none that can be imported: {t['error']}"
-    return t["version"] + (", interpreting (TRITON_INTERPRET is set): kernels are checked, not fast" if t["interpreted"] else "")
+    interpreting = ", interpreting (TRITON_INTERPRET is set): kernels are checked, not fast"
+    return t["version"] + (interpreting if t["interpreted"] else "")
 
 
 def _compilers(c):
@@ -281,18 +286,20 @@ def remedies(found):
     if "error" in torch:
         advice.append(("PyTorch does not import", "pip install --force-reinstall torch"))
     elif has_gpu and not torch["cuda_build"]:
-        advice.append(("PyTorch without CUDA", "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"))
+        advice.append(("PyTorch without CUDA", f"pip install --force-reinstall torch --index-url {WHEELS}/cu128"))
     elif has_gpu and not torch["cuda"]:
         if "driver" in torch.get("cuda_error", "").lower():
-            advice.append((f"a driver older than CUDA {torch['cuda_build']} needs", "update the NVIDIA driver, or take a PyTorch built for an "
-                           "older CUDA: pip install torch --index-url https://download.pytorch.org/whl/cu126"))
+            advice.append((f"a driver older than CUDA {torch['cuda_build']} needs", "update the NVIDIA driver, or take a "
+                           f"PyTorch built for an older CUDA: pip install torch --index-url {WHEELS}/cu126"))
         else:
-            advice.append(("CUDA does not start", "nvidia-smi, and the kernel's log (dmesg), say more; CUDA_VISIBLE_DEVICES may hide the GPU"))
+            advice.append(("CUDA does not start", "nvidia-smi, and the kernel's log (dmesg), say more; CUDA_VISIBLE_DEVICES "
+                           "may hide the GPU"))
     elif not has_gpu:
         advice.append(("no GPU: Triton kernels stay idle", "nothing, unless the machine has one: install its driver"))
     capability = torch.get("capability")
     if capability and tuple(capability) < (8, 0):
-        advice.append((f"compute capability {capability[0]}.{capability[1]}", "none: the attention kernels need 8.0 (A100, RTX 30) and later"))
+        advice.append((f"compute capability {capability[0]}.{capability[1]}",
+                       "none: the attention kernels need 8.0 (A100, RTX 30) and later"))
     if "error" in triton and platform.system() == "Linux":
         advice.append(("no Triton", "pip install --force-reinstall triton"))
     elif triton.get("interpreted"):

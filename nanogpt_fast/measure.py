@@ -101,7 +101,8 @@ def medians(samples):
 
 def environment():
     """The machine, the versions and the commit."""
-    env = {"time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "python": platform.python_version(),
+    now = datetime.datetime.now(datetime.timezone.utc)
+    env = {"time": now.isoformat(timespec="seconds"), "python": platform.python_version(),
            "torch": torch.__version__, "cpu": cpu_name(), "cores": cores(), "threads": torch.get_num_threads(),
            "commit": commit(), "load": os.getloadavg()[0]}
     try:
@@ -128,24 +129,25 @@ def cpu_name():
         return platform.processor()
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     flags = next((line for line in lines if line.startswith("flags")), "").split()
-    return " ".join([name] + [label for flag, label in (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("amx_bf16", "AMX")) if flag in flags])
+    known = (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("amx_bf16", "AMX"))
+    return " ".join([name] + [label for flag, label in known if flag in flags])
 
 
 @functools.cache
 def commit():
-    """The commit that was measured, with "+" behind it where the tree had changes; else what NANOGPT_FAST_COMMIT says, for a copy
-    of the tree without its history; else "unknown"."""
+    """The commit that was measured, with "+" behind it where the tree had changes; else what NANOGPT_FAST_COMMIT says, for a
+    copy of the tree without its history; else "unknown"."""
     told = os.environ.get("NANOGPT_FAST_COMMIT", "unknown")
     root = Path(__file__).parent.parent
     if not (root / "kernels" / "gate.py").exists():  # installed: the folder around it may be somebody else's checkout
         return told
-    git = ["git", "-C", str(root)]
+
+    def git(*words):
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
     try:
-        name = subprocess.run(git + ["rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(git + ["status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return told
-    return name + ("+" if changed else "")
 
 
 def nvidia_smi(query):

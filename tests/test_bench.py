@@ -92,7 +92,8 @@ def test_a_variant_that_runs_out_of_memory_leaves_the_others_to_be_timed(tmp_pat
 # -------------------------------------------------------------------------------------------------------------- generation
 
 def test_generation_is_timed_against_nanogpts_loop_and_a_plain_cache(tmp_path, capsys):
-    record = run(tmp_path, "generate", "--model=tiny", "--batch_sizes=1,2", "--prompt=4", "--tokens=9", "--rounds=2", "--dtype=float32")
+    record = run(tmp_path, "generate", "--model=tiny", "--batch_sizes=1,2", "--prompt=4", "--tokens=9", "--rounds=2",
+                 "--dtype=float32")
     assert record["benchmark"] == "generate" and record["batch_size"] == 2
     assert {"nanoGPT", "plain KV cache", "ours"} <= record["variants"].keys()
     row = record["variants"]["ours"]
@@ -132,8 +133,8 @@ def test_the_memory_limit_counts_each_weight_once():
 
 def test_both_sides_fall_to_the_same_loss_on_the_same_text(tmp_path):
     where = data(tmp_path)
-    record = run(tmp_path, "loss", "--model=tiny", f"--data={where['dataset']}", f"--data_dir={where['data_dir']}", "--steps=30",
-                 "--eval_interval=15", "--eval_iters=2")
+    record = run(tmp_path, "loss", "--model=tiny", f"--data={where['dataset']}", f"--data_dir={where['data_dir']}",
+                 "--steps=30", "--eval_interval=15", "--eval_iters=2")
     nanogpt, ours = record["curves"]["nanoGPT"], record["curves"]["ours"]
     assert [row["step"] for row in ours] == [0, 15, 30]
     assert [row["val_loss"] for row in ours] == pytest.approx([row["val_loss"] for row in nanogpt], abs=1e-3)
