@@ -13,7 +13,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from benchmarks import measure
+from nanogpt_fast import measure
 from nanogpt_fast.ops import sample as sampler
 
 V, TEMPERATURE = 50304, 0.8

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import measure
+from benchmarks import RESULTS
+from nanogpt_fast import measure
 
 SHAPES = {
     "GPT-2 124M, B=4, T=256": (dict(block_size=256, vocab_size=50304, n_layer=12, n_head=12, n_embd=768), 4),
@@ -69,7 +70,7 @@ def import_seconds():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--upstream", help="a nanoGPT checkout to compare with, instead of tests/plain.py")
-    parser.add_argument("--json", default=measure.RESULTS / "cpu.jsonl", help="append the results to this file")
+    parser.add_argument("--json", default=RESULTS / "cpu.jsonl", help="append the results to this file")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--shape", help=argparse.SUPPRESS)
     args = parser.parse_args()
