@@ -176,12 +176,12 @@ EXTENSION = """
     print(json.dumps(found))
 """
 
-# A small GPT's training step, then decoding and sampling: what `auto` takes for each and why nothing faster. On the GPU
-# in bf16, as the trainer does. Nothing is launched.
+# What `auto` takes for a small GPT's training step, one step of its generation and a draw, and why nothing faster. On the GPU in
+# bf16, as the trainer does. Nothing is launched.
 OPS = """
     import contextlib, io, json, os
     import torch
-    from nanogpt_fast import GPT, GPTConfig, backend, explain
+    from nanogpt_fast import GPT, GPTConfig, backend, explain, generation
     from nanogpt_fast.ops import sample
     found = {}
     asked = os.environ["NANOGPT_FAST_ASKED"]
@@ -193,11 +193,12 @@ OPS = """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with contextlib.redirect_stdout(io.StringIO()):
         model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=2, n_embd=128), backend=asked or None).to(device)
-    rows = [list(row) for row in explain(model, dtype=torch.bfloat16 if device == "cuda" else None)]
-    name, reason = "cpp", sample.why_not(torch.zeros(1, 8, device=device))
-    if reason or backend.choice("sample", model.backend) == "reference":
-        name = "reference"
-    rows.append(["sample", name, f"cpp: {reason}" if reason else "asked for" if name == "reference" else ""])
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rows = [list(row) for row in explain(model, dtype=dtype)]
+    with backend.recording() as record, torch.no_grad():
+        generation.Session(model.eval(), 1, dtype)
+        sample.implementation(torch.zeros(1, 8, device=device), backend=model.backend)
+    rows += [[op, name, "; ".join(reasons)] for op, _, name, reasons in record]
     print(json.dumps({**found, "device": device, "asked": asked, "rows": rows}))
 """
 

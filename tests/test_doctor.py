@@ -1,6 +1,7 @@
 """`nanogpt-fast doctor` on installations that are broken on purpose: it never fails, and names what mends each."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def test_without_triton_and_with_an_extension_of_another_abi_both_are_named(tmp_
     assert f"_C{SUFFIX} does not load: ImportError" in printed
     assert "pip install --force-reinstall triton" in printed and "pip install --force-reinstall --no-deps ." in printed
     assert "sample         plain PyTorch       cpp: the extension nanogpt_fast._C cannot be imported" in printed
+    assert re.search("decode +plain PyTorch .*the extension is not there", printed)
 
 
 def test_a_driver_too_old_for_this_pytorch_is_named(tmp_path):
@@ -79,7 +81,7 @@ def test_a_driver_too_old_for_this_pytorch_is_named(tmp_path):
     assert "a driver older than CUDA 13.0 needs  update the NVIDIA driver" in printed
     # and everything else is told as ever
     for word in ("Python", "PyTorch", "GPU", "Triton", "compilers", "extension", "attention", "layer_norm", "mlp",
-                 "cross_entropy", "sample"):
+                 "cross_entropy", "decode", "sample"):
         assert any(line.strip().startswith(word) for line in printed.splitlines()), word
 
 
