@@ -213,7 +213,7 @@ def backward_dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr,
 #            64 on sm_90: 64x128 halves what 64x64 moves of dq's sum, and holds k and v of 128 keys. 8 warps, one program a multiprocessor.
 #   dkdv     128 keys where they fit, for the same reason.
 #   dq       as the forward; 64 on sm_90: 128x64 spills 16 bytes, 64x64 leaves room for three programs a multiprocessor.
-_HEAD_MMA_SYNC = {32: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 3)}
+_HEAD_MMA_SYNC = {32: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 2)}
 _HEAD_MMA_SYNC_DROPOUT = {32: Tile(64, 128, 8, 3), 64: Tile(32, 64, 8, 2)}
 _HEAD_90 = {32: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 3)}
 _DKDV_MMA_SYNC = {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 1)}
