@@ -182,7 +182,8 @@ class _TransformersGPT(nn.Module):
     def __init__(self, folder):
         super().__init__()
         from transformers import GPT2LMHeadModel
-        self.model = GPT2LMHeadModel.from_pretrained(folder)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            self.model = GPT2LMHeadModel.from_pretrained(folder)
         self.config = GPTConfig(block_size=self.model.config.n_positions, vocab_size=self.model.config.vocab_size)
 
     def forward(self, idx, targets=None):

@@ -194,7 +194,7 @@ def test_upstreams_three_scripts_run_unedited_and_train_alike(checkout, capfd):
              "--batch_size=2", "--n_layer=2", "--n_head=2", "--n_embd=32", "--max_iters=6", "--dtype=float32",
              "--gradient_accumulation_steps=2"]
     env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    scripts = [["train.py", *small], ["sample.py", "--device=cpu", "--compile=False", "--num_samples=1", "--max_new_tokens=20", "--start=1"],
+    scripts = [["train.py", *small], ["sample.py", "--device=cpu", "--compile=False", "--num_samples=1", "--max_new_tokens=20", "--start=t"],
                ["bench.py", "--device=cpu", "--compile=False", "--real_data=False", "--batch_size=1", "--block_size=16"]]
     for words in scripts[:2]:
         outputs = []
@@ -205,3 +205,5 @@ def test_upstreams_three_scripts_run_unedited_and_train_alike(checkout, capfd):
         assert outputs[0] == outputs[1]
     assert status_of([*scripts[0], "--compare=4"]) == 0
     assert "float32's rounding" in (out := capfd.readouterr().out) or "bit for bit" in out
+    assert status_of(scripts[2]) == 0  # thirty steps of its 124M model
+    assert "time per iteration" in capfd.readouterr().out
