@@ -1,15 +1,24 @@
 """The drop-in contract, one test a row, named by the row: what a program written for nanoGPT's model.py may rely on.
 
 Run side by side with a plain model (tests/plain.py), or with a real checkout's model.py where NANOGPT_DIR names one.
-Rows about training runs and files (C27 to C32) have their tests where that code is tested; they are named at the end.
+Rows about generation, files and runs have more tests where that code is tested (test_generation, test_checkpoint, test_options,
+test_batches, test_training); C31 takes minutes and a text, and is marked slow.
 """
 import contextlib
 import copy
 import dataclasses
 import io
 import os
+import pickle
+import re
+import runpy
+import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -17,6 +26,8 @@ import torch.nn.functional as F
 
 import nanogpt_fast
 from nanogpt_fast import GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm
+from nanogpt_fast import checkpoint, convert, options, training
+from nanogpt_fast.text import batches, prepare
 from plain import upstream
 
 SMALL = dict(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
@@ -47,6 +58,40 @@ def test_c1_a_model_py_of_one_line_defines_what_upstreams_defines():
     exec("from nanogpt_fast import *", namespace)
     assert {"LayerNorm", "CausalSelfAttention", "MLP", "Block", "GPTConfig", "GPT"} <= namespace.keys()
     assert namespace["GPT"] is GPT
+
+
+def test_c1_a_training_script_runs_unedited_on_it_and_trains_alike(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    here, losses = Path(__file__).parent / "checkout", []
+    shutil.copy(here / "train.py", tmp_path)
+    for text in ((here / "model.py").read_text(), "from nanogpt_fast import *\n"):
+        (tmp_path / "model.py").write_text(text)
+        monkeypatch.delitem(sys.modules, "model", raising=False)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        with pytest.raises(SystemExit):
+            runpy.run_path("train.py", run_name="__main__")
+        losses.append(re.findall(r"loss (\S+)", capfd.readouterr().out))
+    monkeypatch.delitem(sys.modules, "model", raising=False)
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("NANOGPT_DIR"), reason="NANOGPT_DIR names no nanoGPT checkout")
+def test_c1_upstreams_scripts_run_unedited(tmp_path):
+    for name in ("train.py", "sample.py", "bench.py", "configurator.py"):
+        shutil.copy(Path(os.environ["NANOGPT_DIR"], name), tmp_path)
+    (tmp_path / "model.py").write_text("from nanogpt_fast import *\n")
+    prepare.write("".join(f"{i} times {i} is {i * i}\n" for i in range(3000)), tmp_path / "data" / "sums", "char", say=lambda _: None)
+    common = ["--device=cpu", "--compile=False"]
+    for words in (["train.py", *common, "--dataset=sums", "--eval_iters=1", "--eval_interval=2", "--block_size=16", "--batch_size=2", "--n_layer=1",
+                   "--n_head=2", "--n_embd=32", "--max_iters=2", "--gradient_accumulation_steps=1", "--dtype=float32"],
+                  ["sample.py", *common, "--num_samples=1", "--max_new_tokens=9", "--start=t"],
+                  ["bench.py", *common, "--real_data=False", "--batch_size=1", "--block_size=16"]):
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+                              capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
 
 
 def test_c2_config_fields_order_and_defaults():
@@ -275,6 +320,16 @@ def test_c19_same_seed_same_text_as_upstream(kwargs):
     assert torch.equal(a, plain.generate(x, 50, **kwargs))
 
 
+@pytest.mark.parametrize("kwargs", [{"temperature": 0}, {"top_k": 5}], ids=str)
+def test_c20_the_cache_changes_no_token_across_block_size(kwargs):
+    model, x = ours(seed=2).eval(), batch(2, 5)[0]
+    runs = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        runs.append(model.generate(x, 50, use_cache=use_cache, **kwargs))
+    assert torch.equal(*runs)  # on these seeds; test_generation.py looks at ties
+
+
 class Doubled(nn.Linear):
     """Stands for LoRA and its like: a Linear with another forward."""
 
@@ -422,6 +477,100 @@ def test_c26_compiles_without_a_break_and_without_recompiling():
     assert losses == [model(x, y)[1].item() for _ in range(3)]
     assert len(compiles) == 1
     assert compiled.generate(x, 2).shape == (3, 19) and compiled.estimate_mfu(1, 1.0) == model.estimate_mfu(1, 1.0)
+
+
+# Files
+
+def test_c27_ckpt_pt_has_upstreams_keys_and_loads_with_weights_only(tmp_path):
+    model = ours(seed=4)
+    convert.save_gpt(tmp_path / "ckpt.pt", model, iter_num=7, best_val_loss=1.5, config={"batch_size": 12})
+    found = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"} <= found.keys()
+    assert set(found["model_args"]) == {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
+    plain = theirs()
+    plain.load_state_dict(found["model"], strict=True)
+    assert torch.equal(plain(*batch())[1], model(*batch())[1])
+    assert "activation" in checkpoint.model_args(GPTConfig(activation="gelu_tanh"))
+
+
+def test_c28_config_files_then_overrides(tmp_path):
+    (tmp_path / "config.py").write_text("batch_size = 4\nmax_iters = 30\nlr_decay_iters = max_iters\nlearning_rate = 1\n")
+    parse = lambda *words: options.parse(training.TrainOptions, [str(tmp_path / "config.py"), *words], "train")
+    o = parse("--batch_size=8", "--n_layer", "3")
+    assert (o.batch_size, o.n_layer, o.lr_decay_iters, o.learning_rate) == (8, 3, 30, 1.0) and type(o.learning_rate) is float
+    with pytest.raises(ValueError, match="unknown option --batchsize; the nearest is --batch_size"):
+        parse("--batchsize=8")
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(io.StringIO()) as out:
+        parse("--help")
+    assert stop.value.code == 0 and "--learning_rate" in out.getvalue()
+
+
+def test_c29_data_files_are_upstreams(tmp_path):
+    text = "hello world. " * 40
+    prepare.write(text, tmp_path, "char", say=lambda _: None)
+    meta = pickle.loads((tmp_path / "meta.pkl").read_bytes())
+    assert meta["vocab_size"] == len(set(text)) and all(meta["itos"][i] == c for c, i in meta["stoi"].items())
+    ids = np.concatenate([np.fromfile(tmp_path / f"{split}.bin", dtype="<u2") for split in ("train", "val")])
+    assert "".join(meta["itos"][int(i)] for i in ids) == text
+    (tmp_path / "theirs").mkdir()
+    np.arange(70, dtype=np.uint16).tofile(tmp_path / "theirs" / "train.bin")  # what prepare.py does
+    x, y = batches.Batches(tmp_path / "theirs", "train", 2, 8).next()
+    assert torch.equal(y, x + 1) and x.dtype == torch.int64 and x.shape == (2, 8)
+
+
+def test_c30_schedule():
+    o = training.TrainOptions(learning_rate=6e-4, min_lr=6e-5, warmup_iters=10, lr_decay_iters=110)
+    rate = lambda it: training.learning_rate(it, o)
+    assert rate(0) == 6e-4 / 11 and rate(9) == 6e-4 * 10 / 11 and rate(10) == 6e-4
+    assert rate(60) == pytest.approx((6e-4 + 6e-5) / 2) and rate(111) == rate(9999) == 6e-5
+
+
+# Learning
+
+def shakespeare():
+    for path in (os.environ.get("NANOGPT_FAST_SHAKESPEARE"), "data/shakespeare_char/input.txt"):
+        if path and os.path.isfile(path):
+            return Path(path).read_text(encoding="utf-8")
+    pytest.skip("no tinyshakespeare: set NANOGPT_FAST_SHAKESPEARE, or run `nanogpt-fast prepare shakespeare`")
+
+
+RECIPES = {  # upstream's two: (options, validation loss, how far from it)
+    "cpu": (dict(device="cpu", compile=False, dtype="float32", eval_iters=20, block_size=64, batch_size=12, n_layer=4, n_head=4, n_embd=128,
+                 max_iters=2000, lr_decay_iters=2000, dropout=0.0), 1.88, 0.05),
+    "gpu": (dict(device="cuda", eval_iters=200, block_size=256, batch_size=64, n_layer=6, n_head=6, n_embd=384, max_iters=5000,
+                 lr_decay_iters=5000, dropout=0.2), 1.4697, 0.02),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_c31_upstreams_recipes_reach_their_loss(recipe, tmp_path):
+    if recipe == "gpu" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    prepare.write(shakespeare(), tmp_path / "data" / "shakespeare_char", "char", say=lambda _: None)
+    changed, expected, distance = RECIPES[recipe]
+    training.train(training.TrainOptions(
+        out_dir=str(tmp_path / "out"), dataset="shakespeare_char", data_dir=str(tmp_path / "data"), eval_interval=250, learning_rate=1e-3,
+        min_lr=1e-4, warmup_iters=100, gradient_accumulation_steps=1, beta2=0.99, sample_tokens=0, **changed))
+    losses = [float(loss) for loss in re.findall(r'"val_loss": ([\d.]+)', (tmp_path / "out" / "metrics.jsonl").read_text())]
+    assert abs(min(losses) - expected) < distance
+
+
+def test_c32_the_loss_curve_lies_on_upstreams_for_200_steps():
+    curves = []
+    for model in (ours(n_embd=16, n_head=2), theirs(n_embd=16, n_head=2)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        generator, curve = torch.Generator().manual_seed(1), []
+        for _ in range(200):
+            x = torch.randint(65, (2, 1), generator=generator) + torch.arange(9)
+            x = x % 65                                     # count on from a random start: it can be learned
+            loss = model(x[:, :-1].contiguous(), x[:, 1:].contiguous())[1]
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(curve)
+    assert curves[0] == curves[1] and curves[0][-1] < curves[0][0] - 1
 
 
 # The switch (DESIGN decision 1) and explain
