@@ -13,6 +13,7 @@ import torch
 
 from .. import backend as _backend
 from .. import reference
+from .registration import define, raw
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
@@ -58,7 +59,7 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backen
         qkv = qkv.to(dtype)
     if qkv.requires_grad and torch.is_grad_enabled():
         return _PackedAttention.apply(qkv, n_head, scale, dropout_p)
-    run = _raw.attention_qkvpacked if torch.compiler.is_compiling() else _packed_forward
+    run = raw.attention_qkvpacked if torch.compiler.is_compiling() else _packed_forward
     return run(qkv, _seed(qkv, dropout_p), n_head, scale, dropout_p)[0]
 
 
@@ -75,7 +76,7 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(q, k, v, scale, dropout_p)
-    run = _raw.attention if torch.compiler.is_compiling() else _forward
+    run = raw.attention if torch.compiler.is_compiling() else _forward
     return run(q, k, v, _seed(q, dropout_p), scale, dropout_p)[0].transpose(1, 2)
 
 
@@ -93,7 +94,7 @@ def decode_attention(q, k, v, lengths, *, scale=None, backend=None):
     if _backend.choose("attention", _DECODE_CANDIDATES, backend, (q, k, v, scale, backend)) == "reference":
         hidden = torch.arange(k.size(2), device=k.device) >= lengths[:, None]                           # (B, T)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=hidden.logical_not()[:, None, None], scale=scale)
-    run = _raw.attention_decode if torch.compiler.is_compiling() else _decode
+    run = raw.attention_decode if torch.compiler.is_compiling() else _decode
     with torch.no_grad():
         return run(_autocast(q), _autocast(k), _autocast(v), lengths, scale)
 
@@ -188,7 +189,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, n_head, scale, dropout_p):
         seed = _seed(qkv, dropout_p)
-        run = _raw.attention_qkvpacked if torch.compiler.is_compiling() else _packed_forward
+        run = raw.attention_qkvpacked if torch.compiler.is_compiling() else _packed_forward
         out, lse = run(qkv, seed, n_head, scale, dropout_p)
         ctx.save_for_backward(qkv, out, lse, seed)
         ctx.options = n_head, scale, dropout_p
@@ -198,7 +199,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx, do):
         _refuse_second_derivative()
         qkv, out, lse, seed = ctx.saved_tensors
-        run = _raw.attention_qkvpacked_backward if torch.compiler.is_compiling() else _packed_backward
+        run = raw.attention_qkvpacked_backward if torch.compiler.is_compiling() else _packed_backward
         return run(do, qkv, out, lse, seed, *ctx.options), None, None, None
 
 
@@ -207,7 +208,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, dropout_p):
         seed = _seed(q, dropout_p)
-        run = _raw.attention if torch.compiler.is_compiling() else _forward
+        run = raw.attention if torch.compiler.is_compiling() else _forward
         out, lse = run(q, k, v, seed, scale, dropout_p)
         ctx.save_for_backward(q, k, v, out, lse, seed)
         ctx.options = scale, dropout_p
@@ -217,7 +218,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, do):
         _refuse_second_derivative()
         q, k, v, out, lse, seed = ctx.saved_tensors
-        run = _raw.attention_backward if torch.compiler.is_compiling() else _backward
+        run = raw.attention_backward if torch.compiler.is_compiling() else _backward
         gradients = run(do, q, k, v, out, lse, seed, *ctx.options)
         return *(g.transpose(1, 2) if need else None for g, need in zip(gradients, ctx.needs_input_grad)), None, None
 
@@ -296,18 +297,6 @@ def _decode(q, k, v, lengths, scale):
 
 # -------------------------------------------------------------------------------------------------------- what torch.compile sees
 
-_library = torch.library.Library("nanogpt_fast", "FRAGMENT")
-_raw = torch.ops.nanogpt_fast
-
-
-def _define(schema, implementation, fake):
-    name = schema.split("(")[0]
-    _library.define(schema)
-    # An exported graph calls the operator with tensors that require grad; what is inside knows no autograd.
-    _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"nanogpt_fast::{name}", fake, lib=_library)
-
-
 def _fake_packed(qkv, seed, n_head, scale, dropout_p):
     B, T, C3 = qkv.shape
     return qkv.new_empty(B, T, C3 // 3), qkv.new_empty(B, n_head, T, dtype=torch.float32)
@@ -322,13 +311,13 @@ def _fake_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
     return tuple(x.new_empty(x.transpose(1, 2).shape) for x in (q, k, v))
 
 
-_define("attention_qkvpacked(Tensor qkv, Tensor? seed, int n_head, float? scale, float dropout_p) -> (Tensor, Tensor)",
+define("attention_qkvpacked(Tensor qkv, Tensor? seed, int n_head, float? scale, float dropout_p) -> (Tensor, Tensor)",
         lambda *args: _packed_forward(*args), _fake_packed)
-_define("attention_qkvpacked_backward(Tensor do, Tensor qkv, Tensor out, Tensor lse, Tensor? seed, int n_head, float? scale, "
+define("attention_qkvpacked_backward(Tensor do, Tensor qkv, Tensor out, Tensor lse, Tensor? seed, int n_head, float? scale, "
         "float dropout_p) -> Tensor", lambda *args: _packed_backward(*args), lambda do, qkv, *args: qkv.new_empty(qkv.shape))
-_define("attention(Tensor q, Tensor k, Tensor v, Tensor? seed, float? scale, float dropout_p) -> (Tensor, Tensor)",
+define("attention(Tensor q, Tensor k, Tensor v, Tensor? seed, float? scale, float dropout_p) -> (Tensor, Tensor)",
         lambda *args: _forward(*args), _fake_forward)
-_define("attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seed, float? scale, "
+define("attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seed, float? scale, "
         "float dropout_p) -> (Tensor, Tensor, Tensor)", lambda *args: _backward(*args), _fake_backward)
-_define("attention_decode(Tensor q, Tensor k, Tensor v, Tensor lengths, float? scale) -> Tensor",
+define("attention_decode(Tensor q, Tensor k, Tensor v, Tensor lengths, float? scale) -> Tensor",
         lambda *args: _decode(*args), lambda q, *args: q.new_empty(q.shape))

@@ -11,6 +11,7 @@ import torch
 
 from .. import backend as _backend
 from .. import reference
+from .registration import define, raw
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -102,7 +103,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, ignore_index, reduction, need_dx, need_dw):
         rows, targets = x.reshape(-1, x.size(-1)).to(dtype), targets.reshape(-1)
-        run = _raw.linear_cross_entropy if torch.compiler.is_compiling() else _kernels().forward_backward
+        run = raw.linear_cross_entropy if torch.compiler.is_compiling() else _kernels().forward_backward
         losses, dx, dw = run(rows, weight.to(dtype), targets, ignore_index, need_dx, need_dw)
         loss, count = _reduce(losses, targets, ignore_index, reduction, _loss_dtype(x))
         ctx.save_for_backward(dx, dw, count)
@@ -126,7 +127,7 @@ class _LossAndLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, ignore_index, reduction, need_dx, need_dw):
         rows, targets = x.reshape(-1, x.size(-1)).to(dtype), targets.reshape(-1)
-        run = _raw.linear_cross_entropy_logits if torch.compiler.is_compiling() else _kernels().forward
+        run = raw.linear_cross_entropy_logits if torch.compiler.is_compiling() else _kernels().forward
         losses, logits, maxima, log_sums = run(rows, weight.to(dtype), targets, ignore_index)
         loss, count = _reduce(losses, targets, ignore_index, reduction, _loss_dtype(x))
         logits = logits.view(*x.shape[:-1], logits.size(-1))
@@ -143,7 +144,7 @@ class _LossAndLogits(torch.autograd.Function):
         scale = torch.zeros_like(count) if grad_loss is None else grad_loss.to(torch.float32) / count
         if grad_logits is not None:
             grad_logits = grad_logits.reshape(-1, logits.size(-1))
-        run = _raw.linear_cross_entropy_backward if torch.compiler.is_compiling() else _kernels().backward
+        run = raw.linear_cross_entropy_backward if torch.compiler.is_compiling() else _kernels().backward
         rows = x.reshape(-1, x.size(-1)).to(ctx.dtype)
         dx, dw = run(logits.view(-1, logits.size(-1)), maxima, log_sums, rows, weight.to(ctx.dtype), targets, scale,
                      grad_logits, ctx.ignore_index, *ctx.needs)
@@ -161,18 +162,6 @@ def _scaled(gradient, scale, dtype):
 
 
 # -------------------------------------------------------------------------------------------------- what torch.compile sees
-
-_library = torch.library.Library("nanogpt_fast", "FRAGMENT")
-_raw = torch.ops.nanogpt_fast
-
-
-def _define(schema, implementation, fake):
-    name = schema.split("(")[0]
-    _library.define(schema)
-    # An exported graph calls the operator with parameters that require grad; what is inside knows no autograd.
-    _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"nanogpt_fast::{name}", fake, lib=_library)
-
 
 def _fake_gradients(x, weight, need_dx, need_dw):
     dx = x.new_empty(x.shape if need_dx else (0,))
@@ -192,10 +181,10 @@ def _fake_backward(logits, maxima, log_sums, x, weight, targets, scale, grad_log
     return _fake_gradients(x, weight, need_dx, need_dw)
 
 
-_define("linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool need_dx, bool need_dw) "
+define("linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool need_dx, bool need_dw) "
         "-> (Tensor, Tensor, Tensor)", lambda *args: _kernels().forward_backward(*args), _fake_loss)
-_define("linear_cross_entropy_logits(Tensor x, Tensor weight, Tensor targets, int ignore_index) "
+define("linear_cross_entropy_logits(Tensor x, Tensor weight, Tensor targets, int ignore_index) "
         "-> (Tensor, Tensor, Tensor, Tensor)", lambda *args: _kernels().forward(*args), _fake_logits)
-_define("linear_cross_entropy_backward(Tensor logits, Tensor maxima, Tensor log_sums, Tensor x, Tensor weight, Tensor targets, "
+define("linear_cross_entropy_backward(Tensor logits, Tensor maxima, Tensor log_sums, Tensor x, Tensor weight, Tensor targets, "
         "Tensor scale, Tensor? grad_logits, int ignore_index, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
         lambda *args: _kernels().backward(*args), _fake_backward)

@@ -11,6 +11,7 @@ import torch
 
 from .. import backend as _backend
 from .. import reference
+from .registration import define, raw
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_C = 8192  # a row lies in the registers of one program
@@ -107,7 +108,7 @@ def _no_second_derivative():
 
 def _forward(x, branch, weight, bias, seed, p, eps, y_dtype):
     """(s, y, statistics). A tensor that is no contiguous block (a transposed or expanded view) is copied into one."""
-    launch = _raw.layer_norm_forward if torch.compiler.is_compiling() else _kernels().launch_forward
+    launch = raw.layer_norm_forward if torch.compiler.is_compiling() else _kernels().launch_forward
     return launch(x.contiguous(), None if branch is None else branch.contiguous(), weight.contiguous(),
                   None if bias is None else bias.contiguous(), seed, p, eps, y_dtype)
 
@@ -117,7 +118,7 @@ def _backward(ctx, dy, ds, s, weight, statistics, seed, p, branch_dtype, need_dw
                  seed, p, branch_dtype, weight.dtype if need_dweight else None, ctx.bias_dtype if need_dbias else None)
     if not torch.compiler.is_compiling():
         return _kernels().launch_backward(*arguments)
-    dx, dbranch, dweight, dbias = _raw.layer_norm_backward(*arguments)
+    dx, dbranch, dweight, dbias = raw.layer_norm_backward(*arguments)
     dbranch = dbranch if seed is not None or branch_dtype not in (None, s.dtype) else None
     return dx, dbranch, dweight if need_dweight else None, dbias if need_dbias else None
 
@@ -173,18 +174,6 @@ class _AddLayerNorm(torch.autograd.Function):
 # -------------------------------------------------------------------------------------------------- what torch.compile sees
 # An operator returns tensors, so what the launchers leave out (None) is a tensor without elements here.
 
-_library = torch.library.Library("nanogpt_fast", "FRAGMENT")
-_raw = torch.ops.nanogpt_fast
-
-
-def _define(schema, implementation, fake):
-    name = schema.split("(")[0]
-    _library.define(schema)
-    # An exported graph calls the operator with parameters that require grad; what is inside knows no autograd.
-    _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"nanogpt_fast::{name}", fake, lib=_library)
-
-
 def _present(tensors, like):
     return tuple(like.new_empty(0) if t is None else t for t in tensors)
 
@@ -210,8 +199,8 @@ def _fake_backward(dy, ds, s, weight, statistics, seed, p, branch_dtype, dweight
     return _present((torch.empty_like(s), torch.empty_like(s, dtype=branch_dtype) if own_dbranch else None, *sums), s)
 
 
-_define("layer_norm_forward(Tensor x, Tensor? branch, Tensor weight, Tensor? bias, Tensor? seed, float p, float eps, "
+define("layer_norm_forward(Tensor x, Tensor? branch, Tensor weight, Tensor? bias, Tensor? seed, float p, float eps, "
         "ScalarType y_dtype) -> (Tensor, Tensor, Tensor)", _raw_forward, _fake_forward)
-_define("layer_norm_backward(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor statistics, Tensor? seed, float p, "
+define("layer_norm_backward(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor statistics, Tensor? seed, float p, "
         "ScalarType? branch_dtype, ScalarType? dweight_dtype, ScalarType? dbias_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
         _raw_backward, _fake_backward)

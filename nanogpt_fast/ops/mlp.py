@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from .. import backend as _backend
 from .. import reference
+from .registration import define, raw
 
 # {(architecture, C): (forward, backward)}: the time of the pointwise form over that of the epilogue form, measured side by side
 # on a GPU of that compute capability (90: H100, H200) at 64 x 1024 tokens. The epilogue is taken where its ratio is over 1.
@@ -125,7 +126,7 @@ class _GeluMLP(torch.autograd.Function):
         need_x, need_w_fc, need_b_fc, need_w_proj, _ = needs
         need_dh = need_x or need_w_fc or need_b_fc
         keep_h, keep_post = need_dh or need_w_proj and recompute, need_w_proj and not recompute
-        run = _raw.mlp_forward if torch.compiler.is_compiling() else _forward
+        run = raw.mlp_forward if torch.compiler.is_compiling() else _forward
         y, h, post = run(rows, fc, b_fc, proj, b_proj, seed, activation, dropout_p, forms[0], keep_h, keep_post)
         ctx.save_for_backward(rows if need_w_fc else None, fc if need_x else None, b_fc, proj if need_dh else None,
                               h if keep_h else None, post if keep_post else None, seed)
@@ -141,7 +142,7 @@ class _GeluMLP(torch.autograd.Function):
         rows, fc, b_fc, proj, h, post, seed = ctx.saved_tensors
         shape, dtypes, options, needs = ctx.call
         dy = dy.reshape(-1, dy.size(-1)).contiguous()       # an expanded or transposed gradient has no rows a kernel could read
-        run = _raw.mlp_backward if torch.compiler.is_compiling() else _backward
+        run = raw.mlp_backward if torch.compiler.is_compiling() else _backward
         with _no_autocast(dy.device.type):
             gradients = run(dy, rows, fc, b_fc, proj, h, post, seed, *options, *needs)
             dx, *others = (gradient.to(dtype) if need else None
@@ -225,18 +226,6 @@ def _weight_gradient(d, x):
 
 # -------------------------------------------------------------------------------------------------- what torch.compile sees
 
-_library = torch.library.Library("nanogpt_fast", "FRAGMENT")
-_raw = torch.ops.nanogpt_fast
-
-
-def _define(schema, implementation, fake):
-    name = schema.split("(")[0]
-    _library.define(schema)
-    # An exported graph calls the operator with parameters that require grad; what is inside knows no autograd.
-    _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"nanogpt_fast::{name}", fake, lib=_library)
-
-
 def _fake_forward(x, w_fc, b_fc, w_proj, b_proj, seed, activation, dropout_p, form, keep_h, keep_post):
     inner = (x.size(0), w_fc.size(0))
     return x.new_empty(x.shape), x.new_empty(inner if keep_h else 0), x.new_empty(inner if keep_post else 0)
@@ -252,10 +241,10 @@ def _fake_backward(dy, x, w_fc, b_fc, w_proj, h, post, seed, activation, dropout
             gradient(need_w_proj, C, inner), gradient(need_b_proj, C))
 
 
-_define("mlp_forward(Tensor x, Tensor w_fc, Tensor? b_fc, Tensor w_proj, Tensor? b_proj, Tensor? seed, str activation, "
+define("mlp_forward(Tensor x, Tensor w_fc, Tensor? b_fc, Tensor w_proj, Tensor? b_proj, Tensor? seed, str activation, "
         "float dropout_p, str form, bool keep_h, bool keep_post) -> (Tensor, Tensor, Tensor)",
         lambda *args: _forward(*args), _fake_forward)
-_define("mlp_backward(Tensor dy, Tensor? x, Tensor? w_fc, Tensor? b_fc, Tensor? w_proj, Tensor? h, Tensor? post, Tensor? seed, "
+define("mlp_backward(Tensor dy, Tensor? x, Tensor? w_fc, Tensor? b_fc, Tensor? w_proj, Tensor? h, Tensor? post, Tensor? seed, "
         "str activation, float dropout_p, str forward_form, str backward_form, bool need_x, bool need_w_fc, bool need_b_fc, "
         "bool need_w_proj, bool need_b_proj) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         lambda *args: _backward(*args), _fake_backward)
