@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .attention_common import DTYPES, LARGEST_HEAD, LARGEST_STRIDE, LOG2_E, head_offset, load_tile, padded_head, same_layout
+from .dependent_launch import launch_dependents, wait_for_predecessor
 
 # Elements of the tile of keys a program holds, for every architecture: 64 keys at D=64. Two tiles (keys and values) of 4,096 elements
 # in 128 threads are 64 loaded elements a thread, all in flight at once (84 registers at most, no spill), and at T=1024, batch 1
@@ -27,9 +28,11 @@ WARPS = 4
 
 @triton.jit(do_not_specialize=["H", "n_chunks"])
 def decode_kernel(q_ptr, k_ptr, v_ptr, length_ptr, part_ptr, lse_ptr, stride_qb, stride_qh, stride_kb, stride_kh, stride_kt, scale2,
-                  H, n_chunks, D: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr):
+                  H, n_chunks, D: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, DEPENDENT: tl.constexpr):
     """One head, one chunk: part (B*H, n_chunks, D) fp32, its weighted values divided by its sum; lse (B*H, n_chunks)."""
     head, chunk = tl.program_id(0), tl.program_id(1)
+    launch_dependents(DEPENDENT)                                                        # both nothing but in decode.py
+    wait_for_predecessor(DEPENDENT)
     length = tl.load(length_ptr + head // H).to(tl.int32)
     first = chunk * CHUNK
     slot = head.to(tl.int64) * n_chunks + chunk
@@ -104,7 +107,7 @@ def attention_decode(q, k, v, lengths, *, scale):
         return out.zero_()
     with torch.cuda.device_of(q):
         decode_kernel[(B * H, n_chunks)](q, k, v, lengths, part, lse, q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2), scale * LOG2_E,
-                                         H, n_chunks, D=D, HEAD=HEAD, CHUNK=CHUNK, num_warps=WARPS)
+                                         H, n_chunks, D=D, HEAD=HEAD, CHUNK=CHUNK, DEPENDENT=False, num_warps=WARPS)
         combine_kernel[(B * H,)](part, lse, lengths, out, H, n_chunks, D=D, HEAD=HEAD, CHUNK=CHUNK, COMBINED=COMBINED, num_warps=WARPS)
     return out
 
@@ -120,7 +123,7 @@ def gate_cases(arch):
             signature={"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "v_ptr": f"*{dtype}", "length_ptr": "*i32", "part_ptr": "*fp32",
                        "lse_ptr": "*fp32", "stride_qb": "i32", "stride_qh": "i32", "stride_kb": "i32", "stride_kh": "i32",
                        "stride_kt": "i32", "scale2": "fp32", "H": "i32", "n_chunks": "i32"},
-            constexprs={"D": HEAD, "HEAD": HEAD, "CHUNK": CHUNK},
+            constexprs={"D": HEAD, "HEAD": HEAD, "CHUNK": CHUNK, "DEPENDENT": False},
             divisible=("stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_kt"),
             allowed_narrow_loads=3, narrow_reason="the row's length and its one query, 2 to 4 bytes a thread")
         if dtype == "bf16":

@@ -249,7 +249,7 @@ class Run:
             logits = self.session.decode(min(self.longest, self.block_size))
         outside = [row for row, is_inside in enumerate(inside) if not is_inside]
         if outside:
-            logits[torch.tensor(outside, device=self.device)] = self._windows(outside, self.session.encode)
+            logits[torch.tensor(outside, device=self.device)] = self._windows(outside, self.session.encode).to(logits.dtype)
         return logits
 
     def _windows(self, rows, encode):
@@ -364,7 +364,7 @@ class Session:
         self.row = torch.arange(rows, device=device)
         self.owner = None                                                           # weakref of the Run whose rows the cache holds
         self.activation = self.layers[0].activation if self.layers else "gelu"
-        self.native = decode.decoder(self)                                          # the C++ decode step, on a CPU
+        self.native = decode.decoder(self)                                          # one call a step: C++ on a CPU, Triton on CUDA
         # What the captured step reads and writes besides; see `start_drawing`.
         self.graphs, self.graph = device.type == "cuda", None
         self.drawn = torch.zeros(rows, self.block_size + 1, dtype=torch.long, device=device)
@@ -420,11 +420,11 @@ class Session:
             side = torch.cuda.Stream(self.device)
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):                                           # compile and warm up outside the capture;
-                for _ in range(2):                                                  # what this writes into the cache lies at and
-                    self._decode_and_draw()                                         # behind `position` and is overwritten
+                for _ in range(2):                                                  # what this writes into the cache lies at
+                    self._decode_and_draw()                                         # `position` and is overwritten
+                    for tensor, value in state:                                     # also between the two: `position` may be the last
+                        tensor.copy_(value)
             torch.cuda.current_stream(self.device).wait_stream(side)
-            for tensor, value in state:
-                tensor.copy_(value)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self._decode_and_draw()

@@ -1,0 +1,438 @@
+"""One token through a GPT in five kernels a layer, for generation at batch 1: matrix-vector products that read each weight once.
+
+    1  norm_qkv      x -> LayerNorm -> w_attn h + b: the query, and key and value into the cache. In the first layer x is the embedding
+    2  attend        the query over the cache, in chunks of keys (attention_decode.py)
+    3  combine_add   the chunks combined -> w_proj y + b, added to x
+    4  norm_act      x -> LayerNorm -> GELU(w_fc h + b)
+    5  linear_add    w_proj h + b, added to x
+       head          after the last layer: LayerNorm -> logits
+
+A token uses each weight once, so nothing but bytes counts, and the bytes of one kernel are few: GPT-2 124M in bf16 has matrices of 1.2
+to 4.7 MB, 0.3 to 1.1 us at 4.3 TB/s, where starting a kernel and waiting for its first byte take longer. Hence
+
+- few kernels. The norm is computed by every program of the matvec that follows, again and again: it reads C floats, which lie in the L2
+  cache, and it replaces a launch. For the same reason `combine_add` combines the chunks of attention in each of its programs.
+- all bytes in flight at once. A program holds its whole tile of weights, OUT outputs x K inputs, in registers: one load without a
+  loop, 16 bytes a thread and instruction. 4.3 TB/s at a latency of 0.8 us need 26 KB in flight on each of 132 multiprocessors; the
+  matrices have 9 to 36 KB for each, so whatever is not in flight at once is bandwidth lost. No split along K: rows are so short that
+  a program takes several, and no sum crosses programs (no atomics, the same bits in every run).
+- the weights are loaded before the kernel before has ended (programmatic dependent launch, compute capability 9.0): every kernel lets
+  its successor start at once, the successor loads its weights and waits only then for what the kernel before computes. What may lie
+  before that wait: parameters. Nothing of a step writes them.
+
+A row of the batch is a column of the grid: programs of one tile run side by side and all but the first find the weights in L2, and what
+a row computes does not depend on the rows beside it, bit for bit. That reads the weights `rows` times from L2, which is about as fast
+as memory for 2 rows; from some 4 on the matmuls of a library do better.
+
+Weights fp32, fp16 or bf16; every product and sum, the residual stream and everything between kernels fp32; the cache in the weights'
+dtype. Rows: B; width C = H * D; hidden size F; vocabulary V; T positions in the cache.
+
+Sources: Dao et al. 2023, "Flash-Decoding for long-context inference" (the split and its combination); "Programmatic Dependent Launch and
+Synchronization" in the CUDA programming guide.
+"""
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_common import DTYPES, LARGEST_HEAD, LOG2_E, padded_head
+from .attention_decode import CHUNK_ELEMENTS, WARPS as ATTEND_WARPS, decode_kernel
+from .dependent_launch import launch_dependents, options as launch_options, wait_for_predecessor
+from .gate_case import Case
+from .mlp import ACTIVATIONS, _act
+
+LARGEST_K = 8192                # inputs of a matrix: C, F or H heads of padded size; the largest row of TILES
+
+
+# ---------------------------------------------------------------------------------------------------------------- device functions
+
+
+@triton.jit
+def weight_tile(w_ptr, first, N, K: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows first .. first+OUT of the matrix (N, K), zeros outside: [OUT, BLOCK_K]."""
+    out, k = tl.arange(0, OUT)[:, None], tl.arange(0, BLOCK_K)[None, :]
+    return tl.load(w_ptr + first.to(tl.int64) * K + out * K + k, mask=(first + out < N) & (k < K), other=0.0)
+
+
+@triton.jit
+def vector(ptr, first, N, SIZE: tl.constexpr):
+    """Elements first .. first+SIZE of a vector of N in fp32, zeros outside or where it is None."""
+    at = first + tl.arange(0, SIZE)
+    if ptr is None:
+        return tl.zeros((SIZE,), tl.float32)
+    else:
+        return tl.load(ptr + at, mask=at < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def normed(x, ln_weight, ln_bias, eps, C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """LayerNorm of the row x [BLOCK_K], of which C are inside; zeros outside. From centred values, as in layer_norm.py."""
+    inside = tl.arange(0, BLOCK_K) < C
+    mean = tl.sum(x, 0) / C
+    centred = tl.where(inside, x - mean, 0.0)
+    centred = tl.where(inside, centred - tl.sum(centred, 0) / C, 0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 0) / C + eps)
+    return centred * rstd * ln_weight + ln_bias
+
+
+@triton.jit
+def matvec(w, h):
+    """w [OUT, BLOCK_K] times h [BLOCK_K]: [OUT] fp32."""
+    return tl.sum(w.to(tl.float32) * h[None, :], 1)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- kernels
+# Grids are (B, tiles of outputs). Before `wait_for_predecessor` only parameters are read.
+
+
+@triton.jit(do_not_specialize=["T"])
+def norm_qkv_kernel(
+        token_ptr, wte_ptr, wpe_ptr, position_ptr,      # (B,) int64, (V, C), (T, C), all None but in the first layer; (B,) int64
+        x_ptr, ln_weight_ptr, ln_bias_ptr,              # (B, C) fp32: read, in the first layer written; (C,), (C,) or None
+        w_ptr, b_ptr,                                   # (3C, C), (3C,) or None
+        q_ptr, k_ptr, v_ptr, length_ptr,                # (B, C) fp32, (B, H, T, D) twice, (B,) int32: position + 1
+        T, eps, C: tl.constexpr, D: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr):
+    row, first = tl.program_id(0), tl.program_id(1) * OUT
+    launch_dependents(DEPENDENT)
+    w = weight_tile(w_ptr, first, 3 * C, C, OUT, BLOCK_K)
+    b = vector(b_ptr, first, 3 * C, OUT)
+    ln_weight, ln_bias = vector(ln_weight_ptr, 0, C, BLOCK_K), vector(ln_bias_ptr, 0, C, BLOCK_K)
+    wait_for_predecessor(DEPENDENT)
+
+    position = tl.minimum(tl.load(position_ptr + row), T - 1)          # a row past the window is encoded elsewhere; stay inside
+    if token_ptr is None:
+        x = vector(x_ptr + row * C, 0, C, BLOCK_K)
+    else:
+        x = vector(wte_ptr + tl.load(token_ptr + row) * C, 0, C, BLOCK_K) + vector(wpe_ptr + position * C, 0, C, BLOCK_K)
+        if tl.program_id(1) == 0:
+            tl.store(x_ptr + row * C + tl.arange(0, BLOCK_K), x, mask=tl.arange(0, BLOCK_K) < C)
+            tl.store(length_ptr + row, position.to(tl.int32) + 1)
+    out = matvec(w, normed(x, ln_weight, ln_bias, eps, C, BLOCK_K)) + b                 # [OUT]
+
+    n = first + tl.arange(0, OUT)
+    tl.store(q_ptr + row * C + n, out, mask=n < C)
+    c = n % C
+    slot = ((row * (C // D) + c // D).to(tl.int64) * T + position) * D + c % D          # (row, head, position, c % D) of the cache
+    tl.store(k_ptr + slot, out.to(k_ptr.dtype.element_ty), mask=(n >= C) & (n < 2 * C))
+    tl.store(v_ptr + slot, out.to(v_ptr.dtype.element_ty), mask=(n >= 2 * C) & (n < 3 * C))
+
+
+@triton.jit(do_not_specialize=["n_chunks"])
+def combine_add_kernel(
+        part_ptr, lse_ptr, length_ptr,                  # (B*H, n_chunks, D) fp32, (B*H, n_chunks) fp32, (B,) int32
+        w_ptr, b_ptr, x_ptr,                            # (C, C), (C,) or None, (B, C) fp32
+        n_chunks, H: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, COMBINED: tl.constexpr,
+        OUT: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr):
+    """x += w y + b, y (C,) the chunks' values weighted by 2^(their lse - the largest of the head)."""
+    C: tl.constexpr = H * D
+    row, first = tl.program_id(0), tl.program_id(1) * OUT
+    n = first + tl.arange(0, OUT)
+    launch_dependents(DEPENDENT)
+    k = tl.arange(0, BLOCK_K)
+    if D < HEAD:                                                        # y has its heads padded to HEAD: so must w
+        column, inside = k // HEAD * D + k % HEAD, (k % HEAD < D) & (k < H * HEAD)
+    else:
+        column, inside = k, k < C
+    w = tl.load(w_ptr + first * C + tl.arange(0, OUT)[:, None] * C + column[None, :],
+                mask=(n < C)[:, None] & inside[None, :], other=0.0)                     # [OUT, BLOCK_K]
+    b = vector(b_ptr, first, C, OUT)
+    wait_for_predecessor(DEPENDENT)
+
+    used = tl.minimum(tl.cdiv(tl.load(length_ptr + row), CHUNK), n_chunks)
+    acc, total = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
+    top = tl.full((BLOCK_K,), float("-inf"), tl.float32)
+    slots = (row * H + tl.minimum(k // HEAD, H - 1)) * n_chunks                         # of the column's head
+    for start in tl.range(0, used, COMBINED):
+        # All loads come first, then what needs the last of them, the largest lse: else the assembler mixes loads and arithmetic,
+        # and 8 latencies add up. 1-D tiles, so that a thread keeps to its columns and nothing is exchanged.
+        parts, lses, new_top = (), (), top
+        for i in tl.static_range(COMBINED):
+            there = inside & (start + i + tl.zeros_like(k) < used)
+            parts += (tl.load(part_ptr + (slots + (start + i)) * D + k % HEAD, mask=there, other=0.0),)     # [BLOCK_K]
+            lses += (tl.load(lse_ptr + slots + (start + i), mask=there, other=float("-inf")),)
+        for i in tl.static_range(COMBINED):
+            new_top = tl.maximum(new_top, tl.where(inside, lses[i], 0.0))
+        shrink = tl.exp2(top - new_top)
+        acc, total, top = acc * shrink, total * shrink, new_top
+        for i in tl.static_range(COMBINED):
+            weight = tl.exp2(lses[i] - top)
+            acc, total = acc + weight * parts[i], total + weight
+    out = matvec(w, acc / tl.where(inside, total, 1.0)) + b                                 # [OUT]
+    x_at = x_ptr + row * C + n
+    tl.store(x_at, tl.load(x_at, mask=n < C, other=0.0) + out, mask=n < C)
+
+
+@triton.jit
+def norm_act_kernel(
+        x_ptr, ln_weight_ptr, ln_bias_ptr, w_ptr, b_ptr, h_ptr,     # (B, C) fp32, (C,), (C,) or None, (F, C), (F,) or None, (B, F) fp32
+        eps, C: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr):
+    row, first = tl.program_id(0), tl.program_id(1) * OUT
+    n = first + tl.arange(0, OUT)
+    launch_dependents(DEPENDENT)
+    w, b = weight_tile(w_ptr, first, F, C, OUT, BLOCK_K), vector(b_ptr, first, F, OUT)
+    ln_weight, ln_bias = vector(ln_weight_ptr, 0, C, BLOCK_K), vector(ln_bias_ptr, 0, C, BLOCK_K)
+    wait_for_predecessor(DEPENDENT)
+    x = vector(x_ptr + row * C, 0, C, BLOCK_K)
+    out = matvec(w, normed(x, ln_weight, ln_bias, eps, C, BLOCK_K)) + b                 # [OUT]
+    tl.store(h_ptr + row * F + n, _act(out, ACTIVATION, True), mask=n < F)
+
+
+@triton.jit
+def linear_add_kernel(
+        h_ptr, w_ptr, b_ptr, x_ptr,                                 # (B, F) fp32, (C, F), (C,) or None, (B, C) fp32
+        C: tl.constexpr, F: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr):
+    """x += w h + b."""
+    row, first = tl.program_id(0), tl.program_id(1) * OUT
+    n = first + tl.arange(0, OUT)
+    launch_dependents(DEPENDENT)
+    w, b = weight_tile(w_ptr, first, C, F, OUT, BLOCK_K), vector(b_ptr, first, C, OUT)
+    wait_for_predecessor(DEPENDENT)
+    out = matvec(w, vector(h_ptr + row * F, 0, F, BLOCK_K)) + b                         # [OUT]
+    x_at = x_ptr + row * C + n
+    tl.store(x_at, tl.load(x_at, mask=n < C, other=0.0) + out, mask=n < C)
+
+
+@triton.jit(do_not_specialize=["V"])
+def head_kernel(
+        x_ptr, ln_weight_ptr, ln_bias_ptr, w_ptr, b_ptr, logits_ptr,    # (B, C) fp32, (C,), (C,) or None, (V, C), (V,) or None, (B, V) fp32
+        V, eps, C: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr):
+    """The vocabulary is 6,288 tiles of 8: a program normalises once and walks many, one tile ahead in registers."""
+    row, first, stride = tl.program_id(0), tl.program_id(1) * OUT, tl.num_programs(1) * OUT
+    launch_dependents(DEPENDENT)
+    w = weight_tile(w_ptr, first, V, C, OUT, BLOCK_K)
+    ln_weight, ln_bias = vector(ln_weight_ptr, 0, C, BLOCK_K), vector(ln_bias_ptr, 0, C, BLOCK_K)
+    wait_for_predecessor(DEPENDENT)
+    h = normed(vector(x_ptr + row * C, 0, C, BLOCK_K), ln_weight, ln_bias, eps, C, BLOCK_K)
+    logits_ptr += row.to(tl.int64) * V
+    for tile in tl.range(first, V, stride):
+        following = weight_tile(w_ptr, tile + stride, V, C, OUT, BLOCK_K)
+        n = tile + tl.arange(0, OUT)
+        tl.store(logits_ptr + n, matvec(w, h) + vector(b_ptr, tile, V, OUT), mask=n < V)
+        w = following
+
+
+# --------------------------------------------------------------------------------------------------------------------------- tiles
+
+
+class Tile(NamedTuple):
+    """Outputs of a program, and its warps."""
+    OUT: int
+    warps: int
+
+
+# {kernels: {BLOCK_K, the power of two that holds a row of the matrix: Tile}}, the same for sm_80 to sm_100 and all dtypes: nothing is
+# reused, so nothing depends on an architecture but how many multiprocessors (84 to 148) want a program. Chosen by counting, not yet by timing:
+# 64 elements a thread, so that a tile in half precision takes 32 registers beside its row of activations, and at C=768
+#
+#                    programs   weights of one   bytes in flight on each of 132 multiprocessors, 26 KB wanted
+#   norm_qkv            288         12.3 KB         26.8 KB
+#   combine_add         192          6.1 KB          8.9 KB: the whole matrix is 1.2 MB
+#   norm_act            384         12.3 KB         35.7 KB
+#   linear_add          192         24.6 KB         35.7 KB
+#   head                528         12.3 KB         98.3 KB: two tiles, one of them ahead
+#
+# `add` has fewer outputs a program because there are only C of them: 192 programs are more than the multiprocessors of any GPU here.
+TILES = {
+    "norm": {16: Tile(8, 1), 32: Tile(8, 1), 64: Tile(8, 1), 128: Tile(8, 1), 256: Tile(8, 1), 512: Tile(8, 2), 1024: Tile(8, 4),
+             2048: Tile(8, 8), 4096: Tile(4, 8), 8192: Tile(2, 8)},
+    "combine": {16: Tile(4, 1), 32: Tile(4, 1), 64: Tile(4, 1), 128: Tile(4, 1), 256: Tile(4, 2), 512: Tile(4, 4), 1024: Tile(4, 8),
+                2048: Tile(4, 16), 4096: Tile(4, 16), 8192: Tile(2, 16)},
+    "add": {16: Tile(4, 1), 32: Tile(4, 1), 64: Tile(4, 1), 128: Tile(4, 1), 256: Tile(4, 1), 512: Tile(4, 1), 1024: Tile(4, 2),
+            2048: Tile(4, 4), 4096: Tile(4, 8), 8192: Tile(2, 8)},
+}
+COMBINED_ELEMENTS = 32          # a thread's part of the chunks that combine_add loads at once: 8 chunks at C=768, half of T=1024
+HEAD_PROGRAMS = 4               # of `head`, a multiprocessor: as many as its registers let run at once
+
+
+def tile_for(kernels, K):
+    """(BLOCK_K, Tile) for a matrix with rows of K."""
+    BLOCK_K = max(16, triton.next_power_of_2(K))
+    return BLOCK_K, TILES[kernels][BLOCK_K]
+
+
+def combined_chunks(BLOCK_K, tile):
+    """COMBINED: how many chunks fill a thread's COMBINED_ELEMENTS, at most 8."""
+    return min(8, COMBINED_ELEMENTS * 32 * tile.warps // BLOCK_K)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- launchers
+
+
+class Layer(NamedTuple):
+    """A block's parameters and its cache. Biases may be None; matrices as nn.Linear has them, (outputs, inputs)."""
+    ln_1: tuple                 # weight and bias, (C,)
+    c_attn: tuple               # (3C, C), (3C,)
+    c_proj: tuple               # (C, C), (C,)
+    ln_2: tuple
+    c_fc: tuple                 # (F, C), (F,)
+    mlp_proj: tuple             # (C, F), (C,)
+    keys: torch.Tensor          # (B, H, T, D)
+    values: torch.Tensor
+    activation: str
+
+
+class Decoder:
+    """A decode step over given parameters and caches: `decoder(token, position)` -> logits. It owns what lies between the kernels.
+
+    wte (V, C), wpe (T, C), ln_f weight and bias, head (V, C) and bias or None, layers: a list of Layer. All contiguous and on one device;
+    matrices, their biases and caches of one dtype, float32, float16 or bfloat16; embeddings and norms of any of these.
+    Raises ValueError, TypeError.
+    """
+
+    def __init__(self, wte, wpe, ln_f, head, layers, *, eps=1e-5):
+        self.wte, self.wpe, self.ln_f, self.head, self.layers, self.eps = wte, wpe, ln_f, head, layers, eps
+        self.B, self.H, self.T, self.D = layers[0].keys.shape
+        self.C, self.V, self.F = wte.size(1), head[0].size(0), layers[0].c_fc[0].size(0)
+        self._check()
+        self.HEAD = padded_head(self.D)
+        self.CHUNK = CHUNK_ELEMENTS // self.HEAD
+        self.n_chunks = -(-self.T // self.CHUNK)
+        new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=wte.device)
+        self.x, self.q, self.h = new(self.B, self.C), new(self.B, self.C), new(self.B, self.F)
+        self.part, self.lse = new(self.B * self.H, self.n_chunks, self.D), new(self.B * self.H, self.n_chunks)
+        self.length = new(self.B, dtype=torch.int32)
+
+    def _check(self):
+        B, H, T, C, D, F, V = self.B, self.H, self.T, self.C, self.D, self.F, self.V
+        if C != H * D or not 1 <= D <= LARGEST_HEAD:
+            raise ValueError(f"the width is {C}, the caches have {H} heads of size {D}; expected {H} * {D}, heads of 1 to {LARGEST_HEAD}")
+        if (widest := max(C, F, H * padded_head(D))) > LARGEST_K:
+            raise ValueError(f"a matrix has {widest} inputs, each head padded to a power of two; expected at most {LARGEST_K}")
+        dtype, device = self.head[0].dtype, self.wte.device
+        matrices = {"head": (self.head, V, C)}
+        others = {"wte": (self.wte, (V, C)), "wpe": (self.wpe, (T, C)), "ln_f.weight": (self.ln_f[0], (C,)), "ln_f.bias": (self.ln_f[1], (C,))}
+        caches = {}
+        for i, layer in enumerate(self.layers):
+            if layer.activation not in ACTIVATIONS:
+                raise ValueError(f"layer {i} has activation {layer.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+            for name, N, K in (("c_attn", 3 * C, C), ("c_proj", C, C), ("c_fc", F, C), ("mlp_proj", C, F)):
+                matrices[f"layers[{i}].{name}"] = (getattr(layer, name), N, K)
+            for name in ("ln_1", "ln_2"):
+                weight, bias = getattr(layer, name)
+                others |= {f"layers[{i}].{name}.weight": (weight, (C,)), f"layers[{i}].{name}.bias": (bias, (C,))}
+            caches |= {f"layers[{i}].keys": (layer.keys, (B, H, T, D)), f"layers[{i}].values": (layer.values, (B, H, T, D))}
+        given = {f"{name}.weight": (pair[0], (N, K)) for name, (pair, N, K) in matrices.items()}
+        given |= {f"{name}.bias": (pair[1], (N,)) for name, (pair, N, _) in matrices.items()}
+        for name, (tensor, shape) in (given | caches | others).items():
+            if tensor is None and name.endswith(".bias"):
+                continue
+            if tensor.dtype not in DTYPES or (name not in others and tensor.dtype != dtype):
+                raise TypeError(f"{name} is {tensor.dtype}, the head {dtype}; expected float32, float16 or bfloat16, one for all matrices")
+            if tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device != device:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}; "
+                                 f"expected {shape}, contiguous, on {device}")
+
+    def __call__(self, token, position):
+        """Process token (B,) int64 at position (B,) int64 -> logits (B, V) fp32, and write keys and values of this position.
+
+        Five launches a layer and one; the host reads nothing back, so a CUDA graph can capture it. Tokens are not checked; a position
+        past the cache counts as its last.
+        """
+        for name, ids in (("token", token), ("position", position)):
+            if ids.shape != (self.B,) or ids.dtype != torch.int64 or ids.device != self.wte.device or not ids.is_contiguous():
+                raise ValueError(f"{name} is {tuple(ids.shape)}, {ids.dtype}, on {ids.device}; "
+                                 f"expected ({self.B},) int64, contiguous, on {self.wte.device}")
+        logits = torch.empty((self.B, self.V), dtype=torch.float32, device=self.wte.device)
+        with torch.cuda.device_of(logits):
+            embedding = (token, self.wte, self.wpe)
+            for layer in self.layers:
+                self.norm_qkv(layer, embedding, position)
+                self.attend(layer)
+                self.combine_add(layer)
+                self.norm_act(layer)
+                self.linear_add(layer)
+                embedding = (None, None, None)
+            self.logits(logits)
+        return logits
+
+    def norm_qkv(self, layer, embedding, position):
+        BLOCK_K, tile = tile_for("norm", self.C)
+        # The first kernel of a step must not start early: what is before it may still be writing the weights.
+        norm_qkv_kernel[(self.B, -(-3 * self.C // tile.OUT))](
+            *embedding, position, self.x, *layer.ln_1, *layer.c_attn, self.q, layer.keys, layer.values, self.length, self.T, self.eps,
+            C=self.C, D=self.D, OUT=tile.OUT, BLOCK_K=BLOCK_K, num_warps=tile.warps, **launch_options(self.x, early=embedding[0] is None))
+
+    def attend(self, layer):
+        # q is (B, H, 1, D) in its (B, C); a head is D elements further
+        decode_kernel[(self.B * self.H, self.n_chunks)](
+            self.q, layer.keys, layer.values, self.length, self.part, self.lse, self.C, self.D, *layer.keys.stride()[:3],
+            LOG2_E * self.D**-0.5, self.H, self.n_chunks, D=self.D, HEAD=self.HEAD, CHUNK=self.CHUNK, num_warps=ATTEND_WARPS,
+            **launch_options(self.x))
+
+    def combine_add(self, layer):
+        BLOCK_K, tile = tile_for("combine", self.H * self.HEAD)
+        combine_add_kernel[(self.B, -(-self.C // tile.OUT))](
+            self.part, self.lse, self.length, *layer.c_proj, self.x, self.n_chunks, H=self.H, D=self.D, HEAD=self.HEAD,
+            CHUNK=self.CHUNK, COMBINED=combined_chunks(BLOCK_K, tile), OUT=tile.OUT, BLOCK_K=BLOCK_K, num_warps=tile.warps, **launch_options(self.x))
+
+    def norm_act(self, layer):
+        BLOCK_K, tile = tile_for("norm", self.C)
+        norm_act_kernel[(self.B, -(-self.F // tile.OUT))](
+            self.x, *layer.ln_2, *layer.c_fc, self.h, self.eps, C=self.C, F=self.F, ACTIVATION=layer.activation, OUT=tile.OUT,
+            BLOCK_K=BLOCK_K, num_warps=tile.warps, **launch_options(self.x))
+
+    def linear_add(self, layer):
+        BLOCK_K, tile = tile_for("add", self.F)
+        linear_add_kernel[(self.B, -(-self.C // tile.OUT))](
+            self.h, *layer.mlp_proj, self.x, C=self.C, F=self.F, OUT=tile.OUT, BLOCK_K=BLOCK_K, num_warps=tile.warps,
+            **launch_options(self.x))
+
+    def logits(self, out):
+        BLOCK_K, tile = tile_for("norm", self.C)
+        programs = min(-(-self.V // tile.OUT), HEAD_PROGRAMS * _multiprocessors(self.x.device))
+        head_kernel[(self.B, programs)](
+            self.x, *self.ln_f, *self.head, out, self.V, self.eps, C=self.C, OUT=tile.OUT, BLOCK_K=BLOCK_K, num_warps=tile.warps,
+            **launch_options(self.x))
+
+
+def _multiprocessors(device):
+    """Of the GPU; 1 under the interpreter, so that a program there walks several tiles too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+# -------------------------------------------------------------------------------------------------- what the compile gate compiles
+
+
+def gate_cases(arch):
+    """Each kernel at GPT-2 124M's shapes in bf16, one row (with bytes: a step's last token at T=1024), and in each row of TILES."""
+    dependent = arch >= 90
+    scalars = {"T": "i32", "V": "i32", "n_chunks": "i32", "eps": "fp32"}
+    fixed = {"token_ptr": "*i64", "position_ptr": "*i64", "length_ptr": "*i32"}
+    streams = ("x_ptr", "q_ptr", "h_ptr", "part_ptr", "lse_ptr", "logits_ptr", "wte_ptr", "wpe_ptr", "ln_weight_ptr", "ln_bias_ptr")
+
+    def case(name, kernel, tile, dtype, constexprs, moved=None, reason="", narrow=0):
+        pointers = {arg: fixed.get(arg) or ("*fp32" if arg in streams else f"*{dtype}") for arg in kernel.arg_names if arg.endswith("_ptr")}
+        signature = {arg: kind for arg, kind in (pointers | scalars).items() if arg in kernel.arg_names and arg not in constexprs}
+        return Case(name=f"decode.{name} {dtype}", kernel=kernel, signature=signature,
+                    constexprs={**constexprs, "OUT": tile.OUT, "DEPENDENT": dependent}, num_warps=tile.warps,
+                    tile_row=f"all: {tile.OUT} outputs, {tile.warps} warps", bytes=moved, flops=None,
+                    options={"launch_pdl": True} if dependent else {}, allowed_narrow_loads=narrow, narrow_reason=reason)
+
+    def cases(C, F, H, D, dtype, counted=False):
+        """The kernels of one model; its bytes where they are counted: weights, and what the kernel before has left."""
+        K, tile = tile_for("norm", C)
+        HEAD = padded_head(D)
+        combine_K, combine_tile = tile_for("combine", H * HEAD)
+        F_K, linear_tile = tile_for("add", F)
+        CHUNK = CHUNK_ELEMENTS // HEAD
+        bytes = lambda weights, rest: 2 * weights + 4 * rest if counted else None
+        norm = dict(C=C, BLOCK_K=K)
+        bias, more = "a bias of OUT outputs", 0 if C >= 256 else 4                 # rows too short for 16 bytes in each thread
+        for first in (True, False):
+            none = {} if first else {"token_ptr": None, "wte_ptr": None, "wpe_ptr": None}
+            yield case(f"norm_qkv{' first' * first} {C}", norm_qkv_kernel, tile, dtype, {**norm, **none, "D": D},
+                       bytes(3 * C * C, 6 * C), f"{bias}, the position{', the token' * first}", 4 + more)
+        yield case(f"combine_add {C}", combine_add_kernel, combine_tile, dtype,
+                   dict(H=H, D=D, HEAD=HEAD, CHUNK=CHUNK, COMBINED=combined_chunks(combine_K, combine_tile), BLOCK_K=combine_K),
+                   bytes(C * C, 1024 // CHUNK * (C + H) + 3 * C), f"{bias}, the row's length, OUT elements of x, a head's sums: 4 bytes of a line that a warp shares", 40)
+        yield case(f"norm_act {C}", norm_act_kernel, tile, dtype, {**norm, "F": F, "ACTIVATION": "gelu"}, bytes(F * C, 4 * C + F), bias, 4 + more)
+        yield case(f"linear_add {C}", linear_add_kernel, linear_tile, dtype, dict(C=C, F=F, BLOCK_K=F_K), bytes(C * F, F + 3 * C),
+                   f"{bias}, OUT elements of x", 4 + more)
+        yield case(f"head {C}", head_kernel, tile, dtype, {**norm, "b_ptr": None}, bytes(50304 * C, 3 * C + 50304), "rows too short for 16 bytes in each thread" if more else "", more)
+
+    yield from cases(768, 3072, 12, 64, "bf16", counted=True)
+    yield from cases(768, 3072, 12, 64, "fp32")
+    for C in (16, 32, 64, 128, 256, 512, 2048):                         # with F = 4C, all rows of TILES but one
+        yield from cases(C, 4 * C, max(1, C // 64), min(C, 64), "bf16")
+    yield from cases(1600, 6400, 25, 64, "bf16")                        # GPT-2 XL: padded heads
