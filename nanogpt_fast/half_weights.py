@@ -21,14 +21,14 @@ from .model import GPT, Block, touched
 
 
 class HalfWeights:
-    """The copies of a GPT's matmul weights in `dtype`; none where dtype is float32.
+    """The copies of a GPT's matmul weights in `dtype`; none where dtype is float32, or where `leave` tells why not to make any.
 
     left: why matrices were left to autocast, one text for each block or head: whoever replaced or hooked a module may look at
     its weight, and would find the copy there (C21).
     """
 
-    def __init__(self, model, dtype):
-        linears, self.left = _untouched_linears(model)
+    def __init__(self, model, dtype, leave=None):
+        linears, self.left = ([], [leave]) if leave else _untouched_linears(model)
         linears = [linear for linear in linears if linear.weight.dtype == torch.float32 != dtype]
         self.linears = linears
         self.weights = [linear.weight for linear in linears]

@@ -165,7 +165,7 @@ def test_an_error_in_the_update_leaves_an_ordinary_optimizer():
     step = CapturedStep(None, fail, optimizer, (2, 16), torch.device("cpu"))
     with pytest.raises(FloatingPointError):
         step.update()
-    assert [group["lr"] for group in optimizer.param_groups] == [1e-3] * 2
+    assert [(type(group["lr"]), group["lr"], group["capturable"]) for group in optimizer.param_groups] == [(float, 1e-3, False)] * 2
 
 
 # ---------------------------------------------------------------------------------------------------- what prevents it

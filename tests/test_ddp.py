@@ -98,6 +98,17 @@ def test_a_signal_to_one_rank_stops_all_and_the_resumed_run_is_exact(tmp_path):
         assert torch.equal(tensor, resumed[key])
 
 
+@pytest.mark.slow
+def test_two_ranks_in_bfloat16_lie_on_the_steps_of_one_process_in_float32(tmp_path):
+    """Copies of the weights are made of what DDP sent, not of each rank's own first weights."""
+    tiny.data(tmp_path)
+    o = tiny.options(tmp_path, backend="gloo,reference", gradient_accumulation_steps=2, max_iters=14, dtype="bfloat16")
+    printed, _ = torchrun(tmp_path, "weights", o)
+    assert "casts   9 matrices to bfloat16 once a step" in printed
+    for (it, loss), expected in zip(tiny.losses(o).items(), two_ranks_in_one_process(o, 14).values(), strict=True):
+        assert loss == pytest.approx(expected, abs=3e-2), it
+
+
 def test_gradient_accumulation_that_the_ranks_cannot_share_is_refused(tmp_path):
     with pytest.raises(ValueError, match="multiple of 2"):
         training._train(tiny.options(tmp_path, gradient_accumulation_steps=3), Ranks(0, 0, 2), torch.device("cpu"), None)

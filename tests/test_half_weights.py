@@ -206,3 +206,8 @@ def test_a_compiled_model_takes_the_copies_without_compiling_again():
     assert len(graphs) == 1 and graphs[0].count(torch.bfloat16) == 9
     with autocast():
         assert torch.equal(loss, model(x, y)[1])
+
+
+def test_a_reason_to_leave_all_is_kept_and_said():
+    weights = HalfWeights(model_of(), torch.bfloat16, "asked for")
+    assert (weights.copies, weights.left) == ([], ["asked for"])
