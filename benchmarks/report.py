@@ -128,7 +128,7 @@ def generate(records, device, batches=(1, 8, 64)):
     head = ["batch", "", "tokens/s", "times nanoGPT", "of the memory limit", "prefill", "ms a token: median, 90 %, 99 %"]
     return table(head, rows) + small(newest, lambda r: (
         f"GPT-2 124M, {r['prompt']} tokens of prompt, {r['dtype']} unless said; nanoGPT is {r['against']}; the limit: weights "
-        f"and cache read once a step at the {r['limits']['copy'] / 1e9:,.0f} GB/s that a copy reached in the same run"))
+        f"and cache read once a step at the {r['limits']['memory'] / 1e9:,.0f} GB/s that the same run reached"))
 
 
 def kernels(records, device="cuda"):

@@ -464,8 +464,8 @@ def generate(o, device, dtype):
              for kind, side_dtype in [sides[name]]}
     limits = measure.limits(device)
     until = time.monotonic() + 60 * o.minutes
-    print(f"{o.model}: {prompt} tokens of prompt, then {tokens}, on {devices.describe(device)}; copies at "
-          f"{limits['copy'] / 1e9:,.0f} GB/s")
+    print(f"{o.model}: {prompt} tokens of prompt, then {tokens}, on {devices.describe(device)}; memory at "
+          f"{limits['memory'] / 1e9:,.0f} GB/s")
     print(f"{'':>5} {'':<22} {'prefill':>10} {'tokens/s':>10} {'times nanoGPT':>14} {'of the limit':>13}  "
           "latency of a token, ms: half, 90 %, 99 % of them")
     for B in (int(text) for text in o.batch_sizes.split(",")):
@@ -481,7 +481,7 @@ def generate(o, device, dtype):
             n = counts[name]
             later = median[name, n] - median[name, 1]  # what the tokens behind the first took
             rate = B * (n - 1) / later if later > 0 else B * n / median[name, n]  # noise hides it: count the prefill too
-            limit = limits["copy"] * B / bytes_a_step(config, B, prompt + n / 2, side_dtype)
+            limit = limits["memory"] * B / bytes_a_step(config, B, prompt + n / 2, side_dtype)
             latency = latencies(side, idx, n) if B == 1 else []
             found[name] = dict(prefill_s=median[name, 1], tokens_per_s=rate, tokens=n, of_limit=rate / limit, latency=latency,
                                first_samples=samples[name, 1], all_samples=samples[name, n])

@@ -84,15 +84,21 @@ def interleaved_on_gpu(variants, rounds, warmup=3, seed=0, until=None):
 
 
 def limits(device, dtype=torch.bfloat16):
-    """What this machine reaches now: {"copy": bytes a second, read and written, "matmul": FLOP a second in `dtype`}."""
+    """What this machine reaches now, in bytes and FLOP a second.
+
+    "copy": read and written. "memory": the higher of that and of reading alone (a matrix times a vector, as decoding does it): a
+    CPU reads what it writes, so a copy says too little there. "matmul": in `dtype`.
+    """
     gpu = torch.device(device).type == "cuda"
-    source = torch.empty((1 << 30) if gpu else (1 << 26), dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
+    matrix = torch.ones(1 << (16 if gpu else 15), 4096, device=device)  # 1 GiB, 0.5 GiB: larger than any cache
+    target, vector = torch.empty_like(matrix), torch.ones(4096, device=device)
     n = 8192 if gpu else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    samples = (interleaved_on_gpu if gpu else interleaved)({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, 10)
-    median = medians(samples)
-    return {"copy": 2 * source.numel() / median["copy"], "matmul": 2 * n ** 3 / median["matmul"]}
+    size = matrix.numel() * matrix.itemsize
+    median = medians((interleaved_on_gpu if gpu else interleaved)(
+        {"copy": lambda: target.copy_(matrix), "read": lambda: matrix @ vector, "matmul": lambda: a @ b}, 10 if gpu else 5))
+    return {"copy": 2 * size / median["copy"], "memory": max(2 * size / median["copy"], size / median["read"]),
+            "matmul": 2 * n ** 3 / median["matmul"]}
 
 
 def medians(samples):
