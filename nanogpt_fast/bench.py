@@ -14,7 +14,6 @@ import importlib.util
 import io
 import itertools
 import os
-import signal
 import statistics
 import sys
 import time
@@ -109,7 +108,13 @@ def main(argv):
     if device.type == "cuda":  # as nanoGPT's train.py
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    function(o, device, devices.choose_dtype("bfloat16" if o.dtype == "auto" and device.type == "cuda" else o.dtype, device))
+    dtype = devices.choose_dtype("bfloat16" if o.dtype == "auto" and device.type == "cuda" else o.dtype, device)
+    try:
+        with measure.told_to_end():
+            function(o, device, dtype)
+    except measure.ToldToEnd:
+        print("told to end; what was recorded until then is written", file=sys.stderr)
+        return 128 + 15  # as a shell says SIGTERM
 
 
 def record(o, benchmark, device, **found):
@@ -188,14 +193,6 @@ TRAIN_VARIANTS_CPU = {
 }
 
 
-class ToldToEnd(BaseException):
-    """SIGTERM, as `timeout` sends it. Not an Exception: a compiler would take it for one of its own."""
-
-
-def _raise_told_to_end(number, frame):
-    raise ToldToEnd
-
-
 class Trainer:
     """One variant: a model, its optimizer, and `step(x, y)`, x and y (B, T), which returns the loss.
 
@@ -265,7 +262,6 @@ def train(o, device, dtype):
 
     print(f"{o.model}: {B} x {T} tokens a step, {str(dtype).removeprefix('torch.')}, on {devices.describe(device)}")
     runs, found, told_to_end = {}, {}, False
-    before_us = signal.signal(signal.SIGTERM, _raise_told_to_end)
     for name in wanted(o, all_variants):
         before = _reset_peak(device)
         if told_to_end or runs and time.monotonic() > until - 20 * o.minutes:
@@ -285,7 +281,7 @@ def train(o, device, dtype):
             print(f"{name:<28} {type(error).__name__}: {error}", flush=True)
             found[name] = dict(error="out of memory" if out_of_memory else f"{type(error).__name__}: {error}"[:300])
             continue
-        except ToldToEnd:  # in the middle of a compilation, say: what was built before can still be timed
+        except measure.ToldToEnd:  # in the middle of a compilation, say: what was built before can still be timed
             found[name], told_to_end = dict(error="not measured: out of time"), True
             continue
         ops = {}
@@ -298,12 +294,14 @@ def train(o, device, dtype):
             for _ in range(steps):
                 trainer.step(*next(batches))
         runs[name] = several
-    signal.signal(signal.SIGTERM, before_us)
 
     samples = measure.interleaved(runs, o.rounds, warmup=1, until=time.monotonic() + 5 if told_to_end else until)
     with quiet():
         counter = GPT(GPTConfig(**config))  # counts the FLOPs of either side
     for name, values in samples.items():
+        if not values:
+            found[name] = dict(error="not measured: out of time")
+            continue
         seconds = statistics.median(values) / steps
         found[name] |= dict(samples=[value / steps for value in values], tokens_per_s=B * T / seconds,
                             mfu=counter.estimate_hardware_mfu(B, seconds, device))
@@ -476,6 +474,8 @@ def generate(o, device, dtype):
             runs[name, 1] = lambda side=side: side.all(idx, 1)
             runs[name, counts[name]] = lambda side=side, n=counts[name]: side.all(idx, n)
         samples = measure.interleaved(runs, o.rounds, warmup=1, until=until)
+        if not all(samples.values()):
+            raise measure.ToldToEnd
         median, found = measure.medians(samples), {}
         for name, (side, side_dtype) in sides.items():
             n = counts[name]

@@ -4,12 +4,14 @@ Variants of one thing take turns, in an order that changes from round to round, 
 all of them alike; what is compared is the ratio of their medians. Every sample is kept. A record is one line of JSON with the
 machine, the versions and the commit beside the samples.
 """
+import contextlib
 import datetime
 import functools
 import json
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import time
@@ -19,28 +21,45 @@ import torch
 
 
 
+class ToldToEnd(BaseException):
+    """SIGTERM, as `timeout` sends it. Not an Exception: a compiler would take it for an error of its own."""
+
+
+@contextlib.contextmanager
+def told_to_end():
+    """Inside, SIGTERM raises ToldToEnd, so that what was measured until then can still be written."""
+    def tell(number, frame):
+        raise ToldToEnd
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def interleaved(variants, rounds, warmup=2, seed=0, until=None):
     """Time functions in turns. variants: {name: function}. Returns {name: [seconds, one a round]}.
 
     A CPU clock around each call, with the GPU synchronised on both sides where there is one. until: a time.monotonic() after
-    which no further round begins (one is always had).
+    which no further round begins (one is always had). On ToldToEnd the samples that there are.
     """
     sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    for _ in range(warmup):
-        for function in variants.values():
-            function()
     order, shuffle = list(variants), random.Random(seed).shuffle
     samples = {name: [] for name in variants}
-    for done in range(rounds):
-        if done and until is not None and time.monotonic() > until:
-            break
-        shuffle(order)
-        for name in order:
-            sync()
-            start = time.perf_counter()
-            variants[name]()
-            sync()
-            samples[name].append(time.perf_counter() - start)
+    with contextlib.suppress(ToldToEnd):
+        for _ in range(warmup):
+            for function in variants.values():
+                function()
+        for done in range(rounds):
+            if done and until is not None and time.monotonic() > until:
+                break
+            shuffle(order)
+            for name in order:
+                sync()
+                start = time.perf_counter()
+                variants[name]()
+                sync()
+                samples[name].append(time.perf_counter() - start)
     return samples
 
 
@@ -86,8 +105,8 @@ def interleaved_on_gpu(variants, rounds, warmup=3, seed=0, until=None):
 def limits(device, dtype=torch.bfloat16):
     """What this machine reaches now, in bytes and FLOP a second.
 
-    "copy": read and written. "memory": the higher of that and of reading alone (a matrix times a vector, as decoding does it): a
-    CPU reads what it writes, so a copy says too little there. "matmul": in `dtype`.
+    "copy": read and written. "memory": the higher of that and of reading alone (a matrix times a vector, as decoding does
+    it): a CPU reads what it writes, so a copy says too little there. "matmul": in `dtype`.
     """
     gpu = torch.device(device).type == "cuda"
     matrix = torch.ones(1 << (16 if gpu else 15), 4096, device=device)  # 1 GiB, 0.5 GiB: larger than any cache

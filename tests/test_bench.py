@@ -1,6 +1,8 @@
 """`nanogpt-fast bench` on the smallest model: what it records, that its rivals are what they are called, what it refuses."""
 import json
+import os
 import shutil
+import signal
 import statistics
 from pathlib import Path
 
@@ -66,7 +68,7 @@ def test_what_was_built_is_timed_when_the_process_is_told_to_end(tmp_path, monke
 
     def told(self, x, y):
         if self.more:  # our trainer's, the second that is built
-            raise bench.ToldToEnd
+            raise measure.ToldToEnd
         return step(self, x, y)
 
     monkeypatch.setattr(bench.Trainer, "step", told)
@@ -182,3 +184,13 @@ def test_the_draw_of_the_rivals_is_nanogpts():
     scaled[scaled < scaled.topk(200).values[:, -1:]] = float("-inf")
     torch.manual_seed(3)
     assert torch.equal(found, torch.multinomial(F.softmax(scaled, dim=-1), 1))
+
+
+def test_what_was_timed_is_kept_when_the_process_is_told_to_end():
+    def work(calls=iter(range(100))):
+        if next(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with measure.told_to_end():
+        assert len(measure.interleaved({"a": work}, rounds=99, warmup=0)["a"]) == 5
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
