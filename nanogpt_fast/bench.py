@@ -104,7 +104,8 @@ def main(argv):
     cls, function = COMMANDS[argv[0]]
     o = options.parse(cls, argv[1:], f"nanogpt-fast bench {argv[0]}")
     device = devices.choose_device(o.device)
-    o.model = o.model or {"train": "gpt2", "loss": "baby"}[argv[0]] if device.type == "cuda" else o.model or "cpu"
+    if not o.model:
+        o.model = "cpu" if device.type != "cuda" else "gpt2" if argv[0] == "train" else "baby"
     if device.type == "cuda":  # as nanoGPT's train.py
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -120,7 +121,7 @@ def main(argv):
 def record(o, benchmark, device, **found):
     """Append what was found to the file that the options name, with the words that repeat it."""
     if o.json:
-        asked = {key: value for key, value in asdict(o).items() if key not in ("json", "upstream")}
+        asked = {key: value for key, value in asdict(o).items() if key not in ("json", "upstream", "data_dir")}
         measure.append(o.json, benchmark, device=device.type, options=asked,
                        against="nanoGPT checkout" if o.upstream else "GPT(backend='reference')", **found)
 
