@@ -211,3 +211,21 @@ def test_a_compiled_model_takes_the_copies_without_compiling_again():
 def test_a_reason_to_leave_all_is_kept_and_said():
     weights = HalfWeights(model_of(), torch.bfloat16, "asked for")
     assert (weights.copies, weights.left) == ([], ["asked for"])
+
+
+def test_activation_checkpointing_computes_again_with_the_copies():
+    from torch.utils.checkpoint import checkpoint
+    plain, checked = model_of(dropout=0.2), model_of(dropout=0.2)
+    x, y = batch()
+    for block in checked.transformer.h:
+        block.attn.branch = (lambda branch: lambda x: checkpoint(branch, x, use_reentrant=False))(block.attn.branch)
+    for model in (plain, checked):
+        weights = HalfWeights(model, torch.bfloat16)
+        assert len(weights.copies) == 9
+        torch.manual_seed(2)
+        with weights.in_use():
+            with autocast():
+                loss = model(x, y)[1]
+            loss.backward()
+    for (name, a), b in zip(plain.named_parameters(), checked.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name

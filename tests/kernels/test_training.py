@@ -9,6 +9,7 @@ import torch.nn as nn
 from test_model import autocast, batch, error, key_biases, model_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny  # noqa: E402  (of the other half of the suite)
@@ -108,6 +109,43 @@ def test_float16_with_a_gradscaler_trains_on_kernels_as_on_the_reference(device)
     assert losses["fused"][4] < losses["fused"][0] - 0.1 and losses["fused"][2] == pytest.approx(losses["fused"][3], abs=0)
     for a, b in zip(*losses.values(), strict=True):
         assert a == pytest.approx(b, abs=5e-3)      # 2^-11 of a loss of 5.6, and AdamW's amplification of it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_twenty_adamw_steps_with_all_that_a_trainer_may_do(dtype, device):
+    """Accumulation, clipping, a GradScaler where the dtype needs one, frozen parameters and activation checkpointing at once."""
+    losses, frozen = {}, ("transformer.h.0.attn.c_attn.weight", "transformer.h.1.mlp.c_fc.bias", "transformer.ln_f.weight")
+    x, y = batch(device, B=2, T=16)
+    for backend in ("fused", "reference"):
+        model, scaler = model_of(device, backend), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(False)
+        before = {name: model.get_parameter(name).clone() for name in frozen}
+        for block in model.transformer.h:
+            block.fused = (lambda f: lambda *args: checkpoint(f, *args, use_reentrant=False))(block.fused)
+        weights = HalfWeights(model, dtype)
+        optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), device.type)
+        losses[backend] = []
+        for _ in range(20):
+            total = 0.0
+            for micro_step in range(2):
+                with weights.in_use():
+                    with autocast(device, dtype):
+                        loss = model(x[[micro_step]], y[[micro_step]], return_logits=False)[1] / 2
+                    scaler.scale(loss).backward()
+                total += loss.item()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            weights.refresh()
+            optimizer.zero_grad(set_to_none=True)
+            losses[backend].append(total)
+        assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
+    assert losses["reference"][-1] < losses["reference"][0] - 1.0
+    for a, b in zip(*losses.values(), strict=True):
+        assert a == pytest.approx(b, abs=3e-2)      # as in test_model: AdamW amplifies rounding of gradients that are nearly zero
 
 
 @pytest.mark.slow
