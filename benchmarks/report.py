@@ -204,6 +204,27 @@ def loss(records, device):
         newest, lambda r: f"the same text, batches and initial weights, in turns; {r['dtype']}")
 
 
+def recipes(records):
+    """Runs whose end is known: the demo, and nanoGPT's CPU recipe (1.88 +- 0.05)."""
+    rows = []
+    for name in ("demo", "nanoGPT's CPU recipe on tinyshakespeare"):
+        record = last(records, "recipe", name=name)
+        rows.append([name, MISSING, "", ""] if record is None else
+                    [name, f"{record['val_loss']:.4f}", f"{record['steps']:,}", f"{record['seconds']:,.0f} s"])
+    text = table(["run", "validation loss", "steps", "time in all"], rows)
+    newest = last(records, "recipe")
+    commands = [f"`{r['command']}`" for r in (last(records, "recipe", name=row[0]) for row in rows[1:]) if r]
+    return "\n\n".join([text, *commands, *([where(newest)] if newest else [])])
+
+
+def ladder():
+    """The table and the plot that `nanogpt-fast ladder` made."""
+    path = RESULTS / "ladder.md"
+    if not path.exists():
+        return f"`nanogpt-fast ladder`: {MISSING}"
+    return path.read_text().split("\n\n**")[0] + "\n\n![ladder](docs/ladder.png)"
+
+
 def gate():
     """Registers, shared memory and floors of the kernels of a training step, from the compile gate."""
     path = RESULTS / "gate.json"
@@ -244,6 +265,8 @@ def sections(records):
         "sampler": sampler(records, "cpu"),
         "drop-in": drop_in(records),
         "loss against time": loss(records, "cuda") + "\n\n" + loss(records, "cpu") + image("loss"),
+        "recipes": recipes(records),
+        "ladder": ladder(),
         "compile gate": gate(),
         "doctor": command_output("doctor"),
         "verify": command_output("verify"),
