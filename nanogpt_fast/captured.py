@@ -10,10 +10,10 @@ three parts are recorded once and replayed from then on:
 So a step without accumulation clears and adds nothing, and one of 40 micro-batches needs no graph of 40 times the size. The
 parts are ordinary functions: a device without graphs, a CPU under test, calls them instead of replaying them.
 
-Nothing has to be put back after warming up, because the warm-up is training: the first WARM_UP_STEPS steps run the parts as they
-are, on the stream that captures later, and recording executes nothing. What compiles, allocates or initialises lazily (Triton,
-Inductor, cuBLAS, AdamW's moments) has done so by then. Dropout goes on where it would have: a graph draws from torch's generator,
-whose offset every replay moves as far as the kernels would have moved it.
+Nothing has to be put back after warming up, because the warm-up is training: the first WARM_UP_STEPS steps run the parts as
+they are, on the stream that captures later, and recording executes nothing. What compiles, allocates or initialises lazily
+(Triton, Inductor, cuBLAS, AdamW's moments) has done so by then. Dropout goes on where it would have: a graph draws from torch's
+generator, whose offset every replay moves as far as the kernels would have moved it.
 
 What a replay reads and writes lies in memory that stays: parameters, moments, copies, and here the batch, the loss and the
 learning rate. Between two replays evaluation, sampling and checkpoints see the parameters as they are. The optimizer looks

@@ -1,7 +1,7 @@
 """Half-precision copies of the matmul weights, cast once an optimizer step instead of once a use.
 
-Autocast casts every fp32 weight in every forward pass: 4 bytes read and 2 written a parameter, 0.75 GB a micro-batch of GPT-2 124M,
-and the same result 40 times over where 40 micro-batches make a step. Here each matrix that a matmul takes has one copy, and
+Autocast casts every fp32 weight in every forward pass: 4 bytes read and 2 written a parameter, 0.75 GB a micro-batch of GPT-2
+124M, and the same result 40 times over where 40 micro-batches make a step. Here each matrix that a matmul takes has one copy:
 
     with weights.in_use():       the Linears hold their copies; what flows back to a copy goes on to its fp32 weight
         loss = model(x, y)[1]

@@ -1,7 +1,7 @@
 """The training step in parts that CUDA graphs replay: the same steps, bit for bit; what prevents it is said.
 
 Without a GPU the parts are called where a GPU replays them. What records them is replaced by something that only keeps the
-function, so that the order of warming up, recording and replaying is seen too. With a GPU the last section runs on the real thing.
+function, so that the order of warming up, recording and replaying is seen too. With a GPU the last section runs for real.
 """
 import collections
 import contextlib
@@ -106,7 +106,8 @@ def test_three_steps_run_then_each_part_is_recorded_once_and_replayed(folder, re
     train(tiny.options(folder, max_iters=6, gradient_accumulation_steps=3))
     step = ["_first", "_more", "_more", "_update"]
     warm_up = ["run " + part for part in step] * 3
-    fourth = ["record _first", "replay _first", "record _more", "replay _more", "replay _more", "record _update", "replay _update"]
+    fourth = ["record _first", "replay _first", "record _more", "replay _more", "replay _more",
+              "record _update", "replay _update"]
     assert replayed[0].log == warm_up + fourth + ["replay " + part for part in step] * 2
 
 
@@ -165,7 +166,8 @@ def test_an_error_in_the_update_leaves_an_ordinary_optimizer():
     step = CapturedStep(None, fail, optimizer, (2, 16), torch.device("cpu"))
     with pytest.raises(FloatingPointError):
         step.update()
-    assert [(type(group["lr"]), group["lr"], group["capturable"]) for group in optimizer.param_groups] == [(float, 1e-3, False)] * 2
+    for group in optimizer.param_groups:
+        assert (type(group["lr"]), group["lr"], group["capturable"]) == (float, 1e-3, False)
 
 
 # ---------------------------------------------------------------------------------------------------- what prevents it
@@ -235,12 +237,13 @@ def on_gpu(folder, out, **changed):
 
 
 @gpu
-@pytest.mark.parametrize("settings", [dict(), dict(gradient_accumulation_steps=3), dict(dropout=0.2), dict(dtype="bfloat16"),
-                                      dict(dtype="bfloat16", gradient_accumulation_steps=40, compile=True, dropout=0.1)], ids=str)
+@pytest.mark.parametrize("settings", [
+    dict(), dict(gradient_accumulation_steps=3), dict(dropout=0.2), dict(dtype="bfloat16"),
+    dict(dtype="bfloat16", gradient_accumulation_steps=40, compile=True, dropout=0.1)], ids=str)
 def test_on_a_gpu_replayed_steps_have_the_losses_of_ordinary_ones(settings, folder):
     ordinary, graphed = on_gpu(folder, "a", cuda_graph="off", **settings), on_gpu(folder, "b", cuda_graph="on", **settings)
     train(ordinary), train(graphed)
-    # The same kernels on the same numbers, dropout's included; only the learning rate is rounded to a float on its way to AdamW.
+    # The same kernels on the same numbers, dropout's included; only the learning rate is rounded on its way to AdamW.
     bound = 2e-2 if settings.get("dtype") == "bfloat16" else 1e-4
     for a, b in zip(tiny.losses(ordinary).values(), tiny.losses(graphed).values(), strict=True):
         assert a == pytest.approx(b, abs=bound)

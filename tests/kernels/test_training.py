@@ -114,7 +114,7 @@ def test_float16_with_a_gradscaler_trains_on_kernels_as_on_the_reference(device)
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_twenty_adamw_steps_with_all_that_a_trainer_may_do(dtype, device):
-    """Accumulation, clipping, a GradScaler where the dtype needs one, frozen parameters and activation checkpointing at once."""
+    """Accumulation, clipping, a GradScaler in fp16, frozen parameters and activation checkpointing, all at once."""
     losses, frozen = {}, ("transformer.h.0.attn.c_attn.weight", "transformer.h.1.mlp.c_fc.bias", "transformer.ln_f.weight")
     x, y = batch(device, B=2, T=16)
     for backend in ("fused", "reference"):
@@ -145,7 +145,7 @@ def test_twenty_adamw_steps_with_all_that_a_trainer_may_do(dtype, device):
         assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
     assert losses["reference"][-1] < losses["reference"][0] - 1.0
     for a, b in zip(*losses.values(), strict=True):
-        assert a == pytest.approx(b, abs=3e-2)      # as in test_model: AdamW amplifies rounding of gradients that are nearly zero
+        assert a == pytest.approx(b, abs=3e-2)      # as in test_model: AdamW amplifies rounding where gradients are nearly zero
 
 
 @pytest.mark.slow
