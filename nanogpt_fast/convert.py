@@ -3,7 +3,7 @@
     gpt = to_gpt(classic_model)              also a state dict: to_gpt(state_dict, config=ClassicConfig(...))
     classic_model = to_classic(gpt)
     convert_checkpoint("classic.pt", "out/ckpt.pt")      or the other way round: the file says which it is
-    convert_checkpoint("out/ckpt.pt", "my-gpt2")         a folder for transformers, and back; pretrained.py reads and writes those
+    convert_checkpoint("out/ckpt.pt", "my-gpt2")         a folder for transformers, and back (pretrained.py)
 
 Attention does not care whether three matrices (C, C) multiply x or one (3C, C) that stacks them: the fused layout is the same
 numbers in fewer, larger matmuls. Everything else only changes its name:
@@ -110,12 +110,13 @@ FORMATS = ("nanogpt", "classic", "huggingface")
 
 
 def convert_checkpoint(source, target, to=None):
-    """Convert a checkpoint: nanoGPT's ckpt.pt, what classic.save_checkpoint wrote, or a folder of transformers' GPT-2, each to each.
+    """Convert a checkpoint: nanoGPT's ckpt.pt, what classic.save_checkpoint wrote, or a folder of transformers' GPT-2, each to
+    each.
 
-    to: "nanogpt", "classic" or "huggingface"; None: what the target's name and the source leave, see `ConvertOptions`. The target is
-    read back, its logits are compared with the source's, and only then it gets its name. The tokenizer goes along between the two .pt
-    formats; the optimizer's state does not: the result is for sampling and fine-tuning. Returns the converted model. Raises
-    ConversionError, ValueError (a damaged file), FileNotFoundError, checkpoint.CheckpointError.
+    to: "nanogpt", "classic" or "huggingface"; None: what the target's name and the source leave, see `ConvertOptions`. The
+    target is read back, its logits are compared with the source's, and only then it gets its name. The tokenizer goes along
+    between the two .pt formats; the optimizer's state does not: the result is for sampling and fine-tuning. Returns the
+    converted model. Raises ConversionError, ValueError (a damaged file), FileNotFoundError, checkpoint.CheckpointError.
     """
     model, tokenizer, found = _load(source)
     to = to or ("huggingface" if Path(target).suffix not in (".pt", ".pth") else "classic" if found == "nanogpt" else "nanogpt")
@@ -128,7 +129,8 @@ def convert_checkpoint(source, target, to=None):
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     converted = to_classic(gpt) if to == "classic" else gpt
     with _proved(target, converted) as temporary:
-        classic.save_checkpoint(temporary, converted, tokenizer) if to == "classic" else save_gpt(temporary, converted, tokenizer)
+        write = classic.save_checkpoint if to == "classic" else save_gpt
+        write(temporary, converted, tokenizer)
     return converted
 
 
@@ -195,9 +197,9 @@ class ConvertOptions:
     """Convert a checkpoint between nanoGPT's ckpt.pt, the classic GPT's (separate query, key and value), and a folder of
     transformers' GPT-2 (config.json and model.safetensors). What the source is, its content says.
 
-    Without --to, a target that ends in .pt becomes nanoGPT's, or the classic GPT's where the source is nanoGPT's; any other name
-    becomes a folder of transformers'. The result is read back and its logits are compared with the source's before it gets its name.
-    Examples: nanogpt-fast convert classic.pt out/ckpt.pt; nanogpt-fast convert out/ckpt.pt my-gpt2
+    Without --to, a target that ends in .pt becomes nanoGPT's, or the classic GPT's where the source is nanoGPT's; any other
+    name becomes a folder of transformers'. The result is read back and its logits are compared with the source's before it gets
+    its name. Examples: nanogpt-fast convert classic.pt out/ckpt.pt; nanogpt-fast convert out/ckpt.pt my-gpt2
     """
 
     source: str = option("", "the checkpoint to read: a file or a folder", positional=True)

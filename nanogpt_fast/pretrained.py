@@ -1,7 +1,9 @@
-"""GPT-2 in transformers' form, read and written: names, sizes, the four transposed matrices, folders of config.json and safetensors.
+"""GPT-2 in transformers' form, read and written: names, sizes, the four transposed matrices, folders of config.json and
+safetensors.
 
-A folder is read without transformers, and nothing in it can run: safetensors holds tensors only. What does not fit (a missing or foreign
-name, another shape, a setting that GPT has no equal for) raises CheckpointError, where transformers would initialise what is missing.
+A folder is read without transformers, and nothing in it can run: safetensors holds tensors only. What does not fit (a missing
+or foreign name, another shape, a setting that GPT has no equal for) raises CheckpointError, where transformers would initialise
+what is missing.
 """
 import json
 import os
@@ -127,7 +129,7 @@ def _tensors(folder):
 
 def _checked(tensors, config, folder):
     """transformers' tensors in nanoGPT's layout, with every name and shape as the config has it."""
-    tensors = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor  # GPT2Model has no prefix
+    tensors = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
                for name, tensor in plain_names(tensors).items()}
     wte = tensors.get("transformer.wte.weight")
     head = tensors.setdefault("lm_head.weight", wte)  # a tied head is written once
@@ -149,7 +151,8 @@ def shapes(config):
     C, V = config.n_embd, config.vocab_size
     found = {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (config.block_size, C)}
     for i in range(config.n_layer):
-        block = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
+        block = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "ln_2": (C,), "mlp.c_fc": (C, 4 * C),
+                 "mlp.c_proj": (4 * C, C)}
         for name, shape in block.items():
             found[f"transformer.h.{i}.{name}.weight"] = shape
             found[f"transformer.h.{i}.{name}.bias"] = shape[-1:]
@@ -159,10 +162,12 @@ def shapes(config):
 def write_folder(model, folder):
     """Write a GPT as config.json and model.safetensors, which transformers' GPT2LMHeadModel.from_pretrained reads. Exact.
 
-    Absent biases become zeros. Raises ValueError for a head that is a matrix of its own: nothing in transformers' GPT-2 is equal.
+    Absent biases become zeros. Raises ValueError for a head that is a matrix of its own: nothing in transformers' GPT-2 is
+    equal.
     """
     if model.lm_head.weight is not model.transformer.wte.weight or model.lm_head.bias is not None:
-        raise ValueError("this GPT's head is a matrix of its own, or has a bias; transformers' GPT-2 has the embedding's matrix and no bias")
+        raise ValueError("this GPT's head is a matrix of its own, or has a bias; transformers' GPT-2 has the "
+                         "embedding's matrix and no bias")
     cfg, state = model.config, plain_names(model.state_dict())
     tensors = {}
     for name, shape in shapes(cfg).items():
@@ -173,7 +178,8 @@ def write_folder(model, folder):
     dtype = str(state["transformer.wte.weight"].dtype).removeprefix("torch.")
     activation = "gelu_new" if getattr(cfg, "activation", "gelu") == "gelu_tanh" else "gelu"
     settings = {"architectures": ["GPT2LMHeadModel"], **FIXED, "activation_function": activation, "vocab_size": cfg.vocab_size,
-                "n_positions": cfg.block_size, "n_embd": cfg.n_embd, "n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_inner": None,
+                "n_positions": cfg.block_size, "n_embd": cfg.n_embd, "n_layer": cfg.n_layer, "n_head": cfg.n_head,
+                "n_inner": None,
                 "resid_pdrop": cfg.dropout, "embd_pdrop": cfg.dropout, "attn_pdrop": cfg.dropout, "tie_word_embeddings": True,
                 "torch_dtype": dtype, "bos_token_id": _end_of_text(cfg), "eos_token_id": _end_of_text(cfg)}
     content = _safetensors().save(tensors, metadata={"format": "pt"})

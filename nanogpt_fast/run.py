@@ -5,17 +5,20 @@
     nanogpt-fast run train.py config/train_shakespeare_char.py --compare 20
     torchrun --standalone --nproc_per_node=8 -m nanogpt_fast run train.py config/train_gpt2.py
 
-The script says `from model import GPTConfig, GPT`. So the `model` module beside it is executed as always, and handed out with our
-classes in the place of its own; what else it defines stays. That would drop whatever a fork changed in those classes. Therefore the two
-are built and run side by side first, tiny, on the CPU: where initial weights, random state, logits, loss, gradients and generated
-tokens are not equal bit for bit, or its GPT can do what ours can't, its classes stay, and every GPT that the script makes is given to
-`accelerate`, which puts the ops where they fit. One banner line says which of the two happened.
+The script says `from model import GPTConfig, GPT`. So the `model` module beside it is executed as always, and handed out with
+our classes in the place of its own; what else it defines stays. That would drop whatever a fork changed in those classes.
+Therefore the two are built and run side by side first, tiny, on the CPU: where initial weights, random state, logits, loss,
+gradients and generated tokens are not equal bit for bit, or its GPT can do what ours can't, its classes stay, and every GPT
+that the script makes is given to `accelerate`, which puts the ops where they fit. One banner line says which of the two
+happened.
 
-Arguments go to the script as they are, apart from --compare and from a --backend that names a choice of ours (auto, fused, reference,
-op=choice; nccl and gloo are the script's own). The exit status is the script's, and an error in it is shown as Python would.
+Arguments go to the script as they are, apart from --compare and from a --backend that names a choice of ours (auto, fused,
+reference, op=choice; nccl and gloo are the script's own). The exit status is the script's, and an error in it is shown as
+Python would.
 
 --compare N runs the script twice, each in a process of its own: with the checkout's model, then with ours. What passes through
-`Tensor.backward` is the loss; after N optimizer steps the script is stopped. Nothing is patched that a compiled graph could see.
+`Tensor.backward` is the loss; after N optimizer steps the script is stopped. Nothing is patched that a compiled graph could
+see.
 """
 import contextlib
 import dataclasses
@@ -128,7 +131,7 @@ def _show():
 
 
 def _model_module(folder, backend):
-    """The checkout's `model` module, executed, with our classes or accelerated ones in it, as sys.modules["model"]; and which."""
+    """The checkout's `model` module, executed, with our classes or accelerated ones, as sys.modules["model"]; and which."""
     path = Path(folder, "model.py")
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: `run` replaces the classes of the model.py beside the script")
@@ -183,7 +186,8 @@ def _facts(module, bias):
     with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]), _backend.use("reference"):
         torch.manual_seed(0)
         model = module.GPT(module.GPTConfig(**TINY, bias=bias))
-        facts = {"initial weights": [p.detach().clone() for p in model.state_dict().values()], "random numbers": [torch.get_rng_state()]}
+        facts = {"initial weights": [p.detach().clone() for p in model.state_dict().values()],
+                 "random numbers": [torch.get_rng_state()]}
         for p in model.parameters():  # away from where it started, where biases are zero and attention is even
             torch.nn.init.normal_(p, std=0.5)
         idx = torch.randint(TINY["vocab_size"], (1, TINY["block_size"]))
@@ -226,7 +230,8 @@ def _compare(script, words, backend, steps):
         raise ValueError("--compare runs the script twice in one process each; leave torchrun out")
     runs = {}
     for which in ("checkout", "ours"):
-        print(f"nanogpt-fast: {steps} steps of {script} with {'its own model.py' if which == 'checkout' else 'nanogpt_fast'} ...", flush=True)
+        name = "its own model.py" if which == "checkout" else "nanogpt_fast"
+        print(f"nanogpt-fast: {steps} steps of {script} with {name} ...", flush=True)
         runs[which] = _record_in_a_process(script, words, backend, steps, which)
     theirs, ours = runs["checkout"], runs["ours"]
     print(f"nanogpt-fast: {ours['what']}\n\n{'step':>5}  {'model.py':>14}  {'nanogpt_fast':>14}  {'difference':>10}")
@@ -237,7 +242,8 @@ def _compare(script, words, backend, steps):
     verdict = ("equal, bit for bit" if largest == 0 else f"largest difference {largest:.1e}"
                + (", float32's rounding (AdamW fused into one loop adds in another order)" if relative < ROUNDING else ""))
     rates = [_rate(run) for run in (theirs, ours)]
-    print(f"\nlosses       {verdict}\nmodel.py     {rates[0][1]}\nnanogpt_fast {rates[1][1]}   ({rates[1][0] / rates[0][0]:.2f} times)")
+    print(f"\nlosses       {verdict}\nmodel.py     {rates[0][1]}\n"
+          f"nanogpt_fast {rates[1][1]}   ({rates[1][0] / rates[0][0]:.2f} times)")
     return 0
 
 
@@ -253,8 +259,8 @@ def _record_in_a_process(script, words, backend, steps, which):
     reading, writing = os.pipe()
     job = json.dumps(dict(script=str(script), words=words, backend=backend, steps=steps, which=which, fd=writing))
     code = "import sys; from nanogpt_fast import run; sys.exit(run.record(sys.argv[1]))"
-    with subprocess.Popen([sys.executable, "-c", code, job], pass_fds=[writing], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, errors="replace") as process:
+    with subprocess.Popen([sys.executable, "-c", code, job], pass_fds=[writing], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, errors="replace") as process:
         os.close(writing)
         output = process.communicate()[0]
     with os.fdopen(reading) as pipe:
@@ -262,13 +268,13 @@ def _record_in_a_process(script, words, backend, steps, which):
     result = json.loads(text) if text else {"losses": []}
     if len(result["losses"]) < steps:
         print("\n".join(output.splitlines()[-20:]), file=sys.stderr)
-        raise RuntimeError(f"{script} ended with status {process.returncode} after {len(result['losses'])} of {steps} optimizer steps; "
-                           "the end of what it said stands above (--compare needs a script that trains, for as many steps)")
+        raise RuntimeError(f"{script} ended with status {process.returncode} after {len(result['losses'])} of {steps} "
+                           "optimizer steps; the end of what it said stands above (--compare needs a script that trains, for as many steps)")
     return result
 
 
 def record(job):
-    """The child of --compare: run the script, write {losses, seconds, tokens, what} as JSON to a pipe. Returns the exit status."""
+    """The child of --compare: run the script, write {losses, seconds, tokens, what} as JSON to a pipe; return its status."""
     job = json.loads(job)
     script, words, steps = Path(job["script"]), job["words"], job["steps"]
     folder = str(script.resolve().parent)

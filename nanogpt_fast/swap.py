@@ -5,14 +5,14 @@
     with nanogpt_fast.accelerate(model): ...            undone at the end
 
 How. A module that is recognised is given another class: a subclass of its own class, made here, whose `forward` calls the ops.
-Nothing else of the module is touched: parameters, buffers, hooks, submodules and their names are the same objects, so optimizers,
-DDP, tied weights and state_dict see no change, and `restore` gives the old class back. The other way would be a `forward` set on the
-instance. That one is lost or breaks where a class does not: pickle stores a bound method as "the attribute forward of this module" and
-finds itself; everything that asks whether a forward was replaced (torch.nn.utils.parametrize and FSDP2, which swap classes as well;
-our own `touched`) would have to tell our replacement from a user's. A class is copied by deepcopy, traced by torch.compile
-like any other, and keeps isinstance, super() and the fork's other methods. Its name stays, too: transformers writes it into config.json.
-A dynamic class has no address for pickle, so `__reduce_ex__` says how to make it again; the reader needs nanogpt_fast, a
-state_dict does not.
+Nothing else of the module is touched: parameters, buffers, hooks, submodules and their names are the same objects, so
+optimizers, DDP, tied weights and state_dict see no change, and `restore` gives the old class back. The other way would be a
+`forward` set on the instance. That one is lost or breaks where a class does not: pickle stores a bound method as "the attribute
+forward of this module" and finds itself; everything that asks whether a forward was replaced (torch.nn.utils.parametrize and
+FSDP2, which swap classes as well; our own `touched`) would have to tell our replacement from a user's. A class is copied by
+deepcopy, traced by torch.compile like any other, and keeps isinstance, super() and the fork's other methods. Its name stays,
+too: transformers writes it into config.json. A dynamic class has no address for pickle, so `__reduce_ex__` says how to make it
+again; the reader needs nanogpt_fast, a state_dict does not.
 
 What keeps it from changing results:
 
@@ -74,7 +74,7 @@ class Report:
 
     @property
     def unfused(self):
-        """[(path, reason)] of swapped blocks whose residual adds stay out of the LayerNorms now: a hook, LoRA, another MLP ..."""
+        """[(path, reason)] of swapped blocks whose residual adds stay out of the LayerNorms now: a hook, another MLP ..."""
         found = []
         for path, module in self.model.named_modules():
             if isinstance(module, _Block) and (reason := module.unfused_reason()) is not None:
@@ -101,12 +101,13 @@ class Report:
 def accelerate(model, backend=None):
     """Put the fused ops into `model`, in place, and return a Report; a second call starts anew. Undone by `restore(model)`.
 
-    model: nanoGPT's GPT or a fork that keeps its attribute names, a ClassicGPT, transformers' GPT2Model or a model on it; any module
-    that holds one (DDP, torch.compile's, a PEFT model). backend: "auto", "fused", "reference", or op by op, as in `backend.parse`.
-    Train/eval mode, random state and parameters stay as they are; a few small forward passes are made on the CPU.
+    model: nanoGPT's GPT or a fork that keeps its attribute names, a ClassicGPT, transformers' GPT2Model or a model on it; any
+    module that holds one (DDP, torch.compile's, a PEFT model). backend: "auto", "fused", "reference", or op by op, as in
+    `backend.parse`. Train/eval mode, random state and parameters stay as they are; a few small forward passes are made on the
+    CPU.
 
-    Raises TypeError where the model holds nothing of the kind. A part that is of the kind and cannot be swapped raises nothing: it keeps
-    its own forward, and the report says why.
+    Raises TypeError where the model holds nothing of the kind. A part that is of the kind and cannot be swapped raises nothing:
+    it keeps its own forward, and the report says why.
     """
     choices = _backend.parse(backend)
     if not isinstance(model, nn.Module):
@@ -128,8 +129,8 @@ def accelerate(model, backend=None):
     rows.sort(key=lambda row: [int(piece) if piece.isdigit() else -1 for piece in row.path.split(".")] if row.path else [])
     if not any(row.part in ("attention", "mlp", "block") for row in rows) and not any(
             isinstance(module, (nano.GPT, nano.Block)) for module in model.modules()):
-        raise TypeError(f"{type(model).__name__} holds no part of a GPT that is known here; known are nanoGPT's classes (and forks that "
-                        "keep their attribute names), nanogpt_fast.classic's, and transformers' GPT-2")
+        raise TypeError(f"{type(model).__name__} holds no part of a GPT that is known here; known are nanoGPT's classes (and forks "
+                        "that keep their attribute names), nanogpt_fast.classic's, and transformers' GPT-2")
     return Report(model, rows, state)
 
 
@@ -141,15 +142,15 @@ def restore(model):
     swapped = [(path, module) for path, module in model.named_modules() if isinstance(module, _Swapped)]
     for path, module in swapped:
         if "_own" not in vars(type(module)):
-            raise RuntimeError(f"{path or 'the model'} became a {type(module).__name__} after it was accelerated (parametrize? FSDP?); "
-                               "undo that first, then restore")
+            raise RuntimeError(f"{path or 'the model'} became a {type(module).__name__} after it was accelerated (parametrize? FSDP?)"
+                               "; undo that first, then restore")
     for _, module in swapped:
         module.__class__ = type(module)._own
         del module.__dict__["_swap_state"]
     return len(swapped)
 
 
-# ---------------------------------------------------------------------------------------------------------------- swapped modules
+# ------------------------------------------------------------------------------------------------------------ swapped modules
 
 
 class _State:
@@ -191,9 +192,10 @@ def _remake(own, mixin):
 
 @functools.cache
 def _class(own, mixin):
-    """The subclass of `own` that stands in for it: its methods are mixin's where mixin has them, its name and the rest are own's."""
-    namespace = {"_own": own, "_mixin": mixin, "__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    for base in mixin.__mro__:  # of nanogpt_fast.model's classes we take what a forward needs; a fork's other methods stay the fork's
+    """The subclass of `own` that stands in for it: methods are mixin's where mixin has them, the name and the rest are own's."""
+    namespace = {"_own": own, "_mixin": mixin, "__module__": own.__module__, "__qualname__": own.__qualname__,
+                 "__doc__": own.__doc__}
+    for base in mixin.__mro__:  # of model.py's classes we take what a forward needs; a fork's other methods stay the fork's
         if base in (nano.GPT, nano.Block, nano.CausalSelfAttention, nano.MLP, nano.LayerNorm):
             namespace["stands_for"] = base
             for name in vars(base).keys() - _TAKEN[base] - namespace.keys():
@@ -251,7 +253,6 @@ class _NanoAttention(_Swapped, nano.CausalSelfAttention):
     """One packed projection c_attn; x (B, T, C) -> (B, T, C)."""
 
     part = "attention"
-    probe_context = True
 
     def why_own(self, x, *more, **keywords):
         if more or keywords:
@@ -268,7 +269,6 @@ class _SeparateAttention(_Swapped):
     """Three linears, key, query and value, and a projection; x (B, T, C) -> (B, T, C)."""
 
     part = "attention"
-    probe_context = True
 
     def why_own(self, x, *more, **keywords):
         if more or keywords:
@@ -284,10 +284,9 @@ class _SeparateAttention(_Swapped):
 
 
 class _GPT2Attention(_Swapped):
-    """transformers' GPT2Attention: c_attn is a Conv1D, keys and values may go into a cache. Returns (out, None), as SDPA does."""
+    """transformers' GPT2Attention: c_attn is a Conv1D, keys and values may go into a cache. Returns (out, None), as SDPA."""
 
     part = "attention"
-    probe_context = True
 
     def why_own(self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None,
                 encoder_attention_mask=None, output_attentions=False, **more):
@@ -350,11 +349,12 @@ class _SequentialMlp(_Mlp):
         return self[0].weight, self[0].bias, self[2].weight, self[2].bias
 
     def fast(self, input):
-        return mlp.gelu_mlp(input, *self.weights(), activation=_activation(self[1]), dropout_p=nano._p(self[3]), backend=self.backend)
+        return mlp.gelu_mlp(input, *self.weights(), activation=_activation(self[1]), dropout_p=nano._p(self[3]),
+                            backend=self.backend)
 
 
 class _GPT2Mlp(_Mlp):
-    """transformers' GPT2MLP. A Conv1D's weight is (in, out), the op's (out, in): a view, which the cast of a step makes contiguous."""
+    """transformers' GPT2MLP. A Conv1D's weight is (in, out), the op's (out, in): a view, made contiguous by the cast."""
 
     def unfused_reason(self):
         conv = _conv1d()
@@ -419,11 +419,11 @@ class _SeparateBlock(_Block):
         return self.ln1, self.ln2
 
     def unfused_reason(self):
-        return None if getattr(self, "pre_norm", True) and type(self.ln2).__dict__.get("_mixin") in (_Norm, _NanoNorm) and _no_hook(self.ln2) \
-            else "ln2 was touched, or the block is post-norm"
+        return _norm_touched(self.ln2) or (None if getattr(self, "pre_norm", True) else "post-norm")
 
     def fast(self, x):
-        x, h = layer_norm.add_layer_norm(x, self.sa(self.ln1(x)), self.ln2.weight, self.ln2.bias, eps=self.ln2.eps, backend=self.backend)
+        x, h = layer_norm.add_layer_norm(x, self.sa(self.ln1(x)), self.ln2.weight, self.ln2.bias, eps=self.ln2.eps,
+                                         backend=self.backend)
         return x + self.ff(h)
 
 
@@ -434,7 +434,7 @@ class _GPT2Block(_Block):
         return self.ln_1, self.ln_2
 
     def unfused_reason(self):
-        return None if type(self.ln_2).__dict__.get("_mixin") in (_Norm, _NanoNorm) and _no_hook(self.ln_2) else "ln_2 was touched"
+        return _norm_touched(self.ln_2)
 
     def why_own(self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None, **more):
         return "cross-attention" if encoder_hidden_states is not None else super().why_own(hidden_states)
@@ -443,12 +443,16 @@ class _GPT2Block(_Block):
              encoder_attention_mask=None, use_cache=False, **more):
         branch, _ = self.attn(self.ln_1(hidden_states), past_key_values=past_key_values, attention_mask=attention_mask,
                               use_cache=use_cache, **more)
-        x, h = layer_norm.add_layer_norm(hidden_states, branch, self.ln_2.weight, self.ln_2.bias, eps=self.ln_2.eps, backend=self.backend)
+        x, h = layer_norm.add_layer_norm(hidden_states, branch, self.ln_2.weight, self.ln_2.bias, eps=self.ln_2.eps,
+                                         backend=self.backend)
         return x + self.mlp(h)
 
 
-def _no_hook(module):
-    return nano.touched(module, type(module)) is None
+def _norm_touched(module):
+    """None where a LayerNorm is a swapped one and calling it does nothing else; else what somebody did to it."""
+    if vars(type(module)).get("_mixin") not in (_Norm, _NanoNorm):
+        return f"{type(module).__name__} stands where a swapped LayerNorm did"
+    return nano.touched(module, type(module))
 
 
 # The model: the loop over blocks that carries a residual and a branch, and the fused loss
@@ -471,11 +475,11 @@ class _NanoGPT(_Swapped, nano.GPT):
         return nano.GPT.forward(self, idx, targets)
 
 
-# ------------------------------------------------------------------------------------------------------------- what is recognised
+# ---------------------------------------------------------------------------------------------------------- what is recognised
 
 
 def _candidate(module):
-    """(part, the class that could stand in, None or why it cannot) for a module whose attribute names say what it is; else None."""
+    """(part, the class that could stand in, None or why it cannot) for a module whose attributes say what it is; else None."""
     if isinstance(module, (nano.GPT, nano.Block, nano.CausalSelfAttention, nano.MLP, nano.LayerNorm)):
         return None                                                                 # calls the ops already
     children = dict(module.named_children())
@@ -500,8 +504,8 @@ def _candidate(module):
     elif {"ln1", "sa", "ln2", "ff"} <= children.keys():
         found = "block", _SeparateBlock, (_extra(module, children, {"ln1", "sa", "ln2", "ff"}) or _norms_why_not(module.ln2)
                                           or (None if getattr(module, "pre_norm", True) else "post-norm"))
-    elif type(module) is nn.Sequential and [type(child) for child in children.values()][::2] == [nn.Linear] * 2 and len(children) == 4:
-        found = "mlp", _SequentialMlp, _odd(module[1]) or (None if isinstance(module[3], nn.Dropout) else "no dropout at its end")
+    elif type(module) is nn.Sequential and len(module) == 4 and type(module[0]) is type(module[2]) is nn.Linear:
+        found = "mlp", _SequentialMlp, _odd(module[1]) or (None if isinstance(module[3], nn.Dropout) else "it ends in no dropout")
     elif isinstance(module, nn.LayerNorm) or type(module).__name__ == "LayerNorm":
         found = "layer_norm", *_norm(module)
     elif {"transformer", "lm_head"} <= children.keys():
@@ -573,7 +577,8 @@ def _odd(act):
 
 def _nano_block_why_not(module):
     """A block's fused path needs parts that were swapped; they come first."""
-    for name, cls in (("ln_1", nano.LayerNorm), ("ln_2", nano.LayerNorm), ("attn", nano.CausalSelfAttention), ("mlp", nano.MLP)):
+    kinds = {"ln_1": nano.LayerNorm, "ln_2": nano.LayerNorm, "attn": nano.CausalSelfAttention, "mlp": nano.MLP}
+    for name, cls in kinds.items():
         part = getattr(module, name)
         if not isinstance(part, cls):
             return f"its {name} is a {type(part).__name__} that was not swapped"
@@ -586,8 +591,8 @@ def _norms_why_not(ln):
 
 def _norm(module):
     """(the class that can stand in, None or why it cannot) for a LayerNorm."""
-    shape = tuple(getattr(module, "normalized_shape", None) or tuple(module.weight.shape) if getattr(module, "weight", None) is not None else ())
-    if len(shape) != 1:
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.dim() != 1:
         return _Norm, "it has no weight, or normalises over several dimensions"
     if dict(module.named_children()) or {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}:
         return _Norm, "it has other parameters or children than weight and bias"
@@ -600,7 +605,8 @@ def _nano_gpt_why_not(module, children):
     parts = dict(module.transformer.named_children())
     if not {"wte", "wpe", "drop", "h", "ln_f"} <= parts.keys():
         return f"its transformer lacks {', '.join(sorted({'wte', 'wpe', 'drop', 'h', 'ln_f'} - parts.keys()))}"
-    reason = _extra(module, children, {"transformer", "lm_head"}) or _extra(module.transformer, parts, {"wte", "wpe", "drop", "h", "ln_f"})
+    reason = _extra(module, children, {"transformer", "lm_head"}) or _extra(
+        module.transformer, parts, {"wte", "wpe", "drop", "h", "ln_f"})
     if reason is not None:
         return reason
     names = list(inspect.signature(type(module).forward).parameters)[1:3]
@@ -626,8 +632,9 @@ def _swap(module, mixin, state, tried, context):
     # Modules of one class whose plain attributes and shapes are equal compute the same function of their weights: one is tried.
     # transformers' code is known: layer_idx there numbers the cache, and enters the scale, which is an attribute of its own.
     plain = {name: value for name, value in module.__dict__.items()
-             if isinstance(value, (int, float, str, type(None))) and (name != "layer_idx" or not isinstance(module, _transformers_kinds()))}
-    inner = tuple((name, type(child), tuple(sorted((k, v) for k, v in child.__dict__.items() if isinstance(v, (int, float, str)))))
+             if isinstance(value, (int, float, str, type(None)))
+             and (name != "layer_idx" or mixin not in (_GPT2Attention, _GPT2Mlp, _GPT2Block))}
+    inner = tuple((name, type(child), tuple(sorted((k, v) for k, v in vars(child).items() if isinstance(v, (int, float, str)))))
                   for name, child in module.named_modules() if child is not module and mixin is not _NanoGPT)
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
     fixed = tuple((name, id(buffer)) for name, buffer in module.named_buffers())
@@ -645,16 +652,13 @@ def _swap(module, mixin, state, tried, context):
     return tried[key]
 
 
-def _transformers_kinds():
-    return (_GPT2Attention, _GPT2Mlp, _GPT2Block)
-
-
 def _tried(module, context):
     """None where the module's own forward and ours agree on random inputs, in eval and train mode; else what is different."""
     modes = [(m, m.training) for m in module.modules()]
     calls = module._swap_state.calls.copy()
     try:
-        with torch.no_grad(), torch.random.fork_rng(_devices(module)), _backend.use("reference"), torch.autocast("cpu", enabled=False):
+        with (torch.no_grad(), torch.random.fork_rng(_devices(module)), _backend.use("reference"),
+              torch.autocast("cpu", enabled=False)):
             for training in (False, True):
                 module.train(training)
                 reason = _compare(module, *(_model_probe(module) if isinstance(module, _NanoGPT) else _probe(module, context)))

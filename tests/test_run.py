@@ -195,7 +195,7 @@ def test_upstreams_three_scripts_run_unedited_and_train_alike(checkout, capfd):
              "--gradient_accumulation_steps=2"]
     env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
     scripts = [["train.py", *small], ["sample.py", "--device=cpu", "--compile=False", "--num_samples=1", "--max_new_tokens=20", "--start=t"],
-               ["bench.py", "--device=cpu", "--compile=False", "--real_data=False", "--batch_size=1", "--block_size=16"]]
+               ["bench.py", "--compile=False", "--real_data=False", "--batch_size=1", "--block_size=16"]]
     for words in scripts[:2]:
         outputs = []
         for command in ([], ["-m", "nanogpt_fast", "run"]):
@@ -205,5 +205,6 @@ def test_upstreams_three_scripts_run_unedited_and_train_alike(checkout, capfd):
         assert outputs[0] == outputs[1]
     assert status_of([*scripts[0], "--compare=4"]) == 0
     assert "float32's rounding" in (out := capfd.readouterr().out) or "bit for bit" in out
-    assert status_of(scripts[2]) == 0  # thirty steps of its 124M model
-    assert "time per iteration" in capfd.readouterr().out
+    if torch.cuda.is_available():  # it synchronises with CUDA, whatever its --device
+        assert status_of(scripts[2]) == 0
+        assert "time per iteration" in capfd.readouterr().out

@@ -155,7 +155,7 @@ def window(module):
             q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in self.c_attn(x).split(self.n_embd, dim=2))
             T = x.size(1)
             mask = torch.ones(T, T, dtype=torch.bool).tril().triu(-24)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
             return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
     module.CausalSelfAttention = CausalSelfAttention
 
