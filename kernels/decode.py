@@ -1,34 +1,36 @@
-"""One token through a GPT in five kernels a layer, for generation at batch 1: matrix-vector products that read each weight once.
+"""One token through a GPT in five kernels a layer, for generation at batch 1: matrix-vector products, each weight read once.
 
-    1  norm_qkv      x -> LayerNorm -> w_attn h + b: the query, and key and value into the cache. In the first layer x is the embedding
+    1  norm_qkv      x -> LayerNorm -> w_attn h + b: the query, and key and value into the cache; in the first layer x is the
+                     embedding, and is stored
     2  attend        the query over the cache, in chunks of keys (attention_decode.py)
     3  combine_add   the chunks combined -> w_proj y + b, added to x
     4  norm_act      x -> LayerNorm -> GELU(w_fc h + b)
     5  linear_add    w_proj h + b, added to x
        head          after the last layer: LayerNorm -> logits
 
-A token uses each weight once, so nothing but bytes counts, and the bytes of one kernel are few: GPT-2 124M in bf16 has matrices of 1.2
-to 4.7 MB, 0.3 to 1.1 us at 4.3 TB/s, where starting a kernel and waiting for its first byte take longer. Hence
+A token uses each weight once, so nothing but bytes counts, and a kernel has few of them: GPT-2 124M in bf16 has matrices of
+1.2 to 4.7 MB, 0.3 to 1.1 us at 4.3 TB/s, where starting a kernel and waiting for its first byte take longer. Hence
 
-- few kernels. The norm is computed by every program of the matvec that follows, again and again: it reads C floats, which lie in the L2
-  cache, and it replaces a launch. For the same reason `combine_add` combines the chunks of attention in each of its programs.
-- all bytes in flight at once. A program holds its whole tile of weights, OUT outputs x K inputs, in registers: one load without a
-  loop, 16 bytes a thread and instruction. 4.3 TB/s at a latency of 0.8 us need 26 KB in flight on each of 132 multiprocessors; the
-  matrices have 9 to 36 KB for each, so whatever is not in flight at once is bandwidth lost. No split along K: rows are so short that
-  a program takes several, and no sum crosses programs (no atomics, the same bits in every run).
-- the weights are loaded before the kernel before has ended (programmatic dependent launch, compute capability 9.0): every kernel lets
-  its successor start at once, the successor loads its weights and waits only then for what the kernel before computes. What may lie
-  before that wait: parameters. Nothing of a step writes them.
+- few kernels. The norm is computed by every program of the matvec that follows, again and again: it reads C floats, which lie
+  in the L2 cache, and it replaces a launch. For the same reason `combine_add` combines the chunks of attention in each of its
+  programs: 49 KB from L2 at T=1024, which at some 100 bytes a nanosecond and multiprocessor is half a microsecond or one.
+- all bytes in flight at once. A program holds its whole tile of weights, OUT outputs x K inputs, in registers: one load
+  without a loop, 16 bytes a thread and instruction. 4.3 TB/s at a latency of 0.8 us need 26 KB in flight on each of 132
+  multiprocessors; the matrices have 9 to 36 KB for each, so whatever is not in flight at once is bandwidth lost. K is not
+  split: rows are so short that a program takes several, and no sum crosses programs (no atomics, the same bits in every run).
+- the weights are loaded before the kernel ahead has ended (dependent_launch.py, compute capability 9.0): every kernel lets its
+  successor start at once, the successor loads its weights and only then waits for what the kernel ahead computes. What may
+  stand before that wait: loads of parameters. No kernel of a step writes them.
 
-A row of the batch is a column of the grid: programs of one tile run side by side and all but the first find the weights in L2, and what
-a row computes does not depend on the rows beside it, bit for bit. That reads the weights `rows` times from L2, which is about as fast
-as memory for 2 rows; from some 4 on the matmuls of a library do better.
+A row of the batch is a column of the grid: programs of one tile run side by side and all but the first find the weights in L2,
+and what a row computes does not depend on the rows beside it, bit for bit. It reads the weights `rows` times from L2, which is
+about as fast as memory for two rows; from some four on the matmuls of a library do better.
 
-Weights fp32, fp16 or bf16; every product and sum, the residual stream and everything between kernels fp32; the cache in the weights'
-dtype. Rows: B; width C = H * D; hidden size F; vocabulary V; T positions in the cache.
+Weights fp32, fp16 or bf16; every product and sum, the residual stream and all that lies between kernels fp32; the cache in the
+weights' dtype. Rows: B; width C = H * D; hidden size F; vocabulary V; T positions in the cache.
 
-Sources: Dao et al. 2023, "Flash-Decoding for long-context inference" (the split and its combination); "Programmatic Dependent Launch and
-Synchronization" in the CUDA programming guide.
+Sources: Dao et al. 2023, "Flash-Decoding for long-context inference" (the split and its combination); CUDA programming guide,
+"Programmatic Dependent Launch and Synchronization".
 """
 from typing import NamedTuple
 
@@ -45,7 +47,7 @@ from .mlp import ACTIVATIONS, _act
 LARGEST_K = 8192                # inputs of a matrix: C, F or H heads of padded size; the largest row of TILES
 
 
-# ---------------------------------------------------------------------------------------------------------------- device functions
+# ------------------------------------------------------------------------------------------------------------- device functions
 
 
 @triton.jit
@@ -82,13 +84,13 @@ def matvec(w, h):
     return tl.sum(w.to(tl.float32) * h[None, :], 1)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- kernels
+# ---------------------------------------------------------------------------------------------------------------------- kernels
 # Grids are (B, tiles of outputs). Before `wait_for_predecessor` only parameters are read.
 
 
 @triton.jit(do_not_specialize=["T"])
 def norm_qkv_kernel(
-        token_ptr, wte_ptr, wpe_ptr, position_ptr,      # (B,) int64, (V, C), (T, C), all None but in the first layer; (B,) int64
+        token_ptr, wte_ptr, wpe_ptr, position_ptr,      # (B,) int64, (V, C), (T, C): None but in the first layer; (B,) int64
         x_ptr, ln_weight_ptr, ln_bias_ptr,              # (B, C) fp32: read, in the first layer written; (C,), (C,) or None
         w_ptr, b_ptr,                                   # (3C, C), (3C,) or None
         q_ptr, k_ptr, v_ptr, length_ptr,                # (B, C) fp32, (B, H, T, D) twice, (B,) int32: position + 1
@@ -100,11 +102,12 @@ def norm_qkv_kernel(
     ln_weight, ln_bias = vector(ln_weight_ptr, 0, C, BLOCK_K), vector(ln_bias_ptr, 0, C, BLOCK_K)
     wait_for_predecessor(DEPENDENT)
 
-    position = tl.minimum(tl.load(position_ptr + row), T - 1)          # a row past the window is encoded elsewhere; stay inside
+    position = tl.minimum(tl.load(position_ptr + row), T - 1)           # a row past the window is encoded elsewhere
     if token_ptr is None:
         x = vector(x_ptr + row * C, 0, C, BLOCK_K)
     else:
-        x = vector(wte_ptr + tl.load(token_ptr + row) * C, 0, C, BLOCK_K) + vector(wpe_ptr + position * C, 0, C, BLOCK_K)
+        x = vector(wte_ptr + tl.load(token_ptr + row) * C, 0, C, BLOCK_K)
+        x += vector(wpe_ptr + position * C, 0, C, BLOCK_K)
         if tl.program_id(1) == 0:
             tl.store(x_ptr + row * C + tl.arange(0, BLOCK_K), x, mask=tl.arange(0, BLOCK_K) < C)
             tl.store(length_ptr + row, position.to(tl.int32) + 1)
@@ -113,7 +116,7 @@ def norm_qkv_kernel(
     n = first + tl.arange(0, OUT)
     tl.store(q_ptr + row * C + n, out, mask=n < C)
     c = n % C
-    slot = ((row * (C // D) + c // D).to(tl.int64) * T + position) * D + c % D          # (row, head, position, c % D) of the cache
+    slot = ((row * (C // D) + c // D).to(tl.int64) * T + position) * D + c % D          # (row, c // D, position, c % D)
     tl.store(k_ptr + slot, out.to(k_ptr.dtype.element_ty), mask=(n >= C) & (n < 2 * C))
     tl.store(v_ptr + slot, out.to(v_ptr.dtype.element_ty), mask=(n >= 2 * C) & (n < 3 * C))
 
@@ -144,13 +147,14 @@ def combine_add_kernel(
     top = tl.full((BLOCK_K,), float("-inf"), tl.float32)
     slots = (row * H + tl.minimum(k // HEAD, H - 1)) * n_chunks                         # of the column's head
     for start in tl.range(0, used, COMBINED):
-        # All loads come first, then what needs the last of them, the largest lse: else the assembler mixes loads and arithmetic,
-        # and 8 latencies add up. 1-D tiles, so that a thread keeps to its columns and nothing is exchanged.
+        # All loads come first, then what needs the last of them, the largest lse: else the assembler mixes loads and
+        # arithmetic, and 8 latencies add up. 1-D tiles, so that a thread keeps to its columns and nothing is exchanged.
         parts, lses, new_top = (), (), top
         for i in tl.static_range(COMBINED):
             there = inside & (start + i + tl.zeros_like(k) < used)
-            parts += (tl.load(part_ptr + (slots + (start + i)) * D + k % HEAD, mask=there, other=0.0),)     # [BLOCK_K]
-            lses += (tl.load(lse_ptr + slots + (start + i), mask=there, other=float("-inf")),)
+            slot = slots + (start + i)
+            parts += (tl.load(part_ptr + slot * D + k % HEAD, mask=there, other=0.0),)  # [BLOCK_K]
+            lses += (tl.load(lse_ptr + slot, mask=there, other=float("-inf")),)
         for i in tl.static_range(COMBINED):
             new_top = tl.maximum(new_top, tl.where(inside, lses[i], 0.0))
         shrink = tl.exp2(top - new_top)
@@ -165,8 +169,11 @@ def combine_add_kernel(
 
 @triton.jit
 def norm_act_kernel(
-        x_ptr, ln_weight_ptr, ln_bias_ptr, w_ptr, b_ptr, h_ptr,     # (B, C) fp32, (C,), (C,) or None, (F, C), (F,) or None, (B, F) fp32
-        eps, C: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr):
+        x_ptr, ln_weight_ptr, ln_bias_ptr,              # (B, C) fp32, (C,), (C,) or None
+        w_ptr, b_ptr, h_ptr,                            # (F, C), (F,) or None, (B, F) fp32
+        eps, C: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr,
+        OUT: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr):
+    """h = act(w LayerNorm(x) + b)."""
     row, first = tl.program_id(0), tl.program_id(1) * OUT
     n = first + tl.arange(0, OUT)
     launch_dependents(DEPENDENT)
@@ -180,7 +187,7 @@ def norm_act_kernel(
 
 @triton.jit
 def linear_add_kernel(
-        h_ptr, w_ptr, b_ptr, x_ptr,                                 # (B, F) fp32, (C, F), (C,) or None, (B, C) fp32
+        h_ptr, w_ptr, b_ptr, x_ptr,                     # (B, F) fp32, (C, F), (C,) or None, (B, C) fp32
         C: tl.constexpr, F: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr):
     """x += w h + b."""
     row, first = tl.program_id(0), tl.program_id(1) * OUT
@@ -195,7 +202,8 @@ def linear_add_kernel(
 
 @triton.jit(do_not_specialize=["V"])
 def head_kernel(
-        x_ptr, ln_weight_ptr, ln_bias_ptr, w_ptr, b_ptr, logits_ptr,    # (B, C) fp32, (C,), (C,) or None, (V, C), (V,) or None, (B, V) fp32
+        x_ptr, ln_weight_ptr, ln_bias_ptr,              # (B, C) fp32, (C,), (C,) or None
+        w_ptr, b_ptr, logits_ptr,                       # (V, C), (V,) or None, (B, V) fp32
         V, eps, C: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr):
     """The vocabulary is 6,288 tiles of 8: a program normalises once and walks many, one tile ahead in registers."""
     row, first, stride = tl.program_id(0), tl.program_id(1) * OUT, tl.num_programs(1) * OUT
@@ -212,7 +220,7 @@ def head_kernel(
         w = following
 
 
-# --------------------------------------------------------------------------------------------------------------------------- tiles
+# ------------------------------------------------------------------------------------------------------------------------ tiles
 
 
 class Tile(NamedTuple):
@@ -221,27 +229,29 @@ class Tile(NamedTuple):
     warps: int
 
 
-# {kernels: {BLOCK_K, the power of two that holds a row of the matrix: Tile}}, the same for sm_80 to sm_100 and all dtypes: nothing is
-# reused, so nothing depends on an architecture but how many multiprocessors (84 to 148) want a program. Chosen by counting, not yet by timing:
-# 64 elements a thread, so that a tile in half precision takes 32 registers beside its row of activations, and at C=768
+# {kernels: {BLOCK_K, the power of two that holds a row of the matrix: Tile}}, the same for sm_80 to sm_100 and all dtypes:
+# nothing is reused, so nothing depends on an architecture but how many multiprocessors (84 to 148) want a program. Chosen by
+# counting, not yet by timing: up to 64 elements a thread, so that a tile in half precision takes 32 registers beside its row of
+# activations. At C=768 in bf16
 #
-#                    programs   weights of one   bytes in flight on each of 132 multiprocessors, 26 KB wanted
+#                    programs   weights of one   in flight on each of 132 multiprocessors, where 26 KB are wanted
 #   norm_qkv            288         12.3 KB         26.8 KB
 #   combine_add         192          6.1 KB          8.9 KB: the whole matrix is 1.2 MB
 #   norm_act            384         12.3 KB         35.7 KB
 #   linear_add          192         24.6 KB         35.7 KB
 #   head                528         12.3 KB         98.3 KB: two tiles, one of them ahead
 #
-# `add` has fewer outputs a program because there are only C of them: 192 programs are more than the multiprocessors of any GPU here.
+# The two that add have fewer outputs a program because there are only C of them: 192 programs for at most 148 multiprocessors.
+# `combine` has more threads: each holds 4 columns of the chunks it combines.
 TILES = {
-    "norm": {16: Tile(8, 1), 32: Tile(8, 1), 64: Tile(8, 1), 128: Tile(8, 1), 256: Tile(8, 1), 512: Tile(8, 2), 1024: Tile(8, 4),
-             2048: Tile(8, 8), 4096: Tile(4, 8), 8192: Tile(2, 8)},
-    "combine": {16: Tile(4, 1), 32: Tile(4, 1), 64: Tile(4, 1), 128: Tile(4, 1), 256: Tile(4, 2), 512: Tile(4, 4), 1024: Tile(4, 8),
-                2048: Tile(4, 16), 4096: Tile(4, 16), 8192: Tile(2, 16)},
-    "add": {16: Tile(4, 1), 32: Tile(4, 1), 64: Tile(4, 1), 128: Tile(4, 1), 256: Tile(4, 1), 512: Tile(4, 1), 1024: Tile(4, 2),
-            2048: Tile(4, 4), 4096: Tile(4, 8), 8192: Tile(2, 8)},
+    "norm": {16: Tile(8, 1), 32: Tile(8, 1), 64: Tile(8, 1), 128: Tile(8, 1), 256: Tile(8, 1), 512: Tile(8, 2),
+             1024: Tile(8, 4), 2048: Tile(8, 8), 4096: Tile(4, 8), 8192: Tile(2, 8)},
+    "combine": {16: Tile(4, 1), 32: Tile(4, 1), 64: Tile(4, 1), 128: Tile(4, 1), 256: Tile(4, 2), 512: Tile(4, 4),
+                1024: Tile(4, 8), 2048: Tile(4, 16), 4096: Tile(4, 16), 8192: Tile(2, 16)},
+    "add": {16: Tile(4, 1), 32: Tile(4, 1), 64: Tile(4, 1), 128: Tile(4, 1), 256: Tile(4, 1), 512: Tile(4, 1),
+            1024: Tile(4, 2), 2048: Tile(4, 4), 4096: Tile(4, 8), 8192: Tile(2, 8)},
 }
-COMBINED_ELEMENTS = 32          # a thread's part of the chunks that combine_add loads at once: 8 chunks at C=768, half of T=1024
+COMBINED_ELEMENTS = 32          # of the chunks, that a thread of combine_add loads at once: 8 chunks at C=768, half of T=1024
 HEAD_PROGRAMS = 4               # of `head`, a multiprocessor: as many as its registers let run at once
 
 
@@ -256,7 +266,7 @@ def combined_chunks(BLOCK_K, tile):
     return min(8, COMBINED_ELEMENTS * 32 * tile.warps // BLOCK_K)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- launchers
+# -------------------------------------------------------------------------------------------------------------------- launchers
 
 
 class Layer(NamedTuple):
@@ -273,11 +283,11 @@ class Layer(NamedTuple):
 
 
 class Decoder:
-    """A decode step over given parameters and caches: `decoder(token, position)` -> logits. It owns what lies between the kernels.
+    """A decode step over given parameters and caches: `decoder(token, position)` -> logits. It owns what lies between kernels.
 
-    wte (V, C), wpe (T, C), ln_f weight and bias, head (V, C) and bias or None, layers: a list of Layer. All contiguous and on one device;
-    matrices, their biases and caches of one dtype, float32, float16 or bfloat16; embeddings and norms of any of these.
-    Raises ValueError, TypeError.
+    wte (V, C), wpe (T, C), ln_f: weight and bias (C,), head: weight (V, C) and bias (V,) or None, layers: a list of Layer. All
+    contiguous and on one device; matrices, their biases and caches of one dtype, float32, float16 or bfloat16; embeddings and
+    norms of any of these. Raises ValueError, TypeError.
     """
 
     def __init__(self, wte, wpe, ln_f, head, layers, *, eps=1e-5):
@@ -296,12 +306,14 @@ class Decoder:
     def _check(self):
         B, H, T, C, D, F, V = self.B, self.H, self.T, self.C, self.D, self.F, self.V
         if C != H * D or not 1 <= D <= LARGEST_HEAD:
-            raise ValueError(f"the width is {C}, the caches have {H} heads of size {D}; expected {H} * {D}, heads of 1 to {LARGEST_HEAD}")
+            raise ValueError(f"the width is {C}, the caches have {H} heads of size {D}; expected {H} * {D}, and a head of "
+                             f"1 to {LARGEST_HEAD}")
         if (widest := max(C, F, H * padded_head(D))) > LARGEST_K:
             raise ValueError(f"a matrix has {widest} inputs, each head padded to a power of two; expected at most {LARGEST_K}")
         dtype, device = self.head[0].dtype, self.wte.device
         matrices = {"head": (self.head, V, C)}
-        others = {"wte": (self.wte, (V, C)), "wpe": (self.wpe, (T, C)), "ln_f.weight": (self.ln_f[0], (C,)), "ln_f.bias": (self.ln_f[1], (C,))}
+        others = {"wte": (self.wte, (V, C)), "wpe": (self.wpe, (T, C)),
+                  "ln_f.weight": (self.ln_f[0], (C,)), "ln_f.bias": (self.ln_f[1], (C,))}
         caches = {}
         for i, layer in enumerate(self.layers):
             if layer.activation not in ACTIVATIONS:
@@ -318,7 +330,8 @@ class Decoder:
             if tensor is None and name.endswith(".bias"):
                 continue
             if tensor.dtype not in DTYPES or (name not in others and tensor.dtype != dtype):
-                raise TypeError(f"{name} is {tensor.dtype}, the head {dtype}; expected float32, float16 or bfloat16, one for all matrices")
+                raise TypeError(f"{name} is {tensor.dtype}, the head {dtype}; expected float32, float16 or bfloat16, for all "
+                                "matrices, their biases and the cache the same")
             if tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device != device:
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}; "
                                  f"expected {shape}, contiguous, on {device}")
@@ -326,8 +339,8 @@ class Decoder:
     def __call__(self, token, position):
         """Process token (B,) int64 at position (B,) int64 -> logits (B, V) fp32, and write keys and values of this position.
 
-        Five launches a layer and one; the host reads nothing back, so a CUDA graph can capture it. Tokens are not checked; a position
-        past the cache counts as its last.
+        Five launches a layer and one; the host reads nothing back, so a CUDA graph can capture it. Tokens are not checked; a
+        position past the cache counts as its last.
         """
         for name, ids in (("token", token), ("position", position)):
             if ids.shape != (self.B,) or ids.dtype != torch.int64 or ids.device != self.wte.device or not ids.is_contiguous():
@@ -350,8 +363,9 @@ class Decoder:
         BLOCK_K, tile = tile_for("norm", self.C)
         # The first kernel of a step must not start early: what is before it may still be writing the weights.
         norm_qkv_kernel[(self.B, -(-3 * self.C // tile.OUT))](
-            *embedding, position, self.x, *layer.ln_1, *layer.c_attn, self.q, layer.keys, layer.values, self.length, self.T, self.eps,
-            C=self.C, D=self.D, OUT=tile.OUT, BLOCK_K=BLOCK_K, num_warps=tile.warps, **launch_options(self.x, early=embedding[0] is None))
+            *embedding, position, self.x, *layer.ln_1, *layer.c_attn, self.q, layer.keys, layer.values, self.length, self.T,
+            self.eps, C=self.C, D=self.D, OUT=tile.OUT, BLOCK_K=BLOCK_K, num_warps=tile.warps,
+            **launch_options(self.x, early=embedding[0] is None))
 
     def attend(self, layer):
         # q is (B, H, 1, D) in its (B, C); a head is D elements further
@@ -364,7 +378,8 @@ class Decoder:
         BLOCK_K, tile = tile_for("combine", self.H * self.HEAD)
         combine_add_kernel[(self.B, -(-self.C // tile.OUT))](
             self.part, self.lse, self.length, *layer.c_proj, self.x, self.n_chunks, H=self.H, D=self.D, HEAD=self.HEAD,
-            CHUNK=self.CHUNK, COMBINED=combined_chunks(BLOCK_K, tile), OUT=tile.OUT, BLOCK_K=BLOCK_K, num_warps=tile.warps, **launch_options(self.x))
+            CHUNK=self.CHUNK, COMBINED=combined_chunks(BLOCK_K, tile), OUT=tile.OUT, BLOCK_K=BLOCK_K, num_warps=tile.warps,
+            **launch_options(self.x))
 
     def norm_act(self, layer):
         BLOCK_K, tile = tile_for("norm", self.C)
@@ -382,8 +397,8 @@ class Decoder:
         BLOCK_K, tile = tile_for("norm", self.C)
         programs = min(-(-self.V // tile.OUT), HEAD_PROGRAMS * _multiprocessors(self.x.device))
         head_kernel[(self.B, programs)](
-            self.x, *self.ln_f, *self.head, out, self.V, self.eps, C=self.C, OUT=tile.OUT, BLOCK_K=BLOCK_K, num_warps=tile.warps,
-            **launch_options(self.x))
+            self.x, *self.ln_f, *self.head, out, self.V, self.eps, C=self.C, OUT=tile.OUT, BLOCK_K=BLOCK_K,
+            num_warps=tile.warps, **launch_options(self.x))
 
 
 def _multiprocessors(device):
@@ -391,19 +406,20 @@ def _multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-# -------------------------------------------------------------------------------------------------- what the compile gate compiles
+# ----------------------------------------------------------------------------------------------- what the compile gate compiles
 
 
 def gate_cases(arch):
-    """Each kernel at GPT-2 124M's shapes in bf16, one row (with bytes: a step's last token at T=1024), and in each row of TILES."""
+    """Each kernel at GPT-2 124M's shapes for one row (in bf16 with bytes, at position 1,023), and in each row of TILES."""
     dependent = arch >= 90
     scalars = {"T": "i32", "V": "i32", "n_chunks": "i32", "eps": "fp32"}
     fixed = {"token_ptr": "*i64", "position_ptr": "*i64", "length_ptr": "*i32"}
-    streams = ("x_ptr", "q_ptr", "h_ptr", "part_ptr", "lse_ptr", "logits_ptr", "wte_ptr", "wpe_ptr", "ln_weight_ptr", "ln_bias_ptr")
+    floats = [f"{name}_ptr" for name in ("x", "q", "h", "part", "lse", "logits", "wte", "wpe", "ln_weight", "ln_bias")]
 
     def case(name, kernel, tile, dtype, constexprs, moved=None, reason="", narrow=0):
-        pointers = {arg: fixed.get(arg) or ("*fp32" if arg in streams else f"*{dtype}") for arg in kernel.arg_names if arg.endswith("_ptr")}
-        signature = {arg: kind for arg, kind in (pointers | scalars).items() if arg in kernel.arg_names and arg not in constexprs}
+        pointers = [arg for arg in kernel.arg_names if arg.endswith("_ptr")]
+        kinds = {arg: fixed.get(arg, "*fp32" if arg in floats else f"*{dtype}") for arg in pointers}
+        signature = {arg: kind for arg, kind in (kinds | scalars).items() if arg in kernel.arg_names and arg not in constexprs}
         return Case(name=f"decode.{name} {dtype}", kernel=kernel, signature=signature,
                     constexprs={**constexprs, "OUT": tile.OUT, "DEPENDENT": dependent}, num_warps=tile.warps,
                     tile_row=f"all: {tile.OUT} outputs, {tile.warps} warps", bytes=moved, flops=None,
@@ -417,20 +433,30 @@ def gate_cases(arch):
         F_K, linear_tile = tile_for("add", F)
         CHUNK = CHUNK_ELEMENTS // HEAD
         bytes = lambda weights, rest: 2 * weights + 4 * rest if counted else None
-        norm = dict(C=C, BLOCK_K=K)
-        bias, more = "a bias of OUT outputs", 0 if C >= 256 else 4                 # rows too short for 16 bytes in each thread
+        norm, bias = dict(C=C, BLOCK_K=K), "a bias of OUT outputs"
+        short, more = ("", 0) if C >= 256 else ("rows too short for 16 bytes in each thread", 4)
         for first in (True, False):
             none = {} if first else {"token_ptr": None, "wte_ptr": None, "wpe_ptr": None}
             yield case(f"norm_qkv{' first' * first} {C}", norm_qkv_kernel, tile, dtype, {**norm, **none, "D": D},
                        bytes(3 * C * C, 6 * C), f"{bias}, the position{', the token' * first}", 4 + more)
         yield case(f"combine_add {C}", combine_add_kernel, combine_tile, dtype,
                    dict(H=H, D=D, HEAD=HEAD, CHUNK=CHUNK, COMBINED=combined_chunks(combine_K, combine_tile), BLOCK_K=combine_K),
-                   bytes(C * C, 1024 // CHUNK * (C + H) + 3 * C), f"{bias}, the row's length, OUT elements of x, a head's sums: 4 bytes of a line that a warp shares", 40)
-        yield case(f"norm_act {C}", norm_act_kernel, tile, dtype, {**norm, "F": F, "ACTIVATION": "gelu"}, bytes(F * C, 4 * C + F), bias, 4 + more)
-        yield case(f"linear_add {C}", linear_add_kernel, linear_tile, dtype, dict(C=C, F=F, BLOCK_K=F_K), bytes(C * F, F + 3 * C),
-                   f"{bias}, OUT elements of x", 4 + more)
-        yield case(f"head {C}", head_kernel, tile, dtype, {**norm, "b_ptr": None}, bytes(50304 * C, 3 * C + 50304), "rows too short for 16 bytes in each thread" if more else "", more)
+                   bytes(C * C, 1024 // CHUNK * (C + H) + 3 * C), f"{bias} and of x, the row's length, the sums of heads", 40)
+        yield case(f"norm_act {C}", norm_act_kernel, tile, dtype, {**norm, "F": F, "ACTIVATION": "gelu"},
+                   bytes(F * C, 4 * C + F), bias, 4 + more)
+        yield case(f"linear_add {C}", linear_add_kernel, linear_tile, dtype, dict(C=C, F=F, BLOCK_K=F_K),
+                   bytes(C * F, F + 3 * C), f"{bias}, OUT elements of x", 4 + more)
+        yield case(f"head {C}", head_kernel, tile, dtype, {**norm, "b_ptr": None}, bytes(50304 * C, 3 * C + 50304), short, more)
 
+    strides = ("stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_kt")
+    yield Case(name="decode.attend D=64 bf16", kernel=decode_kernel, num_warps=ATTEND_WARPS,
+               signature={"q_ptr": "*fp32", "k_ptr": "*bf16", "v_ptr": "*bf16", "length_ptr": "*i32", "part_ptr": "*fp32",
+                          "lse_ptr": "*fp32", **dict.fromkeys(strides, "i32"), "scale2": "fp32", "H": "i32", "n_chunks": "i32"},
+               constexprs={"D": 64, "HEAD": 64, "CHUNK": CHUNK_ELEMENTS // 64, "DEPENDENT": dependent}, divisible=strides,
+               tile_row=f"all: {CHUNK_ELEMENTS // 64} keys, {ATTEND_WARPS} warps",
+               bytes=2 * 2 * 1024 * 768 + 4 * (16 + 1) * 768,
+               options={"launch_pdl": True} if dependent else {}, allowed_narrow_loads=1,
+               narrow_reason="the row's length")
     yield from cases(768, 3072, 12, 64, "bf16", counted=True)
     yield from cases(768, 3072, 12, 64, "fp32")
     for C in (16, 32, 64, 128, 256, 512, 2048):                         # with F = 4C, all rows of TILES but one

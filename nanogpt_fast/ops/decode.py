@@ -1,8 +1,8 @@
 """One token a row through a whole GPT: what `generate` does between two draws.
 
-Every weight is read once and used twice, so the memory's bandwidth is the limit. On a GPU five Triton kernels a layer reach for it
-(kernels/decode.py), on a CPU one call of the extension (csrc/decode.h). The session (`generation.Session`) holds weights and cache; this
-file hands them over, and says where it can't.
+Every weight is read once and used twice, so the memory's bandwidth is the limit. On a GPU five Triton kernels a layer reach for
+it (kernels/decode.py), on a CPU one call of the extension (csrc/decode.h). The session (`generation.Session`) holds weights and
+cache; this file hands them over, and says where it can't.
 """
 import torch
 
@@ -10,8 +10,8 @@ from .. import backend as _backend
 from . import sample
 
 MAX_ROWS = 16  # csrc/decode.h; with more rows PyTorch's matrix products do as well
-# kernels/decode.py reads the weights once a row from the L2 cache: GPT-2 124M in bf16 is 0.25 GB, 58 us at 4.3 TB/s, and 4 rows are
-# 1 GB from an L2 of perhaps 6 TB/s, 170 us. Beyond, the matmuls of the step made of ops do better. Counted; not measured yet.
+# kernels/decode.py reads the weights once a row from the L2 cache: GPT-2 124M in bf16 is 0.25 GB, 58 us at 4.3 TB/s, and 4 rows
+# are 1 GB from an L2 of perhaps 6 TB/s, 170 us. Beyond, the matmuls of the step made of ops do better. Counted, not measured.
 MAX_ROWS_TRITON = 4
 LARGEST_K = 8192  # inputs of a matrix (kernels/decode.py)
 LARGEST_HEAD = 256
@@ -19,16 +19,17 @@ _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def decoder(session):
-    """What decodes a generation.Session, or None where the step is made of ops. It may hold addresses: keep the session alive."""
-    if session.device.type not in ("cpu", "cuda") or session.device.type == "cuda" and not 1 <= session.rows <= MAX_ROWS_TRITON:
+    """What decodes a generation.Session, or None where the step is made of ops. It holds addresses: keep the session alive."""
+    device = session.device.type
+    if device not in ("cpu", "cuda") or device == "cuda" and session.rows > MAX_ROWS_TRITON:
         return None  # not a lack: with many rows the ops, which are kernels too, are the faster way
     name = _backend.choose("decode", CANDIDATES, session.choices, (session,))
     if name == "reference":
         return None
     if name == "triton":
         from ..kernels import decode as kernels
-        layers = [kernels.Layer(layer.ln_1, layer.c_attn, layer.c_proj, layer.ln_2, layer.c_fc, layer.mlp_proj, *session.cache[i],
-                                layer.activation) for i, layer in enumerate(session.layers)]
+        layers = [kernels.Layer(layer.ln_1, layer.c_attn, layer.c_proj, layer.ln_2, layer.c_fc, layer.mlp_proj,
+                                *session.cache[i], layer.activation) for i, layer in enumerate(session.layers)]
         return kernels.Decoder(session.wte, session.wpe, session.ln_f, session.head, layers)
     address = lambda tensor: 0 if tensor is None else tensor.data_ptr()
     layers = []
@@ -42,7 +43,7 @@ def decoder(session):
 
 
 def step(native, token, position, vocab, isa=""):
-    """Process token (rows,) int64 at position (rows,) int64 -> logits (rows, vocab) fp32. isa: of the CPU; "" takes the best."""
+    """Process token (rows,) int64 at position (rows,) int64 -> logits (rows, vocab) fp32. isa: of a CPU; "" is the best."""
     if sample._C is None or not isinstance(native, sample._C.Decoder):
         return native(token, position)
     logits = torch.empty(token.size(0), vocab)
@@ -68,8 +69,8 @@ def why_not_triton(session):
     padded = H * max(16, 1 << (D - 1).bit_length())
     if (widest := max([C, padded] + [layer.c_fc[0].size(0) for layer in session.layers])) > LARGEST_K:
         return f"a matrix has {widest} inputs, each head padded to a power of two; the kernels take up to {LARGEST_K}"
-    embeddings_and_norms = [session.wte, session.wpe, *session.ln_f, *(t for layer in session.layers for t in (*layer.ln_1, *layer.ln_2))]
-    for tensor in (t for t in (*embeddings_and_norms, *session.weights()) if t is not None):
+    norms = [tensor for layer in session.layers for tensor in (*layer.ln_1, *layer.ln_2)]
+    for tensor in (t for t in (session.wte, session.wpe, *session.ln_f, *norms, *session.weights()) if t is not None):
         if tensor.dtype not in _HALF_OR_FLOAT:
             return f"a parameter is {tensor.dtype}; the kernels take float32, float16 and bfloat16"
         if not tensor.is_contiguous():
