@@ -269,7 +269,8 @@ def _record_in_a_process(script, words, backend, steps, which):
     if len(result["losses"]) < steps:
         print("\n".join(output.splitlines()[-20:]), file=sys.stderr)
         raise RuntimeError(f"{script} ended with status {process.returncode} after {len(result['losses'])} of {steps} "
-                           "optimizer steps; the end of what it said stands above (--compare needs a script that trains, for as many steps)")
+                           "optimizer steps; the end of what it said stands above (--compare needs a script that "
+                           "trains, for as many steps)")
     return result
 
 

@@ -129,8 +129,8 @@ def accelerate(model, backend=None):
     rows.sort(key=lambda row: [int(piece) if piece.isdigit() else -1 for piece in row.path.split(".")] if row.path else [])
     if not any(row.part in ("attention", "mlp", "block") for row in rows) and not any(
             isinstance(module, (nano.GPT, nano.Block)) for module in model.modules()):
-        raise TypeError(f"{type(model).__name__} holds no part of a GPT that is known here; known are nanoGPT's classes (and forks "
-                        "that keep their attribute names), nanogpt_fast.classic's, and transformers' GPT-2")
+        raise TypeError(f"{type(model).__name__} holds no part of a GPT that is known here; known are nanoGPT's classes "
+                        "(and forks that keep their attribute names), nanogpt_fast.classic's, and transformers' GPT-2")
     return Report(model, rows, state)
 
 
@@ -142,8 +142,8 @@ def restore(model):
     swapped = [(path, module) for path, module in model.named_modules() if isinstance(module, _Swapped)]
     for path, module in swapped:
         if "_own" not in vars(type(module)):
-            raise RuntimeError(f"{path or 'the model'} became a {type(module).__name__} after it was accelerated (parametrize? FSDP?)"
-                               "; undo that first, then restore")
+            raise RuntimeError(f"{path or 'the model'} became a {type(module).__name__} after it was accelerated "
+                               "(parametrize? FSDP?); undo that first, then restore")
     for _, module in swapped:
         module.__class__ = type(module)._own
         del module.__dict__["_swap_state"]
@@ -192,7 +192,7 @@ def _remake(own, mixin):
 
 @functools.cache
 def _class(own, mixin):
-    """The subclass of `own` that stands in for it: methods are mixin's where mixin has them, the name and the rest are own's."""
+    """The subclass of `own` that stands in for it: methods are mixin's where it has them, the name and the rest are own's."""
     namespace = {"_own": own, "_mixin": mixin, "__module__": own.__module__, "__qualname__": own.__qualname__,
                  "__doc__": own.__doc__}
     for base in mixin.__mro__:  # of model.py's classes we take what a forward needs; a fork's other methods stay the fork's
