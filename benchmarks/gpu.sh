@@ -65,7 +65,9 @@ else
   arch=$("$python" -c 'import torch; print("".join(map(str, torch.cuda.get_device_capability())))' 2>/dev/null)
   stage "build" 15 build.txt env NANOGPT_FAST_CUDA=1 NANOGPT_FAST_CUDA_ARCHS="$arch" "$python" setup.py build_ext --inplace
   stage "doctor" 8 doctor.txt "$python" -m nanogpt_fast doctor
-  stage "tests" 24 tests.txt "$python" -m pytest -q -p no:cacheprovider -n 8 --maxfail=30 tests/kernels \
+  workers=$("$python" -c 'import xdist; print("-n 8")' 2>/dev/null)  # pytest-xdist, where it is installed
+  # shellcheck disable=SC2086
+  stage "tests" 24 tests.txt "$python" -m pytest -q -p no:cacheprovider $workers --maxfail=30 tests/kernels \
     tests/test_sample_cuda.py
   stage "verify" 10 verify.txt "$python" -m nanogpt_fast verify --quick
   stage "train" 32 measured.txt "$python" -m nanogpt_fast bench train --model=gpt2 --minutes=@MINUTES@ --json="$results"

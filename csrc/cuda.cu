@@ -285,11 +285,16 @@ void check(cudaError_t error, const char* doing) {
 // The launch happens on the tensors' device, whatever the caller's current one is.
 struct OnDevice {
   int before = 0;
+  bool changed = false;
   explicit OnDevice(int device) {
     check(cudaGetDevice(&before), "cudaGetDevice");
-    if (device != before) check(cudaSetDevice(device), "cudaSetDevice");
+    if (device == before) return;
+    check(cudaSetDevice(device), "cudaSetDevice");
+    changed = true;
   }
-  ~OnDevice() { cudaSetDevice(before); }
+  ~OnDevice() {
+    if (changed) cudaSetDevice(before);
+  }
 };
 
 }  // namespace

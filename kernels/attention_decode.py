@@ -89,6 +89,8 @@ def attention_decode(q, k, v, lengths, *, scale):
         raise TypeError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; expected float32, float16 or bfloat16, the same for all")
     if lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"lengths is {tuple(lengths.shape)}, {lengths.dtype}; expected ({B},) int32 or int64")
+    if not lengths.is_contiguous():
+        raise ValueError(f"lengths has stride {lengths.stride(0)}; make it contiguous first")
     if any(x.device != q.device for x in (k, v, lengths)):
         raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}, lengths on {lengths.device}; expected one device")
     if not 1 <= D <= LARGEST_HEAD:

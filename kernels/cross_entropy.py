@@ -189,6 +189,8 @@ def check(x, weight, targets):
         raise TypeError(f"targets are {targets.dtype}: expected int64")
     if targets.shape != x.shape[:1]:
         raise ValueError(f"targets {tuple(targets.shape)}: expected ({x.size(0)},), one a row of x")
+    if not targets.is_contiguous():
+        raise ValueError(f"targets have stride {targets.stride(0)}; make them contiguous first")
     if not x.device == weight.device == targets.device:
         raise ValueError(f"x is on {x.device}, weight on {weight.device}, targets on {targets.device}: expected one device")
 

@@ -175,4 +175,20 @@ def triton_why_not(tensor):
     """None where a Triton kernel can run on this tensor's device, else the reason."""
     if not tensor.is_cuda and not _interpreted:
         return f"Triton kernels need a CUDA tensor, this one is on {tensor.device.type}"
+    if tensor.is_cuda and compute_capability(tensor.device.index) < 80:
+        return f"the GPU has compute capability {compute_capability(tensor.device.index) / 10}; the kernels need 8.0"
     return triton_import_error()
+
+
+def compute_capability(device_index):
+    """10 * major + minor of a CUDA device: 90 for 9.0."""
+    return _compute_capability(device_index)
+
+
+compute_capability._dynamo_marked_constant = True  # as above; on the cached function itself the mark would not be seen
+
+
+@functools.cache
+def _compute_capability(device_index):
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor

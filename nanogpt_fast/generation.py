@@ -373,9 +373,10 @@ class Session:
 
     def is_of(self, model):
         """Whether the model still has the very parameters, in the very memory, and the choices that this was built for."""
-        return (self.choices, self.block_size, self.around) == (model.backend, model.config.block_size, backend.current()) and all(
-            kept() is p and (pointer, dtype) == (p.data_ptr(), p.dtype)
-            for p, (kept, pointer, dtype) in zip(model.parameters(), self.parameters, strict=True))
+        now = list(model.parameters())
+        return (self.choices, self.block_size, self.around, len(self.parameters)) == (
+            model.backend, model.config.block_size, backend.current(), len(now)) and all(
+            kept() is p and (pointer, dtype) == (p.data_ptr(), p.dtype) for p, (kept, pointer, dtype) in zip(now, self.parameters))
 
     def _cast(self, parameter):
         if parameter is None or parameter.dtype == self.dtype:
@@ -425,9 +426,11 @@ class Session:
                     for tensor, value in state:                                     # also between the two: `position` may be the last
                         tensor.copy_(value)
             torch.cuda.current_stream(self.device).wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            graph = torch.cuda.CUDAGraph()
+            # The stream is named: torch's default capture stream may lie on another GPU.
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=side):
                 self._decode_and_draw()
+            self.graph = graph
         self.graph.replay()
 
     def _decode_and_draw(self):

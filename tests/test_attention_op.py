@@ -113,3 +113,13 @@ def test_a_call_costs_little_more_python_than_a_bare_autograd_function(monkeypat
     ratio = ours / bare
     print(f"attention: {ratio:.2f} times a bare autograd.Function")
     assert ratio <= 1.5, f"{ratio:.2f} times a bare autograd.Function"
+
+
+def test_the_choice_on_a_gpu_can_be_traced():
+    """`_why_left` decides on CUDA alone, under `auto`: a construct that Dynamo refuses there would show on no CPU."""
+    torch._dynamo.reset()
+    for arch, D, left in ((80, 64, False), (90, 64, False), (90, 128, True), (120, 64, True)):
+        def chosen(x):
+            return x + 1 if op._why_left(arch, D, torch.bfloat16) else x - 1
+        compiled = torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(1))
+        assert (compiled.item() == 1) == left

@@ -109,7 +109,7 @@ def _check_qkv(q, k, v, dropout_p):
 # ---------------------------------------------------------------------------------------------------- which implementation, and why
 
 
-def _why_not(x, dtype, D, scale, backend):
+def _why_not(x, dtype, D, scale, backend, left_to_pytorch=True):
     """None where the kernels can take x (any of q, k, v, or qkv) in dtype, head size D, and are the choice, else the reason."""
     if (reason := _backend.triton_why_not(x)) is not None:
         return reason
@@ -119,45 +119,36 @@ def _why_not(x, dtype, D, scale, backend):
         return f"the head size is {D}; the kernels take 1 to {LARGEST_HEAD}"
     if scale is not None and not 0 < scale < math.inf:
         return f"scale is {scale}; the kernels take positive numbers"
-    if x.is_cuda:
-        arch = _architecture(x.device.index)
-        if arch < 80:
-            return f"the GPU has compute capability {arch / 10}; the kernels need 8.0"
-        if _backend.choice("attention", backend) == "auto":
-            return _why_left(arch, D, dtype)
+    if x.is_cuda and left_to_pytorch and _backend.choice("attention", backend) == "auto":
+        return _why_left(_backend.compute_capability(x.device.index), D, dtype)
     return None
 
 
-def _separate_why_not(q, k, v, scale, backend):
+def _separate_why_not(q, k, v, scale, backend, left_to_pytorch=True):
     for name, x in (("k", k), ("v", v)):
         if x.device != q.device:
             return f"q is on {q.device}, {name} on {x.device}"
         if _autocast_dtype(x) != _autocast_dtype(q):
             return f"q is {q.dtype}, {name} {x.dtype}"               # the reference raises PyTorch's own error
-    return _why_not(q, _autocast_dtype(q), q.size(3), scale, backend)
+    return _why_not(q, _autocast_dtype(q), q.size(3), scale, backend, left_to_pytorch)
 
 
 def _decode_why_not(q, k, v, scale, backend):
     # A matter of bytes, not of tensor cores: the reasons of LEFT_TO_PYTORCH do not apply, the other ones do.
-    return _separate_why_not(q, k, v, scale, _backend.parse("fused"))
+    return _separate_why_not(q, k, v, scale, backend, left_to_pytorch=False)
 
 
 def _why_left(arch, D, dtype):
     """Why `auto` leaves this to PyTorch, or None."""
     if dtype == torch.float32:
         return FLOAT32_LEFT
-    known = max((a for a in LEFT_TO_PYTORCH if a <= arch), default=80)
+    known = 80
+    for row in LEFT_TO_PYTORCH:                         # a loop that torch.compile can trace; rows ascend
+        if row <= arch:
+            known = row
     largest, reason = LEFT_TO_PYTORCH[known]
     return reason if D > largest else None
 
-
-@functools.cache
-def _architecture(device_index):
-    major, minor = torch.cuda.get_device_capability(device_index)
-    return 10 * major + minor
-
-
-_architecture._dynamo_marked_constant = True            # torch.compile keeps the answer instead of tracing into the cache
 
 CANDIDATES = (("triton", _why_not),)                    # args: (qkv, dtype, head size, scale, backend)
 _SEPARATE_CANDIDATES = (("triton", _separate_why_not),)
@@ -180,8 +171,11 @@ def _autocast(x):
 
 
 def _seed(x, dropout_p):
-    """One number a call, as a tensor: a captured graph draws anew at each replay, and a recomputed forward gets the same one."""
-    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_p > 0 else None
+    """One number a call, as a tensor: a captured graph draws anew at each replay, and a recomputed forward gets the same one.
+
+    31 bits: Inductor writes the bound as an int32 constant.
+    """
+    return torch.randint(2**31 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_p > 0 else None
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -292,7 +286,7 @@ def _backward(do, q, k, v, out, lse, seed, scale, dropout_p):
 
 
 def _decode(q, k, v, lengths, scale):
-    return _kernels()[2].attention_decode(_readable(q), *_readable_qkv(q, k, v)[1:], lengths, scale=_scale(scale, q.size(3)))
+    return _kernels()[2].attention_decode(_readable(q), *_readable_qkv(q, k, v)[1:], lengths.contiguous(), scale=_scale(scale, q.size(3)))
 
 
 # -------------------------------------------------------------------------------------------------------- what torch.compile sees

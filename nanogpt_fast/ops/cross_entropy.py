@@ -102,7 +102,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, ignore_index, reduction, need_dx, need_dw):
-        rows, targets = x.reshape(-1, x.size(-1)).to(dtype), targets.reshape(-1)
+        rows, targets = x.reshape(-1, x.size(-1)).to(dtype), targets.reshape(-1).contiguous()
         run = raw.linear_cross_entropy if torch.compiler.is_compiling() else _kernels().forward_backward
         losses, dx, dw = run(rows, weight.to(dtype), targets, ignore_index, need_dx, need_dw)
         loss, count = _reduce(losses, targets, ignore_index, reduction, _loss_dtype(x))
@@ -126,7 +126,7 @@ class _LossAndLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, ignore_index, reduction, need_dx, need_dw):
-        rows, targets = x.reshape(-1, x.size(-1)).to(dtype), targets.reshape(-1)
+        rows, targets = x.reshape(-1, x.size(-1)).to(dtype), targets.reshape(-1).contiguous()
         run = raw.linear_cross_entropy_logits if torch.compiler.is_compiling() else _kernels().forward
         losses, logits, maxima, log_sums = run(rows, weight.to(dtype), targets, ignore_index)
         loss, count = _reduce(losses, targets, ignore_index, reduction, _loss_dtype(x))

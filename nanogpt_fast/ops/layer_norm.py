@@ -56,7 +56,7 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
         out_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
     if branch is None:
         return x, _LayerNorm.apply(x, weight, bias, eps, out_dtype)
-    seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0 else None
+    seed = torch.randint(2**31 - 1, (1,), device=x.device) if dropout_p > 0 else None
     return _AddLayerNorm.apply(x, branch, weight, bias, seed, dropout_p, eps, out_dtype)
 
 

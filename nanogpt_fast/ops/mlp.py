@@ -108,7 +108,7 @@ def _operands(x, w_fc, w_proj, dropout_p):
     rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
     if rows.dtype != dtype or rows.stride(1) != 1:
         rows = rows.to(dtype).contiguous()
-    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_p > 0 else None
+    seed = torch.randint(2**31 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_p > 0 else None
     if w_fc.dtype != dtype or not w_fc.is_contiguous():
         w_fc = w_fc.to(dtype).contiguous()
     if w_proj.dtype != dtype or not w_proj.is_contiguous():

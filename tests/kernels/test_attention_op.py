@@ -232,3 +232,11 @@ def test_a_captured_seed_is_saved_and_the_bytes_kept_are_those_documented():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         causal_attention_qkvpacked(draw(T=20, dtype=torch.bfloat16), H, dropout_p=0.1, backend=FUSED)
     assert sum(x.numel() * x.element_size() for x in saved) == 20 * (8 * 32 + 4 * H) + 8
+
+
+def test_lengths_with_a_stride_of_their_own_are_read_as_they_are(device):
+    q, k, v = (torch.randn(3, 2, t, 16, device=device) for t in (1, 20, 20))
+    for lengths in (torch.tensor([5], device=device).expand(3), torch.tensor([5, 0, 9, 0, 20, 0], device=device)[::2]):
+        y = decode_attention(q, k, v, lengths, backend=FUSED)
+        expected = decode_attention(q, k, v, lengths, backend=backend.parse("reference"))
+        assert torch.allclose(y, expected, atol=1e-5)

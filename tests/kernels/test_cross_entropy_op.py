@@ -408,3 +408,12 @@ def test_auto_and_fused_take_the_kernel_only_where_it_is_right():
     for bad, why in (((x.double(), weight.double()), "float64"), ((x.half(), weight), "autocast is off")):
         with pytest.raises(RuntimeError, match=why):
             implementation(*bad, targets, backend=FUSED)
+
+
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_targets_with_a_stride_of_their_own_are_read_as_they_are(device, return_logits):
+    x, weight = torch.randn(4, 16, device=device), torch.randn(33, 16, device=device)
+    every_other = torch.randint(33, (8,), device=device)[::2]
+    for targets in (every_other, torch.tensor(5, device=device).expand(4)):
+        loss = linear_cross_entropy(x, weight, targets, return_logits=return_logits, backend=FUSED)[0]
+        assert torch.allclose(loss, torch.nn.functional.cross_entropy(x @ weight.t(), targets), atol=1e-4)
