@@ -27,8 +27,8 @@ A case describes the launch as Triton's own launcher would specialise it on a GP
 Leave an int out of `divisible` and loads of a row that starts at a multiple of it become narrow: 2 bytes instead of 16.
 
 `bytes` counts each input once and each output once (what no cache can save), `flops` counts a multiply-add as two; both for
-GPT-2 124M at B=64, T=1024 (C=768, H=12, D=64, V=50304) and None where a case isn't a launch of that model. The gate turns them
-into the floor in microseconds on an H200.
+GPT-2 124M at B=64, T=1024 (C=768, H=12, D=64, V=50304; generation: one row, its last position) and None where a case isn't a
+launch of that model. The gate turns them into the floor in microseconds on an H200.
 
 The gate finds by itself which kernels must use `wgmma` on sm_90 (a half-precision `tl.dot` with 64 rows or more). What a case
 must declare is the exception:

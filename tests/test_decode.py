@@ -106,3 +106,12 @@ def test_bad_tokens_positions_and_instruction_sets_are_refused():
                                           (ids(0, 0), ids(0, 40), "", "position 40 in row 1"), (ids(0, 0), ids(0, 0), "mmx", "isa is 'mmx'")):
         with pytest.raises(ValueError, match=message):
             decode.step(session.native, token, position, 101, isa)
+
+
+def test_rows_within_and_past_the_window_go_together_in_bf16():
+    model, prompts = model_of(), [torch.arange(n) for n in (5, 45)]                     # block_size 40
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rows = model.generate(prompts, 4, temperature=0)
+        for prompt, row in zip(prompts, rows):
+            alone = model.generate(prompt[None], 4, temperature=0)[0]
+            assert len(row) == len(prompt) + 4 and torch.equal(row[:len(prompt) + 1], alone[:len(prompt) + 1])

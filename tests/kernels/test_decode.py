@@ -70,7 +70,7 @@ def test_norm_qkv_gives_the_query_and_writes_key_and_value_where_the_token_stand
     assert d.length.tolist() == (p.position + 1).tolist()
     oracle, plain = (p.linear(p.norm(x, layer.ln_1, dt), layer.c_attn, dt).split(p.C, 1) for dt in (torch.float64, dtype))
     harness.assert_close_to_oracle(d.q, oracle[0], plain[0], "forward", what="q")
-    rows = torch.arange(B)
+    rows = torch.arange(B, device=harness.DEVICE)
     for i, (name, cache) in enumerate((("keys", layer.keys), ("values", layer.values))):
         harness.assert_close_to_oracle(cache[rows, :, p.position].flatten(1), oracle[i + 1], plain[i + 1], "forward", what=name)
         before[i][rows, :, p.position] = cache[rows, :, p.position]
@@ -278,7 +278,8 @@ def test_generation_gives_the_tokens_of_the_reference_for_ragged_prompts_across_
     with torch.autocast(harness.DEVICE.type, dtype=bf16, enabled=dtype == bf16):
         with nanogpt_fast.use(FUSED), counted_launches() as names:
             rows = model.generate(prompts, 12, temperature=0)
-        assert len(names) == 9 * 6                          # from the second token until the shortest row has left the window
+        if harness.INTERPRETED:                             # a graph's launches are not seen
+            assert len(names) == 9 * 6                      # from the second token until the shortest row has left the window
         with nanogpt_fast.use("reference"):
             for prompt, row in zip(prompts, rows):
                 alone = model.generate(prompt[None], 12, temperature=0, use_cache=False)[0]
