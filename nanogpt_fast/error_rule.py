@@ -35,7 +35,7 @@ class Measurement:
     problem: str | None = None      # None, or which part of the rule is broken, by how much
 
 
-def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtype=None, averaged=1):
+def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtype=None, averaged=1, observations=None, cancelled=0.0):
     """Hold `out` to the rule. Returns a Measurement.
 
     out, plain: the kernel's result and the plain path's on the same inputs, any dtype. oracle: fp64. direction: "forward" or
@@ -69,15 +69,15 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
     plain_error = torch.where(finite & plain.isfinite(), plain - oracle, 0.0)
     exact = torch.where(finite, oracle, 0.0)
 
-    n = int(finite.sum()) * averaged
-    rows = n if out.dim() < 2 else n / out.size(-1)
+    n = min(int(finite.sum()) * averaged, observations or math.inf)
+    rows = n if out.dim() < 2 else min(n, int(finite.sum()) * averaged / out.size(-1))
     slack = factor * (1 + 16 / n + 2 / rows)  # one rstd, one denominator is wrong for a whole row: rows are few observations
     found = Measurement()
     norms = {"largest": lambda t: float(t.abs().max()), "rms": lambda t: float(t.square().mean().sqrt())}
     for name, size in norms.items():
         once, each = (0.5 * unit.eps * size(exact) + unit.tiny * unit.eps for unit in units)
         rounding = max(once, each / math.sqrt(averaged))
-        bound = slack * max(size(plain_error), rounding)
+        bound = slack * max(size(plain_error), rounding, cancelled)
         if size(error) > bound and found.problem is None:
             found.problem = (
                 f"{name} error {size(error):.3g} against fp64 is over {slack:.3g} times the larger of the plain path's error "
@@ -87,7 +87,7 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
     found.largest = norms["largest"](error)
     found.relative, found.plain_relative, found.bound = (
         absolute / unit for absolute in (norms["rms"](error), norms["rms"](plain_error), bound))
-    if check_bias:
+    if check_bias and n >= FEWEST_FOR_BIAS:
         found.bias, biased = _bias(error, exact)
         found.problem = found.problem or biased
     return found

@@ -41,14 +41,14 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # ---------------------------------------------------------------------------------------------------------------------------
 # The error rule
 # ---------------------------------------------------------------------------------------------------------------------------
-def assert_close_to_oracle(out, oracle, plain, direction, *, what="out", check_bias=True):
+def assert_close_to_oracle(out, oracle, plain, direction, *, what="out", **options):
     """The kernel's `out` is as near to the fp64 `oracle` as plain PyTorch in low precision (`plain`) is, and not biased.
 
     out, plain: the kernel's result and the plain path's on the same inputs, any dtype. oracle: fp64. direction: "forward"
-    (2 times the plain error) or "gradient" (3 times). Raises AssertionError saying which bound broke, by how much. The rule and its
-    reasons are in nanogpt_fast/error_rule.py.
+    (2 times the plain error) or "gradient" (3 times). options: of `error_rule.measure`, where the rule and its reasons are.
+    Raises AssertionError saying which bound broke, by how much.
     """
-    problem = measure(out, oracle, plain, direction, check_bias=check_bias).problem
+    problem = measure(out, oracle, plain, direction, **options).problem
     assert problem is None, f"{what}: {problem}"
 
 
