@@ -131,7 +131,7 @@ def test_the_readmes_tables_are_what_the_report_prints():
 
 def test_what_was_not_measured_says_so():
     for name, text in report.sections([]).items():
-        if name not in ("doctor", "verify", "compile gate"):
+        if name not in ("doctor", "verify", "compile gate", "ladder"):  # files of their own, not records
             assert report.MISSING in text, name
     assert report.train([train_record(1000)], "cuda", "gpt2", "GPT-2").count(report.MISSING) == 3  # of the six variants
 

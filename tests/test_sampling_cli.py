@@ -258,6 +258,7 @@ def test_ctrl_c_interrupts_a_completion_and_leaves_at_the_prompt(trained, tmp_pa
         until(lambda text: len(text.split(b"> ")[-1]) > 30)      # it is generating
         child.send_signal(signal.SIGINT)
         until(lambda text: text.endswith(b"> "))                 # the completion is over, the conversation is not
+        time.sleep(1)                                            # readline shows its prompt a moment before it heeds signals
         child.send_signal(signal.SIGINT)
         assert child.wait(timeout=60) == 0, seen
     finally:
