@@ -94,6 +94,7 @@ def stub(qkv, seed, n_head, scale, dropout_p):
     return OUT.detach(), LSE
 
 
+@pytest.mark.slow  # timing: alone on the machine, or the figures of others are in it
 def test_a_call_costs_little_more_python_than_a_bare_autograd_function(monkeypatch):
     """At most 1.5 times: the fastest of 200 interleaved rounds, so that a busy machine does not decide."""
     monkeypatch.setattr(op, "_packed_forward", stub)

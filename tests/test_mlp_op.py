@@ -104,6 +104,7 @@ class Bare(torch.autograd.Function):
         raise NotImplementedError
 
 
+@pytest.mark.slow  # timing: alone on the machine, or the figures of others are in it
 def test_a_call_costs_at_most_one_and_a_half_bare_autograd_functions(monkeypatch):
     """Python's part of a call, with the launches taken out: what a small model's step is made of.
 
