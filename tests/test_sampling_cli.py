@@ -2,6 +2,7 @@
 import io
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -245,22 +246,27 @@ def test_ctrl_c_interrupts_a_completion_and_leaves_at_the_prompt(trained, tmp_pa
     os.close(theirs)
     seen = b""
 
-    def until(enough):
+    def read(until, quiet=100.0):
+        """Read until the condition holds, nothing has come for `quiet` seconds, or the other side is closed. Who generates fast
+        and is not read from blocks on a full terminal, and hears no signal."""
         nonlocal seen
         end = time.monotonic() + 100
-        while not enough(seen) and time.monotonic() < end:
-            seen += os.read(terminal, 4096)
-        assert enough(seen), seen
+        while not until(seen) and time.monotonic() < end and select.select([terminal], [], [], quiet)[0]:
+            try:
+                seen += os.read(terminal, 65536)
+            except OSError:  # closed
+                return
 
     try:
-        until(lambda text: text.endswith(b"> "))
+        read(lambda text: text.endswith(b"> "))
         os.write(terminal, b"abc\n")
-        until(lambda text: len(text.split(b"> ")[-1]) > 30)      # it is generating
+        read(lambda text: len(text.split(b"> ")[-1]) > 30)       # it is generating
         child.send_signal(signal.SIGINT)
-        until(lambda text: text.endswith(b"> "))                 # the completion is over, the conversation is not
-        time.sleep(1)                                            # readline shows its prompt a moment before it heeds signals
+        read(lambda text: False, quiet=2)                        # the completion is over, the conversation is not
+        assert seen.endswith(b"\n> ") and child.poll() is None, seen[-200:]
         child.send_signal(signal.SIGINT)
-        assert child.wait(timeout=60) == 0, seen
+        read(lambda text: False)
+        assert child.wait(timeout=60) == 0, seen[-200:]
     finally:
         child.kill()
         child.wait()
