@@ -242,6 +242,7 @@ def test_ctrl_c_interrupts_a_completion_and_leaves_at_the_prompt(trained, tmp_pa
     terminal, theirs = pty.openpty()
     command = [sys.executable, "-m", "nanogpt_fast", "chat", "--device=cpu", "--max_new_tokens=100000"]
     child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
                              env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"})
     os.close(theirs)
     seen = b""
