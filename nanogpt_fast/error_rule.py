@@ -35,7 +35,8 @@ class Measurement:
     problem: str | None = None      # None, or which part of the rule is broken, by how much
 
 
-def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtype=None, averaged=1, observations=None, cancelled=0.0):
+def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtype=None, averaged=1, observations=None,
+            cancelled=0.0):
     """Hold `out` to the rule. Returns a Measurement.
 
     out, plain: the kernel's result and the plain path's on the same inputs, any dtype. oracle: fp64. direction: "forward" or
@@ -43,6 +44,9 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
     dtype, averaged: for a mean over `averaged` numbers that were rounded to `dtype`, as the loss is: fp32, but made of bf16
     logits. The plain path's one error can then be near zero by luck; what rounding may cost is that of the numbers, averaged
     out.
+    observations: how many independent errors there are, where they are fewer than elements (one score of attention is in
+    every element of a row). cancelled: a root mean square error that the formula itself makes in fp32 where two equal terms
+    cancel, so that the oracle is 0 and the plain path may hit it by luck (dq and dk of a query that sees one key).
     """
     if not out.shape == oracle.shape == plain.shape:
         return Measurement(problem=f"shapes out {tuple(out.shape)}, oracle {tuple(oracle.shape)}, plain {tuple(plain.shape)}")
