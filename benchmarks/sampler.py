@@ -2,8 +2,10 @@
 
     python -m benchmarks.sampler [--json FILE] [--rounds N]
 
-On a CPU: "sampler" is `ops.sample.sample_out`, what generation calls; "C++ alone" is the extension's function without the Python in front
-of it; both on one thread. Then 64 rows on one thread and on all. On a GPU: the sampler as generation uses it, captured in a CUDA
+On a CPU: "ops.sample" is what a user calls, its checks and the new tensor included; "in generation" is what generation calls for every
+token, checked when generation begins (`ops.sample.prepare`); "C++ alone" is the extension's function without Python in front of it;
+all on one thread. They take turns with nanoGPT's, so each finds the caches as other work leaves them. Then 64 rows on one thread and on
+all. On a GPU: the sampler as generation uses it, captured in a CUDA
 graph, at several batch sizes; nanoGPT's sequence cannot be captured, since `torch.multinomial` waits for the GPU.
 """
 import argparse
@@ -38,9 +40,14 @@ def streams(logits):
     return [torch.zeros(len(logits), dtype=torch.int64, device=logits.device) for _ in range(3)]
 
 
-def sampler_step(logits, **filters):
+def step_in_generation(logits, **filters):
     out, seed, offset = streams(logits)
-    return lambda: sampler.sample_out(logits, out=out, seed=seed, offset=offset, temperature=TEMPERATURE, **filters)
+    return sampler.prepare(logits, out=out, seed=seed, offset=offset, temperature=TEMPERATURE, **filters)
+
+
+def users_call(logits, **filters):
+    _, seed, offset = streams(logits)
+    return lambda: sampler.sample(logits, seed=seed, offset=offset, temperature=TEMPERATURE, **filters)
 
 
 def on_threads(threads, step):
@@ -78,7 +85,7 @@ def compare(title, variants, rounds, path, calls=1):
     rival = list(variants)[-1]
     for name in variants:
         against = "" if name == rival else f"{median[rival] / median[name]:7.1f} times as fast as {rival}"
-        print(f"{title:30} {name:10} median {median[name] * 1e6:9.1f} us, fastest {min(samples[name]) * 1e6:9.1f} us {against}", flush=True)
+        print(f"{title:30} {name:13} median {median[name] * 1e6:9.1f} us, fastest {min(samples[name]) * 1e6:9.1f} us {against}", flush=True)
     if path:
         measure.append(path, "sampler", row=title, rival=rival, median=median, samples=samples, extension=sampler._C.build_info(),
                        load=os.getloadavg()[0])
@@ -88,14 +95,15 @@ def on_cpu(rounds, path):
     torch.set_num_threads(1)
     one = logits_of(1)
     for top_k in (200, 50, None):
-        compare(f"1 row, top_k={top_k}", {"C++ alone": bare_step(one, top_k), "sampler": sampler_step(one, top_k=top_k),
-                                          "nanoGPT": lambda: nanogpt_sequence(one, top_k)}, rounds, path)
+        compare(f"1 row, top_k={top_k}", {"C++ alone": bare_step(one, top_k), "in generation": step_in_generation(one, top_k=top_k),
+                                          "ops.sample": users_call(one, top_k=top_k), "nanoGPT": lambda: nanogpt_sequence(one, top_k)}, rounds, path)
     half = one.bfloat16()
-    compare("1 row, bf16, top_k=200", {"sampler": sampler_step(half, top_k=200), "nanoGPT": lambda: nanogpt_sequence(half, 200)}, rounds, path)
+    compare("1 row, bf16, top_k=200", {"in generation": step_in_generation(half, top_k=200), "ops.sample": users_call(half, top_k=200),
+                                       "nanoGPT": lambda: nanogpt_sequence(half, 200)}, rounds, path)
     many, cores = logits_of(64), len(os.sched_getaffinity(0))
     for top_k in (200, None):
-        compare(f"64 rows, top_k={top_k}", {f"{cores} threads": on_threads(cores, sampler_step(many, top_k=top_k)),
-                                           "1 thread": on_threads(1, sampler_step(many, top_k=top_k))}, rounds // 2, path)
+        compare(f"64 rows, top_k={top_k}", {f"{cores} threads": on_threads(cores, step_in_generation(many, top_k=top_k)),
+                                           "1 thread": on_threads(1, step_in_generation(many, top_k=top_k))}, rounds // 2, path)
 
 
 def on_cuda(rounds, path):

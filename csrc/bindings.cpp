@@ -114,6 +114,15 @@ PYBIND11_MODULE(_C, module) {
     ngf::sample_cpu(batch, threads, isa.c_str());
   }, "Draw one token per row into `token`. `*_rows` are addresses of one value per row, or 0 for the value beside them.");
 
+  py::class_<Batch>(module, "Batch", "What sample_cpu takes, checked and kept: a draw is then one call with one argument. Tensors stay where they are.")
+      .def(py::init(&make_batch), py::arg("logits"), py::arg("type"), py::arg("rows"), py::arg("vocab"), py::arg("row_stride"),
+           py::arg("temperature_rows"), py::arg("temperature"), py::arg("top_k_rows"), py::arg("top_k"), py::arg("top_p_rows"),
+           py::arg("top_p"), py::arg("min_p_rows"), py::arg("min_p"), py::arg("seed"), py::arg("offset"), py::arg("token"))
+      .def("sample_cpu", [](const Batch& batch, int threads) {
+        py::gil_scoped_release others_may_run;
+        ngf::sample_cpu(batch, threads, "");
+      }, "Draw one token per row.");
+
   py::class_<Decoder>(module, "Decoder", "A GPT on the CPU, one token a row: see csrc/decode.h. Weights stay where they are.")
       .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, const std::string&, const std::string&, uintptr_t, uintptr_t,
                     std::array<uintptr_t, 2>, std::array<uintptr_t, 2>, const std::vector<std::array<uintptr_t, 14>>&>(),

@@ -59,11 +59,13 @@ struct Memory {
   }
 };
 
+void sample_one(const Batch& batch, SampleRow sample_row, int64_t b, const Scratch& scratch) {
+  const float m = batch.min_p.rows ? batch.min_p.rows[b] : batch.min_p.value;
+  sample_row(batch, b, m > 0 ? std::log((double)m) : 0, scratch);
+}
+
 void sample_rows(const Batch& batch, SampleRow sample_row, std::atomic<int64_t>& next, const Scratch& scratch) {
-  for (int64_t b; (b = next.fetch_add(1, std::memory_order_relaxed)) < batch.rows;) {
-    const float m = batch.min_p.rows ? batch.min_p.rows[b] : batch.min_p.value;
-    sample_row(batch, b, m > 0 ? std::log((double)m) : 0, scratch);
-  }
+  for (int64_t b; (b = next.fetch_add(1, std::memory_order_relaxed)) < batch.rows;) sample_one(batch, sample_row, b, scratch);
 }
 
 // On a machine with other work a helper may come to run only when all rows are done. It is then not waited for: it was dismissed,
@@ -96,6 +98,12 @@ void sample_cpu(const Batch& batch, int threads, const char* isa) {
   const SampleRow sample_row = find(isa).sample_row;
   const int64_t worthwhile = batch.rows * batch.vocab / 32768;  // a thread pays for itself from about that many logits on
   const int64_t members = std::max<int64_t>(1, std::min<int64_t>({threads, batch.rows, worthwhile}));
+  static thread_local Memory mine;
+  if (members == 1) {                                            // nothing is allocated, nobody is asked
+    const Scratch scratch = mine.scratch(batch.vocab);
+    for (int64_t b = 0; b < batch.rows; ++b) sample_one(batch, sample_row, b, scratch);
+    return;
+  }
   const auto team = std::make_shared<Team>(batch, members - 1);
   std::vector<std::thread> running;
   running.reserve(members - 1);
@@ -111,7 +119,6 @@ void sample_cpu(const Batch& batch, int threads, const char* isa) {
       break;  // no more threads to be had: those that run, and this one, do all the rows
     }
   }
-  static thread_local Memory mine;
   sample_rows(team->batch, sample_row, team->next, mine.scratch(batch.vocab));
   for (size_t i = 0; i < running.size(); ++i) {
     int waiting = Helper::waiting;

@@ -50,17 +50,24 @@ template <class Logit> uint32_t segment_maxima(const Logit* x, int64_t V, uint32
   return rest > top ? rest : top;
 }
 
+// Bit i of the result: x[i] is not below `cut`. n is at most SEGMENT, and a constant where it is called in a loop, which unrolls it.
+template <class Logit> inline uint32_t reached(const Logit* x, int64_t n, uint32_t cut) {
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < n; ++i) bits |= (uint32_t)(key_of(to_float(x[i])) >= cut) << i;
+  return bits;
+}
+
 // The tokens not below `cut`, in ascending index: their number; their keys and indices in the scratch.
 template <class Logit> int64_t collect(const Logit* x, int64_t V, uint32_t cut, const Scratch& s) {
+  static_assert(SEGMENT == 32, "a bit for each token of a segment");
   int64_t n = 0;
   for (int64_t begin = 0; begin < V; begin += SEGMENT) {
     if (s.segment[begin / SEGMENT] < cut) continue;
-    const int64_t end = begin + SEGMENT < V ? begin + SEGMENT : V;
-    for (int64_t i = begin; i < end; ++i) {   // written always, counted where it belongs: no branch to mispredict
-      const uint32_t key = key_of(to_float(x[i]));
-      s.key[n] = key;
-      s.index[n] = (uint32_t)i;
-      n += key >= cut;
+    uint32_t bits = begin + SEGMENT <= V ? reached(x + begin, SEGMENT, cut) : reached(x + begin, V - begin, cut);
+    for (; bits; bits &= bits - 1) {
+      const int64_t i = begin + __builtin_ctz(bits);
+      s.key[n] = key_of(to_float(x[i]));
+      s.index[n++] = (uint32_t)i;
     }
   }
   return n;

@@ -208,8 +208,8 @@ class Run:
         return token
 
     def _replays(self):
-        """Whether this step is the captured one: the cache holds our rows, all of them inside the window, our own sampler."""
-        if self.session is None or not self.session.graphs or self.rng != "philox" or self.fresh or self.longest > self.block_size \
+        """Whether this step is the session's own (`Session.replay`): the cache holds our rows, all of them inside the window, our own sampler."""
+        if self.session is None or not self.session.steps_whole or self.rng != "philox" or self.fresh or self.longest > self.block_size \
                 or not self.session.belongs_to(self):
             return False
         if self.uncollected == 0:
@@ -365,11 +365,19 @@ class Session:
         self.owner = None                                                           # weakref of the Run whose rows the cache holds
         self.activation = self.layers[0].activation if self.layers else "gelu"
         self.native = decode.decoder(self)                                          # one call a step: C++ on a CPU, Triton on CUDA
-        # What the captured step reads and writes besides; see `start_drawing`.
-        self.graphs, self.graph = device.type == "cuda", None
+        # Decoding and drawing as one step, and what it reads and writes besides; see `start_drawing`.
+        self.steps_whole, self.graph = device.type == "cuda" or self.native is not None, None
         self.drawn = torch.zeros(rows, self.block_size + 1, dtype=torch.long, device=device)
         self.seeds, self.offsets, self.top_k = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
         self.temperature, self.top_p, self.min_p = (torch.zeros(rows, device=device) for _ in range(3))
+        self.logits = self.draw = None                                              # of every step, where they always lie in one place
+        if device.type == "cpu" and self.native is not None:
+            self.logits = torch.zeros(rows, self.wte.size(0))
+            self.draw = sampler.prepare(self.logits, **self._drawing())
+
+    def _drawing(self):
+        return dict(out=self.token, seed=self.seeds, offset=self.offsets, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
+                    min_p=self.min_p, backend=self.choices)
 
     def is_of(self, model):
         """Whether the model still has the very parameters, in the very memory, and the choices that this was built for."""
@@ -413,7 +421,7 @@ class Session:
             getattr(self, name).fill_(off if filters[name] is None else filters[name])
 
     def replay(self):
-        """One more token for every row, drawn into `token` and `drawn`: a CUDA graph, captured at the first call."""
+        """One more token for every row, drawn into `token` and `drawn`. On CUDA a graph, captured at the first call."""
         if self.device.type != "cuda":
             return self._decode_and_draw()
         if self.graph is None:
@@ -434,8 +442,11 @@ class Session:
         self.graph.replay()
 
     def _decode_and_draw(self):
-        sampler.sample_out(self.decode(self.block_size), out=self.token, seed=self.seeds, offset=self.offsets,
-                           temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, backend=self.choices)
+        logits = self.decode(self.block_size)
+        if self.draw is not None:
+            self.draw()                                                             # from self.logits, which decode has filled
+        else:
+            sampler.sample_out(logits, **self._drawing())
         self.position += 1
         self.drawn.scatter_(1, self.position[:, None], self.token[:, None])
 
@@ -461,7 +472,7 @@ class Session:
     def decode(self, upto):
         """Process `token` at `position` in every row, with the cache -> logits (rows, V). upto: longest row, in tokens."""
         if self.native is not None:
-            return decode.step(self.native, self.token, self.position, self.wte.size(0))
+            return decode.step(self.native, self.token, self.position, self.wte.size(0), out=self.logits)
 
         def attend(layer, qkv):                                                     # (rows, 3C)
             q, k, v = reference.split_heads(qkv[:, None], self.n_head)              # (rows, H, 1, D)

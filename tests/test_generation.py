@@ -289,7 +289,7 @@ def replayed(monkeypatch):
     init = generation.Session.__init__
     def graphs(self, *args):
         init(self, *args)
-        self.graphs = True
+        self.steps_whole = True
     monkeypatch.setattr(generation.Session, "__init__", graphs)
     steps = []
     replay = generation.Session.replay

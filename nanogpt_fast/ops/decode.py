@@ -42,11 +42,14 @@ def decoder(session):
                              head=[address(t) for t in session.head], layers=layers)
 
 
-def step(native, token, position, vocab, isa=""):
-    """Process token (rows,) int64 at position (rows,) int64 -> logits (rows, vocab) fp32. isa: of a CPU; "" is the best."""
+def step(native, token, position, vocab, isa="", out=None):
+    """Process token (rows,) int64 at position (rows,) int64 -> logits (rows, vocab) fp32.
+
+    On a CPU: isa, the instruction set, "" for the best; out, where the logits shall lie.
+    """
     if sample._C is None or not isinstance(native, sample._C.Decoder):
         return native(token, position)
-    logits = torch.empty(token.size(0), vocab)
+    logits = torch.empty(token.size(0), vocab) if out is None else out
     native.step(token.data_ptr(), position.data_ptr(), logits.data_ptr(), torch.get_num_threads(), isa)
     return logits
 

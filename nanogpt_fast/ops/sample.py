@@ -16,6 +16,7 @@ and `torch.multinomial` waits for the GPU.
 
 Sources: nucleus sampling, Holtzman et al. 2020, section 3.1; min-p, Nguyen et al. 2024; Philox, Salmon et al. 2011.
 """
+import functools
 import math
 import os
 
@@ -49,18 +50,21 @@ def sample(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=
     """
     _check_logits(logits)
     B, device = logits.size(0), logits.device
-    logits = logits.detach()
+    if logits.requires_grad:
+        logits = logits.detach()
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    parameters = [_parameter(name, value, B, device) for name, value in
-                  (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p))]
+    parameters = _parameters(temperature, top_k, top_p, min_p, B, device)
     if seed is None:
         seed = torch.randint(-2**63, 2**63 - 1, (B,), device=device)
     elif not isinstance(seed, torch.Tensor):
-        seed = torch.arange(B, device=device) + _signed("seed", seed)
+        seed = torch.full((B,), _signed("seed", seed), device=device)
+        if B > 1:
+            seed += torch.arange(B, device=device)
     if not isinstance(offset, torch.Tensor):
         offset = torch.full((B,), _signed("offset", 0 if offset is None else offset), device=device)
-    _check_streams(logits, seed, offset)
+    _check_rows("seed", seed, B, device)
+    _check_rows("offset", offset, B, device)
     out = torch.empty(B, dtype=torch.int64, device=device)
     _call(logits, parameters, seed, offset, out, True, backend)
     return out
@@ -77,22 +81,29 @@ def sample_out(logits, *, out, seed, offset, temperature=1.0, top_k=None, top_p=
 
     Where the extension does not run, the same tokens come from a few dozen launches of PyTorch (they can be captured as well).
     """
-    _check_logits(logits)
-    if logits.stride(1) != 1:
-        raise ValueError(f"logits has strides {tuple(logits.stride())}; the last dimension must be contiguous")
-    B, device = logits.size(0), logits.device
-    parameters = [_parameter(name, value, B, device, as_it_is=True) for name, value in
-                  (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p))]
-    _check_streams(logits, seed, offset)
-    _check_rows("out", out, logits)
+    parameters = _check_out(logits, out, seed, offset, temperature, top_k, top_p, min_p)
     _call(logits.detach(), parameters, seed, offset, out, False, backend)
+
+
+def prepare(logits, *, out, seed, offset, temperature=1.0, top_k=None, top_p=None, min_p=None, backend=None):
+    """`sample_out` in two halves, for a loop over the same tensors on a CPU: everything is asked here, once, and the function that is
+    returned, which takes no arguments, draws from what the tensors hold when it is called. Arguments and errors are `sample_out`'s.
+
+    A row of GPT-2's vocabulary takes the extension 30 us, and asking tensors for shape, dtype, device and address as long again.
+    """
+    parameters = _check_out(logits, out, seed, offset, temperature, top_k, top_p, min_p)
+    if logits.is_cpu and implementation(logits, backend=backend) == "cpp":
+        tensors = (logits, parameters, seed, offset, out)
+        batch = _C.Batch(*_addresses(*tensors))
+        return functools.partial(_draw_prepared, batch, tensors)                        # which keeps the memory alive
+    return functools.partial(sample_out, logits, out=out, seed=seed, offset=offset, temperature=temperature, top_k=top_k, top_p=top_p,
+                             min_p=min_p, backend=backend)
 
 
 def sample_probs(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None):
     """The distribution that `sample` draws from: (B, V) fp32, each row summing to 1; arguments as there. For checking, not for speed."""
     _check_logits(logits)
-    parameters = [_parameter(name, value, logits.size(0), logits.device) for name, value in
-                  (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p))]
+    parameters = _parameters(temperature, top_k, top_p, min_p, logits.size(0), logits.device)
     _check_values(parameters)
     weight = _kept_weights(logits.detach(), parameters)
     return (weight.double() / weight.sum(-1, keepdim=True)).float()
@@ -101,8 +112,9 @@ def sample_probs(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None)
 # ---------------------------------------------------------------- arguments
 
 # Range, the value that turns the filter off, and how a value outside is answered.
+_LARGEST = 3.4028234e38  # that fp32 holds
 _RULES = {
-    "temperature": (0.0, 3.4028234e38, 1.0, "a finite number, at least 0 (0 is greedy)"),
+    "temperature": (0.0, _LARGEST, 1.0, "a finite number, at least 0 (0 is greedy)"),
     "top_k": (1, 2**63 - 1, 0, "an integer, at least 1 (None turns top-k off)"),
     "top_p": (0.0, 1.0, 1.0, "a number from 0 to 1 (None turns top-p off)"),
     "min_p": (0.0, 1.0, 0.0, "a number from 0 to 1 (None turns min-p off)"),
@@ -120,18 +132,14 @@ def _check_logits(logits):
         raise ValueError(f"logits has shape {tuple(logits.shape)}; expected (B, V) with V from 1 to {MAX_VOCAB}")
 
 
-def _check_rows(name, tensor, logits):
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype is not torch.int64 or tensor.dim() != 1 or len(tensor) != len(logits):
+def _check_rows(name, tensor, B, device):
+    """ValueError where this is not one int64 a row, to be read and written by address."""
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype is not torch.int64 or tensor.shape != (B,):
         found = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise ValueError(f"{name} is {found}; expected an int64 tensor of shape ({logits.size(0)},), one per row")
-    if tensor.device != logits.device or not tensor.is_contiguous():
+        raise ValueError(f"{name} is {found}; expected an int64 tensor of shape ({B},), one per row")
+    if tensor.device != device or not tensor.is_contiguous():
         raise ValueError(f"{name} is on {tensor.device} with strides {tuple(tensor.stride())}; "
-                         f"expected it contiguous on the logits' device, {logits.device}")
-
-
-def _check_streams(logits, seed, offset):
-    _check_rows("seed", seed, logits)
-    _check_rows("offset", offset, logits)
+                         f"expected it contiguous on the logits' device, {device}")
 
 
 def _signed(name, value):
@@ -139,6 +147,29 @@ def _signed(name, value):
     if not isinstance(value, int) or not -2**63 <= value < 2**64:
         raise ValueError(f"{name} is {value!r}; expected None, a 64-bit integer or an int64 tensor (B,)")
     return value - 2**64 if value >= 2**63 else value
+
+
+def _check_out(logits, out, seed, offset, temperature, top_k, top_p, min_p):
+    """The parameters of `sample_out`, which takes tensors as they are."""
+    _check_logits(logits)
+    if logits.stride(1) != 1:
+        raise ValueError(f"logits has strides {tuple(logits.stride())}; the last dimension must be contiguous")
+    B, device = logits.size(0), logits.device
+    parameters = _parameters(temperature, top_k, top_p, min_p, B, device, as_it_is=True)
+    for name, tensor in (("seed", seed), ("offset", offset), ("out", out)):
+        _check_rows(name, tensor, B, device)
+    return parameters
+
+
+def _parameters(temperature, top_k, top_p, min_p, B, device, as_it_is=False):
+    """((rows, number) of temperature, of top_k, of top_p, of min_p); see `_parameter`."""
+    # Nearly every call gives numbers or nothing. Asked in one expression, a microsecond; what it does not know, `_parameter` does.
+    if type(temperature) is float and 0.0 <= temperature <= _LARGEST and (top_k is None or type(top_k) is int and 1 <= top_k < 2**63) \
+            and (top_p is None or type(top_p) is float and 0.0 <= top_p <= 1.0) \
+            and (min_p is None or type(min_p) is float and 0.0 <= min_p <= 1.0):
+        return (None, temperature), (None, top_k or 0), (None, 1.0 if top_p is None else top_p), (None, min_p or 0.0)
+    return tuple(_parameter(name, value, B, device, as_it_is) for name, value in
+                 (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p)))
 
 
 def _parameter(name, value, B, device, as_it_is=False):
@@ -185,7 +216,7 @@ def why_not(logits):
     """None where the extension can sample from these logits, else the reason."""
     if _C is None:
         return _missing()
-    if logits.device.type == "cpu":
+    if logits.is_cpu:
         return None
     if logits.device.type != "cuda":
         return f"the extension samples on CPU and CUDA, these logits are on {logits.device.type}"
@@ -222,26 +253,45 @@ def implementation(logits, *, backend=None):
 
 def _call(logits, parameters, seed, offset, out, check, backend):
     """The launcher directly, or, when torch.compile traces, the registered op. The choice is made there, since tracing cannot ask _C."""
-    flat = [part for pair in parameters for part in pair]
-    run = torch.ops.nanogpt_fast.sample if torch.compiler.is_compiling() else _run
-    run(logits, *flat, seed, offset, out, check, _backend.choice("sample", backend))
+    if torch.compiler.is_compiling():
+        flat = [part for pair in parameters for part in pair]
+        torch.ops.nanogpt_fast.sample(logits, *flat, seed, offset, out, check, _backend.choice("sample", backend))
+    else:
+        _launch(logits, parameters, seed, offset, out, check, backend)
 
 
-def _run(logits, temperature_rows, temperature, top_k_rows, top_k, top_p_rows, top_p, min_p_rows, min_p, seed, offset, out, check, choice):
-    parameters = ((temperature_rows, temperature), (top_k_rows, top_k), (top_p_rows, top_p), (min_p_rows, min_p))
+def _launch(logits, parameters, seed, offset, out, check, backend):
     if check:
         _check_values(parameters)
-    if _backend.choose("sample", CANDIDATES, {"sample": choice}, (logits,)) == "reference":
+    if _backend.choose("sample", CANDIDATES, backend, (logits,)) == "reference":
         out.copy_(sample_plain(logits, parameters, seed, offset))
         offset.add_(1)
         return
-    numbers = [part for rows, number in parameters for part in (0 if rows is None else rows.data_ptr(), number)]
-    arguments = (logits.data_ptr(), LOGIT_TYPES[logits.dtype], *logits.shape, logits.stride(0), *numbers,
-                 seed.data_ptr(), offset.data_ptr(), out.data_ptr())
+    arguments = _addresses(logits, parameters, seed, offset, out)
     if logits.is_cuda:
         _C.sample_cuda(*arguments, logits.device.index, torch.cuda.current_stream(logits.device).cuda_stream)
     else:
         _C.sample_cpu(*arguments, torch.get_num_threads(), "")
+
+
+def _run(logits, temperature_rows, temperature, top_k_rows, top_k, top_p_rows, top_p, min_p_rows, min_p, seed, offset, out, check, choice):
+    parameters = ((temperature_rows, temperature), (top_k_rows, top_k), (top_p_rows, top_p), (min_p_rows, min_p))
+    _launch(logits, parameters, seed, offset, out, check, {"sample": choice})
+
+
+def _addresses(logits, parameters, seed, offset, out):
+    """The batch as the extension takes it."""
+    (temperatures, temperature), (top_ks, top_k), (top_ps, top_p), (min_ps, min_p) = parameters
+    return (logits.data_ptr(), LOGIT_TYPES[logits.dtype], *logits.shape, logits.stride(0), _address(temperatures), temperature,
+            _address(top_ks), top_k, _address(top_ps), top_p, _address(min_ps), min_p, seed.data_ptr(), offset.data_ptr(), out.data_ptr())
+
+
+def _address(rows):
+    return 0 if rows is None else rows.data_ptr()
+
+
+def _draw_prepared(batch, tensors):
+    batch.sample_cpu(torch.get_num_threads())
 
 
 _library = torch.library.Library("nanogpt_fast", "FRAGMENT")
@@ -315,18 +365,6 @@ def _weight(y):
 
 
 _LOW = 0xffffffff
-
-
-_LOW = 0xffffffff
-
-
-def _nucleus_mass(p, total):
-    """ceil(p * total) with p in units of 2^-32, at least 1; the product in two halves of p, since int64 has no 64 by 32 bits."""
-    p = (p.double() * 2**32).long()
-    low = total & _LOW
-    carry = (low * (p >> 16) << 16 >> 16)                                               # low * high half of p: below 2^48
-    product = (carry >> 16, ((carry & 0xffff) << 16) + low * (p & 0xffff))              # times 2^16, in units of 2^32 and below
-    return (p * (total >> 32) + product[0] + ((product[1] + _LOW) >> 32)).clamp(min=1)
 
 
 def _nucleus_mass(p, total):
