@@ -74,7 +74,9 @@ class MLP(nn.Module):
     """Linear to 4C, GELU, Linear back to C, dropout."""
 
     backend = None
-    recompute = False  # True: the fused op keeps 8C bytes less a token and computes GELU again in the backward
+    # The fused op computes GELU again in its backward: a block keeps 28C bytes a token instead of 36C, for 8C more written (about
+    # 1 % of a GPT-2 124M step by the traffic; not measured yet). False keeps GELU's result.
+    recompute = True
 
     def __init__(self, config):
         super().__init__()

@@ -91,7 +91,7 @@ class TrainOptions:
     compile: bool | str = option("auto", "torch.compile the model (auto: on CUDA)", choices=("auto", True, False))
     cuda_graph: str = option("auto", "replay the step as CUDA graphs, which small models need (auto: where it can be; on: or "
                              "say why not and leave)", choices=("auto", "on", "off"))
-    recompute: bool = option(False, "keep a fifth less for the backward: the fused MLP computes its GELU twice")
+    recompute: bool = option(True, "the fused MLP computes its GELU twice and a block keeps a fifth less for the backward")
     seed: int = option(1337, "of weights, batches and dropout; rank r takes seed + r", minimum=0)
 
     def __post_init__(self):
