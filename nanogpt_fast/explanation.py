@@ -10,7 +10,7 @@ from .model import GPT, Block
 class Row(NamedTuple):
     op: str
     implementation: str  # "triton", "cpp", "reference", or "error" where backend='fused' would raise
-    reason: str          # why no faster one; empty where the fastest runs
+    reason: str          # why no faster one, or what else there is to know; empty where the fastest runs as it should
 
 
 class Explanation(list):
@@ -41,6 +41,8 @@ def explain(model, *, dtype=None, tokens=8):
     for op, wanted, name, reasons in record:
         if name == "reference" and wanted == "fused":
             name = "error"
+        if name == "triton" and backend.interpreted() and device.type == "cpu":
+            reasons = ["executed by Triton's interpreter: a check of the kernel, and slow"]
         rows[op, name] = Row(op, name, "; ".join(reasons))
     explanation = Explanation(sorted(rows.values(), key=lambda row: backend.OPS.index(row.op)))
     for i, block in enumerate(gpt.transformer.h):
