@@ -33,8 +33,8 @@ MISSING = "_C_missing.txt"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 X86_ISAS = {"avx2": ["-mavx2", "-mfma"],
             "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]}
-# Decoding is not exact to the bit, so it may contract. Its vectors never leave a file: how they would be passed does not matter.
-DECODE_FLAGS = ["-ffp-contract=fast", "-Wno-psabi"]
+# What is not exact to the bit may contract. Its vectors never leave a file: how they would be passed does not matter.
+VECTOR_FLAGS = ["-ffp-contract=fast", "-Wno-psabi"]
 
 
 # ---------------------------------------------------------------- what this machine has
@@ -190,10 +190,11 @@ class NinjaBuildExt(build_ext):
             version = tomllib.load(file)["project"]["version"]
         name = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()
         about = [text_macro("NGF_VERSION", version), text_macro("NGF_COMPILER", name[0].replace('"', "") if name else compiler[0])]
-        objects = [(name, f"{name}.cpp", ["-DNGF_X86"] if x86 else []) for name in ("cpu", "decode")]
+        objects = [(name, f"{name}.cpp", ["-DNGF_X86"] if x86 else []) for name in ("cpu", "decode", "training")]
         for isa, flags in {"baseline": [], **(X86_ISAS if x86 else {})}.items():
             objects.append((f"cpu_{isa}", "cpu_row.cpp", [f"-DNGF_ISA={isa}", *flags]))
-            objects.append((f"decode_{isa}", "decode_kernels.cpp", [f"-DNGF_ISA={isa}", *flags, *DECODE_FLAGS]))
+            for name in ("decode_kernels", "cross_entropy_rows", "attention_rows"):
+                objects.append((f"{name}_{isa}", f"{name}.cpp", [f"-DNGF_ISA={isa}", *flags, *VECTOR_FLAGS]))
         link = []
         if nvcc:
             archs = cuda_architectures(nvcc)

@@ -1,5 +1,5 @@
-// nanogpt_fast._C: addresses and numbers in, results at an address out. It knows nothing of torch; ops/sample.py and ops/decode.py
-// check the tensors.
+// nanogpt_fast._C: addresses and numbers in, results at an address out. It knows nothing of torch; the files of ops/ that
+// call it check the tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
+#include "cross_entropy.h"
 #include "decode.h"
 #include "sampler.h"
 
@@ -90,7 +92,7 @@ struct Decoder {
       seed, offset, token
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "The sampler in C++ and CUDA, and decoding on the CPU. Pointers are addresses; those of one call lie in one memory (host, or one GPU).";
+  module.doc() = "The sampler in C++ and CUDA; decoding, and what training has, on the CPU. Pointers are addresses; those of one call lie in one memory (host, or one GPU).";
   module.attr("__version__") = NGF_VERSION;
 
   module.def("build_info", [] {
@@ -132,6 +134,28 @@ PYBIND11_MODULE(_C, module) {
         py::gil_scoped_release others_may_run;
         ngf::decode_cpu(self.model, (const int64_t*)token, (const int64_t*)position, (float*)logits, threads, isa.c_str());
       }, "Process `token` at `position` in every row; logits (rows, vocab) fp32.");
+
+  module.def("count_targets", [](uintptr_t targets, int64_t rows, int64_t vocab, int64_t ignore_index) {
+    return ngf::count_targets((const int64_t*)targets, rows, vocab, ignore_index);
+  }, "Rows of targets that are not ignored. IndexError for one outside of the vocabulary.");
+  module.def("cross_entropy_cpu", [](uintptr_t logits, uintptr_t dlogits, const std::string& type, int64_t rows, int64_t vocab, int64_t row_stride,
+                                     int64_t gradient_stride, uintptr_t targets, int64_t ignore_index, uintptr_t losses, int threads,
+                                     const std::string& isa) {
+    if (type != "float32" && type != "bfloat16") throw std::invalid_argument("type is '" + type + "'; expected float32 or bfloat16");
+    const ngf::LossRows batch{(const void*)logits, (void*)dlogits, type == "bfloat16", rows, vocab, row_stride, gradient_stride,
+                              (const int64_t*)targets, ignore_index, (float*)losses};
+    py::gil_scoped_release others_may_run;
+    ngf::cross_entropy_cpu(batch, threads, isa.c_str());
+  }, "Rows of logits to losses and gradients: see csrc/cross_entropy.h. dlogits and losses may be 0.");
+  module.def("attention_gradient_cpu", [](const std::string& type, int64_t heads, int64_t rows, int64_t keys, int64_t first, float scale,
+                                          uintptr_t scores, uintptr_t lse, int64_t lse_stride, uintptr_t dp, uintptr_t p, int threads,
+                                          const std::string& isa) {
+    if (type != "float32" && type != "bfloat16") throw std::invalid_argument("type is '" + type + "'; expected float32 or bfloat16");
+    const ngf::AttentionGradient batch{type == "bfloat16", heads, rows, keys, first, scale, (float*)scores, (const float*)lse, lse_stride,
+                                       (void*)dp, (void*)p};
+    py::gil_scoped_release others_may_run;
+    ngf::attention_gradient_cpu(batch, threads, isa.c_str());
+  }, "Attention's weights and the gradient of its scores: see csrc/attention.h.");
 
 #ifdef NGF_CUDA
   module.def("sample_cuda", [](NGF_BATCH_PARAMETERS, int device, uintptr_t stream) {

@@ -13,6 +13,7 @@ import torch
 
 from .. import backend as _backend
 from .. import reference
+from . import attention_cpu
 from .registration import define, raw
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -53,10 +54,13 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backen
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
     dtype = _autocast_dtype(qkv)
-    if _backend.choose("attention", CANDIDATES, backend, (qkv, dtype, shape[2] // (3 * n_head), scale, backend)) == "reference":
+    name = _backend.choose("attention", CANDIDATES, backend, (qkv, dtype, shape[2] // (3 * n_head), scale, backend, dropout_p))
+    if name == "reference":
         return reference.causal_attention_qkvpacked(qkv, n_head, dropout_p=dropout_p, scale=scale)
     if qkv.dtype != dtype:      # a `to` that changes nothing still costs a microsecond
         qkv = qkv.to(dtype)
+    if name == "cpp":
+        return attention_cpu.packed(qkv, n_head, scale)
     if qkv.requires_grad and torch.is_grad_enabled():
         return _PackedAttention.apply(qkv, n_head, scale, dropout_p)
     run = raw.attention_qkvpacked if torch.compiler.is_compiling() else _packed_forward
@@ -109,7 +113,7 @@ def _check_qkv(q, k, v, dropout_p):
 # ---------------------------------------------------------------------------------------------------- which implementation, and why
 
 
-def _why_not(x, dtype, D, scale, backend, left_to_pytorch=True):
+def _why_not(x, dtype, D, scale, backend, dropout_p=0.0, left_to_pytorch=True):
     """None where the kernels can take x (any of q, k, v, or qkv) in dtype, head size D, and are the choice, else the reason."""
     if (reason := _backend.triton_why_not(x)) is not None:
         return reason
@@ -130,7 +134,7 @@ def _separate_why_not(q, k, v, scale, backend, left_to_pytorch=True):
             return f"q is on {q.device}, {name} on {x.device}"
         if _autocast_dtype(x) != _autocast_dtype(q):
             return f"q is {q.dtype}, {name} {x.dtype}"               # the reference raises PyTorch's own error
-    return _why_not(q, _autocast_dtype(q), q.size(3), scale, backend, left_to_pytorch)
+    return _why_not(q, _autocast_dtype(q), q.size(3), scale, backend, left_to_pytorch=left_to_pytorch)
 
 
 def _decode_why_not(q, k, v, scale, backend):
@@ -150,7 +154,7 @@ def _why_left(arch, D, dtype):
     return reason if D > largest else None
 
 
-CANDIDATES = (("triton", _why_not),)                    # args: (qkv, dtype, head size, scale, backend)
+CANDIDATES = (("triton", _why_not), ("cpp", attention_cpu.why_not))     # args: (qkv, dtype, head size, scale, backend, dropout_p)
 _SEPARATE_CANDIDATES = (("triton", _separate_why_not),)
 _DECODE_CANDIDATES = (("triton", _decode_why_not),)
 

@@ -5,12 +5,13 @@
 `return_logits=True` is the drop-in (nanoGPT's forward returns its logits): they are written once, in half precision under
 autocast, and stay intact; the backward makes its gradient from them, and adds what arrives through them. `return_logits=False`
 is for training: loss and gradients are made together, a chunk of rows at a time, and the memory for the logits is never needed.
-Formulas, traffic and the kernels are in `kernels/cross_entropy.py`.
+Formulas, traffic and the kernels are in `kernels/cross_entropy.py`; what a CPU does is in `cross_entropy_cpu.py`.
 """
 import torch
 
 from .. import backend as _backend
 from .. import reference
+from . import cross_entropy_cpu as _cpu
 from .registration import define, raw
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,22 +38,24 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected (..., C) and (V, C)")
     if targets.numel() * x.size(-1) != x.numel():
         raise ValueError(f"targets {tuple(targets.shape)}: expected one for each row of x {tuple(x.shape)}")
-    if implementation(x, weight, targets, backend=backend) == "reference":
+    name = implementation(x, weight, targets, return_logits=return_logits, backend=backend)
+    if name == "reference":
         targets = targets if targets.is_contiguous() else targets.contiguous()
         loss, logits = reference.linear_cross_entropy(x, weight, targets, ignore_index=ignore_index, reduction=reduction)
         return loss, logits if return_logits else None
     grad = torch.is_grad_enabled()
     need_dx, need_dw = grad and x.requires_grad, grad and weight.requires_grad
-    op = _LossAndLogits if return_logits else _Loss
+    ops = {"triton": (_Loss, _LossAndLogits), "cpp": (_CPULoss, _CPULossAndLogits)}
+    op = ops[name][return_logits]
     return op.apply(x, weight, targets, _dtype(x), ignore_index, reduction, need_dx, need_dw)
 
 
-def implementation(x, weight, targets, *, backend=None):
-    """The name of the implementation that linear_cross_entropy takes for these arguments ("triton", "reference")."""
-    return _backend.choose("cross_entropy", CANDIDATES, backend, (x, weight, targets))
+def implementation(x, weight, targets, *, return_logits=True, backend=None):
+    """The name of the implementation that linear_cross_entropy takes for these arguments ("triton", "cpp", "reference")."""
+    return _backend.choose("cross_entropy", CANDIDATES, backend, (x, weight, targets, return_logits))
 
 
-def _triton_why_not(x, weight, targets):
+def _triton_why_not(x, weight, targets, return_logits=True):
     if (reason := _backend.triton_why_not(x)) is not None:
         return reason
     if not x.device == weight.device == targets.device:
@@ -64,7 +67,7 @@ def _triton_why_not(x, weight, targets):
     return None
 
 
-CANDIDATES = (("triton", _triton_why_not),)
+CANDIDATES = (("triton", _triton_why_not), ("cpp", _cpu.why_not))
 
 
 def _kernels():
@@ -154,6 +157,62 @@ class _LossAndLogits(torch.autograd.Function):
         return dx, dw, None, None, None, None, None, None
 
 
+class _CPULoss(torch.autograd.Function):
+    """The loss alone. The forward also makes its gradients; a backward that is sent 1 hands them out as they are."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype, ignore_index, reduction, need_dx, need_dw):
+        rows, targets = x.reshape(-1, x.size(-1)).to(dtype), targets.reshape(-1).contiguous()
+        run = raw.linear_cross_entropy_cpu if torch.compiler.is_compiling() else _cpu.forward_backward
+        loss, dx, dw = run(rows, weight.to(dtype), targets, ignore_index, reduction == "mean", need_dx, need_dw)
+        ctx.save_for_backward(dx, dw)
+        ctx.x_shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype)
+        return loss.to(_loss_dtype(x)), None
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        _no_second_derivative()
+        if torch.compiler.is_compiling():
+            gradients = [gradient.to(torch.float32) * grad_loss for gradient in ctx.saved_tensors]
+        else:
+            scale = grad_loss.item()
+            gradients = [gradient if scale == 1 else gradient * scale for gradient in ctx.saved_tensors]
+        need_dx, need_dw = ctx.needs_input_grad[:2]
+        dx = gradients[0].view(ctx.x_shape).to(ctx.dtypes[0]) if need_dx else None
+        dw = gradients[1].to(ctx.dtypes[1]) if need_dw else None
+        return dx, dw, None, None, None, None, None, None
+
+
+class _CPULossAndLogits(torch.autograd.Function):
+    """Loss and logits. The backward makes the gradients from the logits, which are there anyway."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype, ignore_index, reduction, need_dx, need_dw):
+        rows, targets = x.reshape(-1, x.size(-1)).to(dtype), targets.reshape(-1).contiguous()
+        run = raw.linear_cross_entropy_logits_cpu if torch.compiler.is_compiling() else _cpu.forward
+        loss, logits = run(rows, weight.to(dtype), targets, ignore_index, reduction == "mean")
+        logits = logits.view(*x.shape[:-1], logits.size(-1))
+        ctx.save_for_backward(x, weight, targets, logits)
+        ctx.options, ctx.dtype, ctx.needs = (ignore_index, reduction == "mean"), dtype, (need_dx, need_dw)
+        if not torch.compiler.is_compiling():  # a graph is sent zeros through logits that nothing uses; eager code None
+            ctx.set_materialize_grads(False)
+        return loss.to(_loss_dtype(x)), logits
+
+    @staticmethod
+    def backward(ctx, grad_loss, grad_logits):
+        _no_second_derivative()
+        x, weight, targets, logits = ctx.saved_tensors
+        grad_loss = torch.zeros(()) if grad_loss is None else grad_loss.to(torch.float32)
+        grad_logits = None if grad_logits is None else grad_logits.reshape(-1, logits.size(-1))
+        run = raw.linear_cross_entropy_backward_cpu if torch.compiler.is_compiling() else _cpu.backward
+        dx, dw = run(logits.view(-1, logits.size(-1)), x.reshape(-1, x.size(-1)).to(ctx.dtype), weight.to(ctx.dtype), targets,
+                     grad_loss, grad_logits, *ctx.options, *ctx.needs)
+        need_dx, need_dw = ctx.needs
+        dx = dx.view(x.shape).to(x.dtype) if need_dx else None
+        dw = dw.to(weight.dtype) if need_dw else None
+        return dx, dw, None, None, None, None, None, None
+
+
 def _scaled(gradient, scale, dtype):
     """gradient * scale in fp32, rounded once."""
     if torch.compiler.is_compiling():
@@ -188,3 +247,21 @@ define("linear_cross_entropy_logits(Tensor x, Tensor weight, Tensor targets, int
 define("linear_cross_entropy_backward(Tensor logits, Tensor maxima, Tensor log_sums, Tensor x, Tensor weight, Tensor targets, "
         "Tensor scale, Tensor? grad_logits, int ignore_index, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
         lambda *args: _kernels().backward(*args), _fake_backward)
+
+
+def _fake_gradients_cpu(x, weight, need_dx, need_dw):
+    return x.new_empty(x.shape if need_dx else (0,)), x.new_empty(weight.shape if need_dw else (0,))
+
+
+define("linear_cross_entropy_cpu(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool mean, bool need_dx, "
+        "bool need_dw) -> (Tensor, Tensor, Tensor)", lambda *args: _cpu.forward_backward(*args),
+        lambda x, weight, targets, ignore_index, mean, need_dx, need_dw:
+        (x.new_empty((), dtype=torch.float32), *_fake_gradients_cpu(x, weight, need_dx, need_dw)))
+define("linear_cross_entropy_logits_cpu(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool mean) "
+        "-> (Tensor, Tensor)", lambda *args: _cpu.forward(*args),
+        lambda x, weight, targets, ignore_index, mean: (x.new_empty((), dtype=torch.float32), x.new_empty(x.size(0), weight.size(0))))
+define("linear_cross_entropy_backward_cpu(Tensor logits, Tensor x, Tensor weight, Tensor targets, Tensor grad_loss, "
+        "Tensor? grad_logits, int ignore_index, bool mean, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
+        lambda *args: _cpu.backward(*args),
+        lambda logits, x, weight, targets, grad_loss, grad_logits, ignore_index, mean, need_dx, need_dw:
+        _fake_gradients_cpu(x, weight, need_dx, need_dw))

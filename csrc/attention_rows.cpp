@@ -1,0 +1,41 @@
+// One row of attention's weights and of the gradient of its scores. Compiled once per instruction set, with -DNGF_ISA=<name>.
+#include "attention.h"
+#include "vectors.h"
+
+namespace ngf {
+namespace {
+
+template <class T> void row_of(const AttentionGradient& g, int64_t head, int64_t row) {
+  const int64_t at = (head * g.rows + row) * g.keys;
+  const int64_t seen = g.first + row + 1 < g.keys ? g.first + row + 1 : g.keys;
+  const float lse = g.lse[head * g.lse_stride + row];
+  float* s = g.scores + at;
+  T* dp = (T*)g.dp + at;
+  T* p = (T*)g.p + at;
+  Vec sums = {};
+  int64_t k = 0;
+  for (; k + W <= seen; k += W) {
+    const Vec weight = exp_of(load(s + k) * g.scale - lse);
+    sums += weight * load(dp + k);
+    store(s + k, weight);
+    store(p + k, weight);
+  }
+  float delta = sum(sums);
+  for (; k < seen; ++k) {                                            // at most 15
+    s[k] = exp_of(all(s[k] * g.scale - lse))[0];
+    delta += s[k] * one(dp + k);
+    put(p + k, s[k]);
+  }
+  for (k = 0; k + W <= seen; k += W) store(dp + k, load(s + k) * (load(dp + k) - delta) * g.scale);
+  for (; k < seen; ++k) put(dp + k, s[k] * (one(dp + k) - delta) * g.scale);
+  for (; k < g.keys; ++k) dp[k] = p[k] = T();
+}
+
+}  // namespace
+
+void NGF_JOIN(attention_row_, NGF_ISA)(const AttentionGradient& batch, int64_t head, int64_t row) {
+  if (batch.bf16) row_of<uint16_t>(batch, head, row);
+  else row_of<float>(batch, head, row);
+}
+
+}  // namespace ngf

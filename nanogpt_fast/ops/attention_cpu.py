@@ -1,0 +1,118 @@
+"""Causal attention on a CPU in bfloat16: PyTorch's forward, and a backward made of batched matmuls and one pass of the extension.
+
+PyTorch's own backward multiplies blocks of one head at a time; at B=4, H=12, T=256, D=64 it takes ten times as long as the five
+matmuls of a backward when they go over all heads at once. Between them stands csrc/attention.h:
+
+    S = Q K^T (fp32), dP = dO V^T;   P, dS = one pass;   dV = P^T dO, dQ = dS K, dK = dS^T Q
+
+Memory: tiles of ROWS queries by the keys that they see, for so many heads at a time that a tile stays in a cache.
+"""
+import math
+
+import torch
+
+from . import sample
+from .registration import define, raw
+
+ROWS = 256          # queries of a tile: half of the scores above the diagonal of a tile are wasted, so short ones waste less
+SCORES = 1 << 20    # of a tile, over its heads: 8 MB in fp32 S, bf16 dP and P
+
+# Asked once, here: torch.compile cannot trace questions to the extension.
+MISSING = None if hasattr(sample._C, "attention_gradient_cpu") else f"the extension is not there ({sample._missing()})"
+
+
+def why_not(qkv, dtype, D, scale, backend, dropout_p=0.0):
+    """None where this computes attention for the packed qkv in dtype with heads of D, else the reason."""
+    if MISSING is not None:
+        return MISSING
+    if qkv.device.type != "cpu":
+        return f"the extension computes on a CPU, the input is on {qkv.device.type}"
+    if dtype != torch.bfloat16:
+        return f"the input is {dtype}; in float32 the gradients are nanoGPT's bit for bit, and other dtypes are not taken"
+    if scale is not None and not 0 < scale < math.inf:
+        return f"scale is {scale}; the extension takes positive numbers"
+    if dropout_p > 0:
+        return "it has no dropout"
+    if not (qkv.requires_grad and torch.is_grad_enabled()):
+        return "without a gradient PyTorch's kernel is as fast"
+    return None
+
+
+def packed(qkv, n_head, scale):
+    """qkv (B, T, 3C) bfloat16 -> (B, T, C). Autograd knows it."""
+    return _PackedAttention.apply(qkv, n_head, scale)
+
+
+class _PackedAttention(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, qkv, n_head, scale):
+        run = raw.attention_cpu if torch.compiler.is_compiling() else forward
+        out, lse = run(qkv, n_head, scale)
+        ctx.save_for_backward(qkv, lse)
+        ctx.options = n_head, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, do):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("the attention kernels have no second derivative (create_graph=True); use backend='reference'")
+        run = raw.attention_backward_cpu if torch.compiler.is_compiling() else backward
+        return run(do, *ctx.saved_tensors, *ctx.options), None, None
+
+
+def forward(qkv, n_head, scale):
+    """(out (B, T, C) bfloat16, lse (B, H, T) fp32)."""
+    B, T, C3 = qkv.shape
+    q, k, v = (x.transpose(1, 2) for x in _heads(qkv, n_head, 3))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    return out.transpose(1, 2).reshape(B, T, C3 // 3), lse.contiguous()
+
+
+def backward(do, qkv, lse, n_head, scale, isa=""):
+    """The gradient of qkv (B, T, 3C). do (B, T, C); lse as `forward` gave it. isa: see `sample_cpu`; "" is the best."""
+    B, T, C3 = qkv.shape
+    H, D = n_head, C3 // (3 * n_head)
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    q, k, v, do = (_by_head(x) for x in (*_heads(qkv, H, 3), *_heads(do, H, 1)))     # (B H, T, D)
+    lse = lse.view(B * H, T)
+    q32, k32 = q.float(), k.float()
+    dq = torch.empty_like(q)
+    # Where several tiles of queries add to a key, they add in fp32.
+    dk, dv = torch.empty(2, B * H, T, D, dtype=q.dtype) if T <= ROWS else torch.zeros(2, B * H, T, D)
+    for start in range(0, T, ROWS):
+        end = min(start + ROWS, T)                                   # queries start .. end - 1 see keys 0 .. end - 1
+        step = max(1, SCORES // ((end - start) * end))
+        for h in range(0, B * H, step):
+            rows, seen = (slice(h, h + step), slice(start, end)), (slice(h, h + step), slice(0, end))
+            scores = torch.bmm(q32[rows], k32[seen].transpose(1, 2))
+            ds = torch.bmm(do[rows], v[seen].transpose(1, 2))        # dP, until the pass
+            p = torch.empty_like(ds)
+            sample._C.attention_gradient_cpu("bfloat16", *scores.shape, start, scale, scores.data_ptr(), lse[rows].data_ptr(), T,
+                                             ds.data_ptr(), p.data_ptr(), torch.get_num_threads(), isa)
+            dq[rows] = torch.bmm(ds, k[seen])
+            put = torch.Tensor.copy_ if T <= ROWS else torch.Tensor.add_
+            put(dk[seen], torch.bmm(ds.transpose(1, 2), q[rows]))
+            put(dv[seen], torch.bmm(p.transpose(1, 2), do[rows]))
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    for target, gradient in zip(_heads(dqkv, H, 3), (dq, dk, dv)):
+        target.copy_(gradient.view(B, H, T, D).transpose(1, 2))
+    return dqkv
+
+
+def _heads(packed, n_head, parts):
+    """(B, T, parts * C) as `parts` views (B, T, H, D)."""
+    return packed.unflatten(2, (parts, n_head, -1)).unbind(2)
+
+
+def _by_head(x):
+    """(B, T, H, D) as a contiguous (B H, T, D)."""
+    B, T, H, D = x.shape
+    return x.transpose(1, 2).reshape(B * H, T, D).contiguous()
+
+
+define("attention_cpu(Tensor qkv, int n_head, float? scale) -> (Tensor, Tensor)", lambda *args: forward(*args),
+        lambda qkv, n_head, scale: (qkv.new_empty(*qkv.shape[:2], qkv.size(2) // 3),
+                                    qkv.new_empty(qkv.size(0), n_head, qkv.size(1), dtype=torch.float32)))
+define("attention_backward_cpu(Tensor do, Tensor qkv, Tensor lse, int n_head, float? scale) -> Tensor",
+        lambda *args: backward(*args), lambda do, qkv, *args: qkv.new_empty(qkv.shape))

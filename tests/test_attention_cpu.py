@@ -1,0 +1,123 @@
+"""Attention on a CPU in bf16 (ops/attention_cpu.py, csrc/attention.h) against fp64: shapes, tiles, instruction sets, where it steps aside."""
+import pytest
+import torch
+
+from nanogpt_fast import backend, reference
+from nanogpt_fast.error_rule import measure
+from nanogpt_fast.ops import attention_cpu as cpu
+from nanogpt_fast.ops import sample
+from nanogpt_fast.ops.attention import CANDIDATES, causal_attention_qkvpacked
+
+pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=f"not here: {cpu.MISSING}")
+ISAS = sample._C.build_info()["cpu_isas"].split() if cpu.MISSING is None else []
+AUTO, FUSED = backend.parse("auto"), backend.parse("fused")
+
+
+@pytest.fixture(autouse=True)
+def no_triton(monkeypatch):
+    """Where the interpreter runs, "fused" would mean the Triton kernel."""
+    monkeypatch.setattr(backend, "_interpreted", False)
+    torch.manual_seed(0)
+
+
+def draw(B, T, H, D, scale=1.0):
+    return (scale * torch.randn(B, T, 3 * H * D)).bfloat16().requires_grad_(), torch.randn(B, T, H * D).bfloat16()
+
+
+def run(function, qkv, do):
+    qkv = qkv.detach().requires_grad_()
+    out = function(qkv)
+    return out, torch.autograd.grad(out, qkv, do.to(out.dtype))[0]
+
+
+def assert_close(found, qkv, do, H, **kwargs):
+    out, dqkv = found
+    exact_out, exact = run(lambda t: reference.causal_attention_qkvpacked(t, H, **kwargs), qkv.double(), do)
+    plain_out, plain = run(lambda t: reference.causal_attention_qkvpacked(t, H, **kwargs), qkv, do)
+    assert out.dtype == dqkv.dtype == torch.bfloat16
+    parts = [("out", out, exact_out, plain_out, "forward")]
+    parts += [(name, *tensors, "gradient") for name, *tensors in zip(("dq", "dk", "dv"), *(t.chunk(3, 2) for t in (dqkv, exact, plain)))]
+    for name, ours, oracle, low, direction in parts:
+        problem = measure(ours, oracle.detach(), low, direction).problem
+        assert problem is None, f"{name}: {problem}"
+
+
+@pytest.mark.parametrize("B,T,H,D", [(2, 64, 3, 64), (1, 300, 2, 32), (1, 513, 1, 128), (2, 7, 2, 8), (3, 17, 2, 12), (4, 256, 2, 80)])
+def test_results_and_gradients_are_as_near_to_fp64_as_pytorchs(B, T, H, D):
+    qkv, do = draw(B, T, H, D)
+    assert_close(run(lambda t: causal_attention_qkvpacked(t, H, backend=FUSED), qkv, do), qkv, do, H)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_is_right_also_where_the_weights_are_steep(isa):
+    B, T, H, D = 2, 77, 2, 16
+    qkv, do = draw(B, T, H, D, scale=3.0)
+    out, lse = cpu.forward(qkv.detach(), H, 0.5)
+    assert_close((out, cpu.backward(do, qkv.detach(), lse, H, 0.5, isa)), qkv, do, H, scale=0.5)
+
+
+def test_tiles_of_queries_and_groups_of_heads_change_nothing_but_rounding(monkeypatch):
+    qkv, do = draw(2, 100, 3, 16)
+    monkeypatch.setattr(cpu, "ROWS", 32)
+    monkeypatch.setattr(cpu, "SCORES", 2 * 32 * 100)
+    assert_close(run(lambda t: causal_attention_qkvpacked(t, 3, backend=FUSED), qkv, do), qkv, do, 3)
+
+
+def test_a_query_that_sees_one_key_sends_nothing_back_through_its_score():
+    qkv, do = draw(2, 5, 2, 16)
+    _, dqkv = run(lambda t: causal_attention_qkvpacked(t, 2, backend=FUSED), qkv, do)
+    assert (dqkv[:, 0, :32] == 0).all()
+
+
+def test_qkv_and_the_gradient_may_have_any_strides():
+    wide = torch.randn(5, 2, 120).bfloat16()
+    qkv, do = wide.transpose(0, 1)[..., 12:108], torch.randn(1, 1, 1).bfloat16().expand(2, 5, 32)
+    found = run(lambda t: causal_attention_qkvpacked(t, 2, backend=FUSED), qkv, do)
+    same = run(lambda t: causal_attention_qkvpacked(t, 2, backend=FUSED), qkv.contiguous(), do.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(found, same))
+
+
+def test_an_empty_batch_and_a_second_derivative():
+    qkv, do = draw(0, 5, 2, 8)
+    assert run(lambda t: causal_attention_qkvpacked(t, 2, backend=FUSED), qkv, do)[1].shape == (0, 5, 48)
+    qkv, do = draw(1, 5, 2, 8)
+    out = causal_attention_qkvpacked(qkv, 2, backend=FUSED)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out.float().sum(), qkv, create_graph=True)
+
+
+def test_threads_change_no_bit():
+    qkv, do = draw(4, 128, 4, 16)
+    before, results = torch.get_num_threads(), []
+    out, lse = cpu.forward(qkv.detach(), 4, None)
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(cpu.backward(do, qkv.detach(), lse, 4, None))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_compiled_it_is_one_graph_and_gives_the_same():
+    qkv, do = draw(2, 9, 2, 8)
+    call = lambda t: causal_attention_qkvpacked(t, 2, backend=FUSED)
+    torch._dynamo.reset()
+    compiled = run(torch.compile(call, backend="aot_eager", fullgraph=True), qkv, do)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, run(call, qkv, do)))
+
+
+def test_the_registered_operators_pass_opcheck():
+    qkv, do = (t.detach() for t in draw(2, 9, 2, 8))
+    torch.library.opcheck(torch.ops.nanogpt_fast.attention_cpu, (qkv, 2, None))
+    torch.library.opcheck(torch.ops.nanogpt_fast.attention_backward_cpu, (do, qkv, cpu.forward(qkv, 2, None)[1], 2, None))
+
+
+def test_it_steps_aside_where_nanogpts_bits_are_promised_and_where_it_gains_nothing():
+    why_not = dict(CANDIDATES)["cpp"]
+    qkv, _ = draw(1, 5, 2, 8)
+    assert why_not(qkv, torch.bfloat16, 8, None, AUTO) is None
+    assert "bit for bit" in why_not(qkv, torch.float32, 8, None, AUTO)
+    assert "dropout" in why_not(qkv, torch.bfloat16, 8, None, AUTO, 0.1)
+    with torch.no_grad():
+        assert "without a gradient" in why_not(qkv, torch.bfloat16, 8, None, AUTO)
