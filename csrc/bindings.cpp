@@ -100,6 +100,7 @@ PYBIND11_MODULE(_C, module) {
     info["version"] = NGF_VERSION;
     info["compiler"] = NGF_COMPILER;
     info["cpu_isas"] = ngf::cpu_isas();
+    info["decode_isas"] = ngf::decode_isas();
 #ifdef NGF_CUDA
     info["cuda"] = NGF_CUDA_VERSION;
 #else
@@ -108,7 +109,7 @@ PYBIND11_MODULE(_C, module) {
     info["cuda_archs"] = NGF_CUDA_ARCHS;
     info["cuda_why_not"] = NGF_CUDA_WHY_NOT;
     return info;
-  }, "What was built: version, compiler, cpu_isas that run here (best first), cuda (None without nvcc), cuda_archs, cuda_why_not.");
+  }, "What was built: version, compiler, cpu_isas and decode_isas that run here (best first), cuda (None without nvcc), cuda_archs, cuda_why_not.");
 
   module.def("sample_cpu", [](NGF_BATCH_PARAMETERS, int threads, const std::string& isa) {
     const Batch batch = make_batch(NGF_BATCH_ARGUMENTS);

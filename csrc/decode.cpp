@@ -1,8 +1,9 @@
 // The decode step's outside: its stages, and a team of threads that deals out their chunks.
 //
 // A step is 5 stages a layer (project to q, k, v; attend; project back; up and activate; down) and the head. Each stage is cut into
-// chunks that write disjoint outputs and read only what earlier stages wrote. Threads take chunks from a counter, and go on to the next
-// stage when all chunks of this one are done. So no stage waits for a thread that the system has not started yet: one on a crowded
+// chunks that write disjoint outputs and read only what earlier stages wrote. Every thread has a share of a stage's chunks, in a row, so
+// that it reads memory in order and knows what it will read next; when its share is done it takes from the others', and when all chunks of
+// the stage are done it goes on. So no stage waits for a thread that the system has not started yet: one on a crowded
 // machine finds the chunks taken. The team is made for the call and ends with it, as the sampler's (cpu.cpp says why).
 #include "decode.h"
 
@@ -20,29 +21,46 @@
 namespace ngf {
 namespace {
 
-const DecodeKernels& find_kernels(const std::string& isa) {
-  const std::string available = cpu_isas();                          // best first, separated by blanks
-  const std::string wanted = isa.empty() ? available.substr(0, available.find(' ')) : isa;
-  if ((" " + available + " ").find(" " + wanted + " ") == std::string::npos)
-    throw std::invalid_argument("isa is '" + isa + "'; this CPU and build have: " + available);
-#ifdef NGF_X86
-  if (wanted == "avx512") return decode_kernels_avx512;
-  if (wanted == "avx2") return decode_kernels_avx2;
+const std::vector<DecodeKernels>& all_kernels() {                      // that run here, best first
+  static const std::vector<DecodeKernels> all = [] {
+    std::vector<DecodeKernels> found;
+    const std::string isas = std::string(" ") + cpu_isas() + " ";
+    const auto runs = [&](const char* isa) { return isas.find(std::string(" ") + isa + " ") != std::string::npos; };
+#ifdef NGF_AMX
+    if (runs("avx512") && amx_works()) {
+      DecodeKernels amx = decode_kernels_avx512;
+      amx.isa = "amx";
+      amx.packs = true;
+      amx.dots = dots_amx;
+      found.push_back(amx);
+    }
 #endif
-  return decode_kernels_baseline;
+#ifdef NGF_X86
+    if (runs("avx512")) found.push_back(decode_kernels_avx512);
+    if (runs("avx2")) found.push_back(decode_kernels_avx2);
+#endif
+    found.push_back(decode_kernels_baseline);
+    return found;
+  }();
+  return all;
 }
 
-constexpr int64_t CHUNK = 64;  // outputs: with 768 inputs 196 KB of fp32 weights, 4 us, long against taking a chunk and short against a stage
+const DecodeKernels& find_kernels(const Model& m, const std::string& isa) {
+  for (const DecodeKernels& kernels : all_kernels())
+    if ((isa.empty() || isa == kernels.isa) && (!kernels.packs || (m.type == WeightType::bf16 && m.width % 32 == 0))) return kernels;
+  throw std::invalid_argument("isa is '" + isa + "'; this CPU, build and model have: " + decode_isas());
+}
 
 struct Stage {
   enum Kind { project, attend, project_back, up, down, head } kind;
   int64_t layer;
   int64_t chunks;
+  const LinearWeights* linear;                                         // null for attend
+  int64_t in, out;
 };
 
-struct Progress {
-  alignas(64) std::atomic<int64_t> next{0};
-  alignas(64) std::atomic<int64_t> done{0};
+struct alignas(64) Count {
+  std::atomic<int64_t> value{0};
 };
 
 struct Step {
@@ -51,73 +69,107 @@ struct Step {
   std::vector<int64_t> token, position;
   float* logits;
   const DecodeKernels* kernels;
+  int64_t members;
   std::vector<Stage> stages;
-  std::unique_ptr<Progress[]> progress;
+  std::unique_ptr<Count[]> taken;                                      // (stages, members): chunks of a member's share
+  std::unique_ptr<Count[]> done;                                       // (stages): chunks
+  std::unique_ptr<Count[]> begun;                                      // (members): 1 for who works, or need not any more
   std::vector<float> memory;
   Activations a;
 
-  Step(const Model& m, const int64_t* tokens, const int64_t* positions, float* logits, const DecodeKernels& kernels)
+  Step(const Model& m, const int64_t* tokens, const int64_t* positions, float* logits, const DecodeKernels& kernels, int64_t members)
       : model(m), layers(m.layers, m.layers + m.n_layer), token(tokens, tokens + m.rows), position(positions, positions + m.rows),
-        logits(logits), kernels(&kernels), memory(m.rows * 9 * m.width) {
+        logits(logits), kernels(&kernels), members(members), memory(m.rows * 9 * m.width) {
     float* const p = memory.data();
-    const int64_t n = m.rows * m.width;
+    const int64_t C = m.width, n = m.rows * C;
     a = {p, p + n, p + 4 * n, p + 5 * n};
-    const auto cut = [](int64_t outputs) { return (outputs + CHUNK - 1) / CHUNK; };
+    const auto add = [&](Stage::Kind kind, int64_t layer, const LinearWeights& linear, int64_t in, int64_t out) {
+      stages.push_back({kind, layer, (out + CHUNK - 1) / CHUNK, &linear, in, out});
+    };
     for (int64_t l = 0; l < m.n_layer; ++l) {
-      stages.push_back({Stage::project, l, cut(3 * m.width)});
-      stages.push_back({Stage::attend, l, m.rows * m.heads});
-      stages.push_back({Stage::project_back, l, cut(m.width)});
-      stages.push_back({Stage::up, l, cut(4 * m.width)});
-      stages.push_back({Stage::down, l, cut(m.width)});
+      add(Stage::project, l, layers[l].c_attn, C, 3 * C);
+      stages.push_back({Stage::attend, l, m.rows * m.heads, nullptr, 0, 0});
+      add(Stage::project_back, l, layers[l].c_proj, C, C);
+      add(Stage::up, l, layers[l].c_fc, C, 4 * C);
+      add(Stage::down, l, layers[l].mlp_proj, 4 * C, C);
     }
-    stages.push_back({Stage::head, 0, cut(m.vocab)});
-    progress.reset(new Progress[stages.size()]);
+    add(Stage::head, 0, model.head, C, m.vocab);
+    taken.reset(new Count[stages.size() * members]);
+    done.reset(new Count[stages.size()]);
+    begun.reset(new Count[members]);
     kernels.embed(model, a, token.data(), position.data());
   }
 
-  // What one thread does. h: (rows, C) of its own; scores: (T + 16).
-  void work(float* h, float* scores) {
+  // What one thread does.
+  void work(int64_t member) {
+    std::vector<float> h(model.rows * model.width), scores(model.context + 16);
+    std::vector<uint32_t> packed(kernels->packs ? model.rows * 2 * model.width : 0);
     for (size_t s = 0; s < stages.size(); ++s) {
       const Stage& stage = stages[s];
-      bool normed = false;
-      for (int64_t chunk; (chunk = progress[s].next.fetch_add(1, std::memory_order_relaxed)) < stage.chunks;) {
-        if (!normed && (stage.kind == Stage::project || stage.kind == Stage::up || stage.kind == Stage::head)) {
-          norm(stage, h);                                            // every thread norms for itself: a microsecond, and no barrier
-          normed = true;
+      const void* x = nullptr;                                       // of a linear stage; every thread makes its own: no barrier
+      for (int64_t chunk; (chunk = take(s, member)) >= 0;) {
+        if (stage.kind == Stage::attend) {
+          const int64_t row = chunk / model.heads;
+          kernels->attend(model, layers[stage.layer], a, row, chunk % model.heads, position[row], scores.data());
+        } else {
+          if (!x) x = input(stage, h.data(), packed.data());
+          linear(s, chunk, x, weights_after(s, chunk, member));
         }
-        run(stage, chunk, h, scores);
-        progress[s].done.fetch_add(1, std::memory_order_release);
+        done[s].value.fetch_add(1, std::memory_order_release);
       }
-      for (int spins = 0; progress[s].done.load(std::memory_order_acquire) < stage.chunks; ++spins)
+      for (int spins = 0; done[s].value.load(std::memory_order_acquire) < stage.chunks; ++spins)
         if (spins > 2000) std::this_thread::yield();                 // the one who has the last chunk may have lost its core
     }
   }
 
-  void norm(const Stage& stage, float* h) const {
-    const NormWeights& w = stage.kind == Stage::head ? model.ln_f : stage.kind == Stage::up ? layers[stage.layer].ln_2 : layers[stage.layer].ln_1;
-    kernels->norm(model, w, a.x, h);
+  int64_t share(size_t s, int64_t member) const { return stages[s].chunks * member / members; }  // where a member's begins
+
+  // A chunk of the stage that nobody has: of the member's own share, else of another's; -1 when there is none.
+  int64_t take(size_t s, int64_t member) {
+    for (int64_t i = 0; i < members; ++i) {
+      const int64_t whose = (member + i) % members;
+      const int64_t chunk = share(s, whose) + taken[s * members + whose].value.fetch_add(1, std::memory_order_relaxed);
+      if (chunk < share(s, whose + 1)) return chunk;
+    }
+    return -1;
   }
 
-  void run(const Stage& stage, int64_t chunk, const float* h, float* scores) const {
-    const int64_t C = model.width;
-    const auto linear = [&](const LinearWeights& w, const float* x, int64_t in, float* y, int64_t out, bool accumulate, bool activate) {
-      kernels->linear(model, w, x, in, y, out, chunk * CHUNK, std::min(out, (chunk + 1) * CHUNK), accumulate, activate);
-    };
-    if (stage.kind == Stage::head) return linear(model.head, h, C, logits, model.vocab, false, false);
-    const LayerWeights& layer = layers[stage.layer];
-    switch (stage.kind) {
-      case Stage::project:
-        linear(layer.c_attn, h, C, a.qkv, 3 * C, false, false);
-        return kernels->remember(model, layer, a, position.data(), chunk * CHUNK, std::min(3 * C, (chunk + 1) * CHUNK));
-      case Stage::attend: {
-        const int64_t row = chunk / model.heads;
-        return kernels->attend(model, layer, a, row, chunk % model.heads, position[row], scores);
-      }
-      case Stage::project_back: return linear(layer.c_proj, a.attended, C, a.x, C, true, false);
-      case Stage::up: return linear(layer.c_fc, h, C, a.hidden, 4 * C, false, true);
-      case Stage::down: return linear(layer.mlp_proj, a.hidden, 4 * C, a.x, C, true, false);
-      case Stage::head: return;
+  // What this thread will probably read after the weights of a chunk: the next of its share, or the first of its share of what follows.
+  const void* weights_after(size_t s, int64_t chunk, int64_t member) const {
+    if (++chunk >= share(s, member + 1)) {
+      do ++s;
+      while (s < stages.size() && !stages[s].linear);
+      if (s == stages.size()) return nullptr;
+      chunk = share(s, member);
     }
+    return (const char*)stages[s].linear->weight + chunk * CHUNK * stages[s].in * (model.type == WeightType::fp32 ? 4 : 2);
+  }
+
+  // What a linear stage multiplies, in the form that the kernels take.
+  const void* input(const Stage& stage, float* h, uint32_t* packed) const {
+    const float* x = h;
+    switch (stage.kind) {
+      case Stage::project: kernels->norm(model, layers[stage.layer].ln_1, a.x, h); break;
+      case Stage::up: kernels->norm(model, layers[stage.layer].ln_2, a.x, h); break;
+      case Stage::head: kernels->norm(model, model.ln_f, a.x, h); break;
+      case Stage::project_back: x = a.attended; break;
+      case Stage::down: x = a.hidden; break;
+      case Stage::attend: break;
+    }
+    if (!kernels->packs) return x;
+    kernels->pack(model, x, stage.in, packed);
+    return packed;
+  }
+
+  void linear(size_t s, int64_t chunk, const void* x, const void* next) const {
+    const Stage& stage = stages[s];
+    const int64_t begin = chunk * CHUNK, end = std::min(stage.out, begin + CHUNK);
+    const bool accumulate = stage.kind == Stage::project_back || stage.kind == Stage::down;
+    float* const y = accumulate ? a.x : stage.kind == Stage::project ? a.qkv : stage.kind == Stage::up ? a.hidden : logits;
+    float dot[CHUNK][MAX_DECODE_ROWS];
+    kernels->dots(model, stage.linear->weight, x, stage.in, begin, end, next, dot);
+    kernels->finish(model, stage.linear->bias, dot, y, stage.out, begin, end, accumulate, stage.kind == Stage::up);
+    if (stage.kind == Stage::project) kernels->remember(model, layers[stage.layer], a, position.data(), begin, end);
   }
 };
 
@@ -136,24 +188,34 @@ void check(const Model& m, const int64_t* token, const int64_t* position) {
 
 }  // namespace
 
+const char* decode_isas() {
+  static const std::string names = [] {
+    std::string joined;
+    for (const DecodeKernels& kernels : all_kernels()) joined += (joined.empty() ? "" : " ") + std::string(kernels.isa);
+    return joined;
+  }();
+  return names.c_str();
+}
+
 void decode_cpu(const Model& model, const int64_t* token, const int64_t* position, float* logits, int threads, const char* isa) {
   check(model, token, position);
-  const auto step = std::make_shared<Step>(model, token, position, logits, find_kernels(isa));
-  const size_t own = model.rows * model.width + model.context + 16;
-  const auto work = [own](Step& step) {
-    std::vector<float> memory(own);
-    step.work(memory.data(), memory.data() + step.model.rows * step.model.width);
-  };
+  const int64_t members = std::max(1, threads);
+  const auto step = std::make_shared<Step>(model, token, position, logits, find_kernels(model, isa), members);
   std::vector<std::thread> team;
-  for (int i = 1; i < threads; ++i) {
+  for (int64_t member = 1; member < members; ++member) {
     try {
-      team.emplace_back([step, work] { work(*step); });
+      team.emplace_back([step, member] {
+        if (!step->begun[member].value.exchange(1)) step->work(member);
+      });
     } catch (const std::system_error&) {
       break;  // no more threads to be had: those that run, and this one, do it all
     }
   }
-  work(*step);
-  for (std::thread& thread : team) thread.join();
+  step->work(0);
+  for (size_t i = 0; i < team.size(); ++i) {                          // one that never came to run is not waited for
+    if (step->begun[i + 1].value.exchange(1)) team[i].join();
+    else team[i].detach();
+  }
 }
 
 }  // namespace ngf

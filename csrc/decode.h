@@ -43,6 +43,10 @@ struct Model {
   int64_t n_layer;
 };
 
+#if defined(NGF_X86) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#define NGF_AMX  // the compiler knows AMX; whether the CPU does, amx_works() says
+#endif
+
 // What a step works in. fp32, all rows of a buffer contiguous.
 struct Activations {
   float* x;                // (rows, C) the residual stream
@@ -53,15 +57,24 @@ struct Activations {
 
 constexpr int64_t MAX_DECODE_ROWS = 16;  // beyond, PyTorch's matrix products reuse a weight from cache as well as this does
 
-// What decode_kernels.cpp, compiled once per instruction set, gives decode.cpp: the part `begin` .. `end` of a stage's output.
+// Outputs of a linear layer that a thread computes at a time: with 768 inputs 196 KB of fp32 weights, 4 us, long against taking a chunk
+// and short against a stage.
+constexpr int64_t CHUNK = 64;
+using Dots = float (*)[MAX_DECODE_ROWS]; // dot[o][r]: output begin + o of a chunk, row r, before bias and activation
+
+// What decode_kernels.cpp, compiled once per instruction set, gives decode.cpp.
 struct DecodeKernels {
   const char* isa;
   void (*embed)(const Model&, const Activations&, const int64_t* token, const int64_t* position);
   // h (rows, C) = norm(x)
   void (*norm)(const Model&, const NormWeights&, const float* x, float* h);
-  // Outputs begin .. end of a linear layer on in_features inputs, for all rows; `accumulate` adds to y, `activate` applies the activation.
-  void (*linear)(const Model&, const LinearWeights&, const float* x, int64_t in_features, float* y, int64_t out_features, int64_t begin,
-                 int64_t end, bool accumulate, bool activate);
+  // Where `packs`, `dots` takes x (rows, in) not as it is but in bf16, pairs of inputs of all rows side by side: (in / 2, rows, 2).
+  bool packs;
+  void (*pack)(const Model&, const float* x, int64_t in, uint32_t* packed);
+  // The products of outputs begin .. end with all rows of x. `next`: the weights that this thread will probably want then, or null.
+  void (*dots)(const Model&, const void* weight, const void* x, int64_t in, int64_t begin, int64_t end, const void* next, Dots dot);
+  // Bias, activation, and into y (rows, out).
+  void (*finish)(const Model&, const void* bias, Dots dot, float* y, int64_t out, int64_t begin, int64_t end, bool accumulate, bool activate);
   // Outputs begin .. end of q, k, v have been computed: put those that are keys or values into the cache.
   void (*remember)(const Model&, const LayerWeights&, const Activations&, const int64_t* position, int64_t begin, int64_t end);
   // Attention of one row and head over positions 0 .. position. scores: (T) of scratch.
@@ -69,7 +82,13 @@ struct DecodeKernels {
 };
 extern const DecodeKernels decode_kernels_baseline, decode_kernels_avx2, decode_kernels_avx512;
 
-// logits (rows, V) fp32. token, position (rows); a position is 0 .. T - 1. `isa` as for sample_cpu.
+// decode_amx.cpp: `dots` for bf16 weights whose number of inputs is a multiple of 32.
+bool amx_works();
+void dots_amx(const Model&, const void* weight, const void* x, int64_t in, int64_t begin, int64_t end, const void* next, Dots dot);
+
+// logits (rows, V) fp32. token, position (rows); a position is 0 .. T - 1. `isa`: one of decode_isas(), or "" for the best that takes
+// this model; "amx" is for bf16 and a width that is a multiple of 32.
 void decode_cpu(const Model& model, const int64_t* token, const int64_t* position, float* logits, int threads, const char* isa);
+const char* decode_isas();               // those that run here, best first, separated by blanks
 
 }  // namespace ngf

@@ -1,70 +1,36 @@
 // The arithmetic of a decode step. Compiled once per instruction set, with -DNGF_ISA=<name>; vectors are GCC's and Clang's vector
 // extension, 16 floats wide, which the compiler cuts to what the instruction set has. No standard library: see cpu_row.h.
 //
-// A matrix-vector product here is a dot product per output: the weight's row is read front to back, 64 bytes at a time, and meets every
-// row of the batch while it is in registers. Four outputs run together, so that four streams are under way.
+// A matrix-vector product here is a dot product per output: the weight's row is read front to back, and meets every row of the batch while
+// it is near. Four outputs run together. Meanwhile the weights that this thread wants next are asked for in the order in which they lie,
+// also those of the next stage, which depend on nothing: memory has no pause where the threads wait for one another.
 #include "decode.h"
-
-#define NGF_JOIN_(a, b) a##b
-#define NGF_JOIN(a, b) NGF_JOIN_(a, b)
-#define NGF_STRING_(a) #a
-#define NGF_STRING(a) NGF_STRING_(a)
-
-extern "C" {
-float sqrtf(float);
-}
+#include "vectors.h"
 
 namespace ngf {
 namespace {
 
-constexpr int64_t W = 16;
-typedef float Vec __attribute__((vector_size(64), aligned(4)));      // aligned(4): loaded from anywhere
-typedef int32_t IVec __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t Half __attribute__((vector_size(32), aligned(2)));
-typedef uint32_t UVec __attribute__((vector_size(64), aligned(4)));
-
-inline Vec load(const float* p) { return *(const Vec*)p; }
-inline Vec load(const uint16_t* p) {                                 // bf16 is the upper half of an fp32
-  return (Vec)(__builtin_convertvector(*(const Half*)p, UVec) << 16);
-}
-inline float one(const float* p) { return *p; }
-inline float one(const uint16_t* p) {
-  union { uint32_t bits; float value; } u = {(uint32_t)*p << 16};
-  return u.value;
-}
-inline void put(float* p, float v) { *p = v; }
-inline void put(uint16_t* p, float v) {                              // to nearest, ties to even; NaN stays NaN
-  union { float value; uint32_t bits; } u = {v};
-  if ((u.bits & 0x7fffffff) > 0x7f800000) *p = (uint16_t)(u.bits >> 16 | 0x40);
-  else *p = (uint16_t)((u.bits + 0x7fff + (u.bits >> 16 & 1)) >> 16);
-}
-inline Vec all(float v) { return Vec{} + v; }
-
-inline float sum(Vec v) {
-  float s[W];
-  *(Vec*)s = v;
-  for (int64_t n = W / 2; n > 0; n /= 2)
-    for (int64_t i = 0; i < n; ++i) s[i] += s[i + n];
-  return s[0];
+// Lane i: the sum of two lanes of (a, b), N apart. Four rounds of it turn 16 vectors into the vector of their sums.
+template <int N> inline Vec pairs_added(Vec a, Vec b) {
+#ifdef __clang__
+#define NGF_FROM(i) (i) / N * 2 * N + (i) % N
+#define NGF_SHUFFLE(d) __builtin_shufflevector(a, b, NGF_FROM(0) + d, NGF_FROM(1) + d, NGF_FROM(2) + d, NGF_FROM(3) + d, NGF_FROM(4) + d, \
+    NGF_FROM(5) + d, NGF_FROM(6) + d, NGF_FROM(7) + d, NGF_FROM(8) + d, NGF_FROM(9) + d, NGF_FROM(10) + d, NGF_FROM(11) + d, \
+    NGF_FROM(12) + d, NGF_FROM(13) + d, NGF_FROM(14) + d, NGF_FROM(15) + d)
+  return NGF_SHUFFLE(0) + NGF_SHUFFLE(N);
+#else
+  constexpr IVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  constexpr IVec from = lane / N * (2 * N) + lane % N;
+  return __builtin_shuffle(a, b, from) + __builtin_shuffle(a, b, from + N);
+#endif
 }
 
-// exp to within 2 units in the last place: 2^n times a polynomial in the remainder. Below -87 it is 0, as the softmax wants it.
-inline Vec exp_of(Vec x) {
-  const IVec tiny = x < -87.0f;
-  x = tiny ? all(0.0f) : x;
-  const Vec high = x > 88.0f ? all(88.0f) : x;
-  const Vec shifted = high * 1.44269504f + 12582912.0f;              // 1.5 * 2^23: adding it rounds to a whole number
-  const Vec n = shifted - 12582912.0f;
-  const Vec r = high - n * 0.693359375f + n * 2.12194440e-4f;        // ln 2 in two parts
-  Vec p = all(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Vec power = (Vec)((__builtin_convertvector(n, IVec) + 127) << 23);
-  return tiny ? all(0.0f) : p * power;
+// Lane i: the sum of s[i].
+inline Vec sums(const Vec (&s)[W]) {
+  Vec a[8], b[4];
+  for (int i = 0; i < 8; ++i) a[i] = pairs_added<8>(s[2 * i], s[2 * i + 1]);
+  for (int i = 0; i < 4; ++i) b[i] = pairs_added<4>(a[2 * i], a[2 * i + 1]);
+  return pairs_added<1>(pairs_added<2>(b[0], b[1]), pairs_added<2>(b[2], b[3]));
 }
 
 // erf by Abramowitz and Stegun, 7.1.26: absolute error 1.5e-7, fp32's own.
@@ -119,75 +85,101 @@ void norm(const Model& m, const NormWeights& w, const float* x, float* h) {
   }
 }
 
-// `OUT` outputs for `ROWS` rows: dot[o][r] = weight row o . x row r.
-template <int OUT, int ROWS, class T> void dots(const T* weight, int64_t stride, const float* x, int64_t in, float (*dot)[MAX_DECODE_ROWS]) {
-  Vec s[OUT][ROWS] = {};
+// `OUT` outputs for `ROWS` rows: dot[o][r] = weight row o . x row r. As many bytes of `ahead` as are read here are asked for, front to back.
+template <int OUT, int ROWS, class T> void dots_of(const T* weight, const float* x, int64_t in, const char* ahead, Dots dot) {
+  static_assert(OUT * ROWS <= W, "the sums are one vector");
+  constexpr int64_t LINE = 64 / sizeof(T);
+  Vec s[W] = {};                                                     // of output o and row r in o * ROWS + r
   int64_t c = 0;
   for (; c + W <= in; c += W) {
     Vec w[OUT];
-    for (int o = 0; o < OUT; ++o) {
-      w[o] = load(weight + o * stride + c);
-      __builtin_prefetch(weight + o * stride + c + 1024 / (int64_t)sizeof(T));
-    }
+    for (int o = 0; o < OUT; ++o) w[o] = load(weight + o * in + c);
+    if (ahead && c % LINE == 0)
+      for (int o = 0; o < OUT; ++o, ahead += 64) __builtin_prefetch(ahead, 0, 2);
     for (int r = 0; r < ROWS; ++r) {
       const Vec v = load(x + r * in + c);
-      for (int o = 0; o < OUT; ++o) s[o][r] += w[o] * v;
+      for (int o = 0; o < OUT; ++o) s[o * ROWS + r] += w[o] * v;
     }
   }
+  const Vec total = sums(s);
   for (int o = 0; o < OUT; ++o)
     for (int r = 0; r < ROWS; ++r) {
-      dot[o][r] = sum(s[o][r]);
-      for (int64_t i = c; i < in; ++i) dot[o][r] += one(weight + o * stride + i) * x[r * in + i];
+      dot[o][r] = total[o * ROWS + r];
+      for (int64_t i = c; i < in; ++i) dot[o][r] += one(weight + o * in + i) * x[r * in + i];
     }
 }
 
-// All rows of the batch, at most four at a time: 4 x 4 sums and what they need fill the registers of AVX-512.
-template <int OUT, class T> void dots_of_rows(const T* weight, int64_t stride, const float* x, int64_t in, int64_t rows,
-                                              float (*dot)[MAX_DECODE_ROWS]) {
+// Four outputs (or one) for all rows of the batch: 16 sums and what they need fill the registers of AVX-512.
+template <int OUT, class T> void dots_of_rows(const T* weight, const float* x, int64_t in, int64_t rows, const char* ahead, Dots dot) {
+  constexpr int SOME = OUT < 2 ? OUT : 2;
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) dots<OUT, 4>(weight, stride, x + r * in, in, (float (*)[MAX_DECODE_ROWS])(&dot[0][r]));
+  for (; r + 8 <= rows; r += 8, ahead = nullptr)
+    for (int o = 0; o < OUT; o += SOME)
+      dots_of<SOME, 8>(weight + o * in, x + r * in, in, ahead ? ahead + o * in * sizeof(T) : nullptr, (Dots)&dot[o][r]);
+  for (; r + 4 <= rows; r += 4, ahead = nullptr) dots_of<OUT, 4>(weight, x + r * in, in, ahead, (Dots)&dot[0][r]);
   switch (rows - r) {
-    case 3: dots<OUT, 3>(weight, stride, x + r * in, in, (float (*)[MAX_DECODE_ROWS])(&dot[0][r])); break;
-    case 2: dots<OUT, 2>(weight, stride, x + r * in, in, (float (*)[MAX_DECODE_ROWS])(&dot[0][r])); break;
-    case 1: dots<OUT, 1>(weight, stride, x + r * in, in, (float (*)[MAX_DECODE_ROWS])(&dot[0][r])); break;
+    case 3: dots_of<OUT, 3>(weight, x + r * in, in, ahead, (Dots)&dot[0][r]); break;
+    case 2: dots_of<OUT, 2>(weight, x + r * in, in, ahead, (Dots)&dot[0][r]); break;
+    case 1: dots_of<OUT, 1>(weight, x + r * in, in, ahead, (Dots)&dot[0][r]); break;
   }
 }
 
-template <class T> void linear_of(const Model& m, const LinearWeights& w, const float* x, int64_t in, float* y, int64_t out, int64_t begin,
-                                  int64_t end, bool accumulate, bool activate) {
-  const T* weight = (const T*)w.weight;
-  const T* bias = (const T*)w.bias;
-  float dot[W][MAX_DECODE_ROWS];
-  for (int64_t o = begin; o < end; o += W) {                         // 16 outputs: a vector for the activation
+template <class T> void dots_as(const Model& m, const void* weights, const float* x, int64_t in, int64_t begin, int64_t end, const void* next, Dots dot) {
+  const T* weight = (const T*)weights + begin * in;
+  const char* ahead = (const char*)next;
+  int64_t o = 0;
+  for (; o + 4 <= end - begin; o += 4) dots_of_rows<4>(weight + o * in, x, in, m.rows, ahead ? ahead + o * in * sizeof(T) : nullptr, dot + o);
+  for (; o < end - begin; ++o) dots_of_rows<1>(weight + o * in, x, in, m.rows, nullptr, dot + o);
+}
+
+void dots(const Model& m, const void* weight, const void* x, int64_t in, int64_t begin, int64_t end, const void* next, Dots dot) {
+  if (m.type == WeightType::fp32) dots_as<float>(m, weight, (const float*)x, in, begin, end, next, dot);
+  else dots_as<uint16_t>(m, weight, (const float*)x, in, begin, end, next, dot);
+}
+
+void pack(const Model& m, const float* x, int64_t in, uint32_t* packed) {
+  for (int64_t r = 0; r < m.rows; ++r)
+    for (int64_t p = 0; p < in / 2; ++p) {
+      uint16_t pair[2];
+      put(pair, x[r * in + 2 * p]);
+      put(pair + 1, x[r * in + 2 * p + 1]);
+      packed[p * m.rows + r] = (uint32_t)pair[1] << 16 | pair[0];
+    }
+}
+
+template <class T> void finish_as(const Model& m, const void* biases, Dots dot, float* y, int64_t out, int64_t begin, int64_t end, bool accumulate,
+                                  bool activate) {
+  const T* bias = (const T*)biases;
+  for (int64_t o = begin; o < end; o += W) {                         // a vector for the activation
     const int64_t n = end - o < W ? end - o : W;
-    int64_t i = 0;
-    for (; i + 4 <= n; i += 4) dots_of_rows<4>(weight + (o + i) * in, in, x, in, m.rows, dot + i);
-    for (; i < n; ++i) dots_of_rows<1>(weight + (o + i) * in, in, x, in, m.rows, dot + i);
     for (int64_t r = 0; r < m.rows; ++r) {
       float v[W] = {};
-      for (i = 0; i < n; ++i) v[i] = dot[i][r] + (bias ? one(bias + o + i) : 0.0f);
+      for (int64_t i = 0; i < n; ++i) v[i] = dot[o - begin + i][r] + (bias ? one(bias + o + i) : 0.0f);
       if (activate) *(Vec*)v = activated(*(const Vec*)v, m.activation);
       float* to = y + r * out + o;
-      for (i = 0; i < n; ++i) to[i] = accumulate ? to[i] + v[i] : v[i];
+      for (int64_t i = 0; i < n; ++i) to[i] = accumulate ? to[i] + v[i] : v[i];
     }
   }
 }
 
-void linear(const Model& m, const LinearWeights& w, const float* x, int64_t in, float* y, int64_t out, int64_t begin, int64_t end,
-            bool accumulate, bool activate) {
-  if (m.type == WeightType::fp32) linear_of<float>(m, w, x, in, y, out, begin, end, accumulate, activate);
-  else linear_of<uint16_t>(m, w, x, in, y, out, begin, end, accumulate, activate);
+void finish(const Model& m, const void* bias, Dots dot, float* y, int64_t out, int64_t begin, int64_t end, bool accumulate, bool activate) {
+  if (m.type == WeightType::fp32) finish_as<float>(m, bias, dot, y, out, begin, end, accumulate, activate);
+  else finish_as<uint16_t>(m, bias, dot, y, out, begin, end, accumulate, activate);
 }
 
 template <class T> void remember_as(const Model& m, const LayerWeights& layer, const Activations& a, const int64_t* position, int64_t begin,
                                     int64_t end) {
   const int64_t C = m.width, D = C / m.heads;
-  for (int64_t r = 0; r < m.rows; ++r)
-    for (int64_t o = begin < C ? C : begin; o < end; ++o) {
-      const int64_t c = o < 2 * C ? o - C : o - 2 * C;               // channel: head c / D, element c % D
-      T* cache = (T*)(o < 2 * C ? layer.keys : layer.values);
-      put(cache + ((r * m.heads + c / D) * m.context + position[r]) * D + c % D, a.qkv[r * 3 * C + o]);
+  int64_t n;
+  for (int64_t o = begin < C ? C : begin; o < end; o += n) {         // what of a head's key or value lies in begin .. end
+    const int64_t c = o % C, head = c / D, d = c % D;
+    n = D - d < end - o ? D - d : end - o;
+    T* const cache = (T*)(o < 2 * C ? layer.keys : layer.values);
+    for (int64_t r = 0; r < m.rows; ++r) {
+      T* const to = cache + ((r * m.heads + head) * m.context + position[r]) * D + d;
+      for (int64_t i = 0; i < n; ++i) put(to + i, a.qkv[r * 3 * C + o + i]);
     }
+  }
 }
 
 void remember(const Model& m, const LayerWeights& layer, const Activations& a, const int64_t* position, int64_t begin, int64_t end) {
@@ -195,38 +187,53 @@ void remember(const Model& m, const LayerWeights& layer, const Activations& a, c
   else remember_as<uint16_t>(m, layer, a, position, begin, end);
 }
 
+// DV vectors of the result: the values' weighted sum over n positions, a value's lines read whole.
+template <int DV, class T> void weighted_sum(const float* weight, const T* v, int64_t n, int64_t D, float inverse, float* y) {
+  Vec s[2][DV] = {};                                                 // of even and odd positions: twice as many sums under way
+  int64_t t = 0;
+  for (; t + 2 <= n; t += 2)
+    for (int64_t i = 0; i < 2; ++i)
+      for (int d = 0; d < DV; ++d) s[i][d] += weight[t + i] * load(v + (t + i) * D + d * W);
+  for (; t < n; ++t)
+    for (int d = 0; d < DV; ++d) s[0][d] += weight[t] * load(v + t * D + d * W);
+  for (int d = 0; d < DV; ++d) *(Vec*)(y + d * W) = (s[0][d] + s[1][d]) * inverse;
+}
+
 template <class T> void attend_as(const Model& m, const LayerWeights& layer, const Activations& a, int64_t row, int64_t head, int64_t position,
                                   float* scores) {
-  const int64_t C = m.width, D = C / m.heads, n = position + 1;
+  const int64_t C = m.width, D = C / m.heads, n = position + 1, whole = D / W * W;
   const float* q = a.qkv + row * 3 * C + head * D;
   const T* k = (const T*)layer.keys + (row * m.heads + head) * m.context * D;
   const T* v = (const T*)layer.values + (row * m.heads + head) * m.context * D;
   const float scale = 1.0f / sqrtf((float)D);
-  float top = -__builtin_inff();
-  for (int64_t t = 0; t < n; ++t) {
-    Vec s = {};
-    int64_t d = 0;
-    for (; d + W <= D; d += W) s += load(q + d) * load(k + t * D + d);
-    float score = sum(s);
-    for (; d < D; ++d) score += q[d] * one(k + t * D + d);
-    scores[t] = score *= scale;
+  Vec top = all(-__builtin_inff());
+  for (int64_t begin = 0; begin < n; begin += W) {                   // sixteen positions: their scores are a vector
+    const int64_t some = n - begin < W ? n - begin : W;
+    Vec s[W] = {};
+    float rest[W] = {};
+    for (int64_t t = 0; t < some; ++t) {
+      const T* key = k + (begin + t) * D;
+      for (int64_t d = 0; d < whole; d += W) s[t] += load(q + d) * load(key + d);
+      for (int64_t d = whole; d < D; ++d) rest[t] += q[d] * one(key + d);
+    }
+    for (int64_t t = some; t < W; ++t) rest[t] = -__builtin_inff();  // the buffer is padded to whole vectors
+    const Vec score = (sums(s) + *(const Vec*)rest) * scale;
+    *(Vec*)(scores + begin) = score;
     top = score > top ? score : top;
   }
+  float largest = top[0];
+  for (int64_t i = 1; i < W; ++i) largest = top[i] > largest ? top[i] : largest;
   Vec total = {};
-  for (int64_t t = n; t < (n + W - 1) / W * W; ++t) scores[t] = -__builtin_inff();  // the buffer is padded to whole vectors
   for (int64_t t = 0; t < n; t += W) {
-    const Vec e = exp_of(load(scores + t) - top);
+    const Vec e = exp_of(load(scores + t) - largest);
     *(Vec*)(scores + t) = e;
     total += e;
   }
   const float inverse = 1.0f / sum(total);
   float* y = a.attended + row * C + head * D;
   int64_t d = 0;
-  for (; d + W <= D; d += W) {
-    Vec s = {};
-    for (int64_t t = 0; t < n; ++t) s += scores[t] * load(v + t * D + d);
-    *(Vec*)(y + d) = s * inverse;
-  }
+  for (; d + 4 * W <= D; d += 4 * W) weighted_sum<4>(scores, v + d, n, D, inverse, y + d);
+  for (; d + W <= D; d += W) weighted_sum<1>(scores, v + d, n, D, inverse, y + d);
   for (; d < D; ++d) {
     float s = 0;
     for (int64_t t = 0; t < n; ++t) s += scores[t] * one(v + t * D + d);
@@ -242,6 +249,6 @@ void attend(const Model& m, const LayerWeights& layer, const Activations& a, int
 }  // namespace
 
 extern const DecodeKernels NGF_JOIN(decode_kernels_, NGF_ISA);
-const DecodeKernels NGF_JOIN(decode_kernels_, NGF_ISA) = {NGF_STRING(NGF_ISA), embed, norm, linear, remember, attend};
+const DecodeKernels NGF_JOIN(decode_kernels_, NGF_ISA) = {NGF_STRING(NGF_ISA), embed, norm, false, pack, dots, finish, remember, attend};
 
 }  // namespace ngf
