@@ -30,6 +30,7 @@ const std::vector<DecodeKernels>& all_kernels() {                      // that r
     if (runs("avx512") && amx_works()) {
       DecodeKernels amx = decode_kernels_avx512;
       amx.isa = "amx";
+      amx.chunk = 64;                                                  // four tiles side by side; 98 KB with 768 inputs
       amx.packs = true;
       amx.dots = dots_amx;
       found.push_back(amx);
@@ -84,7 +85,7 @@ struct Step {
     const int64_t C = m.width, n = m.rows * C;
     a = {p, p + n, p + 4 * n, p + 5 * n};
     const auto add = [&](Stage::Kind kind, int64_t layer, const LinearWeights& linear, int64_t in, int64_t out) {
-      stages.push_back({kind, layer, (out + CHUNK - 1) / CHUNK, &linear, in, out});
+      stages.push_back({kind, layer, (out + kernels.chunk - 1) / kernels.chunk, &linear, in, out});
     };
     for (int64_t l = 0; l < m.n_layer; ++l) {
       add(Stage::project, l, layers[l].c_attn, C, 3 * C);
@@ -142,7 +143,7 @@ struct Step {
       if (s == stages.size()) return nullptr;
       chunk = share(s, member);
     }
-    return (const char*)stages[s].linear->weight + chunk * CHUNK * stages[s].in * (model.type == WeightType::fp32 ? 4 : 2);
+    return (const char*)stages[s].linear->weight + chunk * kernels->chunk * stages[s].in * (model.type == WeightType::fp32 ? 4 : 2);
   }
 
   // What a linear stage multiplies, in the form that the kernels take.
@@ -163,10 +164,10 @@ struct Step {
 
   void linear(size_t s, int64_t chunk, const void* x, const void* next) const {
     const Stage& stage = stages[s];
-    const int64_t begin = chunk * CHUNK, end = std::min(stage.out, begin + CHUNK);
+    const int64_t begin = chunk * kernels->chunk, end = std::min(stage.out, begin + kernels->chunk);
     const bool accumulate = stage.kind == Stage::project_back || stage.kind == Stage::down;
     float* const y = accumulate ? a.x : stage.kind == Stage::project ? a.qkv : stage.kind == Stage::up ? a.hidden : logits;
-    float dot[CHUNK][MAX_DECODE_ROWS];
+    float dot[MAX_CHUNK][MAX_DECODE_ROWS];
     kernels->dots(model, stage.linear->weight, x, stage.in, begin, end, next, dot);
     kernels->finish(model, stage.linear->bias, dot, y, stage.out, begin, end, accumulate, stage.kind == Stage::up);
     if (stage.kind == Stage::project) kernels->remember(model, layers[stage.layer], a, position.data(), begin, end);

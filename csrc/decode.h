@@ -57,14 +57,15 @@ struct Activations {
 
 constexpr int64_t MAX_DECODE_ROWS = 16;  // beyond, PyTorch's matrix products reuse a weight from cache as well as this does
 
-// Outputs of a linear layer that a thread computes at a time: with 768 inputs 196 KB of fp32 weights, 4 us, long against taking a chunk
-// and short against a stage.
-constexpr int64_t CHUNK = 64;
+constexpr int64_t MAX_CHUNK = 64;        // outputs
 using Dots = float (*)[MAX_DECODE_ROWS]; // dot[o][r]: output begin + o of a chunk, row r, before bias and activation
 
 // What decode_kernels.cpp, compiled once per instruction set, gives decode.cpp.
 struct DecodeKernels {
   const char* isa;
+  // Outputs of a linear layer that a thread computes at a time. With 768 inputs, 16 outputs are 49 KB of fp32 weights, 2 us: long against
+  // taking a chunk, short against a stage; with 3,072 two chunks, this and the next, still fit in an L2 cache.
+  int64_t chunk;
   void (*embed)(const Model&, const Activations&, const int64_t* token, const int64_t* position);
   // h (rows, C) = norm(x)
   void (*norm)(const Model&, const NormWeights&, const float* x, float* h);

@@ -150,14 +150,22 @@ void pack(const Model& m, const float* x, int64_t in, uint32_t* packed) {
 template <class T> void finish_as(const Model& m, const void* biases, Dots dot, float* y, int64_t out, int64_t begin, int64_t end, bool accumulate,
                                   bool activate) {
   const T* bias = (const T*)biases;
-  for (int64_t o = begin; o < end; o += W) {                         // a vector for the activation
+  for (int64_t o = begin; o < end; o += W) {
     const int64_t n = end - o < W ? end - o : W;
+    Vec b = {};
+    if (bias)
+      for (int64_t i = 0; i < n; ++i) b[i] = one(bias + o + i);
     for (int64_t r = 0; r < m.rows; ++r) {
-      float v[W] = {};
-      for (int64_t i = 0; i < n; ++i) v[i] = dot[o - begin + i][r] + (bias ? one(bias + o + i) : 0.0f);
-      if (activate) *(Vec*)v = activated(*(const Vec*)v, m.activation);
+      Vec v = b;
+      if (n == W)
+        for (int64_t i = 0; i < W; ++i) v[i] += dot[o - begin + i][r];
+      else
+        for (int64_t i = 0; i < n; ++i) v[i] += dot[o - begin + i][r];
+      if (activate) v = activated(v, m.activation);
       float* to = y + r * out + o;
-      for (int64_t i = 0; i < n; ++i) to[i] = accumulate ? to[i] + v[i] : v[i];
+      if (n == W) store(to, accumulate ? load(to) + v : v);
+      else
+        for (int64_t i = 0; i < n; ++i) to[i] = accumulate ? to[i] + v[i] : v[i];
     }
   }
 }
@@ -187,13 +195,21 @@ void remember(const Model& m, const LayerWeights& layer, const Activations& a, c
   else remember_as<uint16_t>(m, layer, a, position, begin, end);
 }
 
+// The cache of a head lies in one piece, but is short: the hardware notices late that it is read in order. So values are asked for
+// while keys are read, and the next head's keys while values are.
+template <class T> inline void fetch(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
+}
+
 // DV vectors of the result: the values' weighted sum over n positions, a value's lines read whole.
-template <int DV, class T> void weighted_sum(const float* weight, const T* v, int64_t n, int64_t D, float inverse, float* y) {
+template <int DV, class T> void weighted_sum(const float* weight, const T* v, int64_t n, int64_t D, float inverse, const T* next, float* y) {
   Vec s[2][DV] = {};                                                 // of even and odd positions: twice as many sums under way
   int64_t t = 0;
-  for (; t + 2 <= n; t += 2)
+  for (; t + 2 <= n; t += 2) {
+    fetch(next + t * D, 2 * DV * W);
     for (int64_t i = 0; i < 2; ++i)
       for (int d = 0; d < DV; ++d) s[i][d] += weight[t + i] * load(v + (t + i) * D + d * W);
+  }
   for (; t < n; ++t)
     for (int d = 0; d < DV; ++d) s[0][d] += weight[t] * load(v + t * D + d * W);
   for (int d = 0; d < DV; ++d) *(Vec*)(y + d * W) = (s[0][d] + s[1][d]) * inverse;
@@ -211,6 +227,7 @@ template <class T> void attend_as(const Model& m, const LayerWeights& layer, con
     const int64_t some = n - begin < W ? n - begin : W;
     Vec s[W] = {};
     float rest[W] = {};
+    fetch(v + begin * D, W * D);
     for (int64_t t = 0; t < some; ++t) {
       const T* key = k + (begin + t) * D;
       for (int64_t d = 0; d < whole; d += W) s[t] += load(q + d) * load(key + d);
@@ -232,8 +249,9 @@ template <class T> void attend_as(const Model& m, const LayerWeights& layer, con
   const float inverse = 1.0f / sum(total);
   float* y = a.attended + row * C + head * D;
   int64_t d = 0;
-  for (; d + 4 * W <= D; d += 4 * W) weighted_sum<4>(scores, v + d, n, D, inverse, y + d);
-  for (; d + W <= D; d += W) weighted_sum<1>(scores, v + d, n, D, inverse, y + d);
+  const T* next = k + m.context * D;
+  for (; d + 4 * W <= D; d += 4 * W) weighted_sum<4>(scores, v + d, n, D, inverse, next + d, y + d);
+  for (; d + W <= D; d += W) weighted_sum<1>(scores, v + d, n, D, inverse, next + d, y + d);
   for (; d < D; ++d) {
     float s = 0;
     for (int64_t t = 0; t < n; ++t) s += scores[t] * one(v + t * D + d);
@@ -249,6 +267,6 @@ void attend(const Model& m, const LayerWeights& layer, const Activations& a, int
 }  // namespace
 
 extern const DecodeKernels NGF_JOIN(decode_kernels_, NGF_ISA);
-const DecodeKernels NGF_JOIN(decode_kernels_, NGF_ISA) = {NGF_STRING(NGF_ISA), embed, norm, false, pack, dots, finish, remember, attend};
+const DecodeKernels NGF_JOIN(decode_kernels_, NGF_ISA) = {NGF_STRING(NGF_ISA), 16, embed, norm, false, pack, dots, finish, remember, attend};
 
 }  // namespace ngf
