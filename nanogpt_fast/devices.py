@@ -29,10 +29,17 @@ def choose_device(name="auto"):
     return device
 
 
-def choose_dtype(name, device):
-    """torch.dtype for "auto" or a name. auto: bfloat16 on GPUs that compute in it, float16 on older ones, float32 elsewhere."""
+def choose_dtype(name, device, n_embd=0):
+    """torch.dtype for "auto" or a name. n_embd: the width of the model that is to be trained.
+
+    auto: bfloat16 on GPUs that compute in it, float16 on older ones; on a CPU bfloat16 where it has instructions for it and the
+    model is wide enough to gain (cpu.NARROWEST_IN_BF16); float32 elsewhere.
+    """
     if name != "auto":
         return DTYPES[name]
+    if device.type == "cpu" and n_embd:
+        from . import cpu
+        return torch.bfloat16 if n_embd >= cpu.NARROWEST_IN_BF16 and cpu.fast_bfloat16() else torch.float32
     if device.type != "cuda":
         return torch.float32
     with torch.cuda.device(device):

@@ -21,10 +21,10 @@ class Explanation(list):
         return "\n".join(f"{row.op:<{width}}  {row.implementation:<9}  {row.reason}".rstrip() for row in self)
 
 
-def explain(model, *, dtype=None, tokens=8):
+def explain(model, *, dtype=None, tokens=8, return_logits=True):
     """What every op of `model` (a GPT, maybe compiled or wrapped in DDP) would take for a training step on its device.
 
-    dtype: the autocast dtype, or None without autocast. Runs one small forward on the reference path and launches no kernel;
+    dtype: the autocast dtype, or None without autocast. return_logits=False: as our trainer calls it. Runs one small forward on the reference path and launches no kernel;
     the random state and the train/eval mode stay as they are. Returns an Explanation, a list of Row(op, implementation, reason).
     """
     gpt = next((module for module in model.modules() if isinstance(module, GPT)), None)
@@ -35,7 +35,7 @@ def explain(model, *, dtype=None, tokens=8):
     devices = [device] if device.type == "cuda" else []
     autocast = torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype not in (None, torch.float32))
     with torch.random.fork_rng(devices), backend.recording() as record, autocast:
-        gpt(idx, idx)
+        gpt(idx, idx, return_logits=return_logits)
 
     rows = {}
     for op, wanted, name, reasons in record:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import backend as ops_backend
 from . import checkpoint as checkpoints
-from . import captured, devices, options
+from . import captured, cpu, devices, options
 from .config import GPTConfig
 from .explanation import explain
 from .half_weights import HalfWeights
@@ -86,11 +86,14 @@ class TrainOptions:
                           "auto,attention=reference), or what connects the ranks of torchrun (nccl, gloo; nanoGPT's meaning), "
                           "or both: gloo,reference", section="Machine")
     device: str = option("auto", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
-    dtype: str = option("auto", "of the forward pass (auto on GPUs: bfloat16, float16 on old ones; else float32)",
+    dtype: str = option("auto", "of the forward pass (auto on GPUs: bfloat16, float16 on old ones; on CPUs with AMX or AVX-512 "
+                        "bf16: bfloat16 from 128 channels on; else float32)",
                         choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool | str = option("auto", "torch.compile the model (auto: on CUDA)", choices=("auto", True, False))
     cuda_graph: str = option("auto", "replay the step as CUDA graphs, which small models need (auto: where it can be; on: or "
                              "say why not and leave)", choices=("auto", "on", "off"))
+    malloc: str = option("auto", "on a CPU keep freed memory in the process (glibc): a step need not map it anew (auto: do; off)",
+                         choices=("auto", "off"))
     recompute: bool = option(True, "the fused MLP computes its GELU twice and a block keeps a fifth less for the backward")
     seed: int = option(1337, "of weights, batches and dropout; rank r takes seed + r", minimum=0)
 
@@ -148,8 +151,8 @@ def train(o):
 
 
 def _train(o, ranks, device, ops):
-    dtype = devices.choose_dtype(o.dtype, device)
-    context = devices.autocast(device, dtype)
+    on_cpu = device.type == "cpu"
+    malloc = ("malloc=off" if o.malloc == "off" else cpu.keep_freed_memory()) if on_cpu else None  # why not, or None
     compiled = o.compile if o.compile != "auto" else device.type == "cuda" and ops_backend.triton_import_error() is None
     if o.gradient_accumulation_steps % ranks.size:
         raise ValueError(f"gradient_accumulation_steps is {o.gradient_accumulation_steps}; {ranks.size} ranks share them, so it"
@@ -165,6 +168,8 @@ def _train(o, ranks, device, ops):
     tokenizer = _tokenizer(folder)
     model, start = _initial_model(o, tokenizer, ops)  # start: the checkpoint it continues, or None
     model.to(device)
+    dtype = devices.choose_dtype(o.dtype, device, model.config.n_embd)
+    context = devices.autocast(device, dtype)
     T = min(o.block_size, model.config.block_size)
     if T < model.config.block_size:
         model.crop_block_size(T)
@@ -216,7 +221,7 @@ def _train(o, ranks, device, ops):
         Path(o.out_dir).mkdir(parents=True, exist_ok=True)
         checkpoints.remove_leftovers(o.out_dir)
     tokens = o.gradient_accumulation_steps * o.batch_size * T
-    _banner(o, model, device, dtype, compiled, weights, not_captured, ranks, folder, tokens)
+    _banner(o, model, device, dtype, compiled, weights, not_captured, malloc, ranks, folder, tokens)
     progress = Progress(o, start=iter_num, total=o.max_iters, tokens=tokens, evaluated_at=evaluated_at, active=ranks.is_master)
     losses = {"train": None, "val": None}
     stop = StopOnSignal(alone=ranks.size == 1)
@@ -254,7 +259,8 @@ def _train(o, ranks, device, ops):
         """Clip, let the optimizer move the weights, and cast them anew."""
         if o.grad_clip != 0.0:
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
+            clip = cpu.clip_grad_norm if on_cpu else torch.nn.utils.clip_grad_norm_
+            clip(list(model.parameters()), o.grad_clip)
         scaler.step(optimizer)
         scaler.update()
         weights.refresh()
@@ -302,7 +308,8 @@ def _train(o, ranks, device, ops):
     # the loop
     stopping = False
     train_batches.prefetch()
-    with contextlib.closing(progress), contextlib.closing(train_batches), stop:
+    sparse = cpu.sparse_embedding_gradient(model, wanted=on_cpu and ranks.size == 1 and not compiled)
+    with contextlib.closing(progress), contextlib.closing(train_batches), stop, sparse:
         while True:
             lr = learning_rate(iter_num, o)
             for group in optimizer.param_groups:
@@ -469,11 +476,14 @@ def _continue_exactly(start, optimizer, scaler, batches, ranks):
     return resume["evaluated_at"]
 
 
-def _banner(o, model, device, dtype, compiled, weights, not_captured, ranks, folder, tokens):
+def _banner(o, model, device, dtype, compiled, weights, not_captured, malloc, ranks, folder, tokens):
     c = model.config
     where = devices.describe(device) + (f" and {ranks.size - 1} more ranks" if ranks.size > 1 else "")
     how = "compiled" if compiled else "not compiled" + (" (auto)" if o.compile == "auto" else "")
-    print(f"device  {where}, {str(dtype).removeprefix('torch.')}, {how}")
+    why = f" (auto: {cpu.why_dtype(c.n_embd)})" if device.type == "cpu" and o.dtype == "auto" else ""
+    print(f"device  {where}, {str(dtype).removeprefix('torch.')}{why}, {how}")
+    if device.type == "cpu":
+        print("memory  " + (f"as malloc has it: {malloc}" if malloc else "what is freed stays in this process; --malloc=off gives it back"))
     print(f"model   {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, vocabulary {c.vocab_size}: "
           f"{model.get_num_params():,} parameters")
     print(f"step    {o.gradient_accumulation_steps} x {o.batch_size} x {c.block_size} = {tokens:,} tokens; {o.max_iters:,}"
@@ -483,7 +493,7 @@ def _banner(o, model, device, dtype, compiled, weights, not_captured, ranks, fol
     if dtype != torch.float32:
         print(f"casts   {len(weights.copies)} matrices to {str(dtype).removeprefix('torch.')} once a step"
               + (f"; at every use: {'; '.join(weights.left)}" if weights.left else ""))
-    for i, line in enumerate(str(explain(model, dtype=dtype)).splitlines()):
+    for i, line in enumerate(str(explain(model, dtype=dtype, return_logits=False)).splitlines()):
         print(f"{'ops' if i == 0 else '':<7} {line}")
     print(f"writes  {o.out_dir}", flush=True)
 

@@ -34,7 +34,7 @@ def config():
 # ---------------------------------------------------------------------------------------------------------------- training
 
 def test_training_is_timed_variant_by_variant_with_every_sample(tmp_path, capsys):
-    record = run(tmp_path, "train", "--model=tiny", "--only=nanoGPT,one import,our trainer", "--rounds=4", "--steps=2")
+    record = run(tmp_path, "train", "--apart=False", "--model=tiny", "--only=nanoGPT,one import,our trainer", "--rounds=4", "--steps=2")
     assert record["benchmark"] == "train" and record["against"] == "GPT(backend='reference')"
     assert list(record["variants"]) == ["one import", "our trainer", "nanoGPT"]
     for row in record["variants"].values():
@@ -47,7 +47,7 @@ def test_training_is_timed_variant_by_variant_with_every_sample(tmp_path, capsys
 
 def test_a_real_checkouts_model_runs_beside_ours(tmp_path):
     shutil.copy(Path(__file__).parent / "plain.py", tmp_path / "model.py")
-    record = run(tmp_path, "train", "--model=tiny", "--only=nanoGPT,our trainer", "--rounds=1", f"--upstream={tmp_path}")
+    record = run(tmp_path, "train", "--apart=False", "--model=tiny", "--only=nanoGPT,our trainer", "--rounds=1", f"--upstream={tmp_path}")
     assert record["against"] == "nanoGPT checkout" and record["variants"]["nanoGPT"]["ops"] == {}
     assert str(tmp_path) not in json.dumps(record["options"])
 
@@ -72,7 +72,7 @@ def test_what_was_built_is_timed_when_the_process_is_told_to_end(tmp_path, monke
         return step(self, x, y)
 
     monkeypatch.setattr(bench.Trainer, "step", told)
-    record = run(tmp_path, "train", "--model=tiny", "--only=one import,our trainer,nanoGPT", "--rounds=2")
+    record = run(tmp_path, "train", "--apart=False", "--model=tiny", "--only=one import,our trainer,nanoGPT", "--rounds=2")
     assert record["variants"]["one import"]["tokens_per_s"] > 0
     assert record["variants"]["our trainer"] == record["variants"]["nanoGPT"] == {"error": "not measured: out of time"}
 
@@ -86,7 +86,7 @@ def test_a_variant_that_runs_out_of_memory_leaves_the_others_to_be_timed(tmp_pat
         return build(o, nanogpt, *rest)
 
     monkeypatch.setattr(bench, "build", too_large)
-    record = run(tmp_path, "train", "--model=tiny", "--only=nanoGPT,one import", "--rounds=1")
+    record = run(tmp_path, "train", "--apart=False", "--model=tiny", "--only=nanoGPT,one import", "--rounds=1")
     assert record["variants"]["nanoGPT"] == {"error": "out of memory"}
     assert record["variants"]["one import"]["tokens_per_s"] > 0
 

@@ -1,0 +1,114 @@
+"""What the trainer does on a CPU: memory kept, bf16 chosen by CPU and width, clipping and the embedding's gradient as nanoGPT's."""
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+from nanogpt_fast import GPT, GPTConfig, cpu, devices, training
+
+CPU = torch.device("cpu")
+
+FAULTS = """
+import resource, sys, torch
+from nanogpt_fast import cpu
+torch.set_num_threads(1)
+if sys.argv[1] == "kept" and cpu.keep_freed_memory() is not None:
+    sys.exit(77)
+def step():
+    for _ in range(8):
+        torch.ones(16 << 20)  # 64 MB: above every threshold that glibc has
+step()                        # before 2.38 glibc takes an aligned block from a larger one alone: a few must have been freed
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_kept_memory_is_not_mapped_anew():
+    done = {how: subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True) for how in ("kept", "given back")}
+    if done["kept"].returncode == 77:
+        pytest.skip("malloc is not glibc's")
+    faults = {how: int(process.stdout) for how, process in done.items()}
+    assert faults["kept"] < 100 and faults["given back"] > 20 * max(faults["kept"], 10)
+
+
+@pytest.mark.parametrize("amx, avx512, width, expected", [
+    (True, True, 768, torch.bfloat16), (False, True, 128, torch.bfloat16), (True, True, 127, torch.float32),
+    (False, False, 768, torch.float32), (True, True, 0, torch.float32)])
+def test_auto_takes_bf16_where_the_cpu_has_it_and_the_model_is_wide(monkeypatch, amx, avx512, width, expected):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert devices.choose_dtype("auto", CPU, width) == expected
+    assert devices.choose_dtype("float32", CPU, width) == torch.float32 and devices.choose_dtype("bfloat16", CPU, width) == torch.bfloat16
+
+
+def test_the_banner_says_what_was_chosen_and_why(tmp_path, capsys, monkeypatch):
+    tiny.data(tmp_path)
+    training.train(tiny.options(tmp_path, max_iters=1, dtype="auto"))
+    assert "float32 (auto: " in (printed := capsys.readouterr().out) and "memory  " in printed
+    monkeypatch.setattr(cpu, "keep_freed_memory", lambda: pytest.fail("malloc=off"))
+    training.train(tiny.options(tmp_path, max_iters=1, malloc="off"))
+    assert "memory  as malloc has it: malloc=off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scale", (1e-3, 1.0, 1e3, float("inf"), float("nan")))
+def test_clipping_is_pytorchs_bit_for_bit(scale):
+    parameters = [[torch.nn.Parameter(torch.zeros(5, 7)), torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))] for _ in range(2)]
+    for ours, theirs in zip(*[side[:2] for side in parameters]):
+        ours.grad = torch.randn_like(ours) * scale
+        theirs.grad = ours.grad.clone()
+    norms = cpu.clip_grad_norm(parameters[0], 1.0), torch.nn.utils.clip_grad_norm_(parameters[1], 1.0)
+    torch.testing.assert_close(*norms, rtol=0, atol=0, equal_nan=True)
+    for ours, theirs in zip(*[side[:2] for side in parameters]):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0, equal_nan=True)
+
+
+def test_gradients_within_the_norm_are_not_touched():
+    p = torch.nn.Parameter(torch.zeros(4))
+    p.grad = torch.full((4,), 0.25)
+    version = p.grad._version
+    cpu.clip_grad_norm([p], 1.0)
+    assert p.grad._version == version
+
+
+def model_of(backend="auto"):
+    torch.manual_seed(1)
+    return GPT(GPTConfig(block_size=16, vocab_size=61, n_layer=1, n_head=2, n_embd=32), backend=backend)
+
+
+def test_a_sparse_embedding_gradient_is_added_to_the_heads_and_is_the_dense_one():
+    model, gradients = model_of(), []
+    x, y = torch.randint(7, (3, 16)), torch.randint(61, (3, 16))     # 7 words: each is met several times
+    for wanted in (True, False):
+        with cpu.sparse_embedding_gradient(model, wanted):
+            assert model.transformer.wte.sparse == wanted
+            for _ in range(2):                                       # accumulation
+                model(x, y, return_logits=False)[1].backward()
+        gradients.append(model.transformer.wte.weight.grad)
+        model.zero_grad()
+    assert not model.transformer.wte.sparse and gradients[0].layout == torch.strided
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_embedding_stays_dense_where_nothing_dense_is_sure_to_come():
+    untied, reference, hooked, frozen = model_of(), model_of("reference"), model_of(), model_of()
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+    hooked.lm_head.register_forward_hook(lambda module, args, out: out.detach())
+    for model in (untied, reference, hooked):
+        with cpu.sparse_embedding_gradient(model):
+            assert not model.transformer.wte.sparse
+    frozen.requires_grad_(False)
+    with cpu.sparse_embedding_gradient(frozen):
+        frozen(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_a_run_on_the_cpus_own_ops_lies_on_the_reference_path(tmp_path):
+    tiny.data(tmp_path)
+    curves = []
+    for backend in ("auto", "reference"):
+        o = tiny.options(tmp_path, backend, backend=backend, max_iters=20, gradient_accumulation_steps=2)
+        training.train(o)
+        curves.append(list(tiny.losses(o).values()))
+    assert curves[0] == pytest.approx(curves[1], abs=2e-4)           # fp32 sums in another order, 20 AdamW steps
