@@ -43,6 +43,8 @@ class ChatOptions:
     device: str = option("auto", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps", section="Machine")
     dtype: str = option("auto", "auto: bfloat16 on GPUs that have it, float16 on older ones, else float32",
                         choices=("auto", "float32", "bfloat16", "float16"))
+    cache: str = option("on", "keep keys and values; off: the whole context again for every token, as nanoGPT does it (the same "
+                        "text, slower)", choices=("on", "off"))
     compile: bool = option(False, "taken for nanoGPT's sake; as there, torch.compile does not reach generation, which has a "
                            "KV cache and CUDA graphs of its own")
     backend: str = option("auto", "implementation of the ops: auto, fused, reference, or one by one as in "
@@ -86,7 +88,8 @@ def sample(argv):
         for text in texts:
             say(f"{prompt}{text}\n{SEPARATOR}\n")
     seconds = time.perf_counter() - began
-    note(f"{count:,} tokens in {seconds:.2f} s: {count / seconds:,.0f} tokens/s, {o.num_samples} at a time, prompt included")
+    note(f"{count:,} tokens in {seconds:.2f} s: {count / seconds:,.0f} tokens/s, {o.num_samples} at a time, prompt included"
+         + (", without the cache" if o.cache == "off" else ""))
 
 
 def chat(argv):
@@ -188,7 +191,7 @@ def complete(loaded, ids, o):
     """One completion of ids (1, T): yields (text, number of tokens drawn) as the text is decided."""
     text = TextStream(loaded.tokenizer, typed(o.stop))
     with torch.no_grad(), loaded.context:
-        for rows in loaded.model.generate(ids, o.max_new_tokens, stream=True, **filters(o)):
+        for rows in loaded.model.generate(ids, o.max_new_tokens, stream=True, **asked(o)):
             yield text.feed(rows[0]), len(rows[0])
             if text.ended:
                 return
@@ -200,11 +203,11 @@ def complete_batch(loaded, ids, o):
     texts = [TextStream(loaded.tokenizer, typed(o.stop)) for _ in range(o.num_samples)]
     with torch.no_grad(), loaded.context:
         if not o.stop:  # nothing depends on the text, so the host need not look before the end
-            drawn = loaded.model.generate(ids, o.max_new_tokens, num_samples=o.num_samples, **filters(o))
+            drawn = loaded.model.generate(ids, o.max_new_tokens, num_samples=o.num_samples, **asked(o))
             new = drawn[:, ids.size(1):]  # (num_samples, max_new_tokens)
             return [text.all(row) for text, row in zip(texts, new.tolist())], new.numel()
         pieces, count = [[] for _ in texts], 0
-        for rows in loaded.model.generate(ids, o.max_new_tokens, num_samples=o.num_samples, stream=True, **filters(o)):
+        for rows in loaded.model.generate(ids, o.max_new_tokens, num_samples=o.num_samples, stream=True, **asked(o)):
             for piece, text, row in zip(pieces, texts, rows):
                 if not text.ended:
                     piece.append(text.feed(row))
@@ -214,8 +217,9 @@ def complete_batch(loaded, ids, o):
     return ["".join(piece) + text.finish() for piece, text in zip(pieces, texts)], count
 
 
-def filters(o):
-    return dict(temperature=0.0 if o.greedy else o.temperature, top_k=o.top_k, top_p=o.top_p, min_p=o.min_p)
+def asked(o):
+    """What `generate` is asked for besides the number of tokens."""
+    return dict(temperature=0.0 if o.greedy else o.temperature, top_k=o.top_k, top_p=o.top_p, min_p=o.min_p, use_cache=o.cache == "on")
 
 
 class TextStream:

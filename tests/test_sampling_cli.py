@@ -76,7 +76,16 @@ def nanogpts_text(trained, prompt, n):
 def test_one_sample_is_the_text_that_nanogpt_prints_for_the_same_seed(trained):
     status, out, err = run("sample", "--start=hi ", "--num_samples=1", "--max_new_tokens=40")
     assert status == 0 and out == nanogpts_text(trained, "hi ", 40) + "\n---------------\n"
-    assert "40 tokens in" in err and "tokens/s" in err
+    assert "40 tokens in" in err and "tokens/s" in err and "without the cache" not in err
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_without_the_cache_the_text_is_the_same_and_it_is_said(trained, monkeypatch, num_samples):
+    words = ("sample", "--start=hi ", f"--num_samples={num_samples}", "--max_new_tokens=20")
+    cached = run(*words)[1]
+    monkeypatch.setattr("nanogpt_fast.generation.Session", None)  # none is made
+    status, out, err = run(*words, "--cache=off")
+    assert status == 0 and out == cached and "prompt included, without the cache" in err
 
 
 def test_the_defaults_are_nanogpts(trained):
