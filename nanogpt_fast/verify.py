@@ -5,11 +5,12 @@ by the rule of `error_rule.py`: at most twice (gradients: three times) the error
 bias. Then the whole GPT: logits, loss, the gradient of every parameter, and the losses of 20 training steps.
 
 Without a GPU the Triton kernels run in Triton's interpreter, on small shapes, in a second process (Triton decides when it is
-imported whether it interprets), and the sampler of the C++ extension runs as it is. What can't run here says why. The exit
+imported whether it interprets), and what the C++ extension has for a CPU, the sampler too, runs as it is. What can't run here says why. The exit
 status is 1 if anything is wrong.
 """
 import contextlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -120,12 +121,33 @@ def check(device, quick, only=()):
     """All rows, one by one as they are had. only: names of ops, and "gpt"; empty is all."""
     for case in cases(device, quick):
         if not only or case.op in only:
-            for dtype in DTYPES:
-                yield from _survive(case.op, dtype, case.shape, check_op(case, dtype, device))
+            for name, dtype in itertools.product(implementations(case.op, device), DTYPES):
+                with only_implementation(case.op, name):
+                    yield from _survive(case.op, dtype, case.shape, check_op(case, name, dtype, device))
     for op, dtypes, function in (("sample", DTYPES, check_sampler), ("gpt", DTYPES[:2], check_gpt)):
         if not only or op in only:
             for dtype in dtypes:
                 yield from _survive(op, dtype, "", function(dtype, device, quick))
+
+
+MODULES = {"attention": attention, "layer_norm": layer_norm, "mlp": mlp, "cross_entropy": cross_entropy}
+
+
+def implementations(op, device):
+    """The names of those that are checked: of the extension's only where it computes, on a CPU."""
+    return [name for name, _ in MODULES[op].CANDIDATES if name != "cpp" or device.type == "cpu"]
+
+
+@contextlib.contextmanager
+def only_implementation(op, name):
+    """Inside, "fused" means this one, or why it can't run."""
+    module = MODULES[op]
+    before = module.CANDIDATES
+    module.CANDIDATES = tuple(candidate for candidate in before if candidate[0] == name)
+    try:
+        yield
+    finally:
+        module.CANDIDATES = before
 
 
 def _survive(op, dtype, shape, rows):
@@ -213,15 +235,16 @@ def cases(device, quick):
                 for rows, V in ((1, 1000), (50, 65), (21, 257), (5, 50304)) for return_logits in (False, True))
 
 
-def check_op(case, dtype, device):
-    """Rows of one case in one dtype: every result and every gradient."""
+def check_op(case, name, dtype, device):
+    """Rows of one case in one implementation and dtype: every result and every gradient."""
     torch.manual_seed(zlib.crc32(f"{case.op} {case.shape}".encode()))  # the same numbers in each run and each dtype
     inputs = case.make(lambda tensor: tensor.to(dtype))
     autocast = dtype if dtype != torch.float32 else None
     start = dict(op=case.op, dtype=NAMES[dtype], shape=case.shape)
-    implementation, reasons = chosen(case.op, lambda: case.call(inputs, FUSED), device, autocast)
+    leaves = {key: t.detach().requires_grad_() for key, t in inputs.items()}
+    implementation, reasons = chosen(case.op, lambda: case.call(leaves, FUSED), device, autocast)
     if implementation == "reference":
-        yield Row(implementation="-", direction="", result="-", why="; ".join(reasons) or "there is no kernel", **start)
+        yield Row(implementation=name, direction="", result="-", why="; ".join(reasons) or "there is no kernel", **start)
         return
     plain, cotangents = evaluate(case, inputs, REFERENCE, device, autocast)
     exact, _ = evaluate(case, {name: t.double() for name, t in inputs.items()}, REFERENCE, device, None, cotangents)
@@ -245,7 +268,7 @@ def _gradient_names(inputs):
 
 def chosen(op, call, device, autocast):
     """(implementation that `call()` would take under "fused", the reasons against the others); nothing is launched."""
-    with _backend.use("fused"), _backend.recording() as record, _autocast(device, autocast), torch.no_grad():
+    with _backend.use("fused"), _backend.recording() as record, _autocast(device, autocast):
         call()
     return next(((name, reasons) for named, _, name, reasons in record if named == op), ("reference", []))
 

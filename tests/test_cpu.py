@@ -31,7 +31,7 @@ def test_kept_memory_is_not_mapped_anew():
     if done["kept"].returncode == 77:
         pytest.skip("malloc is not glibc's")
     faults = {how: int(process.stdout) for how, process in done.items()}
-    assert faults["kept"] < 100 and faults["given back"] > 20 * max(faults["kept"], 10)
+    assert faults["kept"] <= faults["given back"] / 4
 
 
 @pytest.mark.parametrize("amx, avx512, width, expected", [
