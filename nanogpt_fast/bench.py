@@ -541,7 +541,7 @@ def draw_as_nanogpt(logits):
 def generate(o, device, dtype):
     """The command `bench generate`."""
     gpu = device.type == "cuda"
-    config, _ = shape_of(o.model, device, dropout=0.0)
+    config = {**MODELS[o.model][0], "dropout": 0.0}  # with its whole context on a CPU too
     prompt = min(o.prompt or (512 if gpu else 128), config["block_size"] - 2)
     tokens = min(o.tokens or (256 if gpu else 32), config["block_size"] - prompt)  # inside the window, where a cache works
     sides = {"nanoGPT": (UpstreamLoop if o.upstream else NanoGPTLoop, dtype), "plain KV cache": (PlainCache, dtype),
@@ -551,11 +551,13 @@ def generate(o, device, dtype):
     sides = {name: (kind(o, config, device, side_dtype), side_dtype) for name in wanted(o, sides)
              for kind, side_dtype in [sides[name]]}
     limits = measure.limits(device)
+    matrix, vector = (torch.ones(1 << 15, 4096), torch.ones(4096)) if not gpu else (None, None)  # 0.5 GiB, larger than any cache
     until = time.monotonic() + 60 * o.minutes
     print(f"{o.model}: {prompt} tokens of prompt, then {tokens}, on {devices.describe(device)}; memory at "
           f"{limits['memory'] / 1e9:,.0f} GB/s")
-    print(f"{'':>5} {'':<22} {'prefill':>10} {'tokens/s':>10} {'times nanoGPT':>14} {'of the limit':>13}  "
-          "latency of a token, ms: half, 90 %, 99 % of them")
+    print(f"{'':>5} {'':<22} {'prefill':>10} {'tokens/s':>10} {'times nanoGPT':>14} {'times plain':>12} {'times batch 1':>14} "
+          f"{'of the limit':>13}  latency of a token, ms: half, 90 %, 99 % of them")
+    alone = {}  # tokens a second at batch 1
     for B in (int(text) for text in o.batch_sizes.split(",")):
         idx = torch.randint(config["vocab_size"], (B, prompt), generator=torch.Generator().manual_seed(B)).to(device)
         counts = {name: max(4, tokens // side.tokens_share) for name, (side, _) in sides.items()}
@@ -563,10 +565,15 @@ def generate(o, device, dtype):
         for name, (side, _) in sides.items():
             runs[name, 1] = lambda side=side: side.all(idx, 1)
             runs[name, counts[name]] = lambda side=side, n=counts[name]: side.all(idx, n)
+        if not gpu:  # in turns, too: what a CPU's memory gives changes with who else uses it
+            runs["memory"] = lambda: matrix @ vector
         samples = measure.interleaved(runs, o.rounds, warmup=1, until=until)
         if not all(samples.values()):
             raise measure.ToldToEnd
         median, found = measure.medians(samples), {}
+        if not gpu:
+            limits["memory"] = matrix.numel() * matrix.itemsize / median["memory"]
+            print(f"      memory at {limits['memory'] / 1e9:,.1f} GB/s", flush=True)
         for name, (side, side_dtype) in sides.items():
             n = counts[name]
             later = median[name, n] - median[name, 1]  # what the tokens behind the first took
@@ -575,9 +582,11 @@ def generate(o, device, dtype):
             latency = latencies(side, idx, n) if B == 1 else []
             found[name] = dict(prefill_s=median[name, 1], tokens_per_s=rate, tokens=n, of_limit=rate / limit, latency=latency,
                                first_samples=samples[name, 1], all_samples=samples[name, n])
-            ratio = rate / found["nanoGPT"]["tokens_per_s"] if "nanoGPT" in found else float("nan")
-            print(f"{B:>5} {name:<22} {1e3 * median[name, 1]:>7.1f} ms {rate:>10,.0f} {ratio:>14.1f} "
-                  f"{100 * rate / limit:>11.0f} %  " + percentiles(latency), flush=True)
+            alone |= {name: rate} if B == 1 else {}
+            plain = "plain KV cache" if side_dtype == dtype else "plain KV cache bf16"  # the one in the same dtype
+            ratios = [rate / found[rival]["tokens_per_s"] if rival in found else float("nan") for rival in ("nanoGPT", plain)]
+            print(f"{B:>5} {name:<22} {1e3 * median[name, 1]:>7.1f} ms {rate:>10,.1f} {ratios[0]:>14.1f} {ratios[1]:>12.2f} "
+                  f"{rate / alone.get(name, float('nan')):>14.1f} {100 * rate / limit:>11.0f} %  " + percentiles(latency), flush=True)
         record(o, "generate", device, shape=config, batch_size=B, prompt=prompt, limits=limits,
                dtype=str(dtype).removeprefix("torch."), variants=found)
 
