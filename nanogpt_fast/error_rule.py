@@ -10,7 +10,9 @@ happens to be exact (a copy, one element, x of equal values) does not forbid the
 
 Bias: the mean error, and the mean error in the direction of the oracle's sign (a result scaled by 1 - d has no mean error, but
 this), lie within 6 standard errors of 0. Errors within a row are correlated (one rstd, one softmax denominator), so the
-standard error is the larger of that over elements and that over row means. fp32's own unit (1.2e-7) is always allowed.
+standard error is the larger of that over elements and that over row means. fp32's own unit (1.2e-7) is always allowed, and
+the mean error that rounding the exact answer has: values closer together than bf16's steps (a softmax of nearly equal logits)
+are all rounded the same way.
 
 Where the oracle rounds to inf or nan in the result's dtype, the result must be the same; where it does not, it must be finite.
 """
@@ -92,24 +94,25 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
     found.relative, found.plain_relative, found.bound = (
         absolute / unit for absolute in (norms["rms"](error), norms["rms"](plain_error), bound))
     if check_bias and n >= FEWEST_FOR_BIAS:
-        found.bias, biased = _bias(error, exact)
+        found.bias, biased = _bias(error, exact, torch.where(finite, expected - oracle, 0.0))
         found.problem = found.problem or biased
     return found
 
 
-def _bias(error, exact):
-    """(the worse bias in standard errors, None or the sentence that names it)."""
+def _bias(error, exact, rounding):
+    """(the worse bias in standard errors, None or the sentence that names it). rounding: the exact answer's, rounded once."""
     distinct = exact[exact != 0].float().unique().numel()  # repeated values repeat one error: they are one observation
     if distinct < FEWEST_FOR_BIAS:
         return 0.0, None
     allowed = torch.finfo(torch.float32).eps * float(exact.square().mean().sqrt())
     worst, problem = 0.0, None
-    for name, signed in (("mean error", error), ("mean error along the sign of the exact value", error * exact.sign())):
+    for name, signs in (("mean error", 1.0), ("mean error along the sign of the exact value", exact.sign())):
+        signed = error * signs
         rows = signed.reshape(-1, signed.size(-1)).mean(1)
         standard = float(signed.std()) / math.sqrt(distinct)
         if rows.numel() >= 8:
             standard = max(standard, float(rows.std()) / math.sqrt(rows.numel()))
-        bound = STANDARD_ERRORS * (1 + 16 / distinct) * standard + allowed
+        bound = STANDARD_ERRORS * (1 + 16 / distinct) * standard + allowed + abs(float((rounding * signs).mean()))
         mean = float(signed.mean())
         worst = max(worst, mean / max(standard, 1e-300), key=abs)
         if abs(mean) > bound and problem is None:
