@@ -152,9 +152,9 @@ def shape_of(model, device, **changed):
     return {**config, **changed}, batch_size
 
 
-def build(o, nanogpt, config, device):
-    """A model with the weights of seed 0: nanoGPT's or ours."""
-    torch.manual_seed(0)
+def build(o, nanogpt, config, device, seed=0):
+    """A model with the weights of a seed: nanoGPT's or ours."""
+    torch.manual_seed(seed)
     with quiet():
         if nanogpt and o.upstream:
             module = _upstream(os.path.abspath(o.upstream))
@@ -209,9 +209,9 @@ class Trainer:
     where it can be. The others do what nanoGPT's train.py does.
     """
 
-    def __init__(self, o, variant, config, B, device, dtype):
+    def __init__(self, o, variant, config, B, device, dtype, seed=0):
         dtype = torch.bfloat16 if variant.bf16 else dtype
-        self.model = build(o, variant.nanogpt, config, device)
+        self.model = build(o, variant.nanogpt, config, device, seed)
         self.optimizer = _optimizer(o, variant, self.model, device)
         self.network = torch.compile(self.model) if variant.compiled else self.model
         self.parameters = list(self.model.parameters())
@@ -623,7 +623,8 @@ def loss(o, device, dtype):
     vocabulary = prepare.load_tokenizer(folder).vocab_size
     config, B = shape_of(o.model, device, dropout=0.0, vocab_size=vocabulary)  # without dropout, both can be held to one loss
     compiled = device.type == "cuda"
-    both = {"nanoGPT": Variant(nanogpt=True, compiled=compiled), "ours": Variant(logits=False, compiled=compiled)}
+    bf16 = device.type == "cpu" and o.dtype == "auto" and devices.choose_dtype("auto", device, config["n_embd"]) == torch.bfloat16
+    both = {"nanoGPT": Variant(nanogpt=True, compiled=compiled), "ours": Variant(logits=False, compiled=compiled, bf16=bf16)}
     schedule = LossSchedule(learning_rate=o.learning_rate, min_lr=o.learning_rate / 10, warmup_iters=o.steps // 20,
                             lr_decay_iters=o.steps)
 

@@ -1,0 +1,67 @@
+"""Is our bf16 training step as near to float32 as bf16 autocast is by itself? Loss curves of one model in three arithmetics.
+
+    python -m benchmarks.precision [--model cpu|gpt2] [--steps 100] [--seeds 2] [--data TEXT]
+
+float32 and bf16 autocast are nanoGPT's own calls, ours is what `nanogpt-fast train` does; weights and batches are the same for the three.
+What is compared is the distance from float32's curve: our mean and largest over the steps beside bf16's own, seed by seed. Two seeds
+show how much either varies by chance.
+"""
+import argparse
+import statistics
+
+import torch
+
+from benchmarks import RESULTS
+from nanogpt_fast import bench, devices, measure, options
+from nanogpt_fast.text.batches import Batches
+from nanogpt_fast.text import prepare
+from nanogpt_fast.training import learning_rate
+
+SIDES = {"float32": bench.Variant(nanogpt=True), "bf16": bench.Variant(nanogpt=True, bf16=True),
+         "ours": bench.Variant(logits=False, bf16=True)}
+
+
+def curve(variant, o, config, B, steps, seed, folder, device):
+    """The losses of `steps` steps, with warm-up and cosine decay as in `bench loss`."""
+    trainer = bench.Trainer(o, variant, config, B, device, torch.float32, seed=seed)
+    schedule = bench.LossSchedule(learning_rate=6e-4, min_lr=6e-5, warmup_iters=steps // 10, lr_decay_iters=steps)
+    batches, losses = Batches(folder, "train", B, config["block_size"], generator=torch.Generator().manual_seed(seed)), []
+    for step in range(steps):
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = learning_rate(step, schedule)
+        losses.append(trainer.step(*batches.next()).item())
+    batches.close()
+    return losses
+
+
+def distance(losses, exact):
+    """(mean, largest) absolute difference of two curves."""
+    differences = [abs(a - b) for a, b in zip(losses, exact, strict=True)]
+    return statistics.mean(differences), max(differences)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="cpu", choices=tuple(bench.MODELS))
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--data", default="embedded", help="as for `nanogpt-fast train`")
+    parser.add_argument("--json", default=RESULTS / "cpu.jsonl", help="append the result to this file")
+    args = parser.parse_args()
+    device, folder = devices.choose_device("cpu"), prepare.find(args.data, "data")
+    o = options.parse(bench.BenchTrainOptions, [f"--model={args.model}", "--device=cpu"], "precision")
+    config, B = bench.shape_of(args.model, device, dropout=0.0)
+    if args.model != "gpt2":  # GPT-2's own padded vocabulary holds any text's ids
+        config["vocab_size"] = prepare.load_tokenizer(folder).vocab_size
+    curves = {}
+    for seed in range(args.seeds):
+        curves[seed] = {side: curve(variant, o, config, B, args.steps, seed, folder, device) for side, variant in SIDES.items()}
+        for side in ("bf16", "ours"):
+            mean, largest = distance(curves[seed][side], curves[seed]["float32"])
+            print(f"seed {seed}  {side:<8} loss {curves[seed][side][0]:.4f} to {curves[seed][side][-1]:.4f}; from float32's "
+                  f"{mean:.2e} on average, {largest:.2e} at most", flush=True)
+    measure.append(args.json, "precision", model=args.model, steps=args.steps, shape=dict(config, batch_size=B), curves=curves)
+
+
+if __name__ == "__main__":
+    main()
