@@ -8,19 +8,23 @@
 
 Nothing of size (T, T) is stored. Two forms, both without atomics, so the same inputs give the same bits every time:
 
-* head form, 5 matmuls a tile. One program owns a head, walks its tiles of keys, and inside them the queries that see them. dk and dv of
-  the tile live in registers. dq gets a term from every tile of keys: the program adds it up in fp32 scratch that nobody else touches (a
-  head's is 256 KB at T=1024, D=64: it stays in L2) and writes the finished rows out when the diagonal passes them. For when there are
-  as many heads as multiprocessors.
+* head form, 5 matmuls a tile. One program owns a head, walks its tiles of keys, and inside them the queries that see them.
+  dk and dv of the tile live in registers. dq gets a term from every tile of keys: the program adds it up in fp32 scratch that
+  nobody else touches (a head's is 256 KB at T=1024, D=64: it stays in L2) and writes the finished rows out when the diagonal
+  passes them. For when there are as many heads as multiprocessors.
 * split form, 7 matmuls. One kernel for dq (a program a tile of queries), one for dk and dv (a program a tile of keys); s and dp
   are computed in both. For few heads or long sequences.
 
-In both, delta is computed where out's gradient is loaded anyway, so there is no kernel of its own for it that would move out and its gradient
-(201 MB a layer for GPT-2 124M at B=64, 47 us on an H200). All tiles of scores are transposed, [keys, queries]: p^T and ds^T then are the
-left operands of two matmuls straight from registers, and only dq's needs ds through shared memory.
+In both, delta is computed where out's gradient is loaded anyway, so there is no kernel of its own for it that would move out
+and its gradient (201 MB a layer for GPT-2 124M at B=64, 47 us on an H200). All tiles of scores are transposed, [keys, queries]:
+p^T and ds^T then are the left operands of two matmuls straight from registers, and only dq's needs ds through shared memory.
 
-Layouts as in `attention_forward`; dq, dk, dv are (B, T, H, D) with one row stride, so that they can be the three thirds of one packed
-(B, T, 3C) gradient.
+lse and delta enter as what two products start from: s' = k q^T - lse / scale, dp' = v do^T - delta (`_store_terms`). A thread
+then loads the terms of its columns straight into its accumulators, and no subtraction follows. Read as vectors they would be
+copied through shared memory with q and do, which takes registers for addresses: 48 a thread by Triton 3.6, with spills.
+
+Layouts as in `attention_forward`; dq, dk, dv are (B, T, H, D) with one row stride, so that they can be the three thirds of one
+packed (B, T, 3C) gradient.
 
 Source: Dao et al. 2022, FlashAttention, algorithm 4; Dao 2023, FlashAttention-2, algorithm 2.
 """
@@ -28,46 +32,66 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_common import (LARGEST_STRIDE, LOG2_E, Tile, check_inputs, head_group, head_offset, kind, load_tile, machine, model_case,
-                               padded_head, rows_are_contiguous, scheduled_tile, store_tile, tile_for)
+from .attention_common import (LARGEST_STRIDE, LOG2_E, Tile, check_inputs, head_group, head_offset, kind, load_tile, machine,
+                               model_case, padded_head, rows_are_contiguous, scheduled_tile, store_tile, tile_for)
 from .dropout import keep_scale, keep_scores
 
 
 @triton.jit
-def _row_delta(out_ptr, do_ptr, delta_ptr, stride_dot, m, H, Tq, D: tl.constexpr, BLOCK_M: tl.constexpr, HEAD: tl.constexpr):
-    """delta of the queries m .. m+BLOCK_M [BLOCK_M], also stored."""
+def _padded(T):
+    """The length of a row of terms: no tile of queries is longer than 128, and full tiles load without a mask."""
+    return tl.cdiv(T, 128) * 128
+
+
+@triton.jit
+def _store_terms(out_ptr, do_ptr, lse_ptr, terms_ptr, stride_dot, m, scale2, dropout_p, H, Tq,
+                 D: tl.constexpr, BLOCK_M: tl.constexpr, HEAD: tl.constexpr):
+    """lse and delta [BLOCK_M] of the queries m .. m+BLOCK_M, also stored as the two rows of terms that `_walk_queries` adds."""
     out = load_tile(out_ptr, m, H * D, Tq, D, BLOCK_M, HEAD, True)
     do = load_tile(do_ptr, m, stride_dot, Tq, D, BLOCK_M, HEAD, True)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     query = m + tl.arange(0, BLOCK_M)
-    tl.store(delta_ptr + query, delta, mask=query < Tq)
-    return delta
+    lse = tl.load(lse_ptr + query, mask=query < Tq, other=float("inf"))                     # beyond the last query p becomes 0
+    tl.store(terms_ptr + query, -lse if out.dtype.is_fp32() else -lse / scale2)
+    tl.store(terms_ptr + _padded(Tq) + query, delta * (dropout_p - 1.0))
+    return lse, delta
 
 
 @triton.jit
-def _walk_queries(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_sum_ptr, stride_qt, stride_dot, start, stop, n,
-                  scale2, seed, dropout_p, head, Tq, Tk, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
-                  MASKED: tl.constexpr, DROPOUT: tl.constexpr, WITH_DQ: tl.constexpr):
+def _pad_terms(terms_ptr, first, Tq):
+    """The terms from row `first` on, where no query is: the split form's second half may have longer tiles than its first."""
+    query = first + tl.arange(0, 128)
+    tl.store(terms_ptr + query, float("-inf"), mask=query < _padded(Tq))
+    tl.store(terms_ptr + _padded(Tq) + query, 0.0, mask=query < _padded(Tq))
+
+
+@triton.jit
+def _walk_queries(dk, dv, k, v, q_ptr, do_ptr, terms_ptr, dq_sum_ptr, stride_qt, stride_dot, start, stop, n,
+                  scale2, seed, dropout_p, head, Tq, Tk, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  HEAD: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, WITH_DQ: tl.constexpr):
     """Add to dk, dv [BLOCK_N, HEAD] of the keys n .. what the queries start .. stop give, and WITH_DQ to those queries' dq."""
     key = n + tl.arange(0, BLOCK_N)
     for m in tl.range(start, stop, BLOCK_M, disable_licm=True):
         query = m + tl.arange(0, BLOCK_M)
         q = load_tile(q_ptr, m, stride_qt, Tq, D, BLOCK_M, HEAD, True)
         do = load_tile(do_ptr, m, stride_dot, Tq, D, BLOCK_M, HEAD, True)
-        lse = tl.load(lse_ptr + query, mask=query < Tq, other=float("inf"))                 # beyond the last query p becomes 0
-        delta = tl.load(delta_ptr + query, mask=query < Tq, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee")                                  # [BLOCK_N, BLOCK_M]
-        p = tl.exp2(s * scale2 - lse[None, :])
+        shift = tl.load(terms_ptr + query)[None, :]
+        minus_delta = tl.load(terms_ptr + _padded(Tq) + query)[None, :]                     # times 1 - dropout_p
+        if k.dtype.is_fp32():
+            # Started from lse / scale, each of the D additions would round at its size.
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 + shift)    # [BLOCK_N, BLOCK_M]
+        else:
+            p = tl.exp2(tl.dot(k, tl.trans(q), tl.broadcast_to(shift, (BLOCK_N, BLOCK_M))) * scale2)
         if MASKED:
             p = tl.where(query[None, :] + (Tk - Tq) >= key[:, None], p, 0.0)
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")                                # [BLOCK_N, BLOCK_M]
+        dp = tl.dot(v, tl.trans(do), tl.broadcast_to(minus_delta, (BLOCK_N, BLOCK_M)), input_precision="ieee")
         if DROPOUT:
             keep = keep_scores(seed, head, m, n, dropout_p, BLOCK_M, BLOCK_N, TRANSPOSED=True)
             dv = tl.dot(tl.where(keep, p, 0.0).to(do.dtype), do, dv, input_precision="ieee")    # scaled at the end
-            dp = tl.where(keep, dp * keep_scale(dropout_p), 0.0)
+            dp = tl.where(keep, dp, minus_delta) * keep_scale(dropout_p)
         else:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        ds = (p * dp).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
         if WITH_DQ:
             # The first tile of keys starts the sum: it loads nothing.
@@ -78,7 +102,7 @@ def _walk_queries(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_sum_ptr, s
 
 
 @triton.jit
-def _tile_of_keys(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dq_sum_ptr,
+def _tile_of_keys(q_ptr, k_ptr, v_ptr, do_ptr, terms_ptr, dk_ptr, dv_ptr, dq_sum_ptr,
                   stride_qt, stride_kt, stride_dot, stride_gt, n, scale, scale2, seed, dropout_p, head, Tq, Tk,
                   D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
                   WITH_DQ: tl.constexpr):
@@ -89,13 +113,15 @@ def _tile_of_keys(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_pt
     dv = tl.zeros((BLOCK_N, HEAD), tl.float32)
     # The tile of the first query that sees key n, and the first tile in which all queries see all of these keys.
     first = tl.maximum(n - (Tk - Tq), 0) // BLOCK_M * BLOCK_M
-    full = tl.minimum(tl.cdiv(tl.maximum(n + BLOCK_N - 1 - (Tk - Tq), 0), BLOCK_M) * BLOCK_M, Tq)
+    full = tl.cdiv(tl.maximum(n + BLOCK_N - 1 - (Tk - Tq), 0), BLOCK_M) * BLOCK_M
     if full > first:
-        dk, dv = _walk_queries(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_sum_ptr, stride_qt, stride_dot,
-                               first, full, n, scale2, seed, dropout_p, head, Tq, Tk, D, BLOCK_M, BLOCK_N, HEAD, True, DROPOUT, WITH_DQ)
+        dk, dv = _walk_queries(dk, dv, k, v, q_ptr, do_ptr, terms_ptr, dq_sum_ptr, stride_qt, stride_dot,
+                               first, tl.minimum(full, Tq), n, scale2, seed, dropout_p, head, Tq, Tk,
+                               D, BLOCK_M, BLOCK_N, HEAD, True, DROPOUT, WITH_DQ)
     if Tq > full:
-        dk, dv = _walk_queries(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_sum_ptr, stride_qt, stride_dot,
-                               full, Tq, n, scale2, seed, dropout_p, head, Tq, Tk, D, BLOCK_M, BLOCK_N, HEAD, False, DROPOUT, WITH_DQ)
+        dk, dv = _walk_queries(dk, dv, k, v, q_ptr, do_ptr, terms_ptr, dq_sum_ptr, stride_qt, stride_dot,
+                               full, Tq, n, scale2, seed, dropout_p, head, Tq, Tk,
+                               D, BLOCK_M, BLOCK_N, HEAD, False, DROPOUT, WITH_DQ)
     if DROPOUT:
         dv = dv * keep_scale(dropout_p)
     store_tile(dk_ptr, dk * scale, n, stride_gt, Tk, D, BLOCK_N, HEAD)
@@ -103,9 +129,10 @@ def _tile_of_keys(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_pt
 
 
 @triton.jit(do_not_specialize=["H", "Tq", "Tk"])
-def backward_head_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, dq_sum_ptr, seed_ptr,
-                         stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_dob, stride_doh, stride_dot, stride_gt,
-                         scale, scale2, dropout_p, H, Tq, Tk, D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def backward_head_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, terms_ptr, dq_ptr, dk_ptr, dv_ptr, dq_sum_ptr, seed_ptr,
+                         stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+                         stride_dob, stride_doh, stride_dot, stride_gt, scale, scale2, dropout_p, H, Tq, Tk,
+                         D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                          DROPOUT: tl.constexpr):
     """The head form: program i owns head i."""
     head = tl.program_id(0)
@@ -114,39 +141,42 @@ def backward_head_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_pt
     do_ptr += head_offset(head, H, stride_dob, stride_doh)
     out_ptr += batch * Tq * (H * D) + column
     lse_ptr += head.to(tl.int64) * Tq
-    delta_ptr += head.to(tl.int64) * Tq
+    terms_ptr += head.to(tl.int64) * (2 * _padded(Tq))
     dq_sum_ptr += head.to(tl.int64) * Tq * D
     seed = tl.load(seed_ptr) if DROPOUT else 0
     for m in tl.range(0, Tq, BLOCK_M):
-        _row_delta(out_ptr, do_ptr, delta_ptr, stride_dot, m, H, Tq, D, BLOCK_M, HEAD)
+        _store_terms(out_ptr, do_ptr, lse_ptr, terms_ptr, stride_dot, m, scale2, dropout_p, H, Tq, D, BLOCK_M, HEAD)
+    _pad_terms(terms_ptr, tl.cdiv(Tq, BLOCK_M) * BLOCK_M, Tq)
     for n in tl.range(0, Tk, BLOCK_N, disable_licm=True):
-        # What this tile loads of delta and of dq's sum, other threads of the block stored before: a block's stores are visible to all its
-        # threads after a barrier, and not before. Within one tile of keys every row of dq is touched once.
+        # What this tile loads of terms and of dq's sum, other threads of the block stored before: a block's stores are visible
+        # to all its threads after a barrier, and not before. Within one tile of keys every row of dq is touched once.
         tl.debug_barrier()
         offset = head_offset(head, H, stride_kb, stride_kh)
         grad = batch * Tk * stride_gt + column
-        _tile_of_keys(q_ptr, k_ptr + offset, v_ptr + offset, do_ptr, lse_ptr, delta_ptr, dk_ptr + grad, dv_ptr + grad, dq_sum_ptr, stride_qt, stride_kt, stride_dot,
-                      stride_gt, n, scale, scale2, seed, dropout_p, head, Tq, Tk, D, HEAD, BLOCK_M, BLOCK_N, DROPOUT, True)
+        _tile_of_keys(q_ptr, k_ptr + offset, v_ptr + offset, do_ptr, terms_ptr, dk_ptr + grad, dv_ptr + grad, dq_sum_ptr,
+                      stride_qt, stride_kt, stride_dot, stride_gt, n, scale, scale2, seed, dropout_p, head, Tq, Tk,
+                      D, HEAD, BLOCK_M, BLOCK_N, DROPOUT, True)
         # The queries whose last key is in this tile are complete.
         tl.debug_barrier()
         m = tl.maximum(n - (Tk - Tq), 0)
         end = tl.minimum(n + BLOCK_N - (Tk - Tq), Tq)
-        store_tile(dq_ptr + batch * Tq * stride_gt + column, load_tile(dq_sum_ptr, m, D, end, D, BLOCK_N, HEAD, True) * scale, m, stride_gt, end, D, BLOCK_N, HEAD)
+        dq_sum = load_tile(dq_sum_ptr, m, D, end, D, BLOCK_N, HEAD, True)
+        store_tile(dq_ptr + batch * Tq * stride_gt + column, dq_sum * scale, m, stride_gt, end, D, BLOCK_N, HEAD)
 
 
 @triton.jit(do_not_specialize=["H", "Tq", "Tk", "n_heads", "group"])
-def backward_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, seed_ptr,
-                         stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_dob, stride_doh, stride_dot, stride_gt,
-                         scale, scale2, dropout_p, H, Tq, Tk, n_heads, group, D: tl.constexpr, HEAD: tl.constexpr,
-                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr):
+def backward_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, terms_ptr, dk_ptr, dv_ptr, seed_ptr,
+                         stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+                         stride_dob, stride_doh, stride_dot, stride_gt, scale, scale2, dropout_p, H, Tq, Tk, n_heads, group,
+                         D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                         DROPOUT: tl.constexpr):
     """The split form's second half: a program takes a tile of keys; rank 0, the first keys, is seen by most queries."""
     rank, head = scheduled_tile(tl.cdiv(Tk, BLOCK_N), n_heads, group)
     batch, column = (head // H).to(tl.int64), head % H * D
     offset = head_offset(head, H, stride_kb, stride_kh)
-    rows = head.to(tl.int64) * Tq
     seed = tl.load(seed_ptr) if DROPOUT else 0
     _tile_of_keys(q_ptr + head_offset(head, H, stride_qb, stride_qh), k_ptr + offset, v_ptr + offset,
-                  do_ptr + head_offset(head, H, stride_dob, stride_doh), lse_ptr + rows, delta_ptr + rows,
+                  do_ptr + head_offset(head, H, stride_dob, stride_doh), terms_ptr + head.to(tl.int64) * (2 * _padded(Tq)),
                   dk_ptr + batch * Tk * stride_gt + column, dv_ptr + batch * Tk * stride_gt + column, dk_ptr,
                   stride_qt, stride_kt, stride_dot, stride_gt, rank * BLOCK_N, scale, scale2, seed, dropout_p, head, Tq, Tk,
                   D, HEAD, BLOCK_M, BLOCK_N, DROPOUT, False)
@@ -176,24 +206,26 @@ def _walk_keys(dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, start, stop, m, s
 
 
 @triton.jit(do_not_specialize=["H", "Tq", "Tk", "n_heads", "group"])
-def backward_dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, seed_ptr,
-                       stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_dob, stride_doh, stride_dot, stride_gt,
-                       scale, scale2, dropout_p, H, Tq, Tk, n_heads, group, D: tl.constexpr, HEAD: tl.constexpr,
-                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr):
-    """The split form's first half: a program takes a tile of queries, the last ones first; it leaves delta for the second half."""
+def backward_dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, terms_ptr, dq_ptr, seed_ptr,
+                       stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+                       stride_dob, stride_doh, stride_dot, stride_gt, scale, scale2, dropout_p, H, Tq, Tk, n_heads, group,
+                       D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                       DROPOUT: tl.constexpr):
+    """The split form's first half: a program takes a tile of queries, the last ones first, and leaves terms for the second."""
     n_tiles = tl.cdiv(Tq, BLOCK_M)
     rank, head = scheduled_tile(n_tiles, n_heads, group)
     m = (n_tiles - 1 - rank) * BLOCK_M
-    query = m + tl.arange(0, BLOCK_M)
     batch, column = (head // H).to(tl.int64), head % H * D
-    rows = head.to(tl.int64) * Tq
     do_ptr += head_offset(head, H, stride_dob, stride_doh)
     k_ptr += head_offset(head, H, stride_kb, stride_kh)
     v_ptr += head_offset(head, H, stride_kb, stride_kh)
-    delta = _row_delta(out_ptr + batch * Tq * (H * D) + column, do_ptr, delta_ptr + rows, stride_dot, m, H, Tq, D, BLOCK_M, HEAD)
+    terms_ptr += head.to(tl.int64) * (2 * _padded(Tq))
+    lse, delta = _store_terms(out_ptr + batch * Tq * (H * D) + column, do_ptr, lse_ptr + head.to(tl.int64) * Tq, terms_ptr,
+                              stride_dot, m, scale2, dropout_p, H, Tq, D, BLOCK_M, HEAD)
+    if rank == 0:
+        _pad_terms(terms_ptr, m + BLOCK_M, Tq)
     q = load_tile(q_ptr + head_offset(head, H, stride_qb, stride_qh), m, stride_qt, Tq, D, BLOCK_M, HEAD, True)
     do = load_tile(do_ptr, m, stride_dot, Tq, D, BLOCK_M, HEAD, True)
-    lse = tl.load(lse_ptr + rows + query, mask=query < Tq, other=float("inf"))
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     dq = tl.zeros((BLOCK_M, HEAD), tl.float32)
@@ -209,40 +241,50 @@ def backward_dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr,
 
 
 # {kind: {architecture: {HEAD: Tile}}} as in attention_forward, chosen the same way; none is timed yet. What decided:
-#   head     no row: the form is not taken. 128: dk and dv alone are 64 registers a thread in 8 warps; it spills 480 bytes and more.
-#            64 on sm_90: 64x128 halves what 64x64 moves of dq's sum, and holds k and v of 128 keys. 8 warps, one program a multiprocessor.
+#   head     no row: the form is not taken. 128: dk and dv alone are 64 registers a thread in 8 warps; it spills 480 bytes and
+#            more. 64 on sm_90: 64x128 halves what 64x64 moves of dq's sum, and holds k and v of 128 keys. 8 warps, one program
+#            a multiprocessor.
 #   dkdv     128 keys where they fit, for the same reason.
 #   dq       as the forward; 64 on sm_90: 128x64 spills 16 bytes, 64x64 leaves room for three programs a multiprocessor.
-_HEAD_MMA_SYNC = {32: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 2)}
+_HEAD_MMA_SYNC = {32: Tile(64, 128, 8, 3), 64: Tile(32, 128, 8, 2)}
 _HEAD_MMA_SYNC_DROPOUT = {32: Tile(64, 128, 8, 3), 64: Tile(32, 64, 8, 2)}
 _HEAD_90 = {32: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 3)}
 _DKDV_MMA_SYNC = {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 1)}
-_DKDV_MMA_SYNC_DROPOUT = {32: Tile(64, 128, 8, 2), 64: Tile(64, 64, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 8, 1)}
+_DKDV_MMA_SYNC_DROPOUT = {32: Tile(64, 128, 8, 2), 64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 8, 1)}
 _DKDV_90 = {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)}
-_DKDV_90_DROPOUT = {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 1)}
-_DQ_MMA_SYNC = {32: Tile(128, 64, 8, 3), 64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)}
+_DKDV_90_DROPOUT = {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(16, 64, 8, 1)}
+_DQ_MMA_SYNC = {32: Tile(64, 64, 4, 2), 64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)}
 _DQ_90 = {32: Tile(128, 64, 4, 3), 64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)}
-_DQ_90_DROPOUT = {32: Tile(128, 64, 8, 2), 64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 16, 8, 2)}
+_DQ_90_DROPOUT = {32: Tile(128, 64, 8, 2), 64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 16, 4, 2)}
 _FLOAT32 = {32: Tile(32, 32, 8, 2), 64: Tile(32, 32, 8, 2), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
 
 
 def _table(mma_sync, mma_sync_dropout, hopper, hopper_dropout, float32=_FLOAT32):
     return {"half": dict.fromkeys((80, 86, 89), mma_sync) | dict.fromkeys((90, 100), hopper),
-            "dropout": dict.fromkeys((80, 86, 89), mma_sync_dropout) | dict.fromkeys((90, 100), hopper_dropout), "float32": dict.fromkeys((80, 86, 89, 90, 100), float32)}
+            "dropout": dict.fromkeys((80, 86, 89), mma_sync_dropout) | dict.fromkeys((90, 100), hopper_dropout),
+            "float32": dict.fromkeys((80, 86, 89, 90, 100), float32)}
 
 
 HEAD_TILES = _table(_HEAD_MMA_SYNC, _HEAD_MMA_SYNC_DROPOUT, _HEAD_90, _HEAD_90, {32: _FLOAT32[32], 64: _FLOAT32[64]})
 DKDV_TILES = _table(_DKDV_MMA_SYNC, _DKDV_MMA_SYNC_DROPOUT, _DKDV_90, _DKDV_90_DROPOUT)
 DQ_TILES = _table(_DQ_MMA_SYNC, _DQ_MMA_SYNC, _DQ_90, _DQ_90_DROPOUT)
-# (kernel, kind, architecture, HEAD): (bytes a thread, why): the only rows that spill.
+# (kernel, kind, HEAD): {architecture: bytes a thread}, why: the only rows that spill. Of Triton 3.6 and 3.9 the larger number.
+_PHILOX = "Philox's words beside five tiles. 64x64 computes each exponential twice, and the split form draws the mask twice"
+_WHOLE_ROWS = "without tensor cores a thread keeps whole rows of both factors in registers"
+_OCCUPANCY = "ptxas stops at a power of two of registers, where one more program fits a multiprocessor"
 SPILLS = {
-    ("head", "dropout", 90, 64): (96, "Philox's words beside five tiles; 14 of the 1,148 instructions of the loop over queries reload an "
-                                      "address. 64x64 computes each exponential twice, and the split form draws the mask twice"),
-    ("head", "dropout", 100, 64): (32, "as on sm_90"),
-    ("head", "float32", 100, 64): (32, "without tensor cores a thread keeps whole rows of both factors in registers"),
-    **{("dq", "float32", arch, 256): (232, "without tensor cores a thread keeps whole rows of both factors in registers, and no tile is "
-                                           "smaller than 16x16") for arch in (80, 86, 89, 90, 100)},
+    ("head", "dropout", 64): ({86: 16, 89: 16, 90: 64, 100: 72}, _PHILOX),
+    ("head", "float32", 32): ({80: 8, 100: 16}, _OCCUPANCY),
+    ("head", "float32", 64): (dict.fromkeys((80, 86, 89, 90, 100), 32), _OCCUPANCY),
+    ("dq", "half", 32): ({100: 8}, _OCCUPANCY),
+    ("dq", "float32", 32): ({90: 8}, _OCCUPANCY),
+    ("dq", "float32", 256): (dict.fromkeys((80, 86, 89, 90, 100), 240), f"{_WHOLE_ROWS}, and no tile is smaller than 16x16"),
+    ("dq", "dropout", 256): ({90: 48}, "by Triton 3.6 alone, where 64x16 in 8 warps has its wgmma serialised"),
 }
+# Loads of less than 16 bytes. Half precision: the terms of a thread's columns, two neighbours (8 bytes) a load, for two loops.
+# With dropout minus_delta reaches a factor of a matmul, so its loads are copied ahead, and Triton 3.6 copies for each stage.
+NARROW = {"head": {"half": 33, "dropout": 66, "float32": 9}, "dkdv": {"half": 32, "dropout": 49, "float32": 8},
+          "dq": {"half": 9, "dropout": 10, "float32": 9}}
 
 
 def form_for(q, k, dropout_p):
@@ -251,33 +293,35 @@ def form_for(q, k, dropout_p):
     (B, H, Tq, D) = q.shape
     if max(32, padded_head(D)) not in HEAD_TILES[kind(q.dtype, dropout_p)][arch] or B * H < multiprocessors:
         return "split"
-    # What the resident programs go over again and again, q, do and dq's fp32 sum; half of it on average, as the diagonal passes.
+    # What the resident programs go over again and again: q, do, dq's fp32 sum; half of it on average, as the diagonal passes.
     return "head" if multiprocessors * Tq * D * (2 * q.element_size() + 4) // 2 <= l2 else "split"
 
 
 def attention_backward(do, q, k, v, out, lse, dq, dk, dv, *, scale, dropout_p=0.0, seed=None, form=None, tiles=None):
     """Write the gradients of `attention_forward` into dq (B, Tq, H, D), dk and dv (B, Tk, H, D).
 
-    do: out's gradient as (B, H, Tq, D), strides as for q; q, k, v, out, lse, scale, dropout_p, seed as in the forward. dq, dk, dv:
-    q's dtype, heads side by side and one row stride for all three, which the thirds of a packed (B, T, 3C) have.
+    do: out's gradient as (B, H, Tq, D), strides as for q; q, k, v, out, lse, scale, dropout_p, seed as in the forward. dq, dk,
+    dv: q's dtype, heads side by side and one row stride for all three, which the thirds of a packed (B, T, 3C) have.
     form: "head", "split", or None to choose; tiles: {"head": Tile} or {"dq": Tile, "dkdv": Tile} instead of the tables'.
     """
     check_inputs(q, k, v, scale, dropout_p, seed)
     (B, H, Tq, D), Tk = q.shape, k.size(2)
     if do.shape != q.shape or do.dtype != q.dtype or not rows_are_contiguous(do):
-        raise ValueError(f"do is {tuple(do.shape)}, {do.dtype}, strides {do.stride()}; expected {tuple(q.shape)}, {q.dtype}, stride 1 in the "
-                         f"last dimension and at most {LARGEST_STRIDE} before it")
+        raise ValueError(f"do is {tuple(do.shape)}, {do.dtype}, strides {do.stride()}; expected {tuple(q.shape)}, {q.dtype}, "
+                         f"stride 1 in the last dimension and at most {LARGEST_STRIDE} before it")
     if out.shape != (B, Tq, H, D) or not out.is_contiguous() or out.dtype != q.dtype:
-        raise ValueError(f"out is {tuple(out.shape)}, {out.dtype}, strides {out.stride()}; expected {(B, Tq, H, D)}, {q.dtype}, contiguous")
+        raise ValueError(f"out is {tuple(out.shape)}, {out.dtype}, strides {out.stride()}; expected {(B, Tq, H, D)}, "
+                         f"{q.dtype}, contiguous")
     if lse.shape != (B, H, Tq) or not lse.is_contiguous() or lse.dtype != torch.float32:
-        raise ValueError(f"lse is {tuple(lse.shape)}, {lse.dtype}, strides {lse.stride()}; expected {(B, H, Tq)}, float32, contiguous")
+        raise ValueError(f"lse is {tuple(lse.shape)}, {lse.dtype}, strides {lse.stride()}; expected {(B, H, Tq)}, float32, "
+                         "contiguous")
     row = dk.stride(1)
     for name, grad, T in (("dq", dq, Tq), ("dk", dk, Tk), ("dv", dv, Tk)):
         expected = (T * row, row, D, 1)
         if grad.shape != (B, T, H, D) or grad.dtype != q.dtype or grad.device != q.device or \
                 any(a != b and n > 1 for a, b, n in zip(grad.stride(), expected, grad.shape, strict=True)):
-            raise ValueError(f"{name} is {tuple(grad.shape)}, {grad.dtype}, strides {grad.stride()}; expected {(B, T, H, D)}, {q.dtype}, "
-                             f"strides {expected}")
+            raise ValueError(f"{name} is {tuple(grad.shape)}, {grad.dtype}, strides {grad.stride()}; expected {(B, T, H, D)}, "
+                             f"{q.dtype}, strides {expected}")
     form = form or form_for(q, k, dropout_p)
     if form not in ("head", "split"):
         raise ValueError(f"form is {form!r}; expected 'head', 'split' or None")
@@ -285,41 +329,43 @@ def attention_backward(do, q, k, v, out, lse, dq, dk, dv, *, scale, dropout_p=0.
         for grad in (dq, dk, dv):
             grad.zero_()                # without queries, keys have a gradient, and it is zero
         return
-    delta = torch.empty_like(lse)
+    terms = torch.empty((B, H, 2, triton.cdiv(Tq, 128) * 128), dtype=torch.float32, device=q.device)
     seed = seed if dropout_p > 0 else None
     strides = (*q.stride()[:3], *k.stride()[:3], *do.stride()[:3], row)
+    numbers = scale, scale * LOG2_E, dropout_p, H, Tq, Tk
     constants = dict(D=D, HEAD=padded_head(D), DROPOUT=dropout_p > 0)
     with torch.cuda.device_of(q):
         if form == "head":
             tile = tiles["head"] if tiles else tile_for(HEAD_TILES, q, dropout_p)
             dq_sum = torch.empty((B, H, Tq, D), dtype=torch.float32, device=q.device)
-            backward_head_kernel[(B * H,)](q, k, v, out, do, lse, delta, dq, dk, dv, dq_sum, seed, *strides, scale, scale * LOG2_E, dropout_p, H, Tq, Tk,
+            backward_head_kernel[(B * H,)](q, k, v, out, do, lse, terms, dq, dk, dv, dq_sum, seed, *strides, *numbers,
                                            **constants, **tile._asdict())
             return
         group = head_group(k)
         tile = tiles["dq"] if tiles else tile_for(DQ_TILES, q, dropout_p)
         backward_dq_kernel[(B * H * triton.cdiv(Tq, tile.BLOCK_M),)](
-            q, k, v, out, do, lse, delta, dq, seed, *strides, scale, scale * LOG2_E, dropout_p, H, Tq, Tk, B * H, group, **constants, **tile._asdict())
+            q, k, v, out, do, lse, terms, dq, seed, *strides, *numbers, B * H, group, **constants, **tile._asdict())
         tile = tiles["dkdv"] if tiles else tile_for(DKDV_TILES, q, dropout_p)
         backward_dkdv_kernel[(B * H * triton.cdiv(Tk, tile.BLOCK_N),)](
-            q, k, v, do, lse, delta, dk, dv, seed, *strides, scale, scale * LOG2_E, dropout_p, H, Tq, Tk, B * H, group, **constants, **tile._asdict())
+            q, k, v, do, terms, dk, dv, seed, *strides, *numbers, B * H, group, **constants, **tile._asdict())
 
 
 def gate_cases(arch):
-    """The compile gate's cases. At GPT-2 124M shapes: q, k, v, out, its gradient and three gradients once; 5, 4 and 3 matmuls."""
+    """The compile gate's cases. At GPT-2 124M shapes: q, k, v, out, four gradients once; 5, 4 and 3 matmuls."""
     rows, heads, T, D = 64 * 1024, 64 * 12, 1024, 64
     tensor, matmul = rows * 768 * 2, 2 * heads * T * T // 2 * D
-    kernels = (("head", backward_head_kernel, HEAD_TILES, 8 * tensor, 5, 17), ("dkdv", backward_dkdv_kernel, DKDV_TILES, 6 * tensor, 4, 17),
-               ("dq", backward_dq_kernel, DQ_TILES, 6 * tensor, 3, 9))
-    for name, kernel, tables, moved, matmuls, narrow in kernels:
+    kernels = (("head", backward_head_kernel, HEAD_TILES, 8 * tensor, 5),
+               ("dkdv", backward_dkdv_kernel, DKDV_TILES, 6 * tensor, 4),
+               ("dq", backward_dq_kernel, DQ_TILES, 6 * tensor, 3))
+    tensors = [f"{name}_ptr" for name in ("q", "k", "v", "out", "do", "dq", "dk", "dv")]
+    for name, kernel, tables, moved, matmuls in kernels:
         for column, dtype in (("half", "bf16"), ("dropout", "bf16"), ("float32", "fp32")):
             for HEAD, tile in tables[column][arch].items():
                 counted = HEAD == 64 and column == "half"
-                spill, why = SPILLS.get((name, column, arch, HEAD), (0, ""))
-                pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "do_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), f"*{dtype}")
-                pointers |= dict.fromkeys(("lse_ptr", "delta_ptr", "dq_sum_ptr"), "*fp32")
-                yield model_case(f"attention.backward {name} D={HEAD} {column if column != 'half' else dtype}", kernel, tile, arch, HEAD,
-                                 column == "dropout", pointers, in_model=counted and name == "head",
+                spills, why = SPILLS.get((name, column, HEAD), ({}, ""))
+                pointers = dict.fromkeys(tensors, f"*{dtype}") | dict.fromkeys(("lse_ptr", "terms_ptr", "dq_sum_ptr"), "*fp32")
+                yield model_case(f"attention.backward {name} D={HEAD} {column if column != 'half' else dtype}", kernel, tile,
+                                 arch, HEAD, column == "dropout", pointers, in_model=counted and name == "head",
                                  bytes=moved if counted else None, flops=matmuls * matmul if counted else None,
-                                 allowed_narrow_loads=narrow if HEAD < 256 else 33, narrow_reason="lse and delta, one number a row; the seed",
-                                 allowed_spill_bytes=spill, spill_reason=why)
+                                 allowed_narrow_loads=NARROW[name][column], narrow_reason="lse and delta; the seed",
+                                 allowed_spill_bytes=spills.get(arch, 0), spill_reason=why if arch in spills else "")

@@ -15,12 +15,12 @@ import triton.language as tl
 LOG2_E = math.log2(math.e)      # multiplied into the scale by launchers, in fp64: in the kernel it would be one rounding more
 
 
-# ---------------------------------------------------------------------------------------------------------------- device functions
+# ------------------------------------------------------------------------------------------------------------- device functions
 
 
 @triton.jit
 def load_tile(ptr, first, stride, count, D: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, BOUNDED: tl.constexpr):
-    """Rows first .. first+ROWS of the matrix at ptr: [ROWS, HEAD]; zeros from column D on and, if BOUNDED, from row `count` on."""
+    """Rows first .. first+ROWS of the matrix at ptr: [ROWS, HEAD]; zeros from column D and, if BOUNDED, from row `count` on."""
     row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, HEAD)[None, :]
     # Only the start of a tile needs 64 bits: a tile spans at most 128 rows.
     ptrs = ptr + tl.cast(first, tl.int64) * stride + row * stride + col
@@ -65,7 +65,7 @@ def scheduled_tile(n_tiles, n_heads, group):
     return within // heads, first_head + within % heads
 
 
-# -------------------------------------------------------------------------------------------------------------------- the host side
+# ---------------------------------------------------------------------------------------------------------------- the host side
 
 
 class Tile(typing.NamedTuple):
@@ -83,7 +83,7 @@ LARGEST_STRIDE = 2**23          # a tile spans up to 128 rows, and its offsets a
 
 @functools.cache
 def machine(device_index):
-    """(architecture of the tile tables, multiprocessors, bytes of L2) of a CUDA device; of an H200 for None, the interpreter."""
+    """(architecture of the tile tables, multiprocessors, bytes of L2) of a CUDA device; of an H200 for None (interpreter)."""
     if device_index is None:
         return 90, 132, 50 * 2**20
     properties = torch.cuda.get_device_properties(device_index)
@@ -91,7 +91,7 @@ def machine(device_index):
     if arch < 80:
         raise RuntimeError(f"the attention kernels need compute capability 8.0 or more; {properties.name} has {arch / 10}")
     # Relatives that no table names: 8.7 has 8.6's instructions; 12.x is a consumer chip with 99 KB of shared memory, like 8.9.
-    known = arch if arch in (80, 86, 89, 90, 100) else 86 if arch < 89 else 89 if arch < 90 or arch >= 120 else 90 if arch < 100 else 100
+    known = 89 if arch >= 120 else max(row for row in (80, 86, 89, 90, 100) if row <= arch)
     return known, properties.multi_processor_count, properties.L2_cache_size
 
 
@@ -135,15 +135,17 @@ def check_inputs(q, k, v, scale, dropout_p, seed):
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}; expected one device")
         if not rows_are_contiguous(x):
-            raise ValueError(f"{name} has strides {x.stride()}; expected 1 in the last dimension and at most {LARGEST_STRIDE} before it: "
-                             "make it contiguous first")
+            raise ValueError(f"{name} has strides {x.stride()}; expected 1 in the last dimension and at most {LARGEST_STRIDE} "
+                             "before it: make it contiguous first")
     (B, H, Tq, D), Tk = q.shape, k.size(2)
     if k.shape != (B, H, Tk, D) or v.shape != k.shape:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected the same B, H and D, and k like v")
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected the same B, H and D, "
+                         "and k like v")
     if not 1 <= D <= LARGEST_HEAD:
         raise ValueError(f"the head size is {D}; expected 1 to {LARGEST_HEAD}")
     if Tq > Tk:
-        raise ValueError(f"{Tq} queries and {Tk} keys; expected the queries to be the last of the keys' positions, so at most as many")
+        raise ValueError(f"{Tq} queries and {Tk} keys; expected the queries to be the last of the keys' positions, so at most "
+                         "as many")
     if not same_layout(k, v):
         raise ValueError(f"k has strides {k.stride()}, v {v.stride()}; expected the same")
     if not 0 < scale < math.inf:
@@ -155,13 +157,13 @@ def check_inputs(q, k, v, scale, dropout_p, seed):
 
 
 def model_case(name, kernel, tile, arch, HEAD, dropout, pointers, **more):
-    """A `gate_case.Case` of an attention kernel with strides that are multiples of 16, as GPT-2's are; the rest is passed on."""
+    """A `gate_case.Case` of an attention kernel with strides that are multiples of 16, as GPT-2's are; passes `more` on."""
     from .gate_case import Case
     constexprs = dict(D=HEAD, HEAD=HEAD, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, DROPOUT=dropout)
     kinds = {**pointers, "seed_ptr": "*i64", "scale": "fp32", "scale2": "fp32", "dropout_p": "fp32"}
     if not dropout:
         constexprs["seed_ptr"] = None
     signature = {n: kinds.get(n, "i32") for n in kernel.arg_names if n not in constexprs}
-    return Case(name=name, kernel=kernel, signature=signature, constexprs=constexprs, num_warps=tile.num_warps, num_stages=tile.num_stages,
-                divisible=tuple(n for n in signature if n.startswith("stride_")),
+    return Case(name=name, kernel=kernel, signature=signature, constexprs=constexprs, num_warps=tile.num_warps,
+                num_stages=tile.num_stages, divisible=tuple(n for n in signature if n.startswith("stride_")),
                 tile_row=f"{arch}: {tile.BLOCK_M}x{tile.BLOCK_N}, {tile.num_warps} warps, {tile.num_stages} stages", **more)

@@ -1,12 +1,13 @@
 """Attention of one new query a row over a key-value cache, for generation: out = softmax(scale * q k^T) v.
 
-One query reads its whole cache and multiplies each element once, so only bytes count: 2 * length * D elements a head, nothing else
-of that size. GPT-2 124M at batch 1 has 12 heads and a GPU a hundred multiprocessors and more, so the keys are split: a program takes one
-head and one chunk of CHUNK keys and leaves its weighted values and the log2-sum-exp of its scores; a second kernel combines the chunks
-of a head. (1, 12, 1024, 64) makes 192 programs.
+One query reads its whole cache and multiplies each element once, so only bytes count: 2 * length * D elements a head, nothing
+else of that size. GPT-2 124M at batch 1 has 12 heads and a GPU a hundred multiprocessors and more, so the keys are split: a
+program takes one head and one chunk of CHUNK keys and leaves its weighted values and the log2-sum-exp of its scores; a second
+kernel combines the chunks of a head. (1, 12, 1024, 64) makes 192 programs.
 
-The cache has a fixed capacity and a length a row in a device tensor, so one captured CUDA graph serves every length: chunks beyond the
-length end at once. How the keys are cut depends on D only, so a row's result does not depend on what it is batched with.
+The cache has a fixed capacity and a length a row in a device tensor, so one captured CUDA graph serves every length: chunks
+beyond the length end at once. How the keys are cut depends on D only, so a row's result does not depend on what it is batched
+with.
 
 Source: Dao et al. 2023, "Flash-Decoding for long-context inference"; the combination of partial softmaxes is Milakov and
 Gimelshein's 2018.
@@ -18,17 +19,18 @@ import triton.language as tl
 from .attention_common import DTYPES, LARGEST_HEAD, LARGEST_STRIDE, LOG2_E, head_offset, load_tile, padded_head, same_layout
 from .dependent_launch import launch_dependents, wait_for_predecessor
 
-# Elements of the tile of keys a program holds, for every architecture: 64 keys at D=64. Two tiles (keys and values) of 4,096 elements
-# in 128 threads are 64 loaded elements a thread, all in flight at once (84 registers at most, no spill), and at T=1024, batch 1
-# there is a program for each multiprocessor. Chosen by counting; not timed.
+# Elements of the tile of keys a program holds, for every architecture: 64 keys at D=64. Two tiles (keys and values) of 4,096
+# elements in 128 threads are 64 loaded elements a thread, all in flight at once (84 registers at most, no spill), and at
+# T=1024, batch 1 there is a program for each multiprocessor. Chosen by counting; not timed.
 CHUNK_ELEMENTS = 4096
 COMBINED = 16                   # chunks that the second kernel loads at once: all of T=1024 at D=64
 WARPS = 4
 
 
 @triton.jit(do_not_specialize=["H", "n_chunks"])
-def decode_kernel(q_ptr, k_ptr, v_ptr, length_ptr, part_ptr, lse_ptr, stride_qb, stride_qh, stride_kb, stride_kh, stride_kt, scale2,
-                  H, n_chunks, D: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, DEPENDENT: tl.constexpr):
+def decode_kernel(q_ptr, k_ptr, v_ptr, length_ptr, part_ptr, lse_ptr,
+                  stride_qb, stride_qh, stride_kb, stride_kh, stride_kt, scale2, H, n_chunks,
+                  D: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, DEPENDENT: tl.constexpr):
     """One head, one chunk: part (B*H, n_chunks, D) fp32, its weighted values divided by its sum; lse (B*H, n_chunks)."""
     head, chunk = tl.program_id(0), tl.program_id(1)
     launch_dependents(DEPENDENT)                                                        # both nothing but in decode.py
@@ -54,8 +56,8 @@ def decode_kernel(q_ptr, k_ptr, v_ptr, length_ptr, part_ptr, lse_ptr, stride_qb,
 
 
 @triton.jit(do_not_specialize=["H", "n_chunks"])
-def combine_kernel(part_ptr, lse_ptr, length_ptr, out_ptr, H, n_chunks, D: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr,
-                   COMBINED: tl.constexpr):
+def combine_kernel(part_ptr, lse_ptr, length_ptr, out_ptr, H, n_chunks,
+                   D: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, COMBINED: tl.constexpr):
     """out (B*H, D): the chunks' values, weighted by 2^(their lse - the largest). A row of length 0 gives zeros."""
     head = tl.program_id(0)
     col = tl.arange(0, HEAD)
@@ -66,25 +68,28 @@ def combine_kernel(part_ptr, lse_ptr, length_ptr, out_ptr, H, n_chunks, D: tl.co
         chunk = first + tl.arange(0, COMBINED)
         slot = head.to(tl.int64) * n_chunks + chunk
         lse = tl.load(lse_ptr + slot, mask=chunk < used, other=float("-inf"))           # [COMBINED]
-        part = tl.load(part_ptr + slot[:, None] * D + col[None, :], mask=(chunk < used)[:, None] & (col < D)[None, :], other=0.0)
+        part = tl.load(part_ptr + slot[:, None] * D + col[None, :],                     # [COMBINED, HEAD]
+                       mask=(chunk < used)[:, None] & (col < D)[None, :], other=0.0)
         new_top = tl.maximum(top, tl.max(lse, 0))
         weight, shrink = tl.exp2(lse - new_top), tl.exp2(top - new_top)
         acc = acc * shrink + tl.sum(weight[:, None] * part, 0)
         total = total * shrink + tl.sum(weight, 0)
         top = new_top
-    tl.store(out_ptr + head.to(tl.int64) * D + col, (acc / tl.where(total > 0, total, 1.0)).to(out_ptr.dtype.element_ty), mask=col < D)
+    out = acc / tl.where(total > 0, total, 1.0)
+    tl.store(out_ptr + head.to(tl.int64) * D + col, out.to(out_ptr.dtype.element_ty), mask=col < D)
 
 
 def attention_decode(q, k, v, lengths, *, scale):
     """q (B, H, 1, D) over the first lengths[b] of the keys and values k, v (B, H, T, D) -> (B, H, 1, D), contiguous.
 
-    lengths (B,) int32 or int64, on q's device: 0 <= lengths[b] <= T, not checked (the host does not look); 0 gives zeros. k and v have
-    the same strides, 1 in the last dimension. float32, float16 or bfloat16.
+    lengths (B,) int32 or int64, on q's device: 0 <= lengths[b] <= T, not checked (the host does not look); 0 gives zeros. k and
+    v have the same strides, 1 in the last dimension. float32, float16 or bfloat16.
     """
     B, H, Tq, D = q.shape
     T = k.size(2)
     if Tq != 1 or k.shape != (B, H, T, D) or v.shape != k.shape:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected (B, H, 1, D), (B, H, T, D) twice")
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected (B, H, 1, D), (B, H, T, D) "
+                         "twice")
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; expected float32, float16 or bfloat16, the same for all")
     if lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64):
@@ -92,11 +97,13 @@ def attention_decode(q, k, v, lengths, *, scale):
     if not lengths.is_contiguous():
         raise ValueError(f"lengths has stride {lengths.stride(0)}; make it contiguous first")
     if any(x.device != q.device for x in (k, v, lengths)):
-        raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}, lengths on {lengths.device}; expected one device")
+        raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}, lengths on {lengths.device}; expected one "
+                         "device")
     if not 1 <= D <= LARGEST_HEAD:
         raise ValueError(f"the head size is {D}; expected 1 to {LARGEST_HEAD}")
     if any(x.stride(-1) != 1 and D > 1 for x in (q, k, v)) or not same_layout(k, v) or k.stride(2) > LARGEST_STRIDE:
-        raise ValueError(f"strides of q {q.stride()}, k {k.stride()}, v {v.stride()}; expected 1 in the last dimension, the same for k and v")
+        raise ValueError(f"strides of q {q.stride()}, k {k.stride()}, v {v.stride()}; expected 1 in the last dimension, the "
+                         "same for k and v")
     if not scale > 0:
         raise ValueError(f"scale is {scale}; expected a positive number")
     HEAD = padded_head(D)
@@ -108,29 +115,31 @@ def attention_decode(q, k, v, lengths, *, scale):
     if B * H == 0 or T == 0:
         return out.zero_()
     with torch.cuda.device_of(q):
-        decode_kernel[(B * H, n_chunks)](q, k, v, lengths, part, lse, q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2), scale * LOG2_E,
-                                         H, n_chunks, D=D, HEAD=HEAD, CHUNK=CHUNK, DEPENDENT=False, num_warps=WARPS)
-        combine_kernel[(B * H,)](part, lse, lengths, out, H, n_chunks, D=D, HEAD=HEAD, CHUNK=CHUNK, COMBINED=COMBINED, num_warps=WARPS)
+        decode_kernel[(B * H, n_chunks)](
+            q, k, v, lengths, part, lse, *q.stride()[:2], *k.stride()[:3], scale * LOG2_E, H, n_chunks,
+            D=D, HEAD=HEAD, CHUNK=CHUNK, DEPENDENT=False, num_warps=WARPS)
+        combine_kernel[(B * H,)](
+            part, lse, lengths, out, H, n_chunks, D=D, HEAD=HEAD, CHUNK=CHUNK, COMBINED=COMBINED, num_warps=WARPS)
     return out
 
 
 def gate_cases(arch):
     """The compile gate's cases: the same constants on every architecture."""
     from .gate_case import Case
+    strides = ("stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_kt")
     for dtype, HEAD in (("bf16", 32), ("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64)):
         CHUNK = CHUNK_ELEMENTS // HEAD
         row = f"all: {CHUNK} keys, {WARPS} warps"
         yield Case(
             name=f"attention.decode D={HEAD} {dtype}", kernel=decode_kernel, num_warps=WARPS, tile_row=row,
-            signature={"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "v_ptr": f"*{dtype}", "length_ptr": "*i32", "part_ptr": "*fp32",
-                       "lse_ptr": "*fp32", "stride_qb": "i32", "stride_qh": "i32", "stride_kb": "i32", "stride_kh": "i32",
-                       "stride_kt": "i32", "scale2": "fp32", "H": "i32", "n_chunks": "i32"},
-            constexprs={"D": HEAD, "HEAD": HEAD, "CHUNK": CHUNK, "DEPENDENT": False},
-            divisible=("stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_kt"),
+            signature={**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}"), "length_ptr": "*i32", "part_ptr": "*fp32",
+                       "lse_ptr": "*fp32", **dict.fromkeys(strides, "i32"), "scale2": "fp32", "H": "i32", "n_chunks": "i32"},
+            constexprs={"D": HEAD, "HEAD": HEAD, "CHUNK": CHUNK, "DEPENDENT": False}, divisible=strides,
             allowed_narrow_loads=3, narrow_reason="the row's length and its one query, 2 to 4 bytes a thread")
         if dtype == "bf16":
             yield Case(
                 name=f"attention.combine D={HEAD}", kernel=combine_kernel, num_warps=WARPS, tile_row=row,
-                signature={"part_ptr": "*fp32", "lse_ptr": "*fp32", "length_ptr": "*i32", "out_ptr": "*bf16", "H": "i32", "n_chunks": "i32"},
+                signature={"part_ptr": "*fp32", "lse_ptr": "*fp32", "length_ptr": "*i32", "out_ptr": "*bf16",
+                           "H": "i32", "n_chunks": "i32"},
                 constexprs={"D": HEAD, "HEAD": HEAD, "CHUNK": CHUNK, "COMBINED": COMBINED},
                 allowed_narrow_loads=10, narrow_reason="the row's length, and the chunks' sums: 64 bytes a head")

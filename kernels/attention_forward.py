@@ -2,21 +2,22 @@
 
 Fused because of bytes: written out, the (T, T) weights of GPT-2 124M (B=64, H=12, T=1024) are 1.6 GB in bf16, and plain PyTorch
 stores and loads them five times a layer. Here they live in registers: a program takes BLOCK_M queries of one head, walks the
-keys up to the diagonal in tiles of BLOCK_N and keeps a running maximum, a running sum and the weighted sum of the values, rescaled
-whenever the maximum grows. What moves is q, k, v and out once (403 MB) and 4 bytes a row of lse for the backward.
+keys up to the diagonal in tiles of BLOCK_N and keeps a running maximum, a running sum and the weighted sum of the values,
+rescaled whenever the maximum grows. What moves is q, k, v and out once (403 MB) and 4 bytes a row of lse for the backward.
 
-q (B, H, Tq, D), k and v (B, H, Tk, D) with any strides; out (B, Tq, H, D), which is (B, T, C) with the heads side by side, so no transpose
-follows; lse (B, H, Tq) fp32. Dropout on the weights happens in registers (`attention_common.kept_weights`); it does not touch the sum.
+q (B, H, Tq, D), k and v (B, H, Tk, D) with any strides; out (B, Tq, H, D), which is (B, T, C) with the heads side by side, so
+no transpose follows; lse (B, H, Tq) fp32. Dropout on the weights happens in registers (`dropout.keep_scores`); it does not
+touch the sum.
 
-Source: Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022, FlashAttention, algorithm 1; Dao 2023, FlashAttention-2, section 3.1
-(loop over keys inside, one division at the end).
+Source: Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022, FlashAttention, algorithm 1; Dao 2023, FlashAttention-2,
+section 3.1 (loop over keys inside, one division at the end).
 """
 import torch
 import triton
 import triton.language as tl
 
-from .attention_common import (LOG2_E, Tile, check_inputs, head_group, head_offset, load_tile, model_case, padded_head, scheduled_tile,
-                               store_tile, tile_for)
+from .attention_common import (LOG2_E, Tile, check_inputs, head_group, head_offset, load_tile, model_case, padded_head,
+                               scheduled_tile, store_tile, tile_for)
 from .dropout import keep_scale, keep_scores
 
 
@@ -24,7 +25,7 @@ from .dropout import keep_scale, keep_scores
 def _walk_keys(acc, total, top, q, k_ptr, v_ptr, stride_kt, start, stop, m, scale2, seed, dropout_p, head, Tq, Tk,
                D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
                MASKED: tl.constexpr, DROPOUT: tl.constexpr):
-    """Take in the keys start .. stop. acc [BLOCK_M, HEAD], total and top [BLOCK_M] fp32: the weighted values, the sum, the maximum."""
+    """Take in the keys start .. stop. acc [BLOCK_M, HEAD], total, top [BLOCK_M] fp32: weighted values, the sum, the maximum."""
     query = m + tl.arange(0, BLOCK_M)
     for n in tl.range(start, stop, BLOCK_N):
         k = load_tile(k_ptr, n, stride_kt, Tk, D, BLOCK_N, HEAD, MASKED)
@@ -79,12 +80,13 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr,
     store_tile(out_ptr, acc / total[:, None], m, H * D, Tq, D, BLOCK_M, HEAD)
 
 
-# {kind: {architecture: {HEAD: Tile}}}; the row of HEAD 32 also serves 16. How each was chosen: of a list from large to small, the first
-# that compiles for the architecture without a spill, within its shared memory and, on sm_90, with asynchronous wgmma (ptxas says
-# where it serialises them: note C7515). None is timed yet. 80, 86, 89 share the instructions (mma.sync, cp.async) and so the
-# rows; the 99 KB of 86 and 89 bound them all. What decided:
-#   half     32, 64 on sm_90: 128x64 in 4 warps takes 170 and 236 registers: two programs a multiprocessor, so one's exponentials run
-#            beside the other's matmuls. 128x128 spills 112 and 360 bytes. 128: 128x64 in 8 warps; 128x128 spills 72.
+# {kind: {architecture: {HEAD: Tile}}}; the row of HEAD 32 also serves 16. How each was chosen: of a list from large to small,
+# the first that compiles for the architecture without a spill, within its shared memory and, on sm_90, with asynchronous wgmma
+# (ptxas says where it serialises them: note C7515). None is timed yet. 80, 86, 89 share the instructions (mma.sync, cp.async)
+# and so the rows; the 99 KB of 86 and 89 bound them all. What decided:
+#   half     32, 64 on sm_90: 128x64 in 4 warps takes 187 and 233 registers: two programs a multiprocessor, so one's
+#            exponentials run beside the other's matmuls. 128x128 spills 112 and 360 bytes. 128: 128x64 in 8 warps; 128x128
+#            spills 72.
 #   dropout  as half, but Philox's words take 32 bytes too many in 4 warps at 64: 8 warps.
 #   float32  without tensor cores a thread keeps whole rows of both factors in registers, so tiles are small.
 _MMA_SYNC = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)}
@@ -101,8 +103,9 @@ TILES = {
 def attention_forward(q, k, v, *, scale, dropout_p=0.0, seed=None, tile=None):
     """Returns (out (B, Tq, H, D) contiguous in q's dtype, lse (B, H, Tq) fp32, log2 of the sum of exponentials).
 
-    q (B, H, Tq, D), k and v (B, H, Tk, D), Tq <= Tk: float32, float16 or bfloat16; any strides up to 2^23 with 1 in the last dimension, the
-    same for k and v; D up to 256. scale > 0. dropout_p with an int64 seed tensor of one element. tile: a Tile instead of the table's.
+    q (B, H, Tq, D), k and v (B, H, Tk, D), Tq <= Tk: float32, float16 or bfloat16; any strides up to 2^23 with 1 in the last
+    dimension, the same for k and v; D up to 256. scale > 0. dropout_p with an int64 seed tensor of one element. tile: a Tile
+    instead of the table's.
     """
     check_inputs(q, k, v, scale, dropout_p, seed)
     (B, H, Tq, D), Tk = q.shape, k.size(2)
@@ -125,8 +128,8 @@ def gate_cases(arch):
         for HEAD, tile in TILES[column][arch].items():
             model = HEAD == 64 and column == "half"
             pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}") | {"lse_ptr": "*fp32"}
-            yield model_case(f"attention.forward D={HEAD} {column if column != 'half' else dtype}", forward_kernel, tile, arch, HEAD,
-                             column == "dropout", pointers, in_model=model,
+            yield model_case(f"attention.forward D={HEAD} {column if column != 'half' else dtype}", forward_kernel, tile,
+                             arch, HEAD, column == "dropout", pointers, in_model=model,
                              bytes=4 * rows * 768 * 2 + heads * T * 4 if model else None,
                              flops=2 * 2 * heads * T * T // 2 * D if model else None,
                              **({"allowed_narrow_loads": 1, "narrow_reason": "the seed"} if column == "dropout" else {}))

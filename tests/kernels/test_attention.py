@@ -353,7 +353,8 @@ BACKWARD_FAULTS = {
     "missing scale of dk": (r"store_tile\(dk_ptr, dk \* scale", "store_tile(dk_ptr, dk", "head"),
     "missing scale of dq, split": (r"dq \* scale, m, stride_gt", "dq, m, stride_gt", "split"),
     "swapped dk and dv": (r"store_tile\(dv_ptr, dv,", "store_tile(dv_ptr, dk,", "split"),
-    "delta left out": (r"dp - delta\[None, :\]", "dp", "head"),
+    "delta left out": (r"delta \* \(dropout_p - 1.0\)", "delta * 0.0", "head"),
+    "terms not padded to the longer tile": (r"if rank == 0:", "if rank < 0:", "split"),
     "first tile of keys adds to garbage": (r"Tq \* \(n > 0\)", "Tq", "head"),
     "narrow mask: full tiles start too early": (r"n \+ BLOCK_N - 1 - \(Tk - Tq\), 0\), BLOCK_M\)", "n + BLOCK_N - BLOCK_M - 1 - (Tk - Tq), 0), BLOCK_M)", "split"),
 }
@@ -413,11 +414,12 @@ def test_offsets_beyond_2_to_the_31_are_computed_in_64_bits():
     assert f.data_ptr() + 4 * (B * heads * T * D - 1) in largest                        # the last element of dq's sum
 
     # The last program of the split form has the first queries, or the last keys and the queries that see them.
-    for kernel, pointers, row in ((attention_backward.backward_dq_kernel, (x, x, x, x, x, f, f, x, None), 0),
-                                  (attention_backward.backward_dkdv_kernel, (x, x, x, x, f, f, x, x, None), T - 64)):
+    # Per query there is one lse for the former, two rows of terms for the latter.
+    for kernel, pointers, row, rows in ((attention_backward.backward_dq_kernel, (x, x, x, x, x, f, f, x, None), 0, 1),
+                                        (attention_backward.backward_dkdv_kernel, (x, x, x, x, f, x, x, None), T - 64, 2)):
         first, _ = addresses(grid - 1, grid, kernel, *pointers, *strides, *strides, *strides, 3 * C, 0.1, 0.1, 0.0, heads, T, T,
                              B * heads, B * heads, **sizes)
-        assert {x.data_ptr() + 2 * (last_row + row * 3 * C), f.data_ptr() + 4 * ((B * heads - 1) * T + row)} <= first
+        assert {x.data_ptr() + 2 * (last_row + row * 3 * C), f.data_ptr() + 4 * ((B * heads - 1) * rows * T + row)} <= first
 
 
 @pytest.mark.parametrize("error, message, change", (
