@@ -1,10 +1,11 @@
-"""Causal attention as an op: the flash kernels of kernels/attention_*.py with autograd, torch.compile and a choice of implementation.
+"""Causal attention as an op: the kernels of kernels/attention_*.py with autograd, torch.compile and a choice of implementation.
 
-    causal_attention_qkvpacked    from the packed projection (B, T, 3C) to (B, T, C), one gradient (B, T, 3C): what the model calls
+    causal_attention_qkvpacked    from the packed projection (B, T, 3C) to (B, T, C), one gradient (B, T, 3C): the model's
     causal_attention              from q, k, v, each (B, H, T, D), also with fewer queries than keys
     decode_attention              one query a row over a key-value cache with a length a row; no gradient
 
-What is kept for the backward, for a token in half precision: qkv (6C bytes), out (2C) and 4H of lse; with dropout one seed a call.
+What is kept for the backward, for a token in half precision: qkv (6C bytes), out (2C) and 4H of lse; with dropout one seed a
+call.
 """
 import functools
 import math
@@ -19,34 +20,34 @@ from .registration import define, raw
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
 
-# Where `auto` leaves a call that the kernels could take to PyTorch: {(architecture, largest head size from which on): reason}, and for
-# float32 on all. NOT MEASURED YET: these are expectations from figures that others published for kernels of this design (H100, forward,
-# T=1024, TFLOP/s). At D=64 Triton has 291 and cuDNN 288; what the packed layout saves beside the matmuls (the output's transpose, the
-# `cat` of three gradients, 0.1 ms a layer at 64 x 1024 tokens) decides for the kernels. At D=128 it is 273 and 410, and on Blackwell
-# cuDNN's distance is larger than that. `backend="fused"` takes the kernels everywhere.
+# Where `auto` leaves a call that the kernels could take to PyTorch: {(architecture, largest head size from which on): reason},
+# and for float32 on all. NOT MEASURED YET: these are expectations from figures that others published for kernels of this design
+# (H100, forward, T=1024, TFLOP/s). At D=64 Triton has 291 and cuDNN 288; what the packed layout saves beside the matmuls (the
+# output's transpose, the `cat` of three gradients, 0.1 ms a layer at 64 x 1024 tokens) decides for the kernels. At D=128 it is
+# 273 and 410, and on Blackwell cuDNN's distance is larger than that. `backend="fused"` takes the kernels everywhere.
 LEFT_TO_PYTORCH = {
     80: (64, "head sizes over 64 are expected to be slower than FlashAttention 2 here (not measured yet)"),
     86: (64, "head sizes over 64 are expected to be slower than FlashAttention 2 here (not measured yet)"),
     89: (64, "head sizes over 64 are expected to be slower than FlashAttention 2 here (not measured yet)"),
-    90: (64, "head sizes over 64 are expected to be slower than cuDNN here (not measured yet; 273 against 410 TFLOP/s published)"),
+    90: (64, "head sizes over 64 are expected to be slower than cuDNN here (not measured; published: 273 against 410 TFLOP/s)"),
     100: (0, "these kernels are expected to be slower than cuDNN on Blackwell (not measured yet)"),
 }
 FLOAT32_LEFT = "IEEE float32 runs without tensor cores and is expected to be slower than PyTorch's kernels (not measured yet)"
 
 
-# ---------------------------------------------------------------------------------------------------------------- public functions
+# ------------------------------------------------------------------------------------------------------------- public functions
 
 
 def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backend=None):
     """Causal attention on the packed projection: (B, T, 3C), q, k and v side by side in the last dimension -> (B, T, C).
 
-    qkv: floating point, any strides; its heads are n_head neighbouring runs of D = C / n_head. The output has the autocast dtype where
-    autocast is on (float64 excepted), else qkv's. scale: a positive number, 1/sqrt(D) by default. dropout_p: of the weights, 0 when
-    not training; the mask's seed is drawn from the generator of qkv's device. backend: a choice for each op as `backend.parse` gives
-    it, or None.
+    qkv: floating point, any strides; its heads are n_head neighbouring runs of D = C / n_head. The output has the autocast
+    dtype where autocast is on (float64 excepted), else qkv's. scale: a positive number, 1/sqrt(D) by default. dropout_p: of the
+    weights, 0 when not training; the mask's seed is drawn from the generator of qkv's device. backend: a choice for each op as
+    `backend.parse` gives it, or None.
 
-    Raises ValueError (shapes, dropout_p), RuntimeError (backend "fused" where no kernel can run; a second derivative, which only the
-    reference has). Source: kernels/attention_forward.py and attention_backward.py.
+    Raises ValueError (shapes, dropout_p), RuntimeError (backend "fused" where no kernel can run; a second derivative, which
+    only the reference has). Source: kernels/attention_forward.py and attention_backward.py.
     """
     shape = qkv.shape
     if len(shape) != 3 or shape[2] % (3 * n_head):
@@ -70,9 +71,9 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backen
 def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
     """softmax(scale * q k^T, causal) v: q (B, H, Tq, D), k and v (B, H, Tk, D), Tq <= Tk -> (B, H, Tq, D).
 
-    With Tq < Tk the queries are the last Tq positions: query i sees keys 0 .. Tk - Tq + i. Any strides; the kernels return a view of a
-    (B, Tq, H, D) tensor, so that `y.transpose(1, 2).reshape(B, Tq, C)` copies nothing. dtype, scale, dropout_p, backend and what
-    raises: as for `causal_attention_qkvpacked`.
+    With Tq < Tk the queries are the last Tq positions: query i sees keys 0 .. Tk - Tq + i. Any strides; the kernels return a
+    view of a (B, Tq, H, D) tensor, so that `y.transpose(1, 2).reshape(B, Tq, C)` copies nothing. dtype, scale, dropout_p,
+    backend and what raises: as for `causal_attention_qkvpacked`.
     """
     _check_qkv(q, k, v, dropout_p)
     if _backend.choose("attention", _SEPARATE_CANDIDATES, backend, (q, k, v, scale, backend)) == "reference":
@@ -87,8 +88,8 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
 def decode_attention(q, k, v, lengths, *, scale=None, backend=None):
     """One new query a row over a cache: q (B, H, 1, D), k and v (B, H, T, D), of which row b has lengths[b] -> (B, H, 1, D).
 
-    lengths: (B,) int32 or int64 on q's device, 1 to T, not looked at by the host, so one captured CUDA graph serves all lengths. For
-    generation: no gradient. scale, backend and what raises: as for `causal_attention_qkvpacked`.
+    lengths: (B,) int32 or int64 on q's device, 1 to T, not looked at by the host, so one captured CUDA graph serves all
+    lengths. For generation: no gradient. scale, backend and what raises: as for `causal_attention_qkvpacked`.
     """
     if q.dim() != 4 or q.size(2) != 1:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected (B, H, 1, D)")
@@ -96,21 +97,23 @@ def decode_attention(q, k, v, lengths, *, scale=None, backend=None):
     if lengths.shape != q.shape[:1]:
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected ({q.size(0)},)")
     if _backend.choose("attention", _DECODE_CANDIDATES, backend, (q, k, v, scale, backend)) == "reference":
-        hidden = torch.arange(k.size(2), device=k.device) >= lengths[:, None]                           # (B, T)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=hidden.logical_not()[:, None, None], scale=scale)
+        visible = (torch.arange(k.size(2), device=k.device) < lengths[:, None])[:, None, None]          # (B, 1, 1, T)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
     run = raw.attention_decode if torch.compiler.is_compiling() else _decode
     with torch.no_grad():
         return run(_autocast(q), _autocast(k), _autocast(v), lengths, scale)
 
 
 def _check_qkv(q, k, v, dropout_p):
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.size(3) != k.size(3) or q.size(2) > k.size(2):
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected (B, H, Tq, D), (B, H, Tk, D) twice, Tq <= Tk")
+    if (q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.size(3) != k.size(3)
+            or q.size(2) > k.size(2)):
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected (B, H, Tq, D), (B, H, Tk, D) "
+                         "twice, Tq <= Tk")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
 
 
-# ---------------------------------------------------------------------------------------------------- which implementation, and why
+# ------------------------------------------------------------------------------------------------ which implementation, and why
 
 
 def _why_not(x, dtype, D, scale, backend, dropout_p=0.0, left_to_pytorch=True):
@@ -171,7 +174,7 @@ def _autocast(x):
     return x if x.dtype == dtype else x.to(dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ autograd
+# --------------------------------------------------------------------------------------------------------------------- autograd
 
 
 def _seed(x, dropout_p):
@@ -226,7 +229,7 @@ def _refuse_second_derivative():
         raise RuntimeError("the attention kernels have no second derivative (create_graph=True); use backend='reference'")
 
 
-# ------------------------------------------------------------------------------------------------------------ tensors to launchers
+# --------------------------------------------------------------------------------------------------------- tensors to launchers
 
 
 @functools.cache
@@ -279,7 +282,8 @@ def _readable_qkv(q, k, v):
 
 
 def _forward(q, k, v, seed, scale, dropout_p):
-    return _kernels()[0].attention_forward(*_readable_qkv(q, k, v), scale=_scale(scale, q.size(3)), dropout_p=dropout_p, seed=seed)
+    return _kernels()[0].attention_forward(*_readable_qkv(q, k, v), scale=_scale(scale, q.size(3)),
+                                           dropout_p=dropout_p, seed=seed)
 
 
 def _backward(do, q, k, v, out, lse, seed, scale, dropout_p):
@@ -290,10 +294,11 @@ def _backward(do, q, k, v, out, lse, seed, scale, dropout_p):
 
 
 def _decode(q, k, v, lengths, scale):
-    return _kernels()[2].attention_decode(_readable(q), *_readable_qkv(q, k, v)[1:], lengths.contiguous(), scale=_scale(scale, q.size(3)))
+    return _kernels()[2].attention_decode(_readable(q), *_readable_qkv(q, k, v)[1:], lengths.contiguous(),
+                                          scale=_scale(scale, q.size(3)))
 
 
-# -------------------------------------------------------------------------------------------------------- what torch.compile sees
+# ------------------------------------------------------------------------------------------------------ what torch.compile sees
 
 def _fake_packed(qkv, seed, n_head, scale, dropout_p):
     B, T, C3 = qkv.shape
