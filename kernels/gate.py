@@ -10,12 +10,13 @@ ahead of time and prints
     regs spill      registers and stack bytes (spills) of a thread, from the machine code
     shared  blocks  bytes of shared memory of a block; how many blocks fit a multiprocessor at once (registers, shared memory,
                     warps, tensor memory); two or more let one block's epilogue run beside another's main loop
-    wgmma mma tc5   tensor-core instructions: sm_90's asynchronous kind, sm_80's, sm_100's
+    wgmma mma tc5   tensor-core instructions: sm_90's asynchronous kind ("8!": ptxas made them wait for each other, its note
+                    C7515), sm_80's, sm_100's
     load store      the widest global access of a thread in bytes ("tma": the copy engine does it)
     narrow          load instructions of less than 16 bytes
     MB GFLOP floor  what the launch must move and compute at GPT-2 124M shapes, B=64, T=1024, and so the time in microseconds
                     that no kernel can beat on an H200
-    cpu s           seconds of one core to compile from an empty cache
+    cpu s           seconds of one core to compile
 
 What each kernel file has to say for that is in `gate_case.py`. `tests/test_gate.py` fails on what `failures` finds.
 """
@@ -23,7 +24,9 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import importlib
+import io
 import json
 import math
 import multiprocessing
@@ -31,9 +34,9 @@ import os
 import pathlib
 import pkgutil
 import re
-import subprocess
 import sys
 import tempfile
+import time
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -74,6 +77,7 @@ class Row:
     shared: int
     resident_blocks: int
     wgmma: int
+    serialised: bool                # by ptxas: each wgmma waits for the one before
     mma: int
     tcgen05: int
     widest_load: int                # bytes; 0: no load
@@ -91,6 +95,7 @@ class Row:
     spill_reason: str
     allowed_narrow_loads: int
     narrow_reason: str
+    serial_reason: str
 
 
 # ------------------------------------------------------------------------------------------------------------- the cases
@@ -106,6 +111,7 @@ def kernel_modules():
                 yield module
 
 
+@functools.cache
 def all_cases(arch):
     """{name: Case} for one architecture."""
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
@@ -130,12 +136,15 @@ def compile_case(case, arch):
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     options = dict(num_warps=case.num_warps, num_stages=case.num_stages, **case.options)
     start = _cpu_seconds()
-    compiled = triton.compile(ASTSource(case.kernel, signature, dict(case.constexprs), attrs),
-                              target=GPUTarget("cuda", arch, 32), options=options)
+    with _always_with_log():
+        compiled = triton.compile(ASTSource(case.kernel, signature, dict(case.constexprs), attrs),
+                                  target=GPUTarget("cuda", arch, 32), options=options)
     seconds = _cpu_seconds() - start
 
-    ptx = compiled.asm["ptx"]
-    registers, spill_bytes = resources(compiled.asm["cubin"])
+    ptx, log = compiled.asm["ptx"], compiled.metadata.ptxas_log
+    registers = int(re.search(r"Used (\d+) registers", log).group(1))
+    # Triton has no arrays of its own on the stack: what lies there is spilled.
+    spill_bytes = int(re.search(r"(\d+) bytes stack frame", log).group(1))
     # With warp specialisation the block has more warps than num_warps says; the PTX knows.
     warps = math.ceil(int(re.search(r"\.reqntid\s+(\d+)", ptx).group(1)) / 32)
     shared, tensor_memory = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0) or 0
@@ -145,14 +154,14 @@ def compile_case(case, arch):
         arch=arch, name=case.name, tile_row=case.tile_row, warps=warps, registers=registers, spill_bytes=spill_bytes,
         shared=shared,
         resident_blocks=resident_blocks(arch, registers, shared, warps, tensor_memory),
-        wgmma=len(re.findall(r"\bwgmma\.mma_async", ptx)), mma=len(re.findall(r"(?<![\w.])mma\.sync", ptx)),
+        wgmma=len(re.findall(r"\bwgmma\.mma_async", ptx)), serialised="C7515" in log, mma=len(re.findall(r"(?<![\w.])mma\.sync", ptx)),
         tcgen05=len(re.findall(r"\btcgen05\.mma", ptx)),
         widest_load=max(loads, default=0), widest_store=max(stores, default=0), tma=tma_load or tma_store,
         narrow_loads=sum(size < WIDE for size in loads), large_half_dots=large, small_half_dots=small,
         bytes=case.bytes, flops=case.flops, floor_us=floor_us(case.bytes, case.flops), compile_seconds=seconds,
         in_model=case.in_model,
         allowed_spill_bytes=case.allowed_spill_bytes, spill_reason=case.spill_reason,
-        allowed_narrow_loads=case.allowed_narrow_loads, narrow_reason=case.narrow_reason)
+        allowed_narrow_loads=case.allowed_narrow_loads, narrow_reason=case.narrow_reason, serial_reason=case.serial_reason)
 
 
 def _cpu_seconds():
@@ -160,15 +169,30 @@ def _cpu_seconds():
     return sum(os.times()[:4])
 
 
-def resources(cubin):
-    """(registers, stack bytes) of a thread. Triton has no arrays of its own on the stack: what lies there is spilled."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
-                              check=True, capture_output=True, text=True).stdout
-    found = re.findall(r"REG:(\d+)\s+STACK:(\d+)", text)
-    return max(int(reg) for reg, _ in found), max(int(stack) for _, stack in found)
+@contextlib.contextmanager
+def _always_with_log():
+    """Triton compiles even what its cache holds, and keeps what ptxas says of it as `metadata.ptxas_log`."""
+    knobs = triton.knobs
+    with knobs.compilation.scope(), knobs.nvidia.scope(), knobs.runtime.scope():
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True      # to stdout
+        knobs.runtime.add_stages_inspection_hook = _keep_log
+        yield
+
+
+def _keep_log(backend=None, stages=None, *_):
+    """What Triton calls with its list of stages, to be changed in place; without arguments, for a part of its cache's key."""
+    if stages is None:
+        return "gate", "gate"
+    assemble = stages["cubin"]
+
+    def assemble_and_keep_log(ptx, metadata):
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            cubin = assemble(ptx, metadata)
+        metadata["ptxas_log"] = log.getvalue()
+        return cubin
+
+    stages["cubin"] = assemble_and_keep_log
 
 
 def resident_blocks(arch, registers, shared, warps, tensor_memory=0):
@@ -227,10 +251,16 @@ def failures(row):
         found.append("has a half-precision matmul of 64 rows or more and no wgmma")
     if row.arch == 90 and row.large_half_dots and not row.small_half_dots and row.mma > 0:
         found.append(f"{row.mma} mma.sync: not every half-precision matmul of 64 rows or more became wgmma")
+    if row.serialised and not row.serial_reason:
+        found.append("ptxas serialises its wgmma (note C7515), and no reason is declared")
     return [f"sm_{row.arch} {row.name} ({row.tile_row}): {what}" for what in found]
 
 
 # ------------------------------------------------------------------------------------------------------------ all of them
+
+
+def _start_worker(cache):
+    os.environ["TRITON_CACHE_DIR"] = cache      # empty, and thrown away afterwards
 
 
 def _compile_by_name(task):
@@ -239,39 +269,21 @@ def _compile_by_name(task):
     return compile_case(all_cases(arch)[name], arch)
 
 
-@contextlib.contextmanager
-def _cache(cold):
-    """Triton's cache as it is, or (cold) an empty one that is thrown away afterwards."""
-    if not cold:
-        yield
-        return
-    before = os.environ.get("TRITON_CACHE_DIR")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder     # the workers inherit it
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["TRITON_CACHE_DIR"]
-            else:
-                os.environ["TRITON_CACHE_DIR"] = before
-
-
-def compile_all(archs=tuple(ARCHITECTURES), only="", cold=False, workers=None, counted=False):
+def compile_all(archs=tuple(ARCHITECTURES), only="", workers=None, counted=False):
     """Rows of every case whose name contains `only`, in the order of the cases; counted: only launches at GPT-2 124M shapes.
 
-    Compiled by processes (as many as there are cores unless `workers` says otherwise). cold: from an empty cache, so that
-    `compile_seconds` means something.
+    Compiled by processes (as many as there are cores unless `workers` says otherwise), anew, whatever Triton's cache holds.
     """
     tasks = [(arch, name) for arch in archs for name, case in all_cases(arch).items()
              if only in name and not (counted and case.bytes is None)]
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     if not tasks:
         return []
-    with _cache(cold):
-        # spawn: a forked child would inherit PyTorch's and LLVM's locks, held by threads that don't exist in it
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return list(pool.map(_compile_by_name, tasks))
+    # spawn: a forked child would inherit PyTorch's and LLVM's locks, held by threads that don't exist in it
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ProcessPoolExecutor(
+            workers, spawn, _start_worker, (folder,)) as pool:
+        return list(pool.map(_compile_by_name, tasks))
 
 
 def table(rows):
@@ -282,20 +294,23 @@ def table(rows):
              f"{'blocks':>6} {'wgmma':>5} {'mma':>4} {'tc5':>3} {'load':>4} {'store':>5} {'narrow':>6} {'MB':>7} {'GFLOP':>7} "
              f"{'floor us':>8} {'cpu s':>5}"]
     for row in rows:
+        wgmma = f"{row.wgmma}!" if row.serialised else row.wgmma
         load = "tma" if row.tma and row.widest_load < WIDE else row.widest_load
         mb = "" if row.bytes is None else f"{row.bytes / 1e6:.1f}"
         gflop = "" if row.flops is None else f"{row.flops / 1e9:.1f}"
         floor = "" if row.floor_us is None else f"{row.floor_us:.1f}"
         lines.append(f"{row.name:{width}} {row.tile_row:{tile_width}} {row.arch:>3} {row.warps:>5} {row.registers:>4} "
-                     f"{row.spill_bytes:>5} {row.shared:>7} {row.resident_blocks:>6} {row.wgmma:>5} {row.mma:>4} "
+                     f"{row.spill_bytes:>5} {row.shared:>7} {row.resident_blocks:>6} {wgmma:>5} {row.mma:>4} "
                      f"{row.tcgen05:>3} {load:>4} {row.widest_store:>5} {row.narrow_loads:>6} {mb:>7} {gflop:>7} {floor:>8} "
                      f"{row.compile_seconds:>5.1f}")
         if row.spill_bytes and row.spill_reason:
             lines.append(f"    spill: {row.spill_reason}")
+        if row.serialised and row.serial_reason:
+            lines.append(f"    serialised: {row.serial_reason}")
     for arch in sorted({row.arch for row in rows if row.in_model}):
         model = [row.compile_seconds for row in rows if row.arch == arch and row.in_model]
         lines.append(f"sm_{arch}: the {len(model)} kernels of a GPT-2 124M training step here take {sum(model):.1f} s of "
-                     "one core to compile, from an empty cache")
+                     "one core to compile")
     return "\n".join(lines)
 
 
@@ -307,12 +322,15 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
     parser.add_argument("--workers", type=int, help="processes that compile; default: one a core")
     args = parser.parse_args(argv)
-    rows = compile_all(tuple(args.arch or ARCHITECTURES), args.only, cold=True, workers=args.workers)
+    start = time.perf_counter()
+    rows = compile_all(tuple(args.arch or ARCHITECTURES), args.only, workers=args.workers)
+    seconds = time.perf_counter() - start
     print(f"Triton {triton.__version__}; floors: H200 at {H200_BYTES_PER_SECOND / 1e12} TB/s and "
           f"{H200_FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s")
     print(table(rows))
     found = [line for row in rows for line in failures(row)]
-    print("\n".join(found) if found else f"{len(rows)} compiled, all within the limits")
+    print(f"{len(rows)} compiled in {seconds:.0f} s, {sum(row.compile_seconds for row in rows):.0f} s of a core")
+    print("\n".join(found) if found else "all within the limits")
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
     return 1 if found else 0

@@ -35,6 +35,7 @@ must declare is the exception:
 
     allowed_spill_bytes=16, spill_reason="..."      # stack bytes of a thread; the reason is printed beside them
     allowed_narrow_loads=9, narrow_reason="..."     # load instructions under 16 bytes: scalars, a row's statistics, a bias
+    serial_reason="..."                             # why it may be that ptxas makes each wgmma wait for the one before
 """
 import dataclasses
 import typing
@@ -58,6 +59,7 @@ class Case:
     spill_reason: str = ""
     allowed_narrow_loads: int = 0
     narrow_reason: str = ""
+    serial_reason: str = ""
     options: dict = dataclasses.field(default_factory=dict)     # further compile options, such as maxnreg
 
     def __post_init__(self):

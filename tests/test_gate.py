@@ -1,7 +1,7 @@
 """The compile gate: every kernel within its limits, and a gate that notices when one isn't.
 
-`make test` compiles what GPT-2 124M launches for sm_90 (all of sm_90 takes 110 s and more), `make test-all` everything for
-every architecture. No GPU is needed. Triton must not be interpreting.
+`make test` compiles what GPT-2 124M launches for sm_90, `make test-all` everything for every architecture. No GPU is needed.
+Triton must not be interpreting.
 """
 import os
 import pathlib
@@ -25,9 +25,9 @@ def test_every_launch_at_gpt2_shapes_keeps_the_limits_on_sm_90():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", gate.ARCHITECTURES)
-def test_every_kernel_in_every_tile_row_keeps_the_limits(arch):
-    rows = gate.compile_all((arch,), workers=2)
+def test_every_kernel_in_every_tile_row_keeps_the_limits_on_every_architecture():
+    rows = gate.compile_all(workers=2)
+    assert {row.arch for row in rows} == set(gate.ARCHITECTURES)
     assert not [line for row in rows for line in gate.failures(row)]
 
 
@@ -164,7 +164,7 @@ def test_the_command_prints_a_line_per_kernel_and_writes_json(tmp_path, monkeypa
     monkeypatch.setattr(gate, "compile_all", lambda *args, **kwargs: [row])
     assert gate.main(["--arch", "90", "--json", str(tmp_path / "rows.json")]) == 0
     out = capsys.readouterr().out
-    assert "copy" in out and "1 compiled, all within the limits" in out and "from an empty cache" in out
+    assert "copy" in out and "1 compiled" in out and "all within the limits" in out and "the 1 kernels of a GPT-2" in out
     assert '"floor_us": 1.0' in (tmp_path / "rows.json").read_text()
     monkeypatch.setattr(gate, "compile_all", lambda *args, **kwargs: [gate.compile_case(copy_case(divisible=()), 90)])
     assert gate.main(["--arch", "90"]) == 1
