@@ -11,6 +11,7 @@
 #include "attention.h"
 #include "cross_entropy.h"
 #include "decode.h"
+#include "gemm.h"
 #include "sampler.h"
 
 namespace py = pybind11;
@@ -157,6 +158,13 @@ PYBIND11_MODULE(_C, module) {
     py::gil_scoped_release others_may_run;
     ngf::attention_gradient_cpu(batch, threads, isa.c_str());
   }, "Attention's weights and the gradient of its scores: see csrc/attention.h.");
+
+  module.def("gemm_works", &ngf::gemm_works, "Whether this CPU and build have AMX, which weight_gradient_cpu needs.");
+  module.def("weight_gradient_cpu", [](uintptr_t dy, uintptr_t x, int64_t dy_stride, int64_t x_stride, int64_t rows, int64_t outputs, int64_t inputs,
+                                       uintptr_t dw, bool dw_bf16, int threads) {
+    py::gil_scoped_release others_may_run;
+    ngf::weight_gradient_cpu({(const uint16_t*)dy, (const uint16_t*)x, dy_stride, x_stride, rows, outputs, inputs, (void*)dw, dw_bf16}, threads);
+  }, "dW = dy^T x in bf16 on AMX tiles: see csrc/gemm.h.");
 
 #ifdef NGF_CUDA
   module.def("sample_cuda", [](NGF_BATCH_PARAMETERS, int device, uintptr_t stream) {

@@ -10,6 +10,7 @@ all by the same factor. What scales dx is a pass over its few rows, and dW is sc
 import torch
 
 from . import sample
+from .weight_gradient import weight_gradient
 
 # Rows of a chunk: 103 MB of bf16 logits at V=50,304. A matmul of 1,024 rows reaches the machine's rate; a larger chunk would only
 # need more memory.
@@ -113,11 +114,11 @@ class _WeightGradient:
 
     def add(self, dlogits, part):
         if self.total is None:
-            self.total = dlogits.t() @ self.x[part]  # a matmul sums in fp32 and rounds its result: with one chunk nothing is to add
+            self.total = weight_gradient(dlogits, self.x[part])  # summed in fp32, rounded once: with one chunk nothing is to add
         elif self.x.dtype == torch.float32:
             self.total.addmm_(dlogits.t(), self.x[part])
         else:
-            self.total = self.total.float().add_(dlogits.t() @ self.x[part])
+            self.total = self.total.float().add_(weight_gradient(dlogits, self.x[part]))
 
     def sum(self):
         return self.x.new_zeros(self.shape) if self.total is None else self.total.to(self.x.dtype)
