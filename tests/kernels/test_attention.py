@@ -193,8 +193,13 @@ def with_logits(size):
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 def test_logits_of_ten_thousand_do_not_overflow(dtype):
     problem = Problem(1, 2, 65, D=16, dtype=dtype, scale=0.3, draw=with_logits(1e4 / 0.3))
-    assert (problem.q.float() @ problem.k.float().transpose(-2, -1) * problem.scale).abs().max() > 1e4
-    problem.check(check_bias=False)     # each row's weights are 0 and 1 but for a few: the errors are a few numbers
+    scores = (problem.q.double() @ problem.k.double().transpose(-2, -1)) * problem.scale
+    assert scores.abs().max() > 1e4
+    hidden = torch.ones(65, 65, dtype=torch.bool, device=scores.device).triu(1)
+    weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+    # Weights are 0 and 1 but where two scores of a row are close by chance: only there is there an error to observe.
+    between = int(((weights > 1e-7) & (weights < 1 - 1e-7)).sum())
+    problem.check(check_bias=False, observations=max(1, between))
 
 
 def test_rows_of_equal_values_give_equal_weights():
