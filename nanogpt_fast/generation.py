@@ -443,8 +443,8 @@ class Session:
 
     def _decode_and_draw(self):
         logits = self.decode(self.block_size)
-        if self.draw is not None:
-            self.draw()                                                             # from self.logits, which decode has filled
+        if logits is self.logits:                                                   # the extension has filled them
+            self.draw()
         else:
             sampler.sample_out(logits, **self._drawing())
         self.position += 1
