@@ -219,7 +219,7 @@ class Trainer:
         self.more, self.weights, self.graphs, self.not_captured = {}, None, None, "not our trainer"
         if not variant.logits:
             self.more = dict(return_logits=False)
-            self.weights = HalfWeights(self.model, dtype)
+            self.weights = HalfWeights(self.model, dtype, own_gradients=not variant.compiled)
             # Until the process ends: this model is nobody else's.
             cpu.sparse_embedding_gradient(self.model, wanted=device.type == "cpu" and not variant.compiled).__enter__()
             self.not_captured = captured.why_not(self.model, self.optimizer, device)

@@ -9,41 +9,54 @@ Autocast casts every fp32 weight in every forward pass: 4 bytes read and 2 writt
     optimizer.step()             moves the fp32 weights
     weights.refresh()            the one cast
 
-The numbers are autocast's: it casts the same weight to the same bits, and its gradient back to fp32. The embedding, whose
+The numbers are autocast's: it casts the same weight to the same bits, and its gradient back to fp32. On a CPU with AMX a block's
+gradients are not even rounded on the way (`own_gradients`; ops/weight_gradient.py). The embedding, whose
 weight is the vocabulary head's too, keeps reading fp32 (C10); biases and LayerNorms stay with autocast, they are small.
 """
 import contextlib
+import functools
 
 import torch
 import torch.nn as nn
 
+from . import backend
 from .model import GPT, Block, touched
+from .ops import weight_gradient
 
 
 class HalfWeights:
     """The copies of a GPT's matmul weights in `dtype`; none where dtype is float32, or where `leave` tells why not to make any.
 
+    own_gradients: let the extension make a block's weight gradients where it can; the model is not compiled.
     left: why matrices were left to autocast, one text for each block or head: whoever replaced or hooked a module may look at
     its weight, and would find the copy there (C21).
     """
 
-    def __init__(self, model, dtype, leave=None):
+    def __init__(self, model, dtype, leave=None, own_gradients=False):
         linears, self.left = ([], [leave]) if leave else _untouched_linears(model)
         linears = [linear for linear in linears if linear.weight.dtype == torch.float32 != dtype]
         self.linears = linears
+        # The head's gradient is its loss's to make (ops/cross_entropy_cpu.py).
+        own = own_gradients and weight_gradient.AMX and dtype == torch.bfloat16 and backend.choice("mlp", model.backend) != "reference"
+        self.own = [own and linear is not model.lm_head and linear.weight.device.type == "cpu" for linear in linears]
         self.weights = [linear.weight for linear in linears]
         self.copies = [weight.detach().to(dtype) for weight in self.weights]
 
     @contextlib.contextmanager
     def in_use(self):
         """Inside, forward and backward passes take the copies; state_dict and optimizers are for outside."""
-        for linear, weight, copy in zip(self.linears, self.weights, self.copies, strict=True):
-            linear._parameters["weight"] = _Cast.apply(weight, copy)
+        for linear, weight, copy, own in zip(self.linears, self.weights, self.copies, self.own, strict=True):
+            if own:
+                linear.forward = functools.partial(weight_gradient.linear, weight=weight, copy=copy, bias=linear.bias)
+            else:
+                linear._parameters["weight"] = _Cast.apply(weight, copy)
         try:
             yield
         finally:
-            for linear, weight in zip(self.linears, self.weights, strict=True):
+            for linear, weight, own in zip(self.linears, self.weights, self.own, strict=True):
                 linear._parameters["weight"] = weight
+                if own:
+                    del linear.forward
 
     @torch.no_grad()
     def refresh(self):

@@ -199,7 +199,8 @@ def _train(o, ranks, device, ops):
         network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     # A compiled graph is cut into DDP's buckets where its parameters are, so that gradients travel while others are computed;
     # copies are no parameters, and all gradients would leave at the end.
-    weights = HalfWeights(model, dtype, "DDP cuts a compiled graph by its parameters" if compiled and ranks.size > 1 else None)
+    weights = HalfWeights(model, dtype, "DDP cuts a compiled graph by its parameters" if compiled and ranks.size > 1 else None,
+                          own_gradients=not compiled)
     not_captured = "cuda_graph=off" if o.cuda_graph == "off" else captured.why_not(
         model, optimizer, device, ranks=ranks.size, scaled=scaler.is_enabled())
     if o.cuda_graph == "on" and not_captured is not None:

@@ -229,3 +229,29 @@ def test_activation_checkpointing_computes_again_with_the_copies():
             loss.backward()
     for (name, a), b in zip(plain.named_parameters(), checked.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
+
+
+@pytest.mark.skipif(not half_weights.weight_gradient.AMX, reason="this CPU has no AMX")
+def test_on_amx_weights_get_gradients_that_were_never_rounded():
+    plain, own, (x, y) = model_of(), model_of(), batch()
+    own.set_backend("auto")
+    exact = copy.deepcopy(plain).double()
+    exact(x, y)[1].backward()
+    weights = HalfWeights(own, torch.bfloat16, own_gradients=True)
+    with weights.in_use(), autocast():
+        loss = own(x, y, return_logits=False)[1]
+    loss.backward()
+    with autocast():
+        plain(x, y)[1].backward()
+    for (name, ours), theirs, oracle in zip(own.named_parameters(), plain.parameters(), exact.parameters(), strict=True):
+        assert ours.grad.dtype == torch.float32
+        assert (ours.grad - oracle.grad).norm() <= 2 * (theirs.grad - oracle.grad).norm(), name
+    in_blocks = own.transformer.h[0].mlp.c_fc.weight.grad
+    assert not torch.equal(in_blocks, in_blocks.bfloat16().float())
+    assert not any("forward" in module.__dict__ for module in own.modules())
+    weights.refresh()
+    with weights.in_use(), autocast():
+        loss = own(x, y, return_logits=False)[1]
+    weights.refresh()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
