@@ -141,8 +141,16 @@ def test_a_table_shows_medians_ratios_and_shares_of_what_was_measured():
     row = next(line for line in report.kernels([kernel_record()]).splitlines() if "LayerNorm" in line and "| forward |" in line)
     assert [cell.strip() for cell in row.split("|")][4:9] == ["100.0", "75 %", "300.0", "150.0", "140.0 (Liger)"]
     text = report.train([train_record(1000)], "cuda", "gpt2", "GPT-2")
-    assert "| one import | 1,500 | 1.50 | 40.0 % | 1.0 GiB | 30.0 s | 0.0 % |" in text and "| nanoGPT | out of memory |" in text
+    assert "| one import | 1,500 | 1.50 | 40.0 % | 1.00 GiB | 30.0 s | 0.0 % |" in text and "| nanoGPT | out of memory |" in text
     assert "NVIDIA H200" in text and "commit abc" in text
+
+
+def test_on_a_cpu_training_is_held_to_nanogpt_as_shipped_and_to_its_strongest():
+    record = train_record(1000)
+    row = record["variants"]["nanoGPT compiled"]
+    record |= {"device": "cpu", "variants": {"nanoGPT": {**row, "tokens_per_s": 200, "mfu": None}, "nanoGPT bf16 fused": {**row, "tokens_per_s": 500},
+                                             "our trainer bf16": {**row, "tokens_per_s": 1500, "mfu": None}}}
+    assert "| our trainer bf16 | 1,500 | 7.50 | 3.00 | 1.00 GiB |" in report.train([record], "cpu", "gpt2", "GPT-2")
 
 
 def test_the_newest_of_two_measurements_counts(tmp_path):
