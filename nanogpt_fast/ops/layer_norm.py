@@ -52,8 +52,8 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
         s, y = reference.add_layer_norm(x, branch, weight, bias, eps=eps, dropout_p=dropout_p)
         return s, y if out_dtype is None else y.to(out_dtype)
     if out_dtype is None:
-        device_type = "cuda" if x.is_cuda else x.device.type  # asking the device for its name takes a microsecond
-        out_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+        kind = "cuda" if x.is_cuda else "cpu"  # a third of the time of x.device.type
+        out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     if branch is None:
         return x, _LayerNorm.apply(x, weight, bias, eps, out_dtype)
     seed = torch.randint(2**31 - 1, (1,), device=x.device) if dropout_p > 0 else None
@@ -66,11 +66,11 @@ def implementation(x, weight, bias, *, backend=None):
 
 
 def _check(x, branch, weight, bias):
-    shape = x.shape
-    if weight.dim() != 1 or not shape or shape[-1] != weight.shape[0]:
-        raise ValueError(f"x {tuple(shape)} and weight {tuple(weight.shape)}: expected (..., C) and (C,)")
-    if bias is not None and bias.shape != weight.shape:
-        raise ValueError(f"bias {tuple(bias.shape)}: expected {tuple(weight.shape)} as the weight has, or None")
+    shape, row = x.shape, weight.shape  # each asked for once: 0.1 us
+    if len(row) != 1 or not shape or shape[-1] != row[0]:
+        raise ValueError(f"x {tuple(shape)} and weight {tuple(row)}: expected (..., C) and (C,)")
+    if bias is not None and bias.shape != row:
+        raise ValueError(f"bias {tuple(bias.shape)}: expected {tuple(row)} as the weight has, or None")
     if branch is not None and branch.shape != shape:
         raise ValueError(f"branch {tuple(branch.shape)}: expected {tuple(shape)} as x has, or None")
 
@@ -78,17 +78,17 @@ def _check(x, branch, weight, bias):
 def _triton_why_not(x, weight, bias, branch=None):
     if (reason := _backend.triton_why_not(x)) is not None:
         return reason
-    device = x.device
-    if not (x.dtype in _DTYPES and weight.dtype in _DTYPES and weight.device == device
-            and (bias is None or bias.dtype in _DTYPES and bias.device == device)
-            and (branch is None or branch.dtype in _DTYPES and branch.device == device)):
+    device, dtype = x.get_device(), x.dtype  # the number of a GPU: half the time of x.device
+    if not (dtype in _DTYPES and weight.dtype in _DTYPES and weight.get_device() == device
+            and (bias is None or bias.dtype in _DTYPES and bias.get_device() == device)
+            and (branch is None or branch.dtype in _DTYPES and branch.get_device() == device)):
         given = ", ".join(f"{name} is {t.dtype} on {t.device}" for name, t in (
             ("x", x), ("branch", branch), ("weight", weight), ("bias", bias)) if t is not None)
         return f"{given}; the kernel takes float32, float16 and bfloat16 on one device"
     if not 1 <= x.shape[-1] <= _MAX_C:
         return f"rows have {x.shape[-1]} elements; the kernel takes 1 to {_MAX_C}"
-    if branch is not None and branch.dtype != x.dtype and torch.promote_types(x.dtype, branch.dtype) != x.dtype:
-        return f"x is {x.dtype}, branch {branch.dtype}: their sum is not of x's dtype"
+    if branch is not None and branch.dtype != dtype and torch.promote_types(dtype, branch.dtype) != dtype:
+        return f"x is {dtype}, branch {branch.dtype}: their sum is not of x's dtype"
     return None
 
 
@@ -113,9 +113,9 @@ def _forward(x, branch, weight, bias, seed, p, eps, y_dtype):
                   None if bias is None else bias.contiguous(), seed, p, eps, y_dtype)
 
 
-def _backward(ctx, dy, ds, s, weight, statistics, seed, p, branch_dtype, need_dweight, need_dbias):
+def _backward(dy, ds, s, weight, statistics, seed, p, branch_dtype, bias_dtype, need_dweight, need_dbias):
     arguments = (dy.contiguous(), None if ds is None else ds.contiguous(), s.contiguous(), weight.contiguous(), statistics,
-                 seed, p, branch_dtype, weight.dtype if need_dweight else None, ctx.bias_dtype if need_dbias else None)
+                 seed, p, branch_dtype, weight.dtype if need_dweight else None, bias_dtype if need_dbias else None)
     if not torch.compiler.is_compiling():
         return _kernels().launch_backward(*arguments)
     dx, dbranch, dweight, dbias = raw.layer_norm_backward(*arguments)
@@ -137,7 +137,8 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, dy):
         _no_second_derivative()
         x, weight, statistics = ctx.saved_tensors
-        dx, _, dweight, dbias = _backward(ctx, dy, None, x, weight, statistics, None, 0.0, None, *ctx.needs_input_grad[1:3])
+        dx, _, dweight, dbias = _backward(dy, None, x, weight, statistics, None, 0.0, None, ctx.bias_dtype,
+                                         *ctx.needs_input_grad[1:3])
         return dx, dweight, dbias, None, None
 
 
@@ -148,7 +149,7 @@ class _AddLayerNorm(torch.autograd.Function):
     def forward(ctx, x, branch, weight, bias, seed, p, eps, y_dtype):
         s, y, statistics = _forward(x, branch, weight, bias, seed, p, eps, y_dtype)
         ctx.save_for_backward(s, weight, statistics, seed)
-        ctx.bias_dtype, ctx.branch_dtype, ctx.p = None if bias is None else bias.dtype, branch.dtype, p
+        ctx.options = p, branch.dtype, None if bias is None else bias.dtype  # three attributes take 0.1 us more
         if not torch.compiler.is_compiling():  # a graph is sent zeros through an unused output; here None spares their cost
             ctx.set_materialize_grads(False)
         return s, y
@@ -159,15 +160,16 @@ class _AddLayerNorm(torch.autograd.Function):
         if ds is None and dy is None:
             return (None,) * 8
         s, weight, statistics, seed = ctx.saved_tensors
+        p, branch_dtype, bias_dtype = ctx.options
         dweight = dbias = None
         if dy is not None:
-            dx, dbranch, dweight, dbias = _backward(ctx, dy, ds, s, weight, statistics, seed, ctx.p, ctx.branch_dtype,
+            dx, dbranch, dweight, dbias = _backward(dy, ds, s, weight, statistics, seed, p, branch_dtype, bias_dtype,
                                                     *ctx.needs_input_grad[2:4])
             dbranch = dx if dbranch is None else dbranch
         elif seed is None:  # only the stream was used
-            dx, dbranch = ds, ds.to(ctx.branch_dtype)
+            dx, dbranch = ds, ds.to(branch_dtype)
         else:
-            dx, dbranch = ds, _kernels().drop(ds.contiguous(), p=ctx.p, seed=seed, branch_dtype=ctx.branch_dtype)
+            dx, dbranch = ds, _kernels().drop(ds.contiguous(), p=p, seed=seed, branch_dtype=branch_dtype)
         return dx, dbranch, dweight, dbias, None, None, None, None
 
 
