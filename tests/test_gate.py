@@ -3,6 +3,7 @@
 `make test` compiles what GPT-2 124M launches for sm_90, `make test-all` everything for every architecture. No GPU is needed.
 Triton must not be interpreting.
 """
+import dataclasses
 import os
 import pathlib
 
@@ -29,6 +30,17 @@ def test_every_kernel_in_every_tile_row_keeps_the_limits_on_every_architecture()
     rows = gate.compile_all(workers=2)
     assert {row.arch for row in rows} == set(gate.ARCHITECTURES)
     assert not [line for row in rows for line in gate.failures(row)]
+
+
+@pytest.mark.parametrize("name", ("attention.forward D=32 dropout", "layer_norm.backward add dropout 1024"))
+@pytest.mark.parametrize("other, arch", gate.SAME_PTX.items())
+def test_what_is_assembled_from_the_ptx_of_another_architecture_has_that_ptx(name, other, arch):
+    case = gate.all_cases(other)[name]
+    made, direct = gate._compile(gate.all_cases(arch)[name], arch), gate._compile(case, other)
+    assert made[0].asm["ptx"].replace(f".target sm_{arch}", f".target sm_{other}") == direct[0].asm["ptx"]
+    rows = (gate._row(case, other, *how) for how in (gate._assemble(made[0], arch, other), direct))
+    assembled, direct = (dataclasses.replace(row, compile_seconds=0) for row in rows)
+    assert assembled == direct
 
 
 def test_every_kernel_is_in_a_case():
