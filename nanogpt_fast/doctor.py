@@ -176,12 +176,12 @@ EXTENSION = """
     print(json.dumps(found))
 """
 
-# What `auto` takes for a small GPT's training step, one step of its generation and a draw, and why nothing faster. On the GPU in
-# bf16, as the trainer does. Nothing is launched.
+# What `auto` takes for a small GPT's training step as the trainer calls it, in the dtype that it would take, for one step of its
+# generation and for a draw, and why nothing faster. Nothing is launched.
 OPS = """
     import contextlib, io, json, os
     import torch
-    from nanogpt_fast import GPT, GPTConfig, backend, explain, generation
+    from nanogpt_fast import GPT, GPTConfig, backend, cpu, devices, explain, generation
     from nanogpt_fast.ops import sample
     found = {}
     asked = os.environ["NANOGPT_FAST_ASKED"]
@@ -193,8 +193,10 @@ OPS = """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with contextlib.redirect_stdout(io.StringIO()):
         model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=2, n_embd=128), backend=asked or None).to(device)
+    training = devices.choose_dtype("auto", torch.device(device), 128)
+    found["training"] = str(training).removeprefix("torch.") + (f": {cpu.why_dtype(128)}" if device == "cpu" else "")
+    rows = [list(row) for row in explain(model, dtype=training, return_logits=False)]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    rows = [list(row) for row in explain(model, dtype=dtype)]
     with backend.recording() as record, torch.no_grad():
         generation.Session(model.eval(), 1, dtype)
         sample.implementation(torch.zeros(1, 8, device=device), backend=model.backend)
@@ -273,6 +275,8 @@ def _ops(ops):
     lines = [f"On the {'GPU' if ops['device'] == 'cuda' else 'CPU'} {asked} takes:"]
     if "environment" in ops:
         lines.insert(0, f"NANOGPT_FAST_BACKEND is not understood, and importing nanogpt_fast fails: {ops['environment']}")
+    if "training" in ops:
+        lines.append(f"  training in {ops['training']}")
     names = {"reference": "plain PyTorch", "triton": "Triton kernel", "cpp": "C++/CUDA extension", "error": "nothing: raises"}
     return lines + [f"  {op:<14} {names.get(name, name):<19} {reason}".rstrip() for op, name, reason in ops["rows"]]
 

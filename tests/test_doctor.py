@@ -147,3 +147,9 @@ def test_whatever_part_is_broken_the_report_is_made(broken):
 def test_the_files_of_the_package_that_it_needs_import_no_torch():
     code = "import sys; sys.modules['torch'] = None; import nanogpt_fast.cli, nanogpt_fast.doctor"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(doctor.PACKAGE).parent)
+
+
+def test_the_dtype_that_training_takes_is_told():
+    ops = doctor.ask(doctor.OPS)
+    assert ops["training"].startswith(("bfloat16", "float16", "float32"))
+    assert f"  training in {ops['training']}" in doctor._ops(ops)
