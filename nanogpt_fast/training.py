@@ -230,7 +230,8 @@ def _train(o, ranks, device, ops):
     def evaluate(lr):
         """Measure both splits, show a sample, write checkpoints; False where a signal cut the measuring short."""
         nonlocal losses, best_val_loss, evaluated_at
-        measured = estimate_loss(evaluated_network, batches, o, context, ranks, stop)
+        with weights.in_use():
+            measured = estimate_loss(evaluated_network, batches, o, context, ranks, stop)
         if measured is None:
             return False
         if not math.isfinite(measured["val"]):

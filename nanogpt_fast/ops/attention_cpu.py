@@ -90,10 +90,13 @@ def backward(do, qkv, lse, n_head, scale, isa=""):
             p = torch.empty_like(ds)
             sample._C.attention_gradient_cpu("bfloat16", *scores.shape, start, scale, scores.data_ptr(), lse[rows].data_ptr(), T,
                                              ds.data_ptr(), p.data_ptr(), torch.get_num_threads(), isa)
-            dq[rows] = torch.bmm(ds, k[seen])
-            put = torch.Tensor.copy_ if T <= ROWS else torch.Tensor.add_
-            put(dk[seen], torch.bmm(ds.transpose(1, 2), q[rows]))
-            put(dv[seen], torch.bmm(p.transpose(1, 2), do[rows]))
+            torch.bmm(ds, k[seen], out=dq[rows])
+            if T <= ROWS:
+                torch.bmm(ds.transpose(1, 2), q[rows], out=dk[seen])
+                torch.bmm(p.transpose(1, 2), do[rows], out=dv[seen])
+            else:
+                dk[seen] += torch.bmm(ds.transpose(1, 2), q[rows])
+                dv[seen] += torch.bmm(p.transpose(1, 2), do[rows])
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     for target, gradient in zip(_heads(dqkv, H, 3), (dq, dk, dv)):
         target.copy_(gradient.view(B, H, T, D).transpose(1, 2))
