@@ -38,7 +38,7 @@ class Measurement:
 
 
 def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtype=None, averaged=1, observations=None,
-            cancelled=0.0):
+            cancelled=None):
     """Hold `out` to the rule. Returns a Measurement.
 
     out, plain: the kernel's result and the plain path's on the same inputs, any dtype. oracle: fp64. direction: "forward" or
@@ -47,8 +47,9 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
     logits. The plain path's one error can then be near zero by luck; what rounding may cost is that of the numbers, averaged
     out.
     observations: how many independent errors there are, where they are fewer than elements (one score of attention is in
-    every element of a row). cancelled: a root mean square error that the formula itself makes in fp32 where two equal terms
-    cancel, so that the oracle is 0 and the plain path may hit it by luck (dq and dk of a query that sees one key).
+    every element of a row). cancelled: of out's shape, the root mean square error of each element that the formula itself makes
+    in fp32 where two equal terms cancel, so that the oracle is 0 and the plain path may hit it by luck (dq and dk of a query
+    that sees one key).
     """
     if not out.shape == oracle.shape == plain.shape:
         return Measurement(problem=f"shapes out {tuple(out.shape)}, oracle {tuple(oracle.shape)}, plain {tuple(plain.shape)}")
@@ -83,7 +84,7 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
     for name, size in norms.items():
         once, each = (0.5 * unit.eps * size(exact) + unit.tiny * unit.eps for unit in units)
         rounding = max(once, each / math.sqrt(averaged))
-        bound = slack * max(size(plain_error), rounding, cancelled)
+        bound = slack * max(size(plain_error), rounding, 0.0 if cancelled is None else size(cancelled.double().cpu()))
         if size(error) > bound and found.problem is None:
             found.problem = (
                 f"{name} error {size(error):.3g} against fp64 is over {slack:.3g} times the larger of the plain path's error "
