@@ -84,11 +84,13 @@ def train(records, device, model, title):
             continue
         more = [f"{100 * row['mfu']:.1f} %" if row["mfu"] else ""] if gpu else []
         more.append(f"{row['peak_memory'] / 2**30:.2f} GiB" if row["peak_memory"] else "")
-        ratios = [f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}" if rival and "tokens_per_s" in rival else "" for rival in rivals]
+        ratios = [f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}" if rival and "tokens_per_s" in rival else ""
+                  for rival in rivals]
         rows.append([name, f"{row['tokens_per_s']:,.0f}", *ratios, *more, f"{row['first_step_s']:.1f} s",
                      f"{100 * spread(row['samples']):.1f} %"])
     against = "times nanoGPT" + (" compiled" if "tokens_per_s" in found.get("nanoGPT compiled", ()) else "")
-    head = ["", "tokens/s", *([against, "MFU"] if gpu else ["times nanoGPT", "times its strongest"]), "peak memory", "first step", "spread"]
+    ratios = [against, "MFU"] if gpu else ["times nanoGPT", "times its strongest"]
+    head = ["", "tokens/s", *ratios, "peak memory", "first step", "spread"]
     return f"**{title}**\n\n" + table(head, rows) + small(record, lambda r: (
         f"{r['shape']['batch_size']} x {r['shape']['block_size']} tokens a step, {r['dtype']} unless said; nanoGPT is "
         f"{r['against']}; spread: half the width of the middle half of the samples"))

@@ -6,7 +6,8 @@
 
 All variants live side by side and take turns (`measure.interleaved`), so a slow minute of the machine falls on all of them;
 only ratios within one run mean anything. On a CPU each variant of `train` has a process of its own, which waits while others
-run: our trainer changes malloc's settings for its process, and the peak memory of a process can be told from no other. "nanoGPT" is the model.py of a checkout where `--upstream DIR` names one. Without it,
+run: our trainer changes malloc's settings for its process, and the peak memory of a process can be told from no other.
+"nanoGPT" is the model.py of a checkout where `--upstream DIR` names one. Without it,
 it is `GPT(config, backend="reference")`, which makes exactly the PyTorch calls of nanoGPT's model (tests/test_contract.py holds
 them equal bit for bit), with nanoGPT's optimizer and its training step, and with its sampling loop for generation.
 """
@@ -245,7 +246,8 @@ class Trainer:
         return loss.detach()
 
     def update(self):
-        clip = cpu.clip_grad_norm if self.weights and self.parameters[0].device.type == "cpu" else torch.nn.utils.clip_grad_norm_
+        ours_on_cpu = self.weights and self.parameters[0].device.type == "cpu"
+        clip = cpu.clip_grad_norm if ours_on_cpu else torch.nn.utils.clip_grad_norm_
         clip(self.parameters, 1.0)
         self.optimizer.step()
         if self.weights:
@@ -327,7 +329,8 @@ class Runner:
             trainer.step(*next(self.batches))
         ops = {}
         if isinstance(trainer.model, GPT):
-            ops = {row.op: row.implementation for row in explain(trainer.model, dtype=trainer.dtype, return_logits=not trainer.more)}
+            rows = explain(trainer.model, dtype=trainer.dtype, return_logits=not trainer.more)
+            ops = {row.op: row.implementation for row in rows}
         return dict(first_step_s=first, peak_memory=_peak(self.device, self.before), ops=ops, not_captured=trainer.not_captured)
 
     def several(self):
@@ -396,12 +399,14 @@ def _work(pipe, threads, o, name, variant, *rest):
 def train_table(found):
     """The result as text."""
     shipped, strongest = found.get("nanoGPT", {}), strongest_of(found)
-    lines = [f"{'':<28} {'tokens/s':>10} {'times nanoGPT':>14} {'its strongest':>14} {'MFU':>7} {'peak memory':>12} {'first step':>11}"]
+    lines = [f"{'':<28} {'tokens/s':>10} {'times nanoGPT':>14} {'its strongest':>14} {'MFU':>7} {'peak memory':>12} "
+             f"{'first step':>11}"]
     for name, row in found.items():
         if "tokens_per_s" not in row:
             lines.append(f"{name:<28} {row.get('error', 'not measured')}")
             continue
-        ratios = [f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}" if "tokens_per_s" in rival else "" for rival in (shipped, strongest)]
+        ratios = [f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}" if "tokens_per_s" in rival else ""
+                  for rival in (shipped, strongest)]
         mfu = "" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %"
         memory = "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**30:.2f} GiB"
         lines.append(f"{name:<28} {row['tokens_per_s']:>10,.0f} {ratios[0]:>14} {ratios[1]:>14} {mfu:>7} {memory:>12} "
@@ -623,7 +628,8 @@ def loss(o, device, dtype):
     vocabulary = prepare.load_tokenizer(folder).vocab_size
     config, B = shape_of(o.model, device, dropout=0.0, vocab_size=vocabulary)  # without dropout, both can be held to one loss
     compiled = device.type == "cuda"
-    bf16 = device.type == "cpu" and o.dtype == "auto" and devices.choose_dtype("auto", device, config["n_embd"]) == torch.bfloat16
+    chosen = devices.choose_dtype("auto", device, config["n_embd"])
+    bf16 = device.type == "cpu" and o.dtype == "auto" and chosen == torch.bfloat16
     both = {"nanoGPT": Variant(nanogpt=True, compiled=compiled), "ours": Variant(logits=False, compiled=compiled, bf16=bf16)}
     schedule = LossSchedule(learning_rate=o.learning_rate, min_lr=o.learning_rate / 10, warmup_iters=o.steps // 20,
                             lr_decay_iters=o.steps)

@@ -1,4 +1,5 @@
-"""What the trainer does on a CPU that a GPU does not need: memory that stays, bfloat16 where it is fast, small gradients kept small.
+"""What the trainer does on a CPU that a GPU does not need: memory that stays, bfloat16 where it is fast,
+small gradients kept small.
 
 Each function says what it found, so that the banner can. Nothing here is done to a process unless the trainer, or somebody
 else, calls it.
@@ -23,7 +24,8 @@ def keep_freed_memory():
     """Tell glibc's malloc to keep what is freed, for this process from now on. None, or why it can't be told.
 
     A training step takes and frees tensors of tens of megabytes. glibc gives such blocks back to the system at once, and gets
-    them anew, page by page: 500,000 page faults a step of GPT-2 124M at 1,024 tokens, 0.8 s of 3.3 on one core, and none after this.
+    them anew, page by page: 500,000 page faults a step of GPT-2 124M at 1,024 tokens, 0.8 s of 3.3 on one core; none
+    after this.
     Blocks over 32 MB are always mapped (no threshold goes higher), hence no mapping at all.
     """
     try:
@@ -68,8 +70,8 @@ def clip_grad_norm(parameters, max_norm):
 def sparse_embedding_gradient(model, wanted=True):
     """Inside, the token embedding sends back the rows it looked up instead of a whole (V, C) of zeros with these rows in it.
 
-    They are added to the gradient that the vocabulary head sends to the same weight, which is dense and comes first: 1 ms instead of
-    42 for GPT-2 124M, and 154 MB less. Only where that is so: the weight is tied, and nobody touched either side.
+    They are added to the gradient that the vocabulary head sends to the same weight, which is dense and comes first: 1 ms
+    instead of 42 for GPT-2 124M, and 154 MB less. Only where that is so: the weight is tied, and nobody touched either side.
     """
     wte, head = model.transformer.wte, model.lm_head
     # Where several tokens are the same, their rows are added in another order than nanoGPT's: not on the reference path.

@@ -24,8 +24,8 @@ class Explanation(list):
 def explain(model, *, dtype=None, tokens=8, return_logits=True):
     """What every op of `model` (a GPT, maybe compiled or wrapped in DDP) would take for a training step on its device.
 
-    dtype: the autocast dtype, or None without autocast. return_logits=False: as our trainer calls it. Runs one small forward on the reference path and launches no kernel;
-    the random state and the train/eval mode stay as they are. Returns an Explanation, a list of Row(op, implementation, reason).
+    dtype: the autocast dtype, or None without autocast. return_logits=False: as our trainer calls it. Runs one
+    small forward on the reference path and launches no kernel; the random state and the train/eval mode stay as they are. Returns an Explanation, a list of Row(op, implementation, reason).
     """
     gpt = next((module for module in model.modules() if isinstance(module, GPT)), None)
     if gpt is None:

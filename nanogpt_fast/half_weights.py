@@ -37,7 +37,8 @@ class HalfWeights:
         linears = [linear for linear in linears if linear.weight.dtype == torch.float32 != dtype]
         self.linears = linears
         # The head's gradient is its loss's to make (ops/cross_entropy_cpu.py).
-        own = own_gradients and weight_gradient.AMX and dtype == torch.bfloat16 and backend.choice("mlp", model.backend) != "reference"
+        own = (own_gradients and weight_gradient.AMX and dtype == torch.bfloat16
+               and backend.choice("mlp", model.backend) != "reference")
         self.own = [own and linear is not model.lm_head and linear.weight.device.type == "cpu" for linear in linears]
         self.weights = [linear.weight for linear in linears]
         self.copies = [weight.detach().to(dtype) for weight in self.weights]

@@ -92,7 +92,7 @@ class TrainOptions:
     compile: bool | str = option("auto", "torch.compile the model (auto: on CUDA)", choices=("auto", True, False))
     cuda_graph: str = option("auto", "replay the step as CUDA graphs, which small models need (auto: where it can be; on: or "
                              "say why not and leave)", choices=("auto", "on", "off"))
-    malloc: str = option("auto", "on a CPU keep freed memory in the process (glibc): a step need not map it anew (auto: do; off)",
+    malloc: str = option("auto", "on a CPU keep freed memory in the process (glibc): a step need not map it anew (auto, off)",
                          choices=("auto", "off"))
     recompute: bool = option(True, "the fused MLP computes its GELU twice and a block keeps a fifth less for the backward")
     seed: int = option(1337, "of weights, batches and dropout; rank r takes seed + r", minimum=0)
@@ -485,7 +485,8 @@ def _banner(o, model, device, dtype, compiled, weights, not_captured, malloc, ra
     why = f" (auto: {cpu.why_dtype(c.n_embd)})" if device.type == "cpu" and o.dtype == "auto" else ""
     print(f"device  {where}, {str(dtype).removeprefix('torch.')}{why}, {how}")
     if device.type == "cpu":
-        print("memory  " + (f"as malloc has it: {malloc}" if malloc else "what is freed stays in this process; --malloc=off gives it back"))
+        print("memory  " + (f"as malloc has it: {malloc}" if malloc else
+                            "what is freed stays in this process; --malloc=off gives it back"))
     print(f"model   {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, vocabulary {c.vocab_size}: "
           f"{model.get_num_params():,} parameters")
     print(f"step    {o.gradient_accumulation_steps} x {o.batch_size} x {c.block_size} = {tokens:,} tokens; {o.max_iters:,}"

@@ -5,7 +5,8 @@ by the rule of `error_rule.py`: at most twice (gradients: three times) the error
 bias. Then the whole GPT: logits, loss, the gradient of every parameter, and the losses of 20 training steps.
 
 Without a GPU the Triton kernels run in Triton's interpreter, on small shapes, in a second process (Triton decides when it is
-imported whether it interprets), and what the C++ extension has for a CPU, the sampler too, runs as it is. What can't run here says why. The exit
+imported whether it interprets), and what the C++ extension has for a CPU, the sampler too, runs as it is. What can't run here says
+why. The exit
 status is 1 if anything is wrong.
 """
 import contextlib

@@ -259,7 +259,8 @@ define("linear_cross_entropy_cpu(Tensor x, Tensor weight, Tensor targets, int ig
         (x.new_empty((), dtype=torch.float32), *_fake_gradients_cpu(x, weight, need_dx, need_dw)))
 define("linear_cross_entropy_logits_cpu(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool mean) "
         "-> (Tensor, Tensor)", lambda *args: _cpu.forward(*args),
-        lambda x, weight, targets, ignore_index, mean: (x.new_empty((), dtype=torch.float32), x.new_empty(x.size(0), weight.size(0))))
+        lambda x, weight, targets, ignore_index, mean:
+        (x.new_empty((), dtype=torch.float32), x.new_empty(x.size(0), weight.size(0))))
 define("linear_cross_entropy_backward_cpu(Tensor logits, Tensor x, Tensor weight, Tensor targets, Tensor grad_loss, "
         "Tensor? grad_logits, int ignore_index, bool mean, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
         lambda *args: _cpu.backward(*args),
