@@ -29,7 +29,7 @@ LEFT_TO_PYTORCH = {
     80: (64, "head sizes over 64 are expected to be slower than FlashAttention 2 here (not measured yet)"),
     86: (64, "head sizes over 64 are expected to be slower than FlashAttention 2 here (not measured yet)"),
     89: (64, "head sizes over 64 are expected to be slower than FlashAttention 2 here (not measured yet)"),
-    90: (64, "head sizes over 64 are expected to be slower than cuDNN here (not measured; published: 273 against 410 TFLOP/s)"),
+    90: (64, "head sizes over 64 are expected to be slower than cuDNN (not measured yet; published: 273 against 410 TFLOP/s)"),
     100: (0, "these kernels are expected to be slower than cuDNN on Blackwell (not measured yet)"),
 }
 FLOAT32_LEFT = "IEEE float32 runs without tensor cores and is expected to be slower than PyTorch's kernels (not measured yet)"
