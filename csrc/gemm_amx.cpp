@@ -166,6 +166,8 @@ bool gemm_works() { return (std::string(" ") + cpu_isas()).find(" avx512") != st
 void weight_gradient_cpu(const WeightGradient& g, int threads) {
   if (!gemm_works()) throw std::runtime_error("this CPU has no AMX");
   if (g.dw_bf16 && g.rows > BLOCK) throw std::invalid_argument("sums of more than 1024 rows are fp32: pieces of them would be rounded");
+  // Under a few milliseconds a second thread loses more to PyTorch's own, which go on spinning after each operator, than it saves.
+  if (g.rows * g.outputs * g.inputs < (int64_t{1} << 30)) threads = 1;
   constexpr int64_t WIDE = GROUP * PANEL;
   const int64_t left = (g.outputs + WIDE - 1) / WIDE, right = (g.inputs + WIDE - 1) / WIDE;  // groups of panels
   static thread_local Memory shared;

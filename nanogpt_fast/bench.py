@@ -17,7 +17,6 @@ import io
 import itertools
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import time
@@ -222,7 +221,8 @@ class Trainer:
             self.more = dict(return_logits=False)
             self.weights = HalfWeights(self.model, dtype, own_gradients=not variant.compiled)
             # Until the process ends: this model is nobody else's.
-            cpu.sparse_embedding_gradient(self.model, wanted=device.type == "cpu" and not variant.compiled).__enter__()
+            self.sparse = cpu.sparse_embedding_gradient(self.model, wanted=device.type == "cpu" and not variant.compiled)
+            self.sparse.__enter__()  # it would be undone if nobody kept it
             self.not_captured = captured.why_not(self.model, self.optimizer, device)
         if self.not_captured is None:
             self.graphs = captured.CapturedStep(self.forward_backward, self.update, self.optimizer,
@@ -275,7 +275,7 @@ def train(o, device, dtype):
     data = [torch.randint(config["vocab_size"], (2, B, T), generator=random).to(device) for _ in range(4)]
 
     print(f"{o.model}: {B} x {T} tokens a step, {str(dtype).removeprefix('torch.')}, on {devices.describe(device)}")
-    apart, workers = o.apart and device.type == "cpu", []
+    apart, workers = o.apart and device.type == "cpu" and hasattr(os, "setsid"), []
     runs, found, told_to_end = {}, {}, False
     for name in wanted(o, all_variants):
         if told_to_end or runs and time.monotonic() > until - 20 * o.minutes:
@@ -375,6 +375,7 @@ class Worker:
 
 def _work(pipe, threads, o, name, variant, *rest):
     """The process of a Worker."""
+    import resource  # here: Windows has neither, and `apart` is off there
     os.setsid()  # what is sent to the parent's group, as `timeout` sends SIGTERM, is for the parent to heed
     torch.set_num_threads(threads)
     if not variant.logits:

@@ -35,7 +35,7 @@ def explain(model, *, dtype=None, tokens=8, return_logits=True):
     devices = [device] if device.type == "cuda" else []
     autocast = torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype not in (None, torch.float32))
     with torch.random.fork_rng(devices), backend.recording() as record, autocast:
-        gpt(idx, idx, return_logits=return_logits)
+        gpt(idx, idx, **({} if return_logits else dict(return_logits=False)))  # a subclass may have nanoGPT's two arguments
 
     rows = {}
     for op, wanted, name, reasons in record:

@@ -369,10 +369,10 @@ class Session:
         self.steps_whole, self.graph = device.type == "cuda" or self.native is not None, None
         self.drawn = torch.zeros(rows, self.block_size + 1, dtype=torch.long, device=device)
         self.seeds, self.offsets, self.top_k = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
-        self.temperature, self.top_p, self.min_p = (torch.zeros(rows, device=device) for _ in range(3))
+        self.temperature, self.top_p, self.min_p = (torch.zeros(rows, dtype=torch.float32, device=device) for _ in range(3))
         self.logits = self.draw = None                                              # of every step, where they always lie in one place
-        if device.type == "cpu" and self.native is not None:
-            self.logits = torch.zeros(rows, self.wte.size(0))
+        if device.type == "cpu" and self.native is not None and self.wte.size(0) <= sampler.MAX_VOCAB:
+            self.logits = torch.zeros(rows, self.wte.size(0), dtype=torch.float32, device=device)
             self.draw = sampler.prepare(self.logits, **self._drawing())
 
     def _drawing(self):

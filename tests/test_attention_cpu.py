@@ -121,3 +121,29 @@ def test_it_steps_aside_where_nanogpts_bits_are_promised_and_where_it_gains_noth
     assert "dropout" in why_not(qkv, torch.bfloat16, 8, None, AUTO, 0.1)
     with torch.no_grad():
         assert "without a gradient" in why_not(qkv, torch.bfloat16, 8, None, AUTO)
+
+
+def test_a_backward_inside_autocast_is_the_one_outside():
+    gradients = []
+    for inside in (True, False):
+        torch.manual_seed(1)
+        qkv = torch.randn(2, 40, 144, dtype=torch.bfloat16, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = causal_attention_qkvpacked(qkv, 3, backend=FUSED).float().square().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        gradients.append(qkv.grad)
+    assert torch.equal(*gradients)
+
+
+def test_no_tokens_and_a_strided_last_dimension_are_as_plain_as_others():
+    qkv = torch.randn(2, 144, 20, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+    assert qkv.stride(2) != 1
+    packed = qkv.detach().contiguous().requires_grad_()
+    outputs = [causal_attention_qkvpacked(x, 3, backend=FUSED) for x in (qkv, packed)]
+    assert torch.equal(*outputs)
+    assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0].contiguous() for y, x in zip(outputs, (qkv, packed), strict=True)))
+    none = torch.randn(2, 0, 144, dtype=torch.bfloat16, requires_grad=True)
+    assert causal_attention_qkvpacked(none, 3).shape == (2, 0, 48)

@@ -290,3 +290,17 @@ def test_sums_of_many_rows_are_fp32_and_pytorchs_matmuls_do_not_mind_the_tiles()
     assert torch.equal(a @ a, before)
     torch.testing.assert_close(dw.double(), dy.double().t() @ x.double(), rtol=1e-4, atol=1e-3)
     weight_gradient(torch.full((4, 5), float("nan")).bfloat16(), a[:4])[0, 0].isnan() or pytest.fail("NaN was lost")
+
+
+@ROUTES
+@pytest.mark.parametrize("default", (torch.float64, torch.bfloat16), ids=str)
+def test_the_default_dtype_of_the_program_changes_nothing(default, return_logits):
+    x, weight, targets = draw(dtype=torch.bfloat16)
+    expected = linear_cross_entropy(x, weight, targets, return_logits=return_logits, backend=FUSED)[0]
+    torch.set_default_dtype(default)  # what the extension writes to through a pointer is fp32 whatever this says
+    try:
+        loss = linear_cross_entropy(x, weight, targets, return_logits=return_logits, backend=FUSED)[0]
+        pairs = zip(gradients(loss, x, weight), gradients(expected, x, weight), strict=True)
+        assert torch.equal(loss, expected) and all(torch.equal(a, b) for a, b in pairs)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -25,6 +25,8 @@ def why_not(qkv, dtype, D, scale, backend, dropout_p=0.0):
     """None where this computes attention for the packed qkv in dtype with heads of D, else the reason."""
     if MISSING is not None:
         return MISSING
+    if type(qkv) not in (torch.Tensor, torch.nn.Parameter):
+        return f"the input is a {type(qkv).__name__}, which has no memory to point at"
     if qkv.device.type != "cpu":
         return f"the extension computes on a CPU, the input is on {qkv.device.type}"
     if dtype != torch.bfloat16:
@@ -33,6 +35,8 @@ def why_not(qkv, dtype, D, scale, backend, dropout_p=0.0):
         return f"scale is {scale}; the extension takes positive numbers"
     if dropout_p > 0:
         return "it has no dropout"
+    if qkv.size(1) == 0:
+        return "there are no tokens"
     if not (qkv.requires_grad and torch.is_grad_enabled()):
         return "without a gradient PyTorch's kernel is as fast"
     return None
@@ -64,6 +68,7 @@ class _PackedAttention(torch.autograd.Function):
 def forward(qkv, n_head, scale):
     """(out (B, T, C) bfloat16, lse (B, H, T) fp32)."""
     B, T, C3 = qkv.shape
+    qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()        # this kernel takes the last dimension for contiguous, unasked
     q, k, v = (x.transpose(1, 2) for x in _heads(qkv, n_head, 3))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
     return out.transpose(1, 2).reshape(B, T, C3 // 3), lse.contiguous()
@@ -79,13 +84,14 @@ def backward(do, qkv, lse, n_head, scale, isa=""):
     q32, k32 = q.float(), k.float()
     dq = torch.empty_like(q)
     # Where several tiles of queries add to a key, they add in fp32.
-    dk, dv = torch.empty(2, B * H, T, D, dtype=q.dtype) if T <= ROWS else torch.zeros(2, B * H, T, D)
+    dk, dv = q.new_empty(2, B * H, T, D) if T <= ROWS else q.new_zeros(2, B * H, T, D, dtype=torch.float32)
     for start in range(0, T, ROWS):
         end = min(start + ROWS, T)                                   # queries start .. end - 1 see keys 0 .. end - 1
         step = max(1, SCORES // ((end - start) * end))
         for h in range(0, B * H, step):
             rows, seen = (slice(h, h + step), slice(start, end)), (slice(h, h + step), slice(0, end))
-            scores = torch.bmm(q32[rows], k32[seen].transpose(1, 2))
+            with torch.autocast("cpu", enabled=False):              # a backward called inside autocast would get bf16 here
+                scores = torch.bmm(q32[rows], k32[seen].transpose(1, 2))
             ds = torch.bmm(do[rows], v[seen].transpose(1, 2))        # dP, until the pass
             p = torch.empty_like(ds)
             sample._C.attention_gradient_cpu("bfloat16", *scores.shape, start, scale, scores.data_ptr(), lse[rows].data_ptr(), T,

@@ -173,12 +173,14 @@ class _CPULoss(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         _no_second_derivative()
         if torch.compiler.is_compiling():
-            gradients = [gradient.to(torch.float32) * grad_loss for gradient in ctx.saved_tensors]
+            gradients, saved = [gradient.to(torch.float32) * grad_loss for gradient in ctx.saved_tensors], False
         else:
             scale = grad_loss.item()
-            gradients = [gradient if scale == 1 else gradient * scale for gradient in ctx.saved_tensors]
+            saved = scale == 1
+            gradients = [gradient if saved else gradient * scale for gradient in ctx.saved_tensors]
         need_dx, need_dw = ctx.needs_input_grad[:2]
-        dx = gradients[0].view(ctx.x_shape).to(ctx.dtypes[0]) if need_dx else None
+        # Copied where it is the saved one: a leaf keeps it as its .grad, and a second backward would find it changed.
+        dx = gradients[0].view(ctx.x_shape).to(ctx.dtypes[0], copy=saved) if need_dx else None
         dw = gradients[1].to(ctx.dtypes[1]) if need_dw else None
         return dx, dw, None, None, None, None, None, None
 

@@ -25,6 +25,9 @@ def why_not(x, weight, targets, return_logits=True):
     """None where these functions can compute the loss, and are right; else the reason."""
     if MISSING is not None:
         return MISSING
+    for name, tensor in (("x", x), ("weight", weight), ("targets", targets)):
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return f"{name} is a {type(tensor).__name__}, which has no memory to point at"
     if not x.device.type == weight.device.type == targets.device.type == "cpu":
         return f"the extension computes on a CPU, x is on {x.device.type}"
     autocast = torch.is_autocast_enabled("cpu")
@@ -47,7 +50,7 @@ def forward_backward(x, weight, targets, ignore_index, mean, need_dx, need_dw, i
     (N, C), V = x.shape, weight.size(0)
     count = sample._C.count_targets(targets.data_ptr(), N, V, ignore_index)
     scale = 1 / max(count, 1) if mean else 1.0
-    losses, dx = torch.empty(N), x.new_empty((N, C) if need_dx else 0)
+    losses, dx = x.new_empty(N, dtype=torch.float32), x.new_empty((N, C) if need_dx else 0)
     dw = _WeightGradient(V, x, scale) if need_dw else None
     buffer = x.new_empty(min(N, CHUNK), V)
     for n in range(0, N, CHUNK):
@@ -64,7 +67,7 @@ def forward_backward(x, weight, targets, ignore_index, mean, need_dx, need_dw, i
 def forward(x, weight, targets, ignore_index, mean, isa=""):
     """(loss, logits): logits (N, V) in x's dtype. The rest as in `forward_backward`."""
     count = sample._C.count_targets(targets.data_ptr(), x.size(0), weight.size(0), ignore_index)
-    logits, losses = torch.mm(x, weight.t()), torch.empty(x.size(0))
+    logits, losses = torch.mm(x, weight.t()), x.new_empty(x.size(0), dtype=torch.float32)
     _rows(logits, None, targets, ignore_index, losses, isa)
     return _reduced(losses, count, mean), logits
 

@@ -49,7 +49,7 @@ def step(native, token, position, vocab, isa="", out=None):
     """
     if sample._C is None or not isinstance(native, sample._C.Decoder):
         return native(token, position)
-    logits = torch.empty(token.size(0), vocab) if out is None else out
+    logits = token.new_empty((token.size(0), vocab), dtype=torch.float32) if out is None else out
     native.step(token.data_ptr(), position.data_ptr(), logits.data_ptr(), torch.get_num_threads(), isa)
     return logits
 

@@ -18,7 +18,7 @@ def weight_gradient(dy, x, dtype=None):
     fits = dy.size(0) > 0 and (dtype == torch.float32 or dy.size(0) <= LARGEST_SUM) and dy.stride(1) == x.stride(1) == 1
     if not (AMX and fits and dy.dtype == x.dtype == torch.bfloat16 and dtype in (torch.float32, torch.bfloat16)):
         return (dy.t() @ x).to(dtype)
-    dw = torch.empty(dy.size(1), x.size(1), dtype=dtype)
+    dw = dy.new_empty((dy.size(1), x.size(1)), dtype=dtype)
     sample._C.weight_gradient_cpu(dy.data_ptr(), x.data_ptr(), dy.stride(0), x.stride(0), dy.size(0), *dw.shape, dw.data_ptr(),
                                   dtype == torch.bfloat16, torch.get_num_threads())
     return dw
