@@ -119,13 +119,14 @@ class Problem:
                                        cancelled=self.cancelled(name, oracle["out"]) if name in ("dq", "dk") else None, **options)
 
     def cancelled(self, name, out):
-        """What each element of dq or dk owes to ds = p (dp - delta), two terms that cancel where p is nearly one: dp has been
-        rounded to fp32, and delta is made of `out` rounded to its dtype.
+        """What each element of dq or dk owes to ds = p (dp - delta), two terms that cancel where p is nearly one: dp is
+        summed in fp32, and delta is made of `out` rounded to its dtype.
         """
         q, k, v, do = (x.double() for x in (self.q, self.k, self.v, self.do))
         hidden = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1 + k.size(2) - q.size(2))
         p = (q @ k.transpose(-2, -1) * self.scale).masked_fill(hidden, -math.inf).softmax(-1)
-        dp = (do.square() @ v.square().transpose(-2, -1)) * (torch.finfo(f32).eps / 2) ** 2     # squares: a sum of signed terms
+        # Squares. dp is a sum of D signed terms, and each addition rounds a partial sum: eps^2 / 12 times 1/D + 2/D + ... + 1.
+        dp = (do.square() @ v.square().transpose(-2, -1)) * torch.finfo(f32).eps ** 2 * (q.size(-1) + 1) / 24
         delta = (do * out * torch.finfo(self.dtype).eps / 2).square().sum(-1, keepdim=True) / 3
         ds = p.square() * (dp + delta)
         other, ds = (k, ds) if name == "dq" else (q, ds.transpose(-2, -1))
