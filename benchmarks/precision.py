@@ -12,19 +12,20 @@ import statistics
 import torch
 
 from benchmarks import RESULTS
-from nanogpt_fast import bench, devices, measure, options
+from nanogpt_fast import devices, measure, options
+from nanogpt_fast.bench import common, loss, train
 from nanogpt_fast.text.batches import Batches
 from nanogpt_fast.text import prepare
 from nanogpt_fast.training import learning_rate
 
-SIDES = {"float32": bench.Variant(nanogpt=True), "bf16": bench.Variant(nanogpt=True, bf16=True),
-         "ours": bench.Variant(logits=False, bf16=True)}
+SIDES = {"float32": train.Variant(nanogpt=True), "bf16": train.Variant(nanogpt=True, bf16=True),
+         "ours": train.Variant(logits=False, bf16=True)}
 
 
 def curve(variant, o, config, B, steps, seed, folder, device):
     """The losses of `steps` steps, with warm-up and cosine decay as in `bench loss`."""
-    trainer = bench.Trainer(o, variant, config, B, device, torch.float32, seed=seed)
-    schedule = bench.LossSchedule(learning_rate=6e-4, min_lr=6e-5, warmup_iters=steps // 10, lr_decay_iters=steps)
+    trainer = train.Trainer(o, variant, config, B, device, torch.float32, seed=seed)
+    schedule = loss.LossSchedule(learning_rate=6e-4, min_lr=6e-5, warmup_iters=steps // 10, lr_decay_iters=steps)
     batches, losses = Batches(folder, "train", B, config["block_size"], generator=torch.Generator().manual_seed(seed)), []
     for step in range(steps):
         for group in trainer.optimizer.param_groups:
@@ -42,15 +43,15 @@ def distance(losses, exact):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="cpu", choices=tuple(bench.MODELS))
+    parser.add_argument("--model", default="cpu", choices=tuple(common.MODELS))
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--data", default="embedded", help="as for `nanogpt-fast train`")
     parser.add_argument("--json", default=RESULTS / "cpu.jsonl", help="append the result to this file")
     args = parser.parse_args()
     device, folder = devices.choose_device("cpu"), prepare.find(args.data, "data")
-    o = options.parse(bench.BenchTrainOptions, [f"--model={args.model}", "--device=cpu"], "precision")
-    config, B = bench.shape_of(args.model, device, dropout=0.0)
+    o = options.parse(train.BenchTrainOptions, [f"--model={args.model}", "--device=cpu"], "precision")
+    config, B = common.shape_of(args.model, device, dropout=0.0)
     if args.model != "gpt2":  # GPT-2's own padded vocabulary holds any text's ids
         config["vocab_size"] = prepare.load_tokenizer(folder).vocab_size
     curves = {}

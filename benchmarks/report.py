@@ -14,7 +14,9 @@ import statistics
 from pathlib import Path
 
 from benchmarks import RESULTS
-from nanogpt_fast.bench import MODELS, TRAIN_VARIANTS, percentiles, rival_of, strongest_of
+from nanogpt_fast.bench.common import MODELS
+from nanogpt_fast.bench.generate import percentiles
+from nanogpt_fast.bench.train import TRAIN_VARIANTS, rival_of, strongest_of
 
 ROOT = Path(__file__).parent.parent
 PLOTS = ROOT / "docs" / "measured"

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from nanogpt_fast import bench, measure, options
+from nanogpt_fast.bench import common, generate, train
 from tiny import data
 
 CPU = torch.device("cpu")
@@ -24,11 +25,11 @@ def run(tmp_path, *words):
 
 
 def asked(*words):
-    return options.parse(bench.BenchGenerateOptions, ["--model=tiny", "--device=cpu", *words], "test")
+    return options.parse(generate.BenchGenerateOptions, ["--model=tiny", "--device=cpu", *words], "test")
 
 
 def config():
-    return bench.shape_of("tiny", CPU, dropout=0.0)[0]
+    return common.shape_of("tiny", CPU, dropout=0.0)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------- training
@@ -54,38 +55,38 @@ def test_a_real_checkouts_model_runs_beside_ours(tmp_path):
 
 def test_without_a_checkout_nanogpts_side_trains_exactly_as_a_checkouts(tmp_path):
     shutil.copy(Path(__file__).parent / "plain.py", tmp_path / "model.py")
-    variant, x = bench.Variant(nanogpt=True), torch.randint(65, (4, 32))
+    variant, x = train.Variant(nanogpt=True), torch.randint(65, (4, 32))
     losses = []
     for words in ((), (f"--upstream={tmp_path}",)):
-        o = options.parse(bench.BenchTrainOptions, ["--model=tiny", *words], "test")
-        trainer = bench.Trainer(o, variant, bench.shape_of("tiny", CPU)[0], 4, CPU, torch.float32)
+        o = options.parse(train.BenchTrainOptions, ["--model=tiny", *words], "test")
+        trainer = train.Trainer(o, variant, common.shape_of("tiny", CPU)[0], 4, CPU, torch.float32)
         losses.append([trainer.step(x, x).item() for _ in range(4)])
     assert losses[0] == losses[1]
 
 
 def test_what_was_built_is_timed_when_the_process_is_told_to_end(tmp_path, monkeypatch):
-    step = bench.Trainer.step
+    step = train.Trainer.step
 
     def told(self, x, y):
         if self.more:  # our trainer's, the second that is built
             raise measure.ToldToEnd
         return step(self, x, y)
 
-    monkeypatch.setattr(bench.Trainer, "step", told)
+    monkeypatch.setattr(train.Trainer, "step", told)
     record = run(tmp_path, "train", "--apart=False", "--model=tiny", "--only=one import,our trainer,nanoGPT", "--rounds=2")
     assert record["variants"]["one import"]["tokens_per_s"] > 0
     assert record["variants"]["our trainer"] == record["variants"]["nanoGPT"] == {"error": "not measured: out of time"}
 
 
 def test_a_variant_that_runs_out_of_memory_leaves_the_others_to_be_timed(tmp_path, monkeypatch):
-    build = bench.build
+    build = common.build
 
     def too_large(o, nanogpt, *rest):
         if nanogpt:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return build(o, nanogpt, *rest)
 
-    monkeypatch.setattr(bench, "build", too_large)
+    monkeypatch.setattr(train, "build", too_large)
     record = run(tmp_path, "train", "--apart=False", "--model=tiny", "--only=nanoGPT,one import", "--rounds=1")
     assert record["variants"]["nanoGPT"] == {"error": "out of memory"}
     assert record["variants"]["one import"]["tokens_per_s"] > 0
@@ -106,7 +107,7 @@ def test_generation_is_timed_against_nanogpts_loop_and_a_plain_cache(tmp_path, c
 
 
 def test_the_plain_cache_computes_what_the_model_does():
-    plain = bench.PlainCache(asked(), config(), CPU, torch.float32)
+    plain = generate.PlainCache(asked(), config(), CPU, torch.float32)
     idx, cache = torch.randint(65, (2, 9)), plain.new_cache(2)
     with torch.no_grad():
         prefill, then = plain.forward(idx[:, :7], 0, cache), [plain.forward(idx[:, [i]], i, cache) for i in (7, 8)]
@@ -117,7 +118,7 @@ def test_the_plain_cache_computes_what_the_model_does():
 def test_our_nanogpt_loop_draws_what_a_checkouts_generate_draws(tmp_path):
     shutil.copy(Path(__file__).parent / "plain.py", tmp_path / "model.py")
     idx, drawn = torch.randint(65, (2, 5)), []
-    for kind, words in ((bench.NanoGPTLoop, ()), (bench.UpstreamLoop, (f"--upstream={tmp_path}",))):
+    for kind, words in ((generate.NanoGPTLoop, ()), (generate.UpstreamLoop, (f"--upstream={tmp_path}",))):
         side = kind(asked(*words), config(), CPU, torch.float32)
         torch.manual_seed(7)
         drawn.append([token.tolist() for token in side.stream(idx, 6)])
@@ -125,10 +126,10 @@ def test_our_nanogpt_loop_draws_what_a_checkouts_generate_draws(tmp_path):
 
 
 def test_the_memory_limit_counts_each_weight_once():
-    shape, _ = bench.shape_of("gpt2", torch.device("cuda"))
-    weights = bench.bytes_a_step(shape, 1, 0, torch.bfloat16)
+    shape, _ = common.shape_of("gpt2", torch.device("cuda"))
+    weights = generate.bytes_a_step(shape, 1, 0, torch.bfloat16)
     assert weights == pytest.approx(2 * 124e6, rel=0.01)
-    assert bench.bytes_a_step(shape, 8, 100, torch.bfloat16) - weights == 2 * 2 * 12 * 768 * 100 * 8
+    assert generate.bytes_a_step(shape, 8, 100, torch.bfloat16) - weights == 2 * 2 * 12 * 768 * 100 * 8
 
 
 # ------------------------------------------------------------------------------------------------------- loss against time
@@ -179,7 +180,7 @@ def test_when_time_is_up_no_further_round_begins_but_one_is_had():
 def test_the_draw_of_the_rivals_is_nanogpts():
     logits = torch.randn(3, 400)
     torch.manual_seed(3)
-    found = bench.draw_as_nanogpt(logits)
+    found = generate.draw_as_nanogpt(logits)
     scaled = logits / 0.8
     scaled[scaled < scaled.topk(200).values[:, -1:]] = float("-inf")
     torch.manual_seed(3)

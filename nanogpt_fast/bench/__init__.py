@@ -1,0 +1,45 @@
+"""`nanogpt-fast bench`: training and generation end to end, against nanoGPT.
+
+    nanogpt-fast bench train       tokens a second, share of the GPU's peak, peak memory, first step      train.py
+    nanogpt-fast bench generate    prefill, tokens a second at several batch sizes, latency, share of     generate.py
+                                   the memory limit
+    nanogpt-fast bench loss        loss against wall-clock time, on the same text                         loss.py
+
+All variants live side by side and take turns (`measure.interleaved`), so a slow minute of the machine falls on all of them;
+only ratios within one run mean anything. "nanoGPT" is the model.py of a checkout where `--upstream DIR` names one. Without it,
+it is `GPT(config, backend="reference")`, which makes exactly the PyTorch calls of nanoGPT's model (tests/test_contract.py holds
+them equal bit for bit), with nanoGPT's optimizer and its training step, and with its sampling loop for generation.
+"""
+import sys
+
+import torch
+
+from .. import devices, measure, options
+from . import generate, loss, train
+
+COMMANDS = {"train": (train.BenchTrainOptions, train.run), "generate": (generate.BenchGenerateOptions, generate.run),
+            "loss": (loss.BenchLossOptions, loss.run)}
+
+
+def main(argv):
+    """The command `nanogpt-fast bench`."""
+    if not argv or argv[0] not in COMMANDS:
+        if argv and argv[0] not in ("-h", "--help"):
+            raise ValueError(f"no benchmark {argv[0]!r}; there are {', '.join(COMMANDS)}")
+        print(__doc__.strip())
+        return
+    cls, function = COMMANDS[argv[0]]
+    o = options.parse(cls, argv[1:], f"nanogpt-fast bench {argv[0]}")
+    device = devices.choose_device(o.device)
+    if not o.model:
+        o.model = "cpu" if device.type != "cuda" else "gpt2" if argv[0] == "train" else "baby"
+    if device.type == "cuda":  # as nanoGPT's train.py
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    dtype = devices.choose_dtype("bfloat16" if o.dtype == "auto" and device.type == "cuda" else o.dtype, device)
+    try:
+        with measure.told_to_end():
+            function(o, device, dtype)
+    except measure.ToldToEnd:
+        print("told to end; what was recorded until then is written", file=sys.stderr)
+        return 128 + 15  # as a shell says SIGTERM

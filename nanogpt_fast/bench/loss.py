@@ -1,0 +1,97 @@
+"""`nanogpt-fast bench loss`: nanoGPT and ours trained on the same batches from the same weights, each against its own clock."""
+import contextlib
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from .. import devices
+from ..options import option
+from ..training import learning_rate
+from .common import MODELS, BenchOptions, record, shape_of
+from .train import Trainer, Variant
+
+
+@dataclass
+class BenchLossOptions(BenchOptions):
+    """Trains nanoGPT and ours on the same batches from the same weights, in turns, and records loss against time."""
+    model: str = option("", "empty: baby on a GPU, cpu on a CPU", choices=("", *MODELS))
+    data: str = option("embedded", "as for `nanogpt-fast train`")
+    data_dir: str = option("data", "where data sets live")
+    steps: int = option(500, "of training", minimum=1)
+    eval_interval: int = option(50, "steps between measurements of the loss; the clock stands meanwhile", minimum=1)
+    eval_iters: int = option(20, "batches that such a measurement averages", minimum=1)
+    learning_rate: float = option(1e-3, "the highest", above=0)
+
+
+def run(o, device, dtype):
+    """The command `bench loss`: the sides train in turns of eval_interval steps, each against its own clock."""
+    from ..text import prepare
+    from ..text.batches import Batches
+    folder = prepare.find(o.data, o.data_dir)
+    vocabulary = prepare.load_tokenizer(folder).vocab_size
+    config, B = shape_of(o.model, device, dropout=0.0, vocab_size=vocabulary)  # without dropout, both can be held to one loss
+    compiled = device.type == "cuda"
+    chosen = devices.choose_dtype("auto", device, config["n_embd"])
+    bf16 = device.type == "cpu" and o.dtype == "auto" and chosen == torch.bfloat16
+    both = {"nanoGPT": Variant(nanogpt=True, compiled=compiled), "ours": Variant(logits=False, compiled=compiled, bf16=bf16)}
+    schedule = LossSchedule(learning_rate=o.learning_rate, min_lr=o.learning_rate / 10, warmup_iters=o.steps // 20,
+                            lr_decay_iters=o.steps)
+
+    def batches(split, seed):
+        return Batches(folder, split, B, config["block_size"], device=device, generator=torch.Generator().manual_seed(seed))
+
+    sides = {name: Side(Trainer(o, variant, config, B, device, dtype), batches("train", 1)) for name, variant in both.items()}
+    print(f"{o.model} on {o.data}, {o.steps} steps of {B} x {config['block_size']} tokens, on {devices.describe(device)}")
+    for step in range(0, o.steps + 1, o.eval_interval):
+        for name, side in sides.items():
+            with contextlib.closing(batches("val", 2)) as held_out:
+                row = side.evaluate(step, held_out, o.eval_iters)
+            print(f"step {row['step']:>6}  {name:<8} {row['seconds']:>8.1f} s  validation loss {row['val_loss']:.4f}",
+                  flush=True)
+            side.advance(step, min(o.eval_interval, o.steps - step), schedule, device)
+    for side in sides.values():
+        side.batches.close()
+    record(o, "loss", device, shape=dict(config, batch_size=B), dtype=str(dtype).removeprefix("torch."), compiled=compiled,
+           curves={name: side.rows for name, side in sides.items()})
+
+
+@dataclass
+class LossSchedule:
+    """The fields that training.learning_rate reads."""
+    learning_rate: float
+    min_lr: float
+    warmup_iters: int
+    lr_decay_iters: int
+    decay_lr: bool = True
+
+
+class Side:
+    """One model on its way: what it has cost so far, and where it stands."""
+
+    def __init__(self, trainer, batches):
+        self.trainer, self.batches, self.seconds, self.rows = trainer, batches, 0.0, []
+
+    def advance(self, start, count, schedule, device):
+        """Train for `count` steps against the clock."""
+        began = time.perf_counter()
+        for step in range(start, start + count):
+            for group in self.trainer.optimizer.param_groups:
+                group["lr"] = learning_rate(step, schedule)
+            x, y = self.batches.next()
+            self.trainer.step(x, y)
+            self.batches.prefetch()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.seconds += time.perf_counter() - began
+
+    @torch.no_grad()
+    def evaluate(self, step, batches, count):
+        """Note the validation loss at this step; the clock stands."""
+        model = self.trainer.model.eval()
+        with self.trainer.context:
+            values = [model(*batches.next())[1].item() for _ in range(count)]
+        model.train()
+        self.rows.append(dict(step=step, seconds=self.seconds, val_loss=statistics.mean(values)))
+        return self.rows[-1]
