@@ -138,7 +138,7 @@ def touched(module, cls):
     Seen are: another class (a replacement, a subclass, nn.utils.parametrize), a hook of any kind, a `forward` set on the
     instance, a parameter that is a tensor subclass (DTensor, a quantized weight).
     """
-    if type(module) is not cls and vars(type(module)).get("stands_for") is not cls:  # swap.py makes classes that stand for ours
+    if type(module) is not cls and vars(type(module)).get("stands_for") is not cls:  # swap makes classes that stand for ours
         return f"{type(module).__name__} stands where {cls.__name__} did"
     if (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
             or _nn_module._has_any_global_hook()):

@@ -15,13 +15,14 @@ import torch.nn as nn
 
 import nanogpt_fast
 from forks import fork
-from nanogpt_fast import GPT, GPTConfig, swap
+from nanogpt_fast import GPT, GPTConfig
+from nanogpt_fast.swap import parts
 
 
 @pytest.fixture
 def on_ops(monkeypatch):
     """Swapped modules call the ops although no kernel can run: the ops' reference implementations."""
-    monkeypatch.setattr(swap, "_why_reference", lambda *args: None)
+    monkeypatch.setattr(parts, "_why_reference", lambda *args: None)
 
 
 def gpt2(lm=True, **changes):
@@ -63,7 +64,7 @@ def test_gpt2_logits_loss_gradients_and_greedy_text_are_the_same(activation, mon
     assert report.left == [] and len(report.swapped) == 2 * 5 + 1
     assert_same(step(model), before)
     assert torch.equal(model.eval().generate(tokens(), max_new_tokens=8, do_sample=False), text)
-    monkeypatch.setattr(swap, "_why_reference", lambda *args: None)
+    monkeypatch.setattr(parts, "_why_reference", lambda *args: None)
     assert_same(step(model.train()), before, exact=False)
     assert torch.equal(model.eval().generate(tokens(), max_new_tokens=8, do_sample=False), text)
     assert nanogpt_fast.restore(model) == 11
@@ -191,7 +192,7 @@ def test_torch_compile_traces_an_accelerated_model_whole_and_once(ops, monkeypat
     expected = nano_step(model)
     nanogpt_fast.accelerate(model)
     if ops:
-        monkeypatch.setattr(swap, "_why_reference", lambda *args: None)
+        monkeypatch.setattr(parts, "_why_reference", lambda *args: None)
     graphs = []
     def counting(graph, inputs):
         graphs.append(graph)
@@ -256,7 +257,7 @@ def _rank(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    swap._why_reference = lambda *args: None
+    parts._why_reference = lambda *args: None
     curves = []
     for when in ("never", "before", "inside"):
         with contextlib.redirect_stdout(None):

@@ -22,7 +22,7 @@ def sources(tmp_path):
         shutil.copy(os.path.join(ROOT, name), folder)
     for name in ("README.md", "LICENSE"):
         (folder / name).write_text(name)
-    for package in ("nanogpt_fast/bench", "nanogpt_fast/ops", "nanogpt_fast/text", "kernels"):
+    for package in ("nanogpt_fast/bench", "nanogpt_fast/ops", "nanogpt_fast/swap", "nanogpt_fast/text", "kernels"):
         (folder / package).mkdir()
     return folder
 

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 
 import nanogpt_fast
 from forks import SMALL, fork
-from nanogpt_fast import backend, classic, swap
+from nanogpt_fast import backend, classic
+from nanogpt_fast.swap import parts
+
 
 def classic_gpt(**changes):
     torch.manual_seed(0)
@@ -42,7 +44,7 @@ def assert_same(a, b):
         assert torch.equal(x, y)
 
 
-def parts(report):
+def swapped(report):
     return sorted(row.part for row in report.swapped)
 
 
@@ -52,7 +54,7 @@ def test_every_part_is_swapped_and_on_a_cpu_the_step_is_bit_for_bit_the_same(mak
     before = result(model)
     report = nanogpt_fast.accelerate(model)
     root = ["model"] if make is fork else []
-    assert parts(report) == sorted(["attention", "mlp", "block"] * 2 + ["layer_norm"] * 5 + root) and report.left == []
+    assert swapped(report) == sorted(["attention", "mlp", "block"] * 2 + ["layer_norm"] * 5 + root) and report.left == []
     assert_same(result(model), before)
     assert {where for _, where in report.calls} == {"own path: Triton kernels need a CUDA tensor, this one is on cpu"}
 
@@ -63,7 +65,7 @@ def test_the_formulas_that_replace_a_forward_are_bit_for_bit_its_own_on_plain_py
     model = make()
     before = result(model)
     nanogpt_fast.accelerate(model)
-    monkeypatch.setattr(swap, "_why_reference", lambda *args: None)
+    monkeypatch.setattr(parts, "_why_reference", lambda *args: None)
     after = result(model)
     if make is fork:
         assert_same(after, before)
@@ -228,7 +230,7 @@ def test_other_modules_other_parameters_and_odd_activations_are_named():
 
 def test_a_post_norm_classic_gpt_keeps_its_blocks():
     report = nanogpt_fast.accelerate(classic_gpt(norm="post"))
-    assert {row.reason for row in report.left} == {"post-norm"} and parts(report).count("attention") == 2
+    assert {row.reason for row in report.left} == {"post-norm"} and swapped(report).count("attention") == 2
 
 
 def test_a_hook_that_comes_later_is_honoured_and_reported():
@@ -266,7 +268,7 @@ def test_copies_and_pickles_stay_accelerated_and_restore_alone():
         assert twin.lm_head.weight is twin.transformer.wte.weight is not model.lm_head.weight
         assert_same(result(twin), expected)
         assert nanogpt_fast.restore(twin) == 12
-        assert isinstance(model.transformer.h[0], swap._NanoBlock)
+        assert isinstance(model.transformer.h[0], parts.NanoBlock)
 
 
 def load(model):

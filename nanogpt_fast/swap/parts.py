@@ -1,0 +1,275 @@
+"""The parts of a GPT on the ops: a class a part and a layout (nanoGPT's, separate q, k and v, transformers' GPT-2).
+
+Each says `why_own`, why a call has to take the module's own forward, and `fast`, the formula that takes its place. swapped.py
+makes of such a class and a module's own class the one that the module gets.
+
+B batch, T sequence, C = n_embd, H = n_head, D = C / H head size.
+"""
+import torch.nn as nn
+
+from .. import backend as _backend
+from .. import model as nano
+from .. import reference
+from ..ops import attention, cross_entropy, layer_norm, mlp
+from .swapped import Swapped
+
+
+def _why_reference(op, candidates, choices, args):
+    """None where a kernel runs `op` for these arguments, else why none does. Raises under "fused", as the op would."""
+    if _backend.choose(op, candidates, choices, args) != "reference":
+        return None
+    if _backend.choice(op, choices) == "reference":
+        return "backend='reference'"
+    return next((reason for reason in (why_not(*args) for _, why_not in candidates) if reason is not None),
+                "no kernel was chosen")
+
+
+# LayerNorm
+
+class Norm(Swapped):
+    """A LayerNorm over the last dimension: nn.LayerNorm's attributes."""
+
+    part = "layer_norm"
+
+    def why_own(self, input):
+        return _why_reference("layer_norm", layer_norm.CANDIDATES, self.backend, (input, self.weight, self.bias))
+
+    def fast(self, input):
+        return layer_norm.layer_norm(input, self.weight, self.bias, eps=getattr(self, "eps", 1e-5), backend=self.backend)
+
+
+class NanoNorm(Norm, nano.LayerNorm):
+    """nanoGPT's own, or an nn.LayerNorm of eps 1e-5, which is the same: model.py's Block takes either into its fused path."""
+
+
+# Attention
+
+def _why_own_attention(x, D, scale, choices):
+    """As `_why_reference`, asked before the projection: x (B, T, C) stands for the queries, keys and values made of it."""
+    return _why_reference("attention", attention.CANDIDATES, choices, (x, attention._autocast_dtype(x), D, scale, choices))
+
+
+class NanoAttention(Swapped, nano.CausalSelfAttention):
+    """One packed projection c_attn; x (B, T, C) -> (B, T, C)."""
+
+    part = "attention"
+
+    def why_own(self, x, *more, **keywords):
+        if more or keywords:
+            return "arguments that nanoGPT's attention does not have"
+        if not self.flash:
+            return "attn.flash is False"
+        return _why_own_attention(x, self.n_embd // self.n_head, None, self.backend)
+
+    def fast(self, x):
+        return nano.CausalSelfAttention.forward(self, x)
+
+
+class SeparateAttention(Swapped):
+    """Three linears, key, query and value, and a projection; x (B, T, C) -> (B, T, C)."""
+
+    part = "attention"
+
+    def why_own(self, x, *more, **keywords):
+        if more or keywords:
+            return "arguments that the classic attention does not have"
+        return _why_own_attention(x, x.size(-1) // self.n_head, None, self.backend)
+
+    def fast(self, x):
+        B, T, C = x.shape
+        q, k, v = (part(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)                # (B, H, T, D)
+                   for part in (self.query, self.key, self.value))
+        y = attention.causal_attention(q, k, v, dropout_p=nano._p(self.attn_drop), backend=self.backend)
+        return self.resid_drop(self.proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class GPT2Attention(Swapped):
+    """transformers' GPT2Attention: c_attn is a Conv1D, keys and values may go into a cache. Returns (out, None), as SDPA."""
+
+    part = "attention"
+
+    def why_own(self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None,
+                encoder_attention_mask=None, output_attentions=False, **more):
+        if attention_mask is not None:
+            return "an attention mask"
+        if encoder_hidden_states is not None or output_attentions:
+            return "cross-attention or output_attentions"
+        if self.config._attn_implementation != "sdpa":
+            return f"attn_implementation={self.config._attn_implementation!r}"
+        if past_key_values is not None:
+            if type(past_key_values).__name__ != "DynamicCache":
+                return f"a {type(past_key_values).__name__}"
+            if past_key_values.get_seq_length(self.layer_idx) > 0:
+                return "past key values"
+        return _why_own_attention(hidden_states, self.head_dim, self.scaling, self.backend)
+
+    def fast(self, hidden_states, past_key_values=None, attention_mask=None, **more):
+        qkv = self.c_attn(hidden_states)                                            # (B, T, 3C)
+        p = nano._p(self.attn_dropout)
+        if past_key_values is not None:                                             # empty: this is the prompt
+            _, k, v = reference.split_heads(qkv, self.num_heads)
+            past_key_values.update(k, v, self.layer_idx)
+        y = attention.causal_attention_qkvpacked(qkv, self.num_heads, dropout_p=p, scale=self.scaling, backend=self.backend)
+        return self.resid_dropout(self.c_proj(y)), None
+
+
+# MLP
+
+class Mlp(Swapped):
+    """Linear, activation, Linear, dropout. Each subclass says where they are."""
+
+    part = "mlp"
+
+    def why_own(self, x):
+        return self.unfused_reason() or _why_reference("mlp", mlp.CANDIDATES, self.backend, (x, *self.weights()))
+
+
+class NanoMlp(Mlp, nano.MLP):
+    """c_fc, gelu, c_proj, dropout."""
+
+    def unfused_reason(self):
+        return (nano.touched(self.c_fc, nn.Linear) or nano.touched(self.c_proj, nn.Linear) or nano.touched(self.gelu, nn.GELU)
+                or nano.touched(self.dropout, nn.Dropout))
+
+    def weights(self):
+        return self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
+
+    def fast(self, x):
+        return nano.MLP.forward(self, x)
+
+
+class SequentialMlp(Mlp):
+    """nn.Sequential(Linear, activation, Linear, Dropout)."""
+
+    def unfused_reason(self):
+        return (nano.touched(self[0], nn.Linear) or nano.touched(self[1], type(self[1])) or nano.touched(self[2], nn.Linear)
+                or nano.touched(self[3], nn.Dropout))
+
+    def weights(self):
+        return self[0].weight, self[0].bias, self[2].weight, self[2].bias
+
+    def fast(self, input):
+        return mlp.gelu_mlp(input, *self.weights(), activation=activation_name(self[1]), dropout_p=nano._p(self[3]),
+                            backend=self.backend)
+
+
+class GPT2Mlp(Mlp):
+    """transformers' GPT2MLP. A Conv1D's weight is (in, out), the op's (out, in): a view, made contiguous by the cast."""
+
+    def unfused_reason(self):
+        conv = _conv1d()
+        return (nano.touched(self.c_fc, conv) or nano.touched(self.c_proj, conv) or nano.touched(self.act, type(self.act))
+                or nano.touched(self.dropout, nn.Dropout))
+
+    def weights(self):
+        return self.c_fc.weight.t(), self.c_fc.bias, self.c_proj.weight.t(), self.c_proj.bias
+
+    def fast(self, hidden_states):
+        return mlp.gelu_mlp(hidden_states, *self.weights(), activation=activation_name(self.act),
+                            dropout_p=nano._p(self.dropout), backend=self.backend)
+
+
+def _conv1d():
+    from transformers.pytorch_utils import Conv1D
+    return Conv1D
+
+
+_conv1d._dynamo_marked_constant = True      # torch.compile keeps the answer instead of tracing the import
+
+
+def activation_name(module):
+    """The name of a module's activation function by its class, or None where it is none of the op's."""
+    if isinstance(module, nn.GELU):
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    return _ACTIVATIONS.get(type(module).__name__)
+
+
+_ACTIVATIONS = {"ReLU": "relu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh",
+                "FastGELUActivation": "gelu_tanh"}      # the last four are transformers'; `_tried` checks what they compute
+
+
+# Block: the residual add behind the attention and the LayerNorm behind it are one kernel
+
+class Block(Swapped):
+
+    part = "block"
+
+    def why_own(self, x, *args, **keywords):
+        ln = self.norms()[1]
+        return self.unfused_reason() or _why_reference("layer_norm", layer_norm.CANDIDATES, ln.backend, (x, ln.weight, ln.bias))
+
+
+class NanoBlock(Block, nano.Block):
+    """Called alone. A swapped GPT calls `fused` instead, where the second add goes into the next block's LayerNorm, too."""
+
+    def norms(self):
+        return self.ln_1, self.ln_2
+
+    def why_own(self, x, *more, **keywords):
+        return "arguments that nanoGPT's block does not have" if more or keywords else super().why_own(x)
+
+    def fast(self, x):
+        return nano._add(*self.fused(x, None, 0.0))
+
+
+class SeparateBlock(Block):
+    """Pre-norm block of ln1, sa, ln2, ff."""
+
+    def norms(self):
+        return self.ln1, self.ln2
+
+    def unfused_reason(self):
+        return _norm_touched(self.ln2) or (None if getattr(self, "pre_norm", True) else "post-norm")
+
+    def fast(self, x):
+        x, h = layer_norm.add_layer_norm(x, self.sa(self.ln1(x)), self.ln2.weight, self.ln2.bias, eps=self.ln2.eps,
+                                         backend=self.backend)
+        return x + self.ff(h)
+
+
+class GPT2Block(Block):
+    """transformers' GPT2Block, without cross-attention."""
+
+    def norms(self):
+        return self.ln_1, self.ln_2
+
+    def unfused_reason(self):
+        return _norm_touched(self.ln_2)
+
+    def why_own(self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None, **more):
+        return "cross-attention" if encoder_hidden_states is not None else super().why_own(hidden_states)
+
+    def fast(self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None,
+             encoder_attention_mask=None, use_cache=False, **more):
+        branch, _ = self.attn(self.ln_1(hidden_states), past_key_values=past_key_values, attention_mask=attention_mask,
+                              use_cache=use_cache, **more)
+        x, h = layer_norm.add_layer_norm(hidden_states, branch, self.ln_2.weight, self.ln_2.bias, eps=self.ln_2.eps,
+                                         backend=self.backend)
+        return x + self.mlp(h)
+
+
+def _norm_touched(module):
+    """None where a LayerNorm is a swapped one and calling it does nothing else; else what somebody did to it."""
+    if vars(type(module)).get("_mixin") not in (Norm, NanoNorm):
+        return f"{type(module).__name__} stands where a swapped LayerNorm did"
+    return nano.touched(module, type(module))
+
+
+# The model: the loop over blocks that carries a residual and a branch, and the fused loss
+
+class NanoGPT(Swapped, nano.GPT):
+    """nanoGPT's GPT.forward(idx, targets=None)."""
+
+    part = "model"
+
+    def why_own(self, idx, targets=None, *more, **keywords):
+        if more or keywords:
+            return "arguments that nanoGPT's GPT does not have"
+        head, norm = self.lm_head.weight, self.transformer.ln_f.weight              # they stand for the residual stream
+        reason = _why_reference("layer_norm", layer_norm.CANDIDATES, self.backend, (norm, norm, None))
+        if reason is None or targets is None:
+            return reason
+        return reason and _why_reference("cross_entropy", cross_entropy.CANDIDATES, self.backend, (head, head, targets))
+
+    def fast(self, idx, targets=None):
+        return nano.GPT.forward(self, idx, targets)

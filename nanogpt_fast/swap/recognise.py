@@ -1,0 +1,154 @@
+"""What is recognised: by the names of a module's attributes, which part of a GPT it could be, and what speaks against it.
+
+Names only make a candidate; trial.py runs it.
+"""
+import inspect
+
+import torch.nn as nn
+
+from .. import model as nano
+from . import parts
+from .swapped import TAKEN
+
+
+def candidate(module):
+    """(part, the class that could stand in, None or why it cannot) for a module whose attributes say what it is; else None."""
+    if isinstance(module, (nano.GPT, nano.Block, nano.CausalSelfAttention, nano.MLP, nano.LayerNorm)):
+        return None                                                                 # calls the ops already
+    children = dict(module.named_children())
+    from_transformers = any(base.__module__.startswith("transformers.models.gpt2") for base in type(module).__mro__)
+    found = None
+    if from_transformers and {"c_attn", "c_proj"} <= children.keys():
+        found = "attention", parts.GPT2Attention, _gpt2_attention_why_not(module, children)
+    elif from_transformers and {"c_fc", "act", "c_proj", "dropout"} <= children.keys():
+        found = "mlp", parts.GPT2Mlp, _extra(module, children, {"c_fc", "act", "c_proj", "dropout"}) or _odd(module.act)
+    elif from_transformers and {"ln_1", "attn", "ln_2", "mlp"} <= children.keys():
+        found = "block", parts.GPT2Block, (_extra(module, children, {"ln_1", "attn", "ln_2", "mlp"})
+                                           or _norms_why_not(module.ln_2))
+    elif from_transformers:
+        return None
+    elif {"c_attn", "c_proj"} <= children.keys():
+        found = "attention", parts.NanoAttention, _nano_attention_why_not(module, children)
+    elif {"query", "key", "value"} <= children.keys():
+        found = "attention", parts.SeparateAttention, _separate_attention_why_not(module, children)
+    elif {"c_fc", "c_proj"} <= children.keys():
+        found = "mlp", parts.NanoMlp, _nano_mlp_why_not(module, children)
+    elif {"ln_1", "attn", "ln_2", "mlp"} <= children.keys():
+        found = "block", parts.NanoBlock, (_extra(module, children, {"ln_1", "attn", "ln_2", "mlp"})
+                                           or _nano_block_why_not(module))
+    elif {"ln1", "sa", "ln2", "ff"} <= children.keys():
+        found = "block", parts.SeparateBlock, (_extra(module, children, {"ln1", "sa", "ln2", "ff"})
+                                               or _norms_why_not(module.ln2)
+                                               or (None if getattr(module, "pre_norm", True) else "post-norm"))
+    elif type(module) is nn.Sequential and len(module) == 4 and type(module[0]) is type(module[2]) is nn.Linear:
+        found = "mlp", parts.SequentialMlp, (_odd(module[1])
+                                             or (None if isinstance(module[3], nn.Dropout) else "it ends in no dropout"))
+    elif isinstance(module, nn.LayerNorm) or type(module).__name__ == "LayerNorm":
+        found = "layer_norm", *_norm(module)
+    elif {"transformer", "lm_head"} <= children.keys():
+        found = "model", parts.NanoGPT, _nano_gpt_why_not(module, children)
+    if found is None:
+        return None
+    part, mixin, why_not = found
+    return part, mixin, why_not or _instance_why_not(module, mixin)
+
+
+def _instance_why_not(module, mixin):
+    """What would have to be undone first, whatever the module is."""
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    if type(module).__dict__.get("parametrizations") is not None or "parametrizations" in module._modules:
+        return "it is parametrized"
+    for base in mixin.__mro__:
+        clash = sorted(name for name in TAKEN.get(base, set()) - {"forward"} if hasattr(module, name))
+        if clash:
+            return f"it has a {', a '.join(clash)} of its own"
+    for name, parameter in module.named_parameters(recurse=False):
+        if type(parameter) is not nn.Parameter:
+            return f"{name} is a {type(parameter).__name__}"
+    return None
+
+
+def _extra(module, children, known, *, parameters=(), buffers=()):
+    """None where a module has no other children, parameters and buffers than the known ones."""
+    others = [*children.keys() - known, *(name for name, _ in module.named_parameters(recurse=False) if name not in parameters),
+              *(name for name, _ in module.named_buffers(recurse=False) if name not in buffers)]
+    missing = known - children.keys()
+    if others or missing:
+        return "; ".join([f"it has {', '.join(sorted(others))} besides"] * bool(others)
+                         + [f"it lacks {', '.join(sorted(missing))}"] * bool(missing))
+    return None
+
+
+def _nano_attention_why_not(module, children):
+    reason = _extra(module, children, {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}, buffers=("bias",))
+    lacks = [name for name in ("n_head", "n_embd", "dropout", "flash") if name not in module.__dict__]
+    return reason or (f"it has no {', '.join(lacks)}" if lacks else None)
+
+
+def _separate_attention_why_not(module, children):
+    reason = _extra(module, children, {"query", "key", "value", "proj", "attn_drop", "resid_drop"}, buffers=("tril",))
+    return reason or (None if "n_head" in module.__dict__ else "it has no n_head")
+
+
+def _gpt2_attention_why_not(module, children):
+    if "past_key_values" not in inspect.signature(type(module).forward).parameters:
+        return "this version of transformers passes keys and values in another way"
+    if module.is_cross_attention or module.reorder_and_upcast_attn:
+        return "cross-attention" if module.is_cross_attention else "reorder_and_upcast_attn"
+    if module.config._attn_implementation == "eager":
+        return "attn_implementation='eager' writes its mask out; load the model with 'sdpa'"
+    return _extra(module, children, {"c_attn", "c_proj", "attn_dropout", "resid_dropout"})
+
+
+def _nano_mlp_why_not(module, children):
+    reason = _extra(module, children, {"c_fc", "gelu", "c_proj", "dropout"})
+    if reason is None and not isinstance(module.gelu, nn.GELU):
+        reason = f"its activation is a {type(module.gelu).__name__}"
+    return reason
+
+
+def _odd(act):
+    return None if parts.activation_name(act) is not None else f"its activation is a {type(act).__name__}"
+
+
+def _nano_block_why_not(module):
+    """A block's fused path needs parts that were swapped; they come first."""
+    kinds = {"ln_1": nano.LayerNorm, "ln_2": nano.LayerNorm, "attn": nano.CausalSelfAttention, "mlp": nano.MLP}
+    for name, cls in kinds.items():
+        part = getattr(module, name)
+        if not isinstance(part, cls):
+            return f"its {name} is a {type(part).__name__} that was not swapped"
+    return None
+
+
+def _norms_why_not(ln):
+    return None if isinstance(ln, parts.Norm) else f"its second LayerNorm is a {type(ln).__name__} that was not swapped"
+
+
+def _norm(module):
+    """(the class that can stand in, None or why it cannot) for a LayerNorm."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.dim() != 1:
+        return parts.Norm, "it has no weight, or normalises over several dimensions"
+    if dict(module.named_children()) or {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}:
+        return parts.Norm, "it has other parameters or children than weight and bias"
+    if not hasattr(module, "bias"):
+        return parts.Norm, "it has no bias, not even None"
+    return (parts.NanoNorm if getattr(module, "eps", 1e-5) == 1e-5 else parts.Norm), None
+
+
+def _nano_gpt_why_not(module, children):
+    parts = dict(module.transformer.named_children())
+    if not {"wte", "wpe", "drop", "h", "ln_f"} <= parts.keys():
+        return f"its transformer lacks {', '.join(sorted({'wte', 'wpe', 'drop', 'h', 'ln_f'} - parts.keys()))}"
+    reason = _extra(module, children, {"transformer", "lm_head"}) or _extra(
+        module.transformer, parts, {"wte", "wpe", "drop", "h", "ln_f"})
+    if reason is not None:
+        return reason
+    names = list(inspect.signature(type(module).forward).parameters)[1:3]
+    if names != ["idx", "targets"] or not hasattr(getattr(module, "config", None), "block_size"):
+        return f"its forward takes {', '.join(names)}, not idx and targets, or it has no config.block_size"
+    if not isinstance(module.transformer.ln_f, nano.LayerNorm):
+        return f"its ln_f is a {type(module.transformer.ln_f).__name__} that was not swapped"
+    return None
