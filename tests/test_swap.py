@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import nanogpt_fast
 from forks import SMALL, fork
 from nanogpt_fast import backend, classic
+from nanogpt_fast.ops import attention_cpu
 from nanogpt_fast.swap import parts
 
 
@@ -287,3 +288,27 @@ def test_restore_names_a_class_that_was_built_on_ours():
         nanogpt_fast.restore(model)
     nn.utils.parametrize.remove_parametrizations(model.transformer.h[0].ln_1, "weight")
     assert nanogpt_fast.restore(model) == 12
+
+
+# What the report counts, in bf16 on a CPU: attention there has the extension's gradient, for the packed projection without dropout
+
+def gpt2(dropout=0.0):
+    transformers = pytest.importorskip("transformers")
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=65, n_positions=32, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=dropout,
+        bos_token_id=0, eos_token_id=0))
+
+
+@pytest.mark.skipif(attention_cpu.MISSING is not None, reason=str(attention_cpu.MISSING))
+@pytest.mark.parametrize("make, dropout, training, kernels", [
+    (fork, 0.0, True, 2), (fork, 0.1, True, 0), (fork, 0.1, False, 2), (classic_gpt, 0.0, True, 0), (classic_gpt, 0.1, True, 0),
+    (gpt2, 0.0, True, 2), (gpt2, 0.1, True, 0)])
+def test_a_call_counts_as_a_kernel_s_where_a_kernel_runs(make, dropout, training, kernels, monkeypatch):
+    ran, packed = [], attention_cpu.packed
+    monkeypatch.setattr(attention_cpu, "packed", lambda *args: ran.append(1) or packed(*args))
+    model = make(dropout=dropout).train(training)
+    report = nanogpt_fast.accelerate(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(batch()[0])
+    assert report.calls.get(("attention", "kernels"), 0) == len(ran) == kernels
+    assert sum(n for (part, _), n in report.calls.items() if part == "attention") == 2

@@ -76,7 +76,7 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
     backend and what raises: as for `causal_attention_qkvpacked`.
     """
     _check_qkv(q, k, v, dropout_p)
-    if _backend.choose("attention", _SEPARATE_CANDIDATES, backend, (q, k, v, scale, backend)) == "reference":
+    if _backend.choose("attention", SEPARATE_CANDIDATES, backend, (q, k, v, scale, backend)) == "reference":
         return reference.causal_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -157,8 +157,8 @@ def _why_left(arch, D, dtype):
     return reason if D > largest else None
 
 
-CANDIDATES = (("triton", _why_not), ("cpp", attention_cpu.why_not))     # args: (qkv, dtype, head size, scale, backend, dropout_p)
-_SEPARATE_CANDIDATES = (("triton", _separate_why_not),)
+CANDIDATES = (("triton", _why_not), ("cpp", attention_cpu.why_not))  # args: (qkv, dtype, head size, scale, backend, dropout_p)
+SEPARATE_CANDIDATES = (("triton", _separate_why_not),)               # args: (q, k, v, scale, backend)
 _DECODE_CANDIDATES = (("triton", _decode_why_not),)
 
 

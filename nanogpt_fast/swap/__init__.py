@@ -20,8 +20,8 @@ What keeps it from changing results:
                                 the same random weights and inputs, with PyTorch's ops in ours, in eval and in train mode;
                                 a fork that computes something else (a window, a scale, another order) is left alone, and the
                                 report says by how much it differs.
-    no kernel, own forward      wherever a kernel cannot run or was not asked for, the module's own forward runs: on a CPU an
-                                accelerated model is the model that it was, bit for bit.
+    no kernel, own forward      wherever a kernel cannot run or was not asked for, the module's own forward runs: on a CPU in
+                                float32 an accelerated model is the model that it was, bit for bit.
     whatever is unusual         an attention mask, past keys, an argument that we do not know: the module's own forward, counted
                                 in the report. (Not counted while torch.compile traces.)
 

@@ -44,9 +44,10 @@ class NanoNorm(Norm, nano.LayerNorm):
 
 # Attention
 
-def _why_own_attention(x, D, scale, choices):
-    """As `_why_reference`, asked before the projection: x (B, T, C) stands for the queries, keys and values made of it."""
-    return _why_reference("attention", attention.CANDIDATES, choices, (x, attention._autocast_dtype(x), D, scale, choices))
+def _why_own_packed(x, D, scale, choices, dropout_p):
+    """As `_why_reference`, asked before the projection: x (B, T, C) stands for the packed q, k and v made of it."""
+    return _why_reference("attention", attention.CANDIDATES, choices,
+                          (x, attention._autocast_dtype(x), D, scale, choices, dropout_p))
 
 
 class NanoAttention(Swapped, nano.CausalSelfAttention):
@@ -59,7 +60,7 @@ class NanoAttention(Swapped, nano.CausalSelfAttention):
             return "arguments that nanoGPT's attention does not have"
         if not self.flash:
             return "attn.flash is False"
-        return _why_own_attention(x, self.n_embd // self.n_head, None, self.backend)
+        return _why_own_packed(x, self.n_embd // self.n_head, None, self.backend, self.dropout if self.training else 0.0)
 
     def fast(self, x):
         return nano.CausalSelfAttention.forward(self, x)
@@ -73,7 +74,9 @@ class SeparateAttention(Swapped):
     def why_own(self, x, *more, **keywords):
         if more or keywords:
             return "arguments that the classic attention does not have"
-        return _why_own_attention(x, x.size(-1) // self.n_head, None, self.backend)
+        heads = x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)                  # (B, H, T, D), for each of q, k and v
+        return _why_reference("attention", attention.SEPARATE_CANDIDATES, self.backend,
+                              (heads, heads, heads, None, self.backend))
 
     def fast(self, x):
         B, T, C = x.shape
@@ -101,7 +104,7 @@ class GPT2Attention(Swapped):
                 return f"a {type(past_key_values).__name__}"
             if past_key_values.get_seq_length(self.layer_idx) > 0:
                 return "past key values"
-        return _why_own_attention(hidden_states, self.head_dim, self.scaling, self.backend)
+        return _why_own_packed(hidden_states, self.head_dim, self.scaling, self.backend, nano._p(self.attn_dropout))
 
     def fast(self, hidden_states, past_key_values=None, attention_mask=None, **more):
         qkv = self.c_attn(hidden_states)                                            # (B, T, 3C)
