@@ -4,18 +4,18 @@ Without a GPU the parts are called where a GPU replays them. What records them i
 function, so that the order of warming up, recording and replaying is seen too. With a GPU the last section runs for real.
 """
 import collections
-import contextlib
 import copy
 import dataclasses
-import io
+import functools
 from pathlib import Path
 
+import gpts
 import pytest
 import tiny
 import torch
 import torch.nn as nn
 
-from nanogpt_fast import GPT, GPTConfig, captured
+from nanogpt_fast import captured
 from nanogpt_fast.captured import CapturedStep
 from nanogpt_fast.training import TrainOptions, train
 
@@ -26,11 +26,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def model_of(**changes):
-    torch.manual_seed(1)
-    with contextlib.redirect_stdout(io.StringIO()):
-        return GPT(GPTConfig(**{**dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32, bias=True), **changes}),
-                   backend="reference")
+model_of = functools.partial(gpts.small, seed=1, block_size=16, vocab_size=61, backend="reference")
 
 
 class Recorder:

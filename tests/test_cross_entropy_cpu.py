@@ -1,8 +1,7 @@
 """The linear cross-entropy on a CPU (ops/cross_entropy_cpu.py, csrc/cross_entropy.h): the rules of the Triton one, in every instruction set."""
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from made import Made
 
 from nanogpt_fast import backend, reference
 from nanogpt_fast.error_rule import measure
@@ -198,27 +197,13 @@ def test_a_frozen_side_costs_and_changes_nothing_and_backward_may_run_twice(retu
         gradients(call(), x, weight, create_graph=True)
 
 
-class Made(TorchDispatchMode):
-    """Counts matmuls, and notes dtype and size of everything an operator returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.matmuls, self.sizes = 0, []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        self.matmuls += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
-        self.sizes += [(t.dtype, t.numel()) for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        return out
-
-
 @ROUTES
 def test_no_fp32_tensor_of_the_size_of_the_logits_is_ever_made(return_logits, monkeypatch):
     monkeypatch.setattr(cpu, "CHUNK", 16)
     x, weight, targets = draw(rows=64, C=8, V=1100, dtype=torch.bfloat16, weight_dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16), Made() as made:
         gradients(linear_cross_entropy(x, weight, targets, return_logits=return_logits, backend=FUSED)[0], x, weight)
-    largest = {dtype: max(n for d, n in made.sizes if d == dtype) for dtype in (torch.float32, torch.bfloat16)}
+    largest = {dtype: made.largest(dtype) for dtype in (torch.float32, torch.bfloat16)}
     assert largest == {torch.float32: 1100 * 8, torch.bfloat16: (64 if return_logits else 16) * 1100}
 
 

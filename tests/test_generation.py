@@ -3,29 +3,18 @@
 One-row and many-row matmuls round differently (C20), so `same_tokens` lets two runs part only where the two deciding scores,
 computed without the cache, are tied within the measured error of the logits.
 """
-import contextlib
 import copy
-import io
 import pickle
 import warnings
 
 import pytest
 import torch
 import torch.nn as nn
+from gpts import sharpened
 
-from nanogpt_fast import GPT, GPTConfig, backend, generation
+from nanogpt_fast import GPT, backend, generation
 
 ERROR = 1e-4  # of a logit between the cached and the uncached path, fp32, these weights: 2e-5 measured
-
-
-def model_of(seed=0, **changes):
-    torch.manual_seed(seed)
-    with contextlib.redirect_stdout(io.StringIO()):
-        model = GPT(GPTConfig(**{**dict(block_size=24, vocab_size=65, n_layer=2, n_head=2, n_embd=32), **changes})).eval()
-    with torch.no_grad():
-        for p in model.parameters():  # at initialisation every next token is about equally likely: sharpen
-            p.mul_(4)
-    return model
 
 
 def prompts_of(*lengths, seed=3):
@@ -53,14 +42,14 @@ LENGTHS = (3, 9, 23, 24, 30, 1)  # shorter, one below, at and beyond block_size 
 
 @pytest.mark.parametrize("changes", [{}, {"bias": False}, {"n_head": 4, "n_embd": 48}, {"activation": "gelu_tanh"}], ids=str)
 def test_greedy_tokens_equal_the_uncached_path_for_ragged_prompts_across_block_size(changes):
-    model, prompts = model_of(**changes), prompts_of(*LENGTHS)
+    model, prompts = sharpened(**changes), prompts_of(*LENGTHS)
     for prompt, row in zip(prompts, model.generate(prompts, 40, temperature=0)):
         alone = model.generate(prompt[None], 40, temperature=0, use_cache=False)[0]
         assert same_tokens(model, row, alone, len(prompt)), len(prompt)
 
 
 def test_cached_logits_agree_with_the_models_own():
-    model, prompts = model_of(), prompts_of(5, 11)
+    model, prompts = sharpened(), prompts_of(5, 11)
     run = generation.Run(model, prompts, 1, dict(temperature=0), None, None, True)
     run._room(30)
     for _ in range(30):
@@ -77,7 +66,7 @@ def test_cached_logits_agree_with_the_models_own():
 
 @pytest.mark.parametrize("filters", [{}, {"temperature": 0.7, "top_k": 7}], ids=str)
 def test_sampled_tokens_follow_torchs_generator_draw_for_draw(filters):
-    model, idx = model_of(), torch.stack(prompts_of(5, 5))
+    model, idx = sharpened(), torch.stack(prompts_of(5, 5))
     torch.manual_seed(1)
     cached = model.generate(idx, 40, **filters)
     after = torch.get_rng_state()
@@ -87,7 +76,7 @@ def test_sampled_tokens_follow_torchs_generator_draw_for_draw(filters):
 
 
 def test_several_samples_from_one_prefill_are_the_prompt_repeated(monkeypatch):
-    model, idx = model_of(), torch.stack(prompts_of(5, 5))
+    model, idx = sharpened(), torch.stack(prompts_of(5, 5))
     torch.manual_seed(1)
     repeated = model.generate(idx.repeat_interleave(3, 0), 30)
     widths = []
@@ -100,7 +89,7 @@ def test_several_samples_from_one_prefill_are_the_prompt_repeated(monkeypatch):
 
 
 def test_a_stop_ends_a_row_before_it_also_when_it_spans_steps():
-    model, idx = model_of(), torch.stack(prompts_of(5))
+    model, idx = sharpened(), torch.stack(prompts_of(5))
     free = model.generate(idx, 30, temperature=0)[0, 5:].tolist()
     at = next(i for i in range(2, 28) if free[i:i + 2] not in [free[j:j + 2] for j in range(i)])
     for stop, length in (([free[at:at + 2]], at), ([[999], free[at:at + 2]], at), (free[0], 0), ([64 if free[0] != 64 else 63], None)):
@@ -114,7 +103,7 @@ def test_a_stop_ends_a_row_before_it_also_when_it_spans_steps():
 
 
 def test_stop_rows_end_one_by_one():
-    model, prompts = model_of(), prompts_of(4, 9, 6)
+    model, prompts = sharpened(), prompts_of(4, 9, 6)
     free = [row[len(p):].tolist() for p, row in zip(prompts, model.generate(prompts, 20, temperature=0))]
     stop = free[1][3]
     rows = model.generate(prompts, 20, temperature=0, stop=stop)
@@ -123,14 +112,14 @@ def test_stop_rows_end_one_by_one():
 
 
 def test_a_started_but_unfinished_stop_is_released_at_the_end():
-    model, idx = model_of(), torch.stack(prompts_of(5))
+    model, idx = sharpened(), torch.stack(prompts_of(5))
     free = model.generate(idx, 8, temperature=0)[0, 5:].tolist()
     steps = list(model.generate(idx, 8, temperature=0, stop=[[free[-1], 999]], stream=True))
     assert sum((step[0] for step in steps), []) == free
 
 
 def test_streaming_yields_every_token_as_it_is_drawn():
-    model, prompts = model_of(), prompts_of(3, 8)
+    model, prompts = sharpened(), prompts_of(3, 8)
     stream = model.generate(prompts, 10, temperature=0, stream=True)
     first = next(stream)
     assert [len(tokens) for tokens in first] == [1, 1]
@@ -141,7 +130,7 @@ def test_streaming_yields_every_token_as_it_is_drawn():
 
 
 def test_two_streams_of_one_model_do_not_disturb_each_other():
-    model, prompts = model_of(), prompts_of(3, 8)
+    model, prompts = sharpened(), prompts_of(3, 8)
     alone = [model.generate(p[None], 12, temperature=0)[0, len(p):].tolist() for p in prompts]
     a, b = (model.generate(p[None], 12, temperature=0, stream=True) for p in prompts)
     together = list(zip(a, b))
@@ -150,14 +139,14 @@ def test_two_streams_of_one_model_do_not_disturb_each_other():
 
 @pytest.mark.parametrize("change", ["train", "load", "double", "crop", "deepcopy", "replace"])
 def test_nothing_is_stale_after_a_change_of_the_model(change):
-    model, idx = model_of(), torch.stack(prompts_of(5))
+    model, idx = sharpened(), torch.stack(prompts_of(5))
     before = model.generate(idx, 20, temperature=0)
     if change == "train":
         optimizer = torch.optim.SGD(model.parameters(), lr=3.0)
         model(idx, idx.roll(1, 1))[1].backward()
         optimizer.step()
     elif change == "load":
-        model.load_state_dict(model_of(seed=8).state_dict())
+        model.load_state_dict(sharpened(seed=8).state_dict())
     elif change == "double":
         model.double()
     elif change == "crop":
@@ -167,7 +156,7 @@ def test_nothing_is_stale_after_a_change_of_the_model(change):
     else:
         model = copy.deepcopy(model)
         with torch.no_grad():
-            model.transformer.wte.weight.copy_(model_of(seed=8).transformer.wte.weight)
+            model.transformer.wte.weight.copy_(sharpened(seed=8).transformer.wte.weight)
     after = model.generate(idx, 20, temperature=0)
     assert same_tokens(model, after[0], model.generate(idx, 20, temperature=0, use_cache=False)[0], 5)
     if change != "double":
@@ -175,18 +164,18 @@ def test_nothing_is_stale_after_a_change_of_the_model(change):
 
 
 def test_half_precision_copies_follow_the_weights():
-    model, idx = model_of(), torch.stack(prompts_of(5))
+    model, idx = sharpened(), torch.stack(prompts_of(5))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         before = model.generate(idx, 20, temperature=0)
         with torch.no_grad():
-            model.transformer.wte.weight.data.copy_(model_of(seed=8).transformer.wte.weight)  # .data: no version counter moves
+            model.transformer.wte.weight.data.copy_(sharpened(seed=8).transformer.wte.weight)  # .data: no version counter moves
         after = model.generate(idx, 20, temperature=0)
     assert generation._sessions[model].popitem()[1].dtype == torch.bfloat16
     assert not torch.equal(before, after)
 
 
 def test_a_model_is_pickled_and_copied_after_it_generated():
-    model, idx = model_of(), torch.stack(prompts_of(5))
+    model, idx = sharpened(), torch.stack(prompts_of(5))
     expected = model.generate(idx, 5, temperature=0)
     for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         assert torch.equal(twin.generate(idx, 5, temperature=0), expected)
@@ -224,7 +213,7 @@ def touch(model, how):
 
 @pytest.mark.parametrize("how", ["hook", "lora", "mlp", "subclass", "parametrize", "dropout", "manual"])
 def test_a_touched_model_is_generated_from_without_the_cache_and_it_is_said(how):
-    model, idx = touch(model_of(), how), torch.stack(prompts_of(5))
+    model, idx = touch(sharpened(), how), torch.stack(prompts_of(5))
     backend._noticed.clear()
     torch.manual_seed(2)
     with pytest.warns(RuntimeWarning, match="recomputes the whole context"):
@@ -242,7 +231,7 @@ def test_a_touched_model_is_generated_from_without_the_cache_and_it_is_said(how)
 
 
 def test_what_is_refused():
-    model, idx = model_of(), torch.stack(prompts_of(5))
+    model, idx = sharpened(), torch.stack(prompts_of(5))
     for kwargs, message in ((dict(top_p=1.5), "top_p is 1.5"), (dict(min_p=-0.1), "min_p is -0.1"), (dict(num_samples=0), "num_samples is 0"),
                             (dict(rng="numpy"), "rng is 'numpy'"), (dict(rng="torch", seed=1), "seed needs rng='philox'"),
                             (dict(stop=[[]]), "empty sequence"), (dict(seed=[1, 2]), "seed has 2 values for 1 rows")):
@@ -256,7 +245,7 @@ def test_what_is_refused():
 
 
 def test_with_seeds_a_rows_text_depends_on_its_own_seed_and_prompt_alone():
-    model, prompts = model_of(), prompts_of(3, 9, 24)
+    model, prompts = sharpened(), prompts_of(3, 9, 24)
     together = model.generate(prompts, 30, seed=[5, 6, 7], top_p=0.9)
     for prompt, seed, row in zip(prompts, (5, 6, 7), together):
         alone = model.generate([prompt], 30, seed=[seed], top_p=0.9)[0]
@@ -266,7 +255,7 @@ def test_with_seeds_a_rows_text_depends_on_its_own_seed_and_prompt_alone():
 
 
 def test_philox_takes_its_seeds_from_torchs_generator():
-    model, idx = model_of(), torch.stack(prompts_of(5, 5))
+    model, idx = sharpened(), torch.stack(prompts_of(5, 5))
     runs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -277,7 +266,7 @@ def test_philox_takes_its_seeds_from_torchs_generator():
 
 @pytest.mark.parametrize("rng", ["torch", "philox"])
 def test_top_p_of_zero_and_min_p_of_one_are_greedy(rng):
-    model, idx = model_of(), torch.stack(prompts_of(5, 5))
+    model, idx = sharpened(), torch.stack(prompts_of(5, 5))
     greedy = model.generate(idx, 20, temperature=0)
     assert torch.equal(model.generate(idx, 20, top_p=0.0, rng=rng), greedy)
     assert torch.equal(model.generate(idx, 20, min_p=1.0, rng=rng), greedy)
@@ -299,7 +288,7 @@ def replayed(monkeypatch):
 
 @pytest.mark.parametrize("filters", [dict(temperature=0.0), dict(temperature=0.8, top_k=9), dict(top_p=0.9, min_p=0.01), {}], ids=str)
 def test_the_captured_step_draws_what_single_steps_draw(replayed, filters):
-    model, prompts = model_of(), prompts_of(3, 9, 11)
+    model, prompts = sharpened(), prompts_of(3, 9, 11)
     rows = model.generate(prompts, 30, seed=5, **filters)
     assert len(replayed) == 24 - 11                    # from the second token on, until the longest row leaves the window
     streamed = list(model.generate(prompts, 30, seed=5, stream=True, **filters))
@@ -310,7 +299,7 @@ def test_the_captured_step_draws_what_single_steps_draw(replayed, filters):
 
 
 def test_two_streams_of_captured_steps_take_turns(replayed):
-    model, prompts = model_of(), prompts_of(3, 8)
+    model, prompts = sharpened(), prompts_of(3, 8)
     alone = [model.generate(p[None], 12, seed=5)[0, len(p):].tolist() for p in prompts]
     a, b = (model.generate(p[None], 12, seed=5, stream=True) for p in prompts)
     together = [(next(a), next(a), next(b)) for _ in range(5)]
@@ -321,7 +310,7 @@ def test_two_streams_of_captured_steps_take_turns(replayed):
 def test_a_model_is_freed_after_it_generated():
     import gc
     import weakref
-    model = model_of()
+    model = sharpened()
     model.generate(torch.stack(prompts_of(5)), 3)
     gone = weakref.ref(model)
     del model

@@ -1,23 +1,19 @@
 """Half-precision copies of the weights: cast once a step, with autocast's numbers, and out of the way of whoever looks."""
 import contextlib
 import copy
-import io
+import functools
 
+import gpts
 import pytest
 import tiny
 import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanogpt_fast import GPT, GPTConfig, half_weights, training
+from nanogpt_fast import GPT, half_weights, training
 from nanogpt_fast.half_weights import HalfWeights
 
-
-def model_of(**changes):
-    torch.manual_seed(1)
-    with contextlib.redirect_stdout(io.StringIO()):
-        return GPT(GPTConfig(**{**dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32, bias=True), **changes}),
-                   backend="reference")
+model_of = functools.partial(gpts.small, seed=1, block_size=16, vocab_size=61, backend="reference")
 
 
 def batch(B=4, T=16, V=61):

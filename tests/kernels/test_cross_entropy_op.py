@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from harness import assert_close_to_oracle
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from made import Made
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt_fast import backend, reference
@@ -188,11 +187,11 @@ def test_a_frozen_weight_or_frozen_hidden_states_cost_and_change_nothing(return_
     dx, dw = gradients(linear_cross_entropy(x, weight, targets, return_logits=return_logits, backend=FUSED)[0], x, weight)
     for frozen, free, expected in ((x, weight, dw), (weight, x, dx)):
         frozen.requires_grad_(False)
-        with Counting() as counts:
+        with Made() as made:
             loss, _ = linear_cross_entropy(x, weight, targets, return_logits=return_logits, backend=FUSED)
             (out,) = torch.autograd.grad(loss, free)
         assert torch.equal(out, expected)
-        assert counts.matmuls == 2  # the logits, and one gradient
+        assert made.matmuls == 2  # the logits, and one gradient
         frozen.requires_grad_(True)
 
 
@@ -200,10 +199,10 @@ def test_a_frozen_weight_or_frozen_hidden_states_cost_and_change_nothing(return_
 def test_without_gradients_only_the_logits_are_computed(return_logits):
     x, weight, targets = draw()
     expected, _ = linear_cross_entropy(x, weight, targets, return_logits=return_logits, backend=FUSED)
-    with torch.no_grad(), Counting() as counts:
+    with torch.no_grad(), Made() as made:
         loss, _ = linear_cross_entropy(x, weight, targets, return_logits=return_logits, backend=FUSED)
     assert torch.equal(loss, expected) and not loss.requires_grad
-    assert counts.matmuls == 1
+    assert made.matmuls == 1
 
 
 @ROUTES
@@ -268,33 +267,19 @@ def test_fp16_gradients_survive_a_mean_over_many_rows_under_a_grad_scaler(return
 # ------------------------------------------------------------------------------------------------------- what is not made
 
 
-class Counting(TorchDispatchMode):
-    """Counts matmuls, and notes the dtype and size of everything an operator returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.matmuls, self.made = 0, []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        self.matmuls += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
-        self.made += [(t.dtype, t.numel()) for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        return out
-
-
 @ROUTES
 def test_no_fp32_tensor_of_the_size_of_the_logits_is_ever_made_and_no_logits_matmul_done_twice(return_logits, monkeypatch):
     x, weight, targets = draw(B=4, T=16, C=8, V=1100, dtype=torch.bfloat16, weight_dtype=torch.float32)
     monkeypatch.setattr(kernels, "chunk_rows", lambda N: 16)
-    with torch.autocast(DEVICE.type, torch.bfloat16), Counting() as counts:
+    with torch.autocast(DEVICE.type, torch.bfloat16), Made() as made:
         loss, _ = linear_cross_entropy(x, weight, targets, return_logits=return_logits, backend=FUSED)
         gradients(loss, x, weight)
-    largest = {dtype: max((n for d, n in counts.made if d == dtype), default=0) for dtype in (torch.float32, torch.bfloat16)}
+    largest = {dtype: made.largest(dtype) for dtype in (torch.float32, torch.bfloat16)}
     padded = 1104
     assert largest[torch.float32] < 64 * 1100 / 2, largest
     assert largest[torch.bfloat16] == (64 if return_logits else 16) * padded, largest
     if DEVICE.type == "cuda":  # a CPU's dW goes by columns
-        assert counts.matmuls == (1 + 2 * 4 if return_logits else 3 * 4)
+        assert made.matmuls == (1 + 2 * 4 if return_logits else 3 * 4)
 
 
 def peak_bytes(run):

@@ -1,14 +1,14 @@
 """The decode step of kernels/decode.py: each kernel against fp64, and generation's tokens from prompt to beyond the window."""
 import contextlib
-import io
 
 import harness
 import pytest
 import torch
 import torch.nn.functional as F
+from gpts import sharpened
 
 import nanogpt_fast
-from nanogpt_fast import GPT, GPTConfig, generation
+from nanogpt_fast import generation
 from nanogpt_fast.kernels import attention_decode, decode, dependent_launch
 from nanogpt_fast.ops import decode as op
 
@@ -210,13 +210,7 @@ def test_what_the_decoder_refuses():
 
 
 def model_of(seed=0, **changes):
-    torch.manual_seed(seed)
-    with contextlib.redirect_stdout(io.StringIO()):
-        model = GPT(GPTConfig(**{**dict(block_size=12, vocab_size=29, n_layer=1, n_head=2, n_embd=32), **changes})).eval()
-    with torch.no_grad():
-        for p in model.parameters():  # at initialisation every next token is about equally likely: sharpen
-            p.mul_(4)
-    return model.to(harness.DEVICE)
+    return sharpened(seed, **{**dict(block_size=12, vocab_size=29, n_layer=1), **changes}).to(harness.DEVICE)
 
 
 def prompts_of(*lengths):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from harness import assert_close_to_oracle, same_bits
-from torch.utils._python_dispatch import TorchDispatchMode
+from made import Made
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt_fast import backend, reference
@@ -194,15 +194,6 @@ class Saved:
         self.hooks.__exit__(*error)
 
 
-class Matmuls(TorchDispatchMode):
-    """Counts the matmuls of PyTorch inside."""
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
-        return function(*args, **(kwargs or {}))
-
-
 @FORMS
 @pytest.mark.parametrize("recompute", (False, True), ids=("keep", "recompute"))
 def test_frozen_parameters_cost_nothing_and_change_nothing(form, recompute):
@@ -217,13 +208,13 @@ def test_frozen_parameters_cost_nothing_and_change_nothing(form, recompute):
         if not any(needs):
             continue
         wanted = [name for name, need in zip(NAMES, needs) if need]
-        with Matmuls() as matmuls:
+        with Made() as made:
             out = torch.autograd.grad(y, [a for a in args if a.requires_grad], dy)
         for name, gradient in zip(wanted, out):
             assert torch.equal(gradient, complete[name]), (name, wanted)
         need_x, need_w_fc, need_b_fc, need_w_proj, _ = needs
         dpost = (need_x or need_w_fc or need_b_fc) and form == "pointwise"
-        assert matmuls.count == dpost + need_x + need_w_fc + need_w_proj, wanted
+        assert made.matmuls == dpost + need_x + need_w_fc + need_w_proj, wanted
 
 
 @FORMS

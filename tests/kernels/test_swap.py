@@ -1,17 +1,13 @@
 """Accelerated models on kernels: the kernels run, results lie on the own path's, and what they cannot do goes the own way, counted."""
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
+from forks import SMALL, fork
 
 import nanogpt_fast
 from nanogpt_fast import classic
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from forks import SMALL, fork  # noqa: E402
 
 
 def nano(**changes):

@@ -1,35 +1,17 @@
 """Training steps of the whole GPT on its kernels, as the trainer takes them: weights cast once, no logits, scaled fp16."""
 import copy
 import re
-import sys
-from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import torch.nn as nn
+from made import Made
 from test_model import autocast, batch, error, key_biases, model_of
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny  # noqa: E402  (of the other half of the suite)
-
-from nanogpt_fast.half_weights import HalfWeights  # noqa: E402
-from nanogpt_fast.training import run  # noqa: E402
-
-
-class Made(TorchDispatchMode):
-    """Collects dtype and size of everything that an operator returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.tensors = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        self.tensors += [(t.dtype, t.numel(), function) for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        return out
+from nanogpt_fast.half_weights import HalfWeights
+from nanogpt_fast.training import run
 
 
 def take_step(model, weights, optimizer, x, y):

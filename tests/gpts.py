@@ -1,0 +1,23 @@
+"""Small GPTs to test with, made without a word on standard output. Both halves of the suite import this."""
+import contextlib
+import io
+
+import torch
+
+from nanogpt_fast import GPT, GPTConfig
+
+
+def small(seed=0, backend=None, **changes):
+    """A GPT of 2 layers with 2 heads, 32 wide; `changes` are of its config."""
+    torch.manual_seed(seed)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return GPT(GPTConfig(**{**dict(block_size=24, vocab_size=65, n_layer=2, n_head=2, n_embd=32), **changes}), backend=backend)
+
+
+def sharpened(seed=0, **changes):
+    """The same to generate with: at initialisation every next token is about equally likely, here some are far likelier."""
+    model = small(seed, **changes).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)
+    return model
