@@ -159,7 +159,13 @@ PYBIND11_MODULE(_C, module) {
     ngf::attention_gradient_cpu(batch, threads, isa.c_str());
   }, "Attention's weights and the gradient of its scores: see csrc/attention.h.");
 
-  module.def("gemm_works", &ngf::gemm_works, "Whether this CPU and build have AMX, which weight_gradient_cpu needs.");
+  module.def("gemm_works", &ngf::gemm_works, "Whether this CPU and build have AMX, which linear_cpu and weight_gradient_cpu need.");
+  module.def("linear_cpu", [](uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, bool w_by_input, uintptr_t bias, int64_t rows,
+                              int64_t inputs, int64_t outputs, uintptr_t y, int threads) {
+    py::gil_scoped_release others_may_run;
+    ngf::linear_cpu({(const uint16_t*)x, (const uint16_t*)w, x_stride, w_stride, w_by_input, (const float*)bias, rows, inputs, outputs,
+                     (uint16_t*)y}, threads);
+  }, "y = x W^T + b in bf16 on AMX tiles: see csrc/gemm.h.");
   module.def("weight_gradient_cpu", [](uintptr_t dy, uintptr_t x, int64_t dy_stride, int64_t x_stride, int64_t rows, int64_t outputs, int64_t inputs,
                                        uintptr_t dw, bool dw_bf16, int threads) {
     py::gil_scoped_release others_may_run;

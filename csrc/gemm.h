@@ -1,25 +1,40 @@
-// The gradient of a Linear's weight on AMX tiles (Intel's Sapphire Rapids and later): dW (M, N) = dy^T x, dy (K, M) and x (K, N) bf16.
+// The products of a Linear layer and its gradients on AMX tiles: bf16 in, fp32 sums, rounded once at the end or not at all.
 //
-// Why it is here: both operands lie with K, over which the sum goes, in their rows, which is the one layout that oneDNN reorders twice;
-// it reaches half the rate of its other products there, and rounds to bf16 what the optimizer wants in fp32. Here x is brought into
-// pairs of rows once, dy is transposed 32 columns at a time into the cache, and tiles of 32 x 32 sums go out in fp32.
+//     y = x W^T + b      linear, W where it lies as (outputs, inputs)
+//     dx = dy W          linear again, W^T where it lies as (inputs, outputs)
+//     dW = dy^T x        weight_gradient
+//
+// Why they are here: oneDNN, PyTorch's own, makes some of these shapes on one thread of two, reaches a third of what the tiles can,
+// and rounds dW to bf16 when the optimizer wants fp32.
 #pragma once
 #include <stdint.h>
 
 namespace ngf {
 
-struct WeightGradient {
-  const uint16_t* dy;      // (rows, outputs) bf16, dy_stride elements from row to row
-  const uint16_t* x;       // (rows, inputs) bf16
-  int64_t dy_stride, x_stride;
-  int64_t rows, outputs, inputs;
-  void* dw;                // (outputs, inputs) contiguous, overwritten
-  bool dw_bf16;            // rounded to bf16; else fp32
+struct Linear {
+  const uint16_t* x;            // (rows, inputs) bf16, x_stride elements from row to row
+  const uint16_t* w;            // bf16, w_stride: (outputs, inputs), or (inputs, outputs)
+  int64_t x_stride, w_stride;
+  bool w_by_input;              // the latter
+  const float* bias;            // (outputs,) or null
+  int64_t rows, inputs, outputs;
+  uint16_t* y;                  // (rows, outputs) contiguous bf16, overwritten
 };
 
-bool gemm_works();         // whether this CPU and build have AMX
+struct WeightGradient {
+  const uint16_t* dy;           // (rows, outputs) bf16, dy_stride elements from row to row
+  const uint16_t* x;            // (rows, inputs) bf16
+  int64_t dy_stride, x_stride;
+  int64_t rows, outputs, inputs;
+  void* dw;                     // (outputs, inputs) contiguous, overwritten
+  bool dw_bf16;                 // rounded to bf16; else fp32
+};
 
-// On up to `threads` threads, whose number changes no bit. Throws std::runtime_error where gemm_works() is false.
+bool gemm_works();              // whether this CPU and build have AMX
+
+// On up to `threads` threads, whose number changes no bit. bf16 results below 1.2e-38 in magnitude become 0, as oneDNN's do.
+// Throw std::runtime_error where gemm_works() is false.
+void linear_cpu(const Linear& g, int threads);
 void weight_gradient_cpu(const WeightGradient& g, int threads);
 
 }  // namespace ngf

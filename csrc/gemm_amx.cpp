@@ -1,195 +1,203 @@
-// dW = dy^T x on AMX tiles: see gemm.h. One instruction multiplies 16 x 32 by 32 x 16 bf16 numbers and adds 16 x 16 fp32 sums.
+// y = x W^T and dW = dy^T x on AMX tiles: see gemm.h for what, tiles.h for how panels are made and multiplied.
 //
-// The left tile wants 16 rows (outputs) of 32 neighbours in K, so dy is transposed; the right one wants 16 pairs of rows in K, each with
-// its 16 columns (inputs) interleaved. Two left and two right tiles make four products from four loads. A panel, 32 columns of either, is
-// 64 KB at 1,024 rows. Four panels of dy stay in the L2 cache while each panel of x comes by once; four at a time also since a row of
-// dy is a page or more: one panel alone would look up 1,024 pages to read a line from each.
+// The tiles multiply 2.6 TFLOP/s on one core if nothing else is done, and 2.1 from panels in the L2 cache, if the product goes in pieces
+// along K of which one operand's, 32 KB, stays in the L1 cache. So the loops, from the outside: threads take blocks of the output;
+// a piece of one operand, up to 0.4 MB, is packed into the L2 cache; 32 rows of the other come by once, in pieces that stay in
+// the L1 cache while all of the packed panels meet them.
 #include "gemm.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
-#include <memory>
 #include <stdexcept>
 
-#include "decode.h"  // NGF_AMX, amx_works
 #include "rows.h"
+#include "tiles.h"
 
 #ifdef NGF_AMX
-#include <immintrin.h>
-
-#define NGF_TILES __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl")))
-#define NGF_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
 
 namespace ngf {
 namespace {
 
-constexpr int64_t SIDE = 16, DEPTH = 32;   // of a tile: rows or columns, and how far it reaches in K
-constexpr int64_t TILE = SIDE * DEPTH;     // elements: 1 KB
-constexpr int64_t PANEL = 2 * SIDE;        // columns of dy or x that are worked on together
-constexpr int64_t GROUP = 4;               // panels of dy that a thread works on at a time
-constexpr int64_t STEPS = 8;               // tiles in K that are multiplied together: 16 KB of x stay in the L1 cache for all of a group
-constexpr int64_t BLOCK = 1024;            // rows that are summed in one go
+constexpr int64_t NEAR = 8;                // steps in K whose panel stays in the L1 cache: 16 KB of 48, and as much streams past
+constexpr int64_t FAR = 24;                // steps in K whose panels stay in the L2 cache
+constexpr int64_t WIDE = 12;               // panels of the outputs that are packed at a time: 0.6 MB of FAR steps
+constexpr int64_t TALL = 1024;             // rows of x that go by before the next FAR steps: their sums are 1.6 MB
 
-struct alignas(64) Shapes {                // what the tile registers hold, as the instruction reads it: 16 rows of 64 bytes, all eight
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Pieces of nearly the same length, none longer than `most`, that make up `all`.
+struct Pieces {
+  int64_t all, length;
+  Pieces(int64_t all, int64_t most) : all(all), length(std::max<int64_t>(1, up(all, std::max<int64_t>(1, up(all, most))))) {}
+  int64_t count() const { return up(all, length); }
+  int64_t begin(int64_t i) const { return i * length; }
+  int64_t end(int64_t i) const { return std::min(all, (i + 1) * length); }
 };
 
-struct Memory {                            // kept between calls, since fresh pages cost more than filling them
-  std::unique_ptr<uint16_t[]> memory;
-  int64_t size = 0;
-
-  uint16_t* get(int64_t n) {
-    if (n > size) {
-      memory.reset(new uint16_t[n + 32]);
-      size = n;
-    }
-    return (uint16_t*)(((uintptr_t)memory.get() + 63) & ~(uintptr_t)63);
-  }
-};
-
-// 16 columns of rows k and k + 1, interleaved: pair c is {p[k][c], p[k + 1][c]}. What lies beyond the matrix is 0.
-NGF_AVX512 inline __m512i pairs(const uint16_t* p, int64_t stride, int64_t k, int64_t rows, __mmask16 columns) {
-  const __m256i zero = _mm256_setzero_si256();
-  const __m256i low = k < rows ? _mm256_maskz_loadu_epi16(columns, p + k * stride) : zero;
-  const __m256i high = k + 1 < rows ? _mm256_maskz_loadu_epi16(columns, p + (k + 1) * stride) : zero;
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-}
-
-// 16 x 16 words of 32 bits.
-NGF_AVX512 inline void transpose(__m512i* r) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+// sums (32, 32) to y at (m, n). `stream`: past the caches, for what is long gone from them when it is read.
+NGF_AVX512 void write_bf16(const float* sums, const float* bias, int64_t m, int64_t rows, int64_t n, int64_t columns, bool stream, uint16_t* y) {
+  const __mmask32 mask = first_of_32(columns - n);
+  const __m512 b0 = bias ? _mm512_maskz_loadu_ps((__mmask16)mask, bias + n) : _mm512_setzero_ps();
+  const __m512 b1 = bias ? _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), bias + n + SIDE) : _mm512_setzero_ps();
+  for (int64_t i = 0; i < std::min(PANEL, rows - m); ++i) {
+    const __m512 low = _mm512_add_ps(_mm512_load_ps(sums + i * PANEL), b0);
+    const __m512 high = _mm512_add_ps(_mm512_load_ps(sums + i * PANEL + SIDE), b1);
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    uint16_t* const to = y + (m + i) * columns + n;
+    if (stream && columns - n >= PANEL && (uintptr_t)to % 64 == 0) _mm512_stream_si512((__m512i*)to, both);
+    else _mm512_mask_storeu_epi16(to, mask, both);
   }
 }
 
-// Columns `first` .. of p (rows, columns) as GROUP panels, each `panel` elements: for every 32 rows two tiles, 16 columns each. Transposed
-// for the left side.
-template <bool LEFT> NGF_AVX512 void pack(const uint16_t* p, int64_t stride, int64_t rows, int64_t columns, int64_t first, int64_t panel,
-                                          uint16_t* start) {
-  for (int64_t k = 0; k < rows; k += DEPTH)
-    for (int64_t c = first; c < first + GROUP * PANEL && c < columns; c += SIDE) {
-      uint16_t* const to = start + (c - first) / PANEL * panel + (k / DEPTH * 2 + (c - first) / SIDE % 2) * TILE;
-      const int64_t left = columns - c;
-      const __mmask16 mask = left >= SIDE ? 0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
-      __m512i r[SIDE];
-      for (int64_t i = 0; i < SIDE; ++i) r[i] = pairs(p + c, stride, k + 2 * i, rows, mask);
-      if (LEFT) transpose(r);
-      for (int64_t i = 0; i < SIDE; ++i) _mm512_store_si512(to + i * DEPTH, r[i]);
+// sums (32, 32) to dW at (m, n), past the caches; `add`: to what is there.
+NGF_AVX512 void write_fp32(const float* sums, int64_t m, int64_t rows, int64_t n, int64_t columns, bool add, float* y) {
+  for (int64_t i = 0; i < std::min(PANEL, rows - m); ++i)
+    for (int64_t c = 0; c < PANEL; c += SIDE) {
+      const __mmask16 mask = first_of_16(columns - n - c);
+      float* const to = y + (m + i) * columns + n + c;
+      __m512 v = _mm512_load_ps(sums + i * PANEL + c);
+      if (add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, to));
+      if (!add && mask == 0xffff && (uintptr_t)to % 64 == 0) _mm512_stream_ps(to, v);
+      else _mm512_mask_storeu_ps(to, mask, v);
     }
 }
 
-// sums (32, 32) += left panel . right panel over `steps` tiles in K; `first`: they start at 0.
-NGF_TILES void multiply(const uint16_t* left, const uint16_t* right, int64_t steps, bool first, float* sums) {
-  if (first) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, 4 * PANEL);
-    _tile_loadd(1, sums + SIDE, 4 * PANEL);
-    _tile_loadd(2, sums + SIDE * PANEL, 4 * PANEL);
-    _tile_loadd(3, sums + SIDE * PANEL + SIDE, 4 * PANEL);
-  }
-  for (int64_t s = 0; s < steps; ++s, left += 2 * TILE, right += 2 * TILE) {
-    _tile_loadd(4, left, 64);
-    _tile_loadd(6, right, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, right + TILE, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, left + TILE, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, sums, 4 * PANEL);
-  _tile_stored(1, sums + SIDE, 4 * PANEL);
-  _tile_stored(2, sums + SIDE * PANEL, 4 * PANEL);
-  _tile_stored(3, sums + SIDE * PANEL + SIDE, 4 * PANEL);
+// These rows of x, from step to step in K, come into the L2 cache meanwhile: their 32 pages are more than the hardware looks ahead in.
+void fetch(const Linear& g, int64_t top, int64_t bottom, int64_t first, int64_t last) {
+  for (int64_t m = top; m < bottom; ++m)
+    for (int64_t s = first; s < last; ++s) __builtin_prefetch(g.x + m * g.x_stride + s * DEPTH, 0, 2);
 }
 
-// sums (32, 32) to dW at (m, n); `add` to what is there (fp32 only).
-NGF_AVX512 void write(const WeightGradient& g, const float* sums, int64_t m, int64_t n, bool add) {
-  for (int64_t i = 0; i < PANEL && m + i < g.outputs; ++i)
-    for (int64_t c = n; c < n + PANEL && c < g.inputs; c += SIDE) {
-      const int64_t left = g.inputs - c, at = (m + i) * g.inputs + c;
-      const __mmask16 mask = left >= SIDE ? 0xffff : (__mmask16)((1u << left) - 1);
-      __m512 v = _mm512_loadu_ps(sums + i * PANEL + c - n);
-      if (g.dw_bf16) {                                               // to nearest, ties to even; NaN stays NaN
-        const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        __m512i half = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-        half = _mm512_mask_mov_epi32(half, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-        _mm256_mask_storeu_epi16((uint16_t*)g.dw + at, mask, _mm512_cvtepi32_epi16(half));
-      } else {
-        float* const to = (float*)g.dw + at;
-        if (add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, to));
-        _mm512_mask_storeu_ps(to, mask, v);
+// Lines that will be written in full are asked for meanwhile, to be owned by then: else each store would wait for memory.
+void claim(const void* first, int64_t stride, int64_t rows, int64_t lines) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t l = 0; l < lines; ++l) asm volatile("prefetchw %0" : : "m"(*((const char*)first + i * stride + l * 64)));
+}
+
+// The block of y from row `top` to `bottom`, panels of W from `first` to `last`. W goes into `right`, rows that cannot be read where they
+// lie into `left`.
+void linear_block(const Linear& g, int64_t top, int64_t bottom, int64_t first, int64_t last, TileMemory& memory) {
+  const int64_t steps = up(g.inputs, DEPTH), wide = last - first;
+  const Pieces far(steps, FAR);
+  const bool several = far.count() > 1;    // then the sums of all rows wait for the next piece
+  const int64_t panel = far.length * 2 * TILE, tall = std::min(TALL, bottom - top);
+  uint16_t* const right = memory.get<uint16_t>(wide * panel + panel + 2 * wide * SUMS * (several ? up(tall, PANEL) : 1));
+  uint16_t* const left = right + wide * panel;
+  float* const kept = (float*)(left + panel);
+  const TileSource w{g.w, g.w_stride, g.w_by_input ? g.inputs : g.outputs, g.w_by_input ? g.outputs : g.inputs};
+  const TileSource x{g.x, g.x_stride, g.rows, g.inputs};
+  for (int64_t block = top; block < bottom; block += tall)
+    for (int64_t f = 0; f < far.count(); ++f) {
+      const int64_t begin = far.begin(f), length = far.end(f) - begin;
+      if (several || block == top)
+        for (int64_t s = 0; s < length; ++s)                         // W's rows are long: what lies side by side is read together
+          for (int64_t p = 0; p < wide; ++p)
+            for (int64_t half = 0; half < 2; ++half) {
+              const int64_t n = (first + p) * PANEL + half * SIDE, k = (begin + s) * DEPTH;
+              uint16_t* const to = right + p * panel + (2 * s + half) * TILE;
+              if (g.w_by_input) pack_right(w, k, n, to);
+              else pack_right_transposed(w, n, k, to);
+            }
+      const Pieces near(length, NEAR);
+      for (int64_t m = block; m < std::min(block + tall, bottom); m += PANEL) {
+        float* const sums = kept + (several ? (m - block) / PANEL * wide * SUMS : 0);
+        const bool there = g.inputs % DEPTH == 0 && m + PANEL <= g.rows;
+        if (!there)
+          for (int64_t s = 0; s < length; ++s)
+            for (int64_t half = 0; half < 2; ++half) pack_left(x, m + half * SIDE, (begin + s) * DEPTH, left + (2 * s + half) * TILE);
+        for (int64_t c = 0; c < near.count(); ++c) {
+          const int64_t s = near.begin(c);
+          const LeftPanel rows = there ? rows_as_they_are(g.x + m * g.x_stride + (begin + s) * DEPTH, g.x_stride)
+                                       : packed_left(left + s * 2 * TILE);
+          for (int64_t p = 0; p < wide; ++p) {
+            if (f + 1 == far.count() && c == 0)
+              claim(g.y + m * g.outputs + (first + p) * PANEL, 2 * g.outputs, std::min(PANEL, bottom - m), 1);
+            if (m + PANEL < bottom)
+              fetch(g, m + PANEL + p * PANEL / wide, std::min(bottom, m + PANEL + (p + 1) * PANEL / wide), begin + s, begin + near.end(c));
+            multiply(rows, right + p * panel + s * 2 * TILE, near.end(c) - s, f == 0 && c == 0, sums + p * SUMS);
+          }
+        }
+        if (f + 1 == far.count())
+          for (int64_t p = 0; p < wide; ++p)
+            write_bf16(sums + p * SUMS, g.bias, m, g.rows, (first + p) * PANEL, g.outputs, false, g.y);
       }
     }
 }
 
-// Runs `work` with all tiles shaped, and leaves the thread's tiles as they were: the caller's belong to whoever shaped them.
-template <class F> NGF_TILES void with_tiles(const F& work) {
-  alignas(64) char before[64];
-  const Shapes shapes;
-  asm volatile("" : : "r"(&shapes) : "memory");                      // GCC's intrinsics say that they touch only the first bytes
-  _tile_storeconfig(before);
-  _tile_loadconfig(&shapes);
-  work();
-  asm volatile("" : : "r"(before) : "memory");
-  if (before[0]) _tile_loadconfig(before);
-  else _tile_release();
+// A second thread pays from some 20 us of work on.
+int worthwhile(int64_t products, int threads) { return (int)std::max<int64_t>(1, std::min<int64_t>(threads, products >> 23)); }
+
+void check_amx() {
+  if (!gemm_works()) throw std::runtime_error("this CPU has no AMX");
 }
 
 }  // namespace
 
-bool gemm_works() { return (std::string(" ") + cpu_isas()).find(" avx512") != std::string::npos && amx_works(); }
+bool gemm_works() {
+  return (std::string(" ") + cpu_isas()).find(" avx512") != std::string::npos && amx_works() && __builtin_cpu_supports("avx512bf16");
+}
 
-void weight_gradient_cpu(const WeightGradient& g, int threads) {
-  if (!gemm_works()) throw std::runtime_error("this CPU has no AMX");
-  if (g.dw_bf16 && g.rows > BLOCK) throw std::invalid_argument("sums of more than 1024 rows are fp32: pieces of them would be rounded");
-  // Under a few milliseconds a second thread loses more to PyTorch's own, which go on spinning after each operator, than it saves.
-  if (g.rows * g.outputs * g.inputs < (int64_t{1} << 30)) threads = 1;
-  constexpr int64_t WIDE = GROUP * PANEL;
-  const int64_t left = (g.outputs + WIDE - 1) / WIDE, right = (g.inputs + WIDE - 1) / WIDE;  // groups of panels
-  static thread_local Memory shared;
-  for (int64_t k = 0; k < g.rows || k == 0; k += BLOCK) {
-    const int64_t rows = std::min(BLOCK, g.rows - k), steps = (rows + DEPTH - 1) / DEPTH, panel = steps * 2 * TILE;
-    uint16_t* const x = shared.get(right * GROUP * panel);
-    for_rows(right, WIDE * rows, threads, [&](int64_t n) {
-      pack<false>(g.x + k * g.x_stride, g.x_stride, rows, g.inputs, n * WIDE, panel, x + n * GROUP * panel);
+void linear_cpu(const Linear& g, int threads) {
+  check_amx();
+  if (g.rows == 0 || g.outputs == 0) return;
+  threads = worthwhile(g.rows * g.outputs * g.inputs, threads);
+  // Blocks of equal size, as many times as there are threads; rows are cut only where the outputs do not give enough.
+  const int64_t panels = up(g.outputs, PANEL), wanted = up(up(panels, WIDE), threads) * threads;
+  const Pieces across(panels, std::max<int64_t>(1, up(panels, wanted)));
+  const Pieces down(up(g.rows, PANEL), up(up(g.rows, PANEL), up(threads, across.count())));
+  std::atomic<int64_t> next{0};
+  on_team(threads, [&] {
+    static thread_local TileMemory memory;
+    with_tiles([&] {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < across.count() * down.count();) {
+        const int64_t n = i % across.count(), m = i / across.count();
+        linear_block(g, down.begin(m) * PANEL, std::min(g.rows, down.end(m) * PANEL), across.begin(n), across.end(n), memory);
+      }
     });
-    for_rows(left, WIDE * rows * right, threads, [&](int64_t group) {
-      static thread_local Memory own;
-      uint16_t* const dy = own.get(GROUP * panel);
-      pack<true>(g.dy + k * g.dy_stride, g.dy_stride, rows, g.outputs, group * WIDE, panel, dy);
+  });
+}
+
+// x is brought into pairs of rows once, by all threads. dy is transposed GROUP panels at a time by the thread that works on them; four also
+// since a row of dy is a page or more: one panel alone would look up 1,024 pages to read a line from each.
+void weight_gradient_cpu(const WeightGradient& g, int threads) {
+  constexpr int64_t GROUP = 12, BLOCK = 1024;                        // panels; rows that are summed in one go
+  check_amx();
+  if (g.dw_bf16 && g.rows > BLOCK) throw std::invalid_argument("sums of more than 1024 rows are fp32: pieces of them would be rounded");
+  threads = worthwhile(g.rows * g.outputs * g.inputs, threads);
+  const int64_t tops = up(up(g.outputs, PANEL), GROUP), panels = up(g.inputs, PANEL);
+  static thread_local TileMemory shared;
+  for (int64_t block = 0; block < g.rows || block == 0; block += BLOCK) {
+    const int64_t rows = std::min(BLOCK, g.rows - block), steps = up(rows, DEPTH), panel = steps * 2 * TILE;
+    const TileSource dy{g.dy + block * g.dy_stride, g.dy_stride, rows, g.outputs}, x{g.x + block * g.x_stride, g.x_stride, rows, g.inputs};
+    uint16_t* const right = shared.get<uint16_t>(panels * panel);
+    std::atomic<int64_t> next{0};
+    on_team(threads, [&] {
+      for (int64_t s; (s = next.fetch_add(1, std::memory_order_relaxed)) < steps;)
+        for (int64_t n = 0; n < 2 * panels; ++n) pack_right(x, s * DEPTH, n * SIDE, right + n / 2 * panel + (2 * s + n % 2) * TILE);
+    });
+    next = 0;
+    on_team(threads, [&] {
+      static thread_local TileMemory own;
+      uint16_t* const left = own.get<uint16_t>(GROUP * panel + 2 * GROUP * SUMS);
+      float* const sums = (float*)(left + GROUP * panel);
+      const Pieces near(steps, NEAR);
       with_tiles([&] {
-        alignas(64) float sums[GROUP][PANEL * PANEL];
-        const int64_t panels = std::min(GROUP, (g.outputs - group * WIDE + PANEL - 1) / PANEL);
-        for (int64_t n = 0; n < g.inputs; n += PANEL) {
-          for (int64_t s = 0; s < steps; s += STEPS)
-            for (int64_t m = 0; m < panels; ++m)
-              multiply(dy + m * panel + s * 2 * TILE, x + n / PANEL * panel + s * 2 * TILE, std::min(STEPS, steps - s), s == 0, sums[m]);
-          asm volatile("" : : "r"(sums) : "memory");
-          for (int64_t m = 0; m < panels; ++m) write(g, sums[m], group * WIDE + m * PANEL, n, k > 0);
+        for (int64_t top; (top = next.fetch_add(1, std::memory_order_relaxed)) < tops;) {
+          const int64_t first = top * GROUP * PANEL, group = std::min(GROUP, up(g.outputs - first, PANEL));
+          for (int64_t s = 0; s < steps; ++s)
+            for (int64_t m = 0; m < 2 * group; ++m)
+              pack_left_transposed(dy, s * DEPTH, first + m * SIDE, left + m / 2 * panel + (2 * s + m % 2) * TILE);
+          for (int64_t p = 0; p < panels; ++p) {
+            for (int64_t c = 0; c < near.count(); ++c)
+              for (int64_t m = 0; m < group; ++m)
+multiply(packed_left(left + m * panel + near.begin(c) * 2 * TILE), right + p * panel + near.begin(c) * 2 * TILE,
+                         near.end(c) - near.begin(c), c == 0, sums + m * SUMS);
+            for (int64_t m = 0; m < group; ++m) {
+              if (g.dw_bf16) write_bf16(sums + m * SUMS, nullptr, first + m * PANEL, g.outputs, p * PANEL, g.inputs, true, (uint16_t*)g.dw);
+              else write_fp32(sums + m * SUMS, first + m * PANEL, g.outputs, p * PANEL, g.inputs, block > 0, (float*)g.dw);
+            }
+          }
         }
       });
     });
@@ -202,6 +210,7 @@ void weight_gradient_cpu(const WeightGradient& g, int threads) {
 
 namespace ngf {
 bool gemm_works() { return false; }
+void linear_cpu(const Linear&, int) { throw std::runtime_error("the extension was built without AMX"); }
 void weight_gradient_cpu(const WeightGradient&, int) { throw std::runtime_error("the extension was built without AMX"); }
 }  // namespace ngf
 

@@ -4,11 +4,9 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 #include "sampler.h"
+#include "team.h"
 
 namespace ngf {
 
@@ -21,27 +19,15 @@ template <class F> F of_isa(const std::string& isa, F avx512, F avx2, F baseline
   return wanted == "avx512" ? avx512 : wanted == "avx2" ? avx2 : baseline;
 }
 
-// row(0) .. row(rows - 1), each an independent piece of `length` elements, on up to `threads` threads. The team is made for the call
-// and ends with it (cpu.cpp says why): starting a thread takes about 15 us, 2^17 elements some 100.
+// row(0) .. row(rows - 1), each an independent piece of `length` elements, on up to `threads` threads. 2^17 elements take some 100 us.
 template <class Row> void for_rows(int64_t rows, int64_t length, int threads, const Row& row) {
   const int64_t members = std::max<int64_t>(1, std::min<int64_t>({threads, rows, rows * length / (1 << 17)}));
   const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, length));  // rows that a thread takes at a time
   std::atomic<int64_t> next{0};
-  const auto work = [&] {
+  on_team((int)members, [&] {
     for (int64_t begin; (begin = next.fetch_add(grain, std::memory_order_relaxed)) < rows;)
       for (int64_t r = begin; r < std::min(rows, begin + grain); ++r) row(r);
-  };
-  std::vector<std::thread> team;
-  team.reserve(members - 1);
-  for (int64_t i = 1; i < members; ++i) {
-    try {
-      team.emplace_back(work);
-    } catch (const std::system_error&) {
-      break;  // no more threads to be had: those that run, and this one, do it all
-    }
-  }
-  work();
-  for (std::thread& thread : team) thread.join();
+  });
 }
 
 }  // namespace ngf

@@ -10,7 +10,7 @@ Autocast casts every fp32 weight in every forward pass: 4 bytes read and 2 writt
     weights.refresh()            the one cast
 
 The numbers are autocast's: it casts the same weight to the same bits, and its gradient back to fp32. On a CPU with AMX a block's
-gradients are not even rounded on the way (`own_gradients`; ops/weight_gradient.py). The embedding, whose
+gradients are not even rounded on the way (`own_gradients`; ops/linear_cpu.py). The embedding, whose
 weight is the vocabulary head's too, keeps reading fp32 (C10); biases and LayerNorms stay with autocast, they are small.
 """
 import contextlib
@@ -21,7 +21,7 @@ import torch.nn as nn
 
 from . import backend
 from .model import GPT, Block, touched
-from .ops import weight_gradient
+from .ops import linear_cpu
 
 
 class HalfWeights:
@@ -37,7 +37,7 @@ class HalfWeights:
         linears = [linear for linear in linears if linear.weight.dtype == torch.float32 != dtype]
         self.linears = linears
         # The head's gradient is its loss's to make (ops/cross_entropy_cpu.py).
-        own = (own_gradients and weight_gradient.AMX and dtype == torch.bfloat16
+        own = (own_gradients and linear_cpu.AMX and dtype == torch.bfloat16
                and backend.choice("mlp", model.backend) != "reference")
         self.own = [own and linear is not model.lm_head and linear.weight.device.type == "cpu" for linear in linears]
         self.weights = [linear.weight for linear in linears]
@@ -48,7 +48,7 @@ class HalfWeights:
         """Inside, forward and backward passes take the copies; state_dict and optimizers are for outside."""
         for linear, weight, copy, own in zip(self.linears, self.weights, self.copies, self.own, strict=True):
             if own:
-                linear.forward = functools.partial(weight_gradient.linear, weight=weight, copy=copy, bias=linear.bias)
+                linear.forward = functools.partial(linear_cpu.linear, weight=weight, copy=copy, bias=linear.bias)
             else:
                 linear._parameters["weight"] = _Cast.apply(weight, copy)
         try:

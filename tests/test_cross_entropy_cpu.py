@@ -8,7 +8,6 @@ from nanogpt_fast.error_rule import measure
 from nanogpt_fast.ops import cross_entropy_cpu as cpu
 from nanogpt_fast.ops import sample
 from nanogpt_fast.ops.cross_entropy import implementation, linear_cross_entropy
-from nanogpt_fast.ops.weight_gradient import AMX, weight_gradient
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=f"not here: {cpu.MISSING}")
 ISAS = sample._C.build_info()["cpu_isas"].split() if cpu.MISSING is None else []
@@ -248,33 +247,6 @@ def test_auto_takes_it_where_no_bit_of_nanogpt_is_promised():
         assert name(x, weight) == name(x.bfloat16(), weight, return_logits=False) == "cpp"
     with pytest.raises(RuntimeError, match="cpp: with float32 logits returned"):
         implementation(x, weight, targets, backend=FUSED)
-
-
-@pytest.mark.skipif(not AMX, reason="this CPU has no AMX")
-@pytest.mark.parametrize("K,M,N", [(1, 1, 1), (32, 32, 32), (33, 31, 65), (1024, 200, 40), (70, 130, 17)])
-def test_the_weights_gradient_on_amx_tiles_is_as_near_to_fp64_as_pytorchs(K, M, N):
-    dy, x = torch.randn(K, M + 9).bfloat16()[:, 5:M + 5], torch.randn(K, N + 3).bfloat16()[:, :N]
-    assert_close(weight_gradient(dy, x), dy.double().t() @ x.double(), dy.t() @ x, "forward", "dW")
-    in_fp32, results = torch.empty(M, N), []
-    for threads in (1, 3):
-        sample._C.weight_gradient_cpu(dy.data_ptr(), x.data_ptr(), dy.stride(0), x.stride(0), K, M, N, in_fp32.data_ptr(), False, threads)
-        results.append(in_fp32.clone())
-    assert torch.equal(*results)
-    assert_close(in_fp32, dy.double().t() @ x.double(), dy.float().t() @ x.float(), "forward", "dW in fp32")
-
-
-@pytest.mark.skipif(not AMX, reason="this CPU has no AMX")
-def test_sums_of_many_rows_are_fp32_and_pytorchs_matmuls_do_not_mind_the_tiles():
-    dy, x, dw = torch.randn(2500, 40).bfloat16(), torch.randn(2500, 70).bfloat16(), torch.empty(40, 70)
-    arguments = (dy.data_ptr(), x.data_ptr(), 40, 70, 2500, 40, 70, dw.data_ptr())
-    with pytest.raises(ValueError, match="more than 1024 rows are fp32"):
-        sample._C.weight_gradient_cpu(*arguments, True, 1)
-    a = torch.randn(256, 256).bfloat16()
-    before = a @ a
-    sample._C.weight_gradient_cpu(*arguments, False, 2)
-    assert torch.equal(a @ a, before)
-    torch.testing.assert_close(dw.double(), dy.double().t() @ x.double(), rtol=1e-4, atol=1e-3)
-    weight_gradient(torch.full((4, 5), float("nan")).bfloat16(), a[:4])[0, 0].isnan() or pytest.fail("NaN was lost")
 
 
 @ROUTES

@@ -227,7 +227,7 @@ def test_activation_checkpointing_computes_again_with_the_copies():
         assert torch.equal(a.grad, b.grad), name
 
 
-@pytest.mark.skipif(not half_weights.weight_gradient.AMX, reason="this CPU has no AMX")
+@pytest.mark.skipif(not half_weights.linear_cpu.AMX, reason="this CPU has no AMX")
 def test_on_amx_weights_get_gradients_that_were_never_rounded():
     plain, own, (x, y) = model_of(), model_of(), batch()
     own.set_backend("auto")

@@ -10,7 +10,7 @@ all by the same factor. What scales dx is a pass over its few rows, and dW is sc
 import torch
 
 from . import sample
-from .weight_gradient import weight_gradient
+from .linear_cpu import matmul, weight_gradient
 
 # Rows of a chunk: 103 MB of bf16 logits at V=50,304. A matmul of 1,024 rows reaches the machine's rate; a larger chunk would only
 # need more memory.
@@ -55,10 +55,10 @@ def forward_backward(x, weight, targets, ignore_index, mean, need_dx, need_dw, i
     buffer = x.new_empty(min(N, CHUNK), V)
     for n in range(0, N, CHUNK):
         part = slice(n, min(n + CHUNK, N))
-        logits = torch.mm(x[part], weight.t(), out=buffer[:part.stop - n])
+        logits = matmul(x[part], weight, out=buffer[:part.stop - n])
         _rows(logits, logits if need_dx or need_dw else None, targets[part], ignore_index, losses[part], isa)
         if need_dx:
-            torch.mm(logits, weight, out=dx[part]).mul_(scale)  # these are dlogits by now
+            matmul(logits, weight, by_input=True, out=dx[part]).mul_(scale)  # these are dlogits by now
         if need_dw:
             dw.add(logits, part)
     return _reduced(losses, count, mean), dx, dw.sum() if need_dw else x.new_empty(0)
@@ -67,7 +67,7 @@ def forward_backward(x, weight, targets, ignore_index, mean, need_dx, need_dw, i
 def forward(x, weight, targets, ignore_index, mean, isa=""):
     """(loss, logits): logits (N, V) in x's dtype. The rest as in `forward_backward`."""
     count = sample._C.count_targets(targets.data_ptr(), x.size(0), weight.size(0), ignore_index)
-    logits, losses = torch.mm(x, weight.t()), x.new_empty(x.size(0), dtype=torch.float32)
+    logits, losses = matmul(x, weight), x.new_empty(x.size(0), dtype=torch.float32)
     _rows(logits, None, targets, ignore_index, losses, isa)
     return _reduced(losses, count, mean), logits
 
@@ -91,7 +91,7 @@ def backward(logits, x, weight, targets, grad_loss, grad_logits, ignore_index, m
         if grad_logits is not None:
             torch.add(grad_logits[part], dlogits, alpha=scale, out=dlogits)
         if need_dx:
-            torch.mm(dlogits, weight, out=dx[part]).mul_(after)
+            matmul(dlogits, weight, by_input=True, out=dx[part]).mul_(after)
         if need_dw:
             dw.add(dlogits, part)
     return dx, dw.sum() if need_dw else x.new_empty(0)

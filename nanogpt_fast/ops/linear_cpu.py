@@ -1,7 +1,7 @@
-"""A Linear with a half-precision copy of its weight on a CPU, whose gradient dW = dy^T x is made in fp32 (csrc/gemm.h).
+"""The products of a Linear in bf16 on a CPU's AMX tiles (csrc/gemm.h), and a Linear that keeps a half-precision copy of its weight.
 
-PyTorch's matmul rounds dW to bf16, and a cast brings it back to fp32 for the optimizer. On AMX tiles the extension writes the fp32
-sums as they are, without the 6 bytes a weight of the cast, and faster than oneDNN, which reorders both operands of this product.
+PyTorch's matmul makes x W^T and dy W on one thread where the result has few columns, and rounds dW to bf16, which a cast brings back to
+fp32 for the optimizer. The extension deals out all three to all threads, and writes dW's fp32 sums as they are.
 """
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,20 @@ from . import sample
 
 AMX = hasattr(sample._C, "gemm_works") and sample._C.gemm_works()
 LARGEST_SUM = 1024  # rows of one sum that is rounded to bf16 at its end; csrc/gemm_amx.cpp
+FEWEST_ROWS = 256   # the tiles want W in another order, and to bring it there pays where many rows meet it
+
+
+def matmul(x, w, *, by_input=False, bias=None, out=None):
+    """x (M, K) w^T + bias -> (M, N), contiguous, into `out` where given. w (N, K), or (K, N) if by_input; bias (N,) fp32 or None."""
+    N = w.size(1 if by_input else 0)
+    y = x.new_empty((x.size(0), N)) if out is None else out
+    if (AMX and x.dtype == w.dtype == torch.bfloat16 and x.size(0) >= FEWEST_ROWS and x.stride(1) == w.stride(1) == 1
+            and (bias is None or bias.dtype == torch.float32 and bias.is_contiguous())):
+        sample._C.linear_cpu(x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), by_input, 0 if bias is None else bias.data_ptr(),
+                             *x.shape, N, y.data_ptr(), torch.get_num_threads())
+        return y
+    torch.mm(x, w if by_input else w.t(), out=y)
+    return y if bias is None else y.add_(bias)
 
 
 def weight_gradient(dy, x, dtype=None):
@@ -36,8 +50,7 @@ class _Linear(torch.autograd.Function):
         rows = x.reshape(-1, x.size(-1)).to(copy.dtype)
         ctx.save_for_backward(rows, copy)   # with copy's version: a refresh at the wrong moment is noticed
         ctx.x_shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        y = F.linear(rows, copy, None if bias is None else bias.to(copy.dtype))
-        return y.view(*x.shape[:-1], copy.size(0))
+        return matmul(rows, copy, bias=bias).view(*x.shape[:-1], copy.size(0))
 
     @staticmethod
     def backward(ctx, dy):
@@ -46,7 +59,7 @@ class _Linear(torch.autograd.Function):
         rows, copy = ctx.saved_tensors
         need_x, need_weight, _, need_bias = ctx.needs_input_grad
         dy = dy.reshape(-1, copy.size(0)).contiguous()
-        dx = (dy @ copy).view(ctx.x_shape).to(ctx.dtypes[0]) if need_x else None
+        dx = matmul(dy, copy, by_input=True).view(ctx.x_shape).to(ctx.dtypes[0]) if need_x else None
         dw = weight_gradient(dy, rows, ctx.dtypes[1]) if need_weight else None
         db = dy.sum(0, dtype=torch.float32).to(ctx.dtypes[2]) if need_bias else None
         return dx, dw, None, db
