@@ -9,10 +9,12 @@ happens to be exact (a copy, one element, x of equal values) does not forbid the
 16/n: the ratio of two errors measured on n elements scatters, and without it one-element tensors would fail by chance.
 
 Bias: the mean error, and the mean error in the direction of the oracle's sign (a result scaled by 1 - d has no mean error, but
-this), lie within 6 standard errors of 0. Errors within a row are correlated (one rstd, one softmax denominator), so the
-standard error is the larger of that over elements and that over row means. fp32's own unit (1.2e-7) is always allowed, and
-the mean error that rounding the exact answer has: values closer together than bf16's steps (a softmax of nearly equal logits)
-are all rounded the same way.
+this), lie within 6 standard errors of 0, or of what rounding the exact answer once explains. That is not always 0: values that
+are closer together than bf16's steps (a softmax of nearly equal logits) are all rounded the same way, and where GELU' tends to
+1 from above, dy * GELU' is rounded down to dy, in every element. Values that were rounded before scatter, and have less of it:
+all between it and 0 is right. fp32's own unit (1.2e-7) is always allowed. Errors within a row are correlated (one rstd, one
+softmax denominator), and within a column (h in half precision plus a bias that has more digits: what is rounded off is the
+bias's, in every row), so the standard error counts rows and columns as observations, too.
 
 Where the oracle rounds to inf or nan in the result's dtype, the result must be the same; where it does not, it must be finite.
 """
@@ -33,7 +35,7 @@ class Measurement:
     relative: float = 0.0
     plain_relative: float = 0.0     # plain PyTorch's
     bound: float = 0.0              # on `relative`
-    bias: float = 0.0               # of the two mean errors the one further from 0, in standard errors; 0: none can be told
+    bias: float = 0.0               # of the two mean errors, what rounding does not explain, the larger; in standard errors
     problem: str | None = None      # None, or which part of the rule is broken, by how much
 
 
@@ -108,18 +110,31 @@ def _bias(error, exact, rounding):
     allowed = torch.finfo(torch.float32).eps * float(exact.square().mean().sqrt())
     worst, problem = 0.0, None
     for name, signs in (("mean error", 1.0), ("mean error along the sign of the exact value", exact.sign())):
-        signed = error * signs
-        rows = signed.reshape(-1, signed.size(-1)).mean(1)
-        standard = float(signed.std()) / math.sqrt(distinct)
-        if rows.numel() >= 8:
-            standard = max(standard, float(rows.std()) / math.sqrt(rows.numel()))
-        bound = STANDARD_ERRORS * (1 + 16 / distinct) * standard + allowed + abs(float((rounding * signs).mean()))
-        mean = float(signed.mean())
-        worst = max(worst, mean / max(standard, 1e-300), key=abs)
-        if abs(mean) > bound and problem is None:
-            problem = (f"biased. {name} {mean:.3g} is {abs(mean) / max(standard, 1e-300):.1f} standard errors from 0 "
-                       f"(bound {bound:.3g}, {distinct} distinct values)")
+        mean, inherent = float((error * signs).mean()), float((rounding * signs).mean())
+        standard = _standard_error(error * signs, distinct)
+        beyond = mean - min(max(mean, min(0.0, inherent)), max(0.0, inherent))  # the part that rounding once does not explain
+        bound = STANDARD_ERRORS * (1 + 16 / distinct) * standard + allowed
+        worst = max(worst, beyond / max(standard, 1e-300), key=abs)
+        if abs(beyond) > bound and problem is None:
+            problem = (f"biased. {name} {mean:.3g}, of which rounding once explains {mean - beyond:.3g}; the rest is "
+                       f"{abs(beyond) / max(standard, 1e-300):.1f} standard errors from 0 (bound {bound:.3g}, {distinct} "
+                       "distinct values)")
     return worst, problem
+
+
+def _standard_error(signed, distinct):
+    """Of the mean of errors (..., C), of which `distinct` are different.
+
+    Let an error have a part of its row, one of its column and one of its own, independent, of variances r, c and e. The mean
+    over R rows and C columns has the variance r/R + c/C + e/RC. The variance of row means, over R, is r/R + e/RC; that of
+    column means, over C, is c/C + e/RC; that of all elements, over RC, is (r + c + e)/RC, or nearly e/RC. Hence the last, and
+    by how much either of the others is more. Fewer than 8 means have no variance to speak of.
+    """
+    grid = signed.reshape(-1, signed.size(-1))
+    elements = float(grid.var()) / grid.numel()
+    more = (max(0.0, float(means.var()) / means.numel() - elements)
+            for means in (grid.mean(1), grid.mean(0)) if means.numel() >= 8)
+    return math.sqrt(float(grid.var()) / distinct + sum(more))
 
 
 def first_index(mask):

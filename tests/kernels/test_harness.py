@@ -219,6 +219,37 @@ def test_a_constant_tensor_is_one_observation_not_a_bias():
     harness.assert_close_to_oracle(rounded(oracle, torch.bfloat16), oracle, rounded(oracle, torch.bfloat16), "forward")
 
 
+@pytest.mark.parametrize("shape", [(128, 1), (1, 28)], ids=["of a row", "of a column"])
+def test_an_error_shared_by_a_row_or_a_column_is_one_observation(shape):
+    """As many independent errors as rows, or columns; their mean is far from 0 if each element counts as one."""
+    oracle = torch.randn(128, 28, dtype=torch.float64)
+    for _ in range(100):
+        out, plain = (oracle + 1e-3 * torch.randn(shape) for _ in range(2))
+        harness.assert_close_to_oracle(out, oracle, plain, "forward", factor=10.0)
+    with pytest.raises(AssertionError, match="biased"):
+        harness.assert_close_to_oracle(oracle + 1e-3 * torch.randn(shape) + 3e-3, oracle, plain, "forward", factor=10.0)
+
+
+def between_two_steps(n=4096):
+    """(fp64 numbers a little above 1, their mean's distance from 1, rounded): bf16 has 1, nearest to all, and then 1 + 2^-7."""
+    oracle = 1 + 2**-8 * 0.3 * torch.rand(n, dtype=torch.float64)
+    return oracle, float(oracle.mean()) - 1, rounded(oracle, torch.bfloat16)
+
+
+def test_the_bias_of_rounding_once_is_none_of_the_kernels():
+    oracle, mean, plain = between_two_steps()
+    harness.assert_close_to_oracle(plain, oracle, plain, "forward")
+    scattered = torch.where(torch.rand(len(oracle)) < 0.5 * mean * 2**7, 1 + 2**-7, 1.0).to(torch.bfloat16)  # half as biased
+    harness.assert_close_to_oracle(scattered, oracle, plain, "forward")
+
+
+def test_a_bias_against_that_of_rounding_is_seen():
+    oracle, mean, plain = between_two_steps()
+    up = torch.where(torch.rand(len(oracle)) < 2 * mean * 2**7, 1 + 2**-7, 1.0).to(torch.bfloat16)
+    with pytest.raises(AssertionError, match="biased"):
+        harness.assert_close_to_oracle(up, oracle, plain, "forward")
+
+
 def test_false_alarms_are_rare():
     for _ in range(200):  # two paths of equal quality and different luck
         oracle = torch.randn(int(torch.randint(1, 40, ())), int(torch.randint(1, 40, ())), dtype=torch.float64)
