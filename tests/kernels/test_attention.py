@@ -169,7 +169,7 @@ def test_agrees_with_fp64_on_the_full_product(T, D, B, dtype):
        dtype=st.sampled_from(DTYPES), p=st.sampled_from([0.0, 0.1, 0.5]), scale=st.floats(0.01, 2.0), seed=st.integers(0, 2**31))
 def test_agrees_with_fp64_for_any_shape(B, H, Tq, more, D, dtype, p, scale, seed):
     torch.manual_seed(seed)
-    Problem(B, H, Tq, Tq + more, D, dtype, p, scale).check([FORMS[seed % 2]])
+    Problem(B, H, Tq, Tq + more, D, dtype, p, scale).check([FORMS[seed % 2]], orders=16)    # down to one score: no luck then
 
 
 @pytest.mark.parametrize("Tq,Tk", [(1, 64), (1, 65), (33, 64), (64, 129), (40, 41)])
