@@ -127,9 +127,11 @@ def gate_cases(arch):
     for column, dtype in (("half", "bf16"), ("dropout", "bf16"), ("float32", "fp32")):
         for HEAD, tile in TILES[column][arch].items():
             model = HEAD == 64 and column == "half"
+            variant = column == "half" and tile == TILES["dropout"][arch][HEAD] and not model
             pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}") | {"lse_ptr": "*fp32"}
             yield model_case(f"attention.forward D={HEAD} {column if column != 'half' else dtype}", forward_kernel, tile,
                              arch, HEAD, column == "dropout", pointers, in_model=model,
+                             variant_of=f"attention.forward D={HEAD} dropout" if variant else "",
                              bytes=4 * rows * 768 * 2 + heads * T * 4 if model else None,
                              flops=2 * 2 * heads * T * T // 2 * D if model else None,
                              **({"allowed_narrow_loads": 1, "narrow_reason": "the seed"} if column == "dropout" else {}))

@@ -330,7 +330,7 @@ def gate_cases(arch):
     widths = {"fp32": 4, "fp16": 2, "bf16": 2}
     scalars = dict(allowed_narrow_loads=4, narrow_reason="the target, its logit, a row's statistics, the scale: one each a row")
 
-    def loss_case(kind, columns, gradient):
+    def loss_case(kind, columns, gradient, variant_of=""):
         block, warps = tile(columns)
         saved = {} if gradient else {"maxima_ptr": "*fp32", "log_sums_ptr": "*fp32"}
         model = columns == V
@@ -343,9 +343,10 @@ def gate_cases(arch):
             num_warps=warps, divisible=("V", "stride"),
             tile_row=f"{block} columns w{warps}" + ", 8 launches" * (gradient and model),
             bytes=N * V * widths[kind] * (1 + gradient) + N * (8 + 4 * (1 if gradient else 3)) if model else None,
-            flops=N * V * (5 + 3 * gradient) if model else None, in_model=model and kind == "bf16" and gradient, **scalars)
+            flops=N * V * (5 + 3 * gradient) if model else None, in_model=model and kind == "bf16" and gradient,
+            variant_of=variant_of and f"cross_entropy.{variant_of}", **scalars)
 
-    def dlogits_case(kind, columns, add):
+    def dlogits_case(kind, columns, add, variant_of=""):
         block, warps = tile(columns)
         model = columns == V
         added = {"grad_logits_ptr": f"*{kind}", "scale_ptr": "*fp32", "stride_grad": "i32"} if add else {}
@@ -358,13 +359,16 @@ def gate_cases(arch):
             num_warps=warps, divisible=("V", "stride", "stride_grad", "stride_out"),
             tile_row=f"{block} columns w{warps}" + ", 8 launches" * model,
             bytes=N * V * widths[kind] * (2 + add) + N * 16 if model else None,
-            flops=N * V * (4 + 2 * add) if model else None, **scalars)
+            flops=N * V * (4 + 2 * add) if model else None,
+            variant_of=variant_of and f"cross_entropy.{variant_of}", **scalars)
 
     for columns in (256, 1024, 8192, V):
         yield loss_case("bf16", columns, True)
-    yield loss_case("bf16", V, False)
-    yield dlogits_case("bf16", V, False)
+    loss, dlogits = f"loss with dlogits V={V} bf16", f"dlogits added V={V} bf16"
+    yield loss_case("bf16", V, False, loss)
+    yield dlogits_case("bf16", V, False, dlogits)
     yield dlogits_case("bf16", V, True)
-    for kind in ("fp16", "fp32"):
-        yield loss_case(kind, V, True)
-        yield dlogits_case(kind, V, True)
+    yield loss_case("fp16", V, True, loss)
+    yield dlogits_case("fp16", V, True, dlogits)
+    yield loss_case("fp32", V, True)
+    yield dlogits_case("fp32", V, True)

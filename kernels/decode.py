@@ -416,14 +416,15 @@ def gate_cases(arch):
     fixed = {"token_ptr": "*i64", "position_ptr": "*i64", "length_ptr": "*i32"}
     floats = [f"{name}_ptr" for name in ("x", "q", "h", "part", "lse", "logits", "wte", "wpe", "ln_weight", "ln_bias")]
 
-    def case(name, kernel, tile, dtype, constexprs, moved=None, reason="", narrow=0):
+    def case(name, kernel, tile, dtype, constexprs, moved=None, reason="", narrow=0, variant_of=""):
         pointers = [arg for arg in kernel.arg_names if arg.endswith("_ptr")]
         kinds = {arg: fixed.get(arg, "*fp32" if arg in floats else f"*{dtype}") for arg in pointers}
         signature = {arg: kind for arg, kind in (kinds | scalars).items() if arg in kernel.arg_names and arg not in constexprs}
         return Case(name=f"decode.{name} {dtype}", kernel=kernel, signature=signature,
                     constexprs={**constexprs, "OUT": tile.OUT, "DEPENDENT": dependent}, num_warps=tile.warps,
                     tile_row=f"all: {tile.OUT} outputs, {tile.warps} warps", bytes=moved, flops=None,
-                    options={"launch_pdl": True} if dependent else {}, allowed_narrow_loads=narrow, narrow_reason=reason)
+                    options={"launch_pdl": True} if dependent else {}, allowed_narrow_loads=narrow, narrow_reason=reason,
+                    variant_of=variant_of)
 
     def cases(C, F, H, D, dtype, counted=False):
         """The kernels of one model; its bytes where they are counted: weights, and what the kernel before has left."""
@@ -438,7 +439,8 @@ def gate_cases(arch):
         for first in (True, False):
             none = {} if first else {"token_ptr": None, "wte_ptr": None, "wpe_ptr": None}
             yield case(f"norm_qkv{' first' * first} {C}", norm_qkv_kernel, tile, dtype, {**norm, **none, "D": D},
-                       bytes(3 * C * C, 6 * C), f"{bias}, the position{', the token' * first}", 4 + more)
+                       bytes(3 * C * C, 6 * C), f"{bias}, the position{', the token' * first}", 4 + more,
+                       "" if first else f"decode.norm_qkv first {C} {dtype}")
         yield case(f"combine_add {C}", combine_add_kernel, combine_tile, dtype,
                    dict(H=H, D=D, HEAD=HEAD, CHUNK=CHUNK, COMBINED=combined_chunks(combine_K, combine_tile), BLOCK_K=combine_K),
                    bytes(C * C, 1024 // CHUNK * (C + H) + 3 * C), f"{bias} and of x, the row's length, the sums of heads", 40)

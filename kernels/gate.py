@@ -19,12 +19,17 @@ ahead of time and prints
     cpu s           seconds of one core to compile
 
 What each kernel file has to say for that is in `gate_case.py`. `tests/test_gate.py` fails on what `failures` finds.
+
+Four fifths of the time pass in Triton's and LLVM's passes, a sixth in ptxas. So what a stage has made is used again where the
+next architecture's would make the same (`SHARED`), and other forms of a kernel that a row already has are compiled for one
+architecture (`Case.variant_of`). Nothing is kept between runs.
 """
 import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib
 import io
 import json
@@ -34,14 +39,15 @@ import os
 import pathlib
 import pkgutil
 import re
-import subprocess
+import resource
 import sys
 import tempfile
 import time
 
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 
 KB = 1024
@@ -55,9 +61,11 @@ ARCHITECTURES = {
     90: dict(shared_block=227 * KB, shared_sm=228 * KB, warps=64, blocks=32),
     100: dict(shared_block=227 * KB, shared_sm=228 * KB, warps=64, blocks=32),
 }
-# Architectures for which Triton writes the PTX of another but for the .target line (a test compares). Writing it takes six
-# sevenths of the time; where the tables agree, too, only ptxas runs again.
-SAME_PTX = {89: 86}
+# {architecture: (another, the last stage at which Triton makes the same of a launch for both, but for the name in it)}; tests
+# compare. Triton's stages are ttir, ttgir, llir, ptx, cubin. The first knows of no architecture; 80 and 86 part in LLVM,
+# whose vectoriser Triton turns off for 80; 89 has 86's PTX.
+SHARED = {86: (80, "ttgir"), 89: (86, "ptx"), 90: (80, "ttir"), 100: (90, "ttir")}
+EVERY_FORM = 90                 # the architecture that variants are compiled for, too: the one whose floors are printed
 REGISTERS_SM = 65536            # on all of them, in four partitions
 REGISTER_UNIT = 256             # a warp's registers are handed out in units of 256
 SYSTEM_SHARED = 1 * KB
@@ -117,7 +125,7 @@ def kernel_modules():
 
 @functools.cache
 def all_cases(arch):
-    """{name: Case} for one architecture."""
+    """{name: Case} for one architecture: all that the kernel files describe, but variants for EVERY_FORM alone."""
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
         raise RuntimeError("TRITON_INTERPRET is set, so Triton interprets kernels and can't compile them; unset it")
     cases = {}
@@ -125,96 +133,117 @@ def all_cases(arch):
         for case in module.gate_cases(arch):
             if case.name in cases:
                 raise ValueError(f"two gate cases for sm_{arch} are called {case.name!r}")
-            cases[case.name] = case
+            if arch == EVERY_FORM or not case.variant_of:
+                cases[case.name] = case
     return cases
 
 
 # ------------------------------------------------------------------------------------------------------- compile and read
 
 
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What Triton makes of a case for one architecture."""
+    arch: int
+    texts: dict         # {"ttir": ..., "ttgir": ..., "ptx": ...}
+    metadata: dict
+    log: str            # what ptxas says
+    seconds: dict       # {stage: seconds of a core}
+
+
 def compile_case(case, arch):
     """Compile one case for sm_<arch> and read the result: a Row."""
-    return _row(case, arch, *_compile(case, arch))
+    return _row(case, _compile(case, arch))
 
 
-def _compile(case, arch):
-    """(what Triton makes of a case, what ptxas says of it, seconds of a core)."""
+def _compile(case, arch, other=None):
+    """Compile a case for sm_<arch> as `triton.compile` does, but without its cache: Compiled.
+
+    other: Compiled of the same launch for an architecture with which this one shares stages; they are taken from it.
+    """
     names = case.kernel.arg_names
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     divisible = [name for name, kind in case.signature.items() if kind.startswith("*") or name in case.divisible]
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    options = dict(num_warps=case.num_warps, num_stages=case.num_stages, **case.options)
+    source = ASTSource(case.kernel, signature, dict(case.constexprs), attrs)
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    options = backend.parse_options(dict(num_warps=case.num_warps, num_stages=case.num_stages, **case.options))
+    stages = {}
+    backend.add_stages(stages, options, source.language)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+
+    texts, metadata, seconds, log = {}, dict(vars(options)), {}, io.StringIO()
     start = _cpu_seconds()
-    with _always_with_log():
-        compiled = triton.compile(ASTSource(case.kernel, signature, dict(case.constexprs), attrs),
-                                  target=GPUTarget("cuda", arch, 32), options=options)
-    return compiled, compiled.metadata.ptxas_log, _cpu_seconds() - start
+    if other is None:
+        module = source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    else:
+        first, last = SHARED[arch]
+        if other.arch != first:
+            raise ValueError(f"sm_{arch} shares stages with sm_{first}, not with sm_{other.arch}")
+        taken = list(stages)[:list(stages).index(last) + 1]
+        texts = {name: _renamed(other.texts[name], first, arch) for name in taken if name in other.texts}
+        seconds = {name: other.seconds[name] for name in taken}
+        metadata |= other.metadata if last == "ptx" else {}
+        module = texts[last] if last == "ptx" else _parsed(texts[last], context)
+        stages = {name: stage for name, stage in stages.items() if name not in taken}
+    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True       # to stdout
+        for name, stage in stages.items():
+            module = stage(module, metadata)
+            if name in ("ttir", "ttgir", "ptx"):
+                texts[name] = str(module)               # now: the next stage changes the module in place
+            end = _cpu_seconds()
+            seconds[name], start = end - start, end
+    return Compiled(arch, texts, metadata, log.getvalue(), seconds)
 
 
-def _assemble(compiled, arch, other):
-    """What `_compile` gives, for another architecture with the same PTX."""
-    start = _cpu_seconds()
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"].replace(f".target sm_{arch}", f".target sm_{other}"))
+def _renamed(text, arch, other):
+    """The text of a stage for another architecture: TTIR names none, TTGIR and PTX name it once."""
+    return re.sub(rf'(ttg\.target = "cuda:|\.target sm_){arch}\b', rf"\g<1>{other}", text)
+
+
+def _parsed(text, context):
+    """The module that a TTIR or TTGIR text describes."""
+    with tempfile.NamedTemporaryFile("w", suffix=".mlir") as file:
+        file.write(text)
         file.flush()
-        log = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", "-lineinfo", f"--gpu-name=sm_{other}", file.name, "-o",
-                              os.devnull], check=True, capture_output=True, text=True).stderr
-    return compiled, log, _cpu_seconds() - start
+        module = ir.parse_mlir_module(file.name, context)
+    module.context = context                            # which Triton's stages look up there
+    return module
 
 
-def _row(case, arch, compiled, log, seconds):
-    ptx = compiled.asm["ptx"]
+def _row(case, compiled):
+    arch, ptx, log = compiled.arch, compiled.texts["ptx"], compiled.log
     registers = int(re.search(r"Used (\d+) registers", log).group(1))
     # Triton has no arrays of its own on the stack: what lies there is spilled.
     spill_bytes = int(re.search(r"(\d+) bytes stack frame", log).group(1))
     # With warp specialisation the block has more warps than num_warps says; the PTX knows.
     warps = math.ceil(int(re.search(r"\.reqntid\s+(\d+)", ptx).group(1)) / 32)
-    shared, tensor_memory = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0) or 0
+    shared, tensor_memory = compiled.metadata["shared"], compiled.metadata.get("tmem_size") or 0
     loads, stores, tma_load, tma_store = global_accesses(ptx)
-    large, small = half_dots(compiled.asm["ttir"])
+    large, small = half_dots(compiled.texts["ttir"])
     return Row(
         arch=arch, name=case.name, tile_row=case.tile_row, warps=warps, registers=registers, spill_bytes=spill_bytes,
         shared=shared,
         resident_blocks=resident_blocks(arch, registers, shared, warps, tensor_memory),
-        wgmma=len(re.findall(r"\bwgmma\.mma_async", ptx)), serialised="C7515" in log, mma=len(re.findall(r"(?<![\w.])mma\.sync", ptx)),
+        wgmma=len(re.findall(r"\bwgmma\.mma_async", ptx)), serialised="C7515" in log,
+        mma=len(re.findall(r"(?<![\w.])mma\.sync", ptx)),
         tcgen05=len(re.findall(r"\btcgen05\.mma", ptx)),
         widest_load=max(loads, default=0), widest_store=max(stores, default=0), tma=tma_load or tma_store,
         narrow_loads=sum(size < WIDE for size in loads), large_half_dots=large, small_half_dots=small,
-        bytes=case.bytes, flops=case.flops, floor_us=floor_us(case.bytes, case.flops), compile_seconds=seconds,
-        in_model=case.in_model,
+        bytes=case.bytes, flops=case.flops, floor_us=floor_us(case.bytes, case.flops),
+        compile_seconds=round(sum(compiled.seconds.values()), 3), in_model=case.in_model,
         allowed_spill_bytes=case.allowed_spill_bytes, spill_reason=case.spill_reason,
         allowed_narrow_loads=case.allowed_narrow_loads, narrow_reason=case.narrow_reason, serial_reason=case.serial_reason)
 
 
 def _cpu_seconds():
     """Of this process and its children (ptxas is one); unlike a clock on the wall, the same on a busy machine."""
-    return sum(os.times()[:4])
-
-
-@contextlib.contextmanager
-def _always_with_log():
-    """Triton compiles even what its cache holds, and keeps what ptxas says of it as `metadata.ptxas_log`."""
-    knobs = triton.knobs
-    with knobs.compilation.scope(), knobs.nvidia.scope(), knobs.runtime.scope():
-        knobs.compilation.always_compile = True
-        knobs.nvidia.dump_ptxas_log = True      # to stdout
-        knobs.runtime.add_stages_inspection_hook = _keep_log
-        yield
-
-
-def _keep_log(backend=None, stages=None, *_):
-    """What Triton calls with its list of stages, to be changed in place; without arguments, for a part of its cache's key."""
-    if stages is None:
-        return "gate", "gate"
-    assemble = stages["cubin"]
-
-    def assemble_and_keep_log(ptx, metadata):
-        with contextlib.redirect_stdout(io.StringIO()) as log:
-            cubin = assemble(ptx, metadata)
-        metadata["ptxas_log"] = log.getvalue()
-        return cubin
-
-    stages["cubin"] = assemble_and_keep_log
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def resident_blocks(arch, registers, shared, warps, tensor_memory=0):
@@ -281,25 +310,27 @@ def failures(row):
 # ------------------------------------------------------------------------------------------------------------ all of them
 
 
-def _start_worker(cache):
-    os.environ["TRITON_CACHE_DIR"] = cache      # empty, and thrown away afterwards
+def _start_worker():
+    gc.set_threshold(100_000)   # a collection walks all that PyTorch's import has made; at 700 that is 4 % of the time
 
 
 def _compile_by_name(task):
-    """Rows of one case for one or more architectures with the same PTX.
+    """Rows of one case for one or more architectures, in the order of ARCHITECTURES; what they share is made once.
 
     In a worker process: kernels can't be pickled, so a worker looks the case up again.
     """
-    (arch, *others), name = task
-    made = _compile(all_cases(arch)[name], arch)
-    return [_row(all_cases(arch)[name], arch, *made),
-            *(_row(all_cases(other)[name], other, *_assemble(made[0], arch, other)) for other in others)]
+    name, archs = task
+    made = {}
+    for arch in archs:
+        first, _ = SHARED.get(arch, (None, None))
+        shares = first in made and _same_launch(all_cases(first)[name], all_cases(arch)[name])
+        made[arch] = _compile(all_cases(arch)[name], arch, made[first] if shares else None)
+    return [_row(all_cases(arch)[name], compiled) for arch, compiled in made.items()]
 
 
-def _same_launch(name, arch, other):
-    """True where the tables of both architectures have this case, and compile it alike."""
-    a, b = (all_cases(which).get(name) for which in (arch, other))
-    return a is not None and b is not None and all(getattr(a, field) == getattr(b, field) for field in (
+def _same_launch(a, b):
+    """True where the tables of two architectures say the same for a case."""
+    return all(getattr(a, field) == getattr(b, field) for field in (
         "kernel", "signature", "constexprs", "num_warps", "num_stages", "divisible", "options"))
 
 
@@ -312,19 +343,15 @@ def compile_all(archs=tuple(ARCHITECTURES), only="", workers=None, counted=False
               if only in name and not (counted and case.bytes is None)]
     if not wanted:
         return []
-    tasks = {task: [task[0]] for task in wanted}        # {(architecture, name): it, and what is assembled from its PTX}
-    for arch, name in wanted:
-        first = SAME_PTX.get(arch), name
-        if first in tasks and _same_launch(name, first[0], arch):
-            tasks[first].append(arch)
-            del tasks[arch, name]
+    tasks = {}                                          # {name: its architectures}
+    for arch in ARCHITECTURES:
+        for name in (name for which, name in wanted if which == arch):
+            tasks.setdefault(name, []).append(arch)
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     # spawn: a forked child would inherit PyTorch's and LLVM's locks, held by threads that don't exist in it
     spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ProcessPoolExecutor(
-            workers, spawn, _start_worker, (folder,)) as pool:
-        made = pool.map(_compile_by_name, [(archs, name) for (_, name), archs in tasks.items()])
-        rows = {(row.arch, row.name): row for group in made for row in group}
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker) as pool:
+        rows = {(row.arch, row.name): row for group in pool.map(_compile_by_name, tasks.items()) for row in group}
     return [rows[task] for task in wanted]
 
 
@@ -367,14 +394,16 @@ def main(argv=None):
     start = time.perf_counter()
     rows = compile_all(tuple(args.arch or ARCHITECTURES), args.only, workers=args.workers)
     seconds = time.perf_counter() - start
+    core_seconds = _cpu_seconds()                       # the workers have ended, so theirs are among them
     print(f"Triton {triton.__version__}; floors: H200 at {H200_BYTES_PER_SECOND / 1e12} TB/s and "
           f"{H200_FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s")
     print(table(rows))
     found = [line for row in rows for line in failures(row)]
-    print(f"{len(rows)} compiled in {seconds:.0f} s, {sum(row.compile_seconds for row in rows):.0f} s of a core")
+    print(f"{len(rows)} compiled in {seconds:.0f} s, {core_seconds:.0f} s of a core")
     print("\n".join(found) if found else "all within the limits")
     if args.json:
-        pathlib.Path(args.json).write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+        lines = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows)       # a row a line
+        pathlib.Path(args.json).write_text(f"[\n{lines}\n]\n")
     return 1 if found else 0
 
 

@@ -22,6 +22,7 @@ A case describes the launch as Triton's own launcher would specialise it on a GP
         tile_row="90: 128x128x64",                      # which row of the table this is, in words
         bytes=..., flops=...,                           # what the launch must move and compute, see below
         in_model=True,                                  # a GPT-2 124M bf16 training step launches exactly this
+        variant_of="mlp.fc gelu bf16 recompute",        # see below
     )
 
 Leave an int out of `divisible` and loads of a row that starts at a multiple of it become narrow: 2 bytes instead of 16.
@@ -29,6 +30,12 @@ Leave an int out of `divisible` and loads of a row that starts at a multiple of 
 `bytes` counts each input once and each output once (what no cache can save), `flops` counts a multiply-add as two; both for
 GPT-2 124M at B=64, T=1024 (C=768, H=12, D=64, V=50304; generation: one row, its last position) and None where a case isn't a
 launch of that model. The gate turns them into the floor in microseconds on an H200.
+
+`variant_of` names a case of the same kernel with the same tile that asks as much of the compiler: with dropout where this one
+has none, with one input or output more, bf16 for fp16. Every architecture compiles each kernel in each tile in that form; a
+variant is compiled for sm_90 alone, for which the gate shows every form. What may be called a variant: a case that was compiled
+for every architecture and had no more spills, shared memory or narrow loads than the other on any (the 107 rows of those here
+took at most 22 registers more, and at most 233). A launch of GPT-2's training step never is.
 
 The gate finds by itself which kernels must use `wgmma` on sm_90 (a half-precision `tl.dot` with 64 rows or more). What a case
 must declare is the exception:
@@ -55,6 +62,7 @@ class Case:
     bytes: int | None = None
     flops: int | None = None
     in_model: bool = False
+    variant_of: str = ""
     allowed_spill_bytes: int = 0
     spill_reason: str = ""
     allowed_narrow_loads: int = 0
@@ -69,6 +77,8 @@ class Case:
         if bool(self.allowed_narrow_loads) != bool(self.narrow_reason):
             raise ValueError(f"{self.name}: allowed_narrow_loads and narrow_reason come together, got "
                              f"{self.allowed_narrow_loads} and {self.narrow_reason!r}")
+        if self.variant_of and self.in_model:
+            raise ValueError(f"{self.name} is in the model and a variant of {self.variant_of!r}; expected one of the two")
         named = set(self.signature) | set(self.constexprs)
         expected = set(self.kernel.arg_names)
         if named != expected:

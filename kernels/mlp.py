@@ -457,7 +457,7 @@ def gate_cases(arch):
         """(signature, constexprs) of pointers that may be None."""
         return {k: v for k, v in pointers.items() if v}, {k: None for k, v in pointers.items() if not v}
 
-    def linear_act_case(what, kind, act="gelu", keep_h=True, dropout=False):
+    def linear_act_case(what, kind, act="gelu", keep_h=True, dropout=False, variant_of=""):
         block_m, block_n, block_k, warps, stages = _matmul_tile("fp32" if kind == "fp32" else "half", arch)
         pointers, nones = optional(x_ptr=f"*{kind}", w_ptr=f"*{kind}", b_ptr="*fp32", h_ptr=keep_h and f"*{kind}",
                                    y_ptr=f"*{kind}", seed_ptr=dropout and "*i64")
@@ -470,6 +470,7 @@ def gate_cases(arch):
             num_warps=warps, num_stages=stages, divisible=("N", "K", "stride_x"),
             tile_row=f"{block_m}x{block_n}x{block_k} w{warps} s{stages}",
             bytes=moved * size[kind] + 4 * (C if dropout else F), flops=flops if kind != "fp32" else None,
+            variant_of=variant_of,
             allowed_narrow_loads=20, narrow_reason="the bias, two columns at a time as the accumulator lies, and the seed")
 
     def linear_dact_case(what, kind, act="gelu", post=False):
@@ -513,9 +514,10 @@ def gate_cases(arch):
             bytes=(1 + has_h + dh + post) * M * N * size[kind] + 4 * N * groups, in_model=in_model,
             allowed_narrow_loads=2, narrow_reason="the bias and the seed")
 
+    train = "mlp.linear_act fc gelu train bf16"
     yield linear_act_case("fc gelu train", "bf16")
-    yield linear_act_case("fc gelu inference", "bf16", keep_h=False)
-    yield linear_act_case("fc gelu_tanh train", "fp16", act="gelu_tanh")
+    yield linear_act_case("fc gelu inference", "bf16", keep_h=False, variant_of=train)
+    yield linear_act_case("fc gelu_tanh train", "fp16", act="gelu_tanh", variant_of=train)
     yield linear_act_case("proj dropout", "bf16", act="none", keep_h=False, dropout=True)
     yield linear_act_case("fc gelu train", "fp32")
     yield linear_dact_case("gelu", "bf16")
