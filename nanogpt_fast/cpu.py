@@ -17,25 +17,43 @@ from .model import GPT, touched
 # thread with AMX: 128 wide 46 ms in bf16 and 66 in float32, 64 wide 24 and 28, and 32 wide (2 layers, 4 x 32) 5.2 and 3.2.
 NARROWEST_IN_BF16 = 128
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt, in malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of mallopt, in malloc.h
 
 
-def keep_freed_memory():
-    """Tell glibc's malloc to keep what is freed, for this process from now on. None, or why it can't be told.
+@contextlib.contextmanager
+def keep_freed_memory(wanted=True):
+    """Inside, glibc's malloc keeps what is freed, for the whole process. Yields None, or why it can't be told to.
 
     A training step takes and frees tensors of tens of megabytes. glibc gives such blocks back to the system at once, and gets
     them anew, page by page: 500,000 page faults a step of GPT-2 124M at 1,024 tokens, 0.8 s of 3.3 on one core; none
-    after this.
+    inside this.
     Blocks over 32 MB are always mapped (no threshold goes higher), hence no mapping at all.
+
+    At the end what is free goes back to the system, and so will later what is freed. glibc cannot be asked for its thresholds,
+    and no longer moves them by itself once one was set; they are left where it stops moving them in a process that frees large
+    blocks: what is over 32 MB is mapped, and twice as much stays free at the end of the heap.
     """
+    libc, reason = _glibc() if wanted else (None, "malloc=off")
+    if reason is None and not (libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)):
+        reason = "glibc's mallopt refuses"
+    try:
+        yield reason
+    finally:
+        if reason is None:
+            libc.mallopt(_M_MMAP_MAX, 65536)            # glibc's default
+            libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+            libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+            libc.malloc_trim(0)
+
+
+def _glibc():
+    """(the C library, None), or (None, why not) where it is another, whose mallopt means other things or does not exist."""
     try:
         libc = ctypes.CDLL(None)
-        libc.gnu_get_libc_version  # raises where it is another libc, whose mallopt means other things or does not exist
+        libc.gnu_get_libc_version
     except (AttributeError, OSError, TypeError):
-        return "malloc is not glibc's"
-    if not (libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)):
-        return "glibc's mallopt refuses"
-    return None
+        return None, "malloc is not glibc's"
+    return libc, None
 
 
 def fast_bfloat16():

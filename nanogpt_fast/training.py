@@ -146,13 +146,13 @@ def train(o):
     options.check(o)
     group, ops = split_backend(o.backend)
     with devices.ranks(group, devices.choose_device(o.device)) as (ranks, device):
-        with contextlib.nullcontext() if ranks.is_master else contextlib.redirect_stdout(io.StringIO()):
-            return _train(o, ranks, device, ops)
+        with (contextlib.nullcontext() if ranks.is_master else contextlib.redirect_stdout(io.StringIO()),
+              cpu.keep_freed_memory(device.type == "cpu" and o.malloc == "auto") as malloc):
+            return _train(o, ranks, device, ops, malloc)
 
 
-def _train(o, ranks, device, ops):
+def _train(o, ranks, device, ops, malloc):
     on_cpu = device.type == "cpu"
-    malloc = ("malloc=off" if o.malloc == "off" else cpu.keep_freed_memory()) if on_cpu else None  # why not, or None
     compiled = o.compile if o.compile != "auto" else device.type == "cuda" and ops_backend.triton_import_error() is None
     if o.gradient_accumulation_steps % ranks.size:
         raise ValueError(f"gradient_accumulation_steps is {o.gradient_accumulation_steps}; {ranks.size} ranks share them, so it"

@@ -1,12 +1,13 @@
 """What the trainer does on a CPU: memory kept, bf16 chosen by CPU and width, clipping and the embedding's gradient as nanoGPT's."""
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 
-from nanogpt_fast import GPT, GPTConfig, cpu, devices, training
+from nanogpt_fast import GPT, GPTConfig, checkpoint, cpu, devices, training
 
 CPU = torch.device("cpu")
 
@@ -14,24 +15,44 @@ FAULTS = """
 import resource, sys, torch
 from nanogpt_fast import cpu
 torch.set_num_threads(1)
-if sys.argv[1] == "kept" and cpu.keep_freed_memory() is not None:
-    sys.exit(77)
 def step():
     for _ in range(8):
         torch.ones(16 << 20)  # 64 MB: above every threshold that glibc has
-step()                        # before 2.38 glibc takes an aligned block from a larger one alone: a few must have been freed
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults():
+    step()                    # before 2.38 glibc takes an aligned block from a larger one alone: a few must have been freed
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+start, before = held(), faults()
+with cpu.keep_freed_memory() as why_not:
+    if why_not is not None:
+        sys.exit(77)
+    inside, kept = faults(), held() - start
+print(before, inside, faults(), kept, held() - start)
 """
 
 
-def test_kept_memory_is_not_mapped_anew():
-    done = {how: subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True) for how in ("kept", "given back")}
-    if done["kept"].returncode == 77:
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_is_kept_inside_not_mapped_anew_and_given_back_at_the_end():
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True)
+    if done.returncode == 77:
         pytest.skip("malloc is not glibc's")
-    faults = {how: int(process.stdout) for how, process in done.items()}
-    assert faults["kept"] <= faults["given back"] / 4
+    before, inside, after, kept, left = map(int, done.stdout.split())
+    assert inside <= before / 4 and after >= before / 2
+    assert kept >= 64 << 20 and left <= 32 << 20
+
+
+def test_a_process_has_its_memory_back_after_a_run(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(cpu, "_glibc", lambda: (SimpleNamespace(
+        mallopt=lambda *call: calls.append(call) or 1, malloc_trim=lambda pad: calls.append("trim")), None))
+    tiny.data(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError):     # whatever ends it
+        training.train(tiny.options(tmp_path, init_from="resume"))
+    set_inside = dict(calls[:2])
+    assert set_inside.keys() <= dict(calls[2:-1]).keys() and set_inside != dict(calls[2:-1]) and calls[-1] == "trim"
 
 
 @pytest.mark.parametrize("amx, avx512, width, expected", [
@@ -48,7 +69,7 @@ def test_the_banner_says_what_was_chosen_and_why(tmp_path, capsys, monkeypatch):
     tiny.data(tmp_path)
     training.train(tiny.options(tmp_path, max_iters=1, dtype="auto"))
     assert "float32 (auto: " in (printed := capsys.readouterr().out) and "memory  " in printed
-    monkeypatch.setattr(cpu, "keep_freed_memory", lambda: pytest.fail("malloc=off"))
+    monkeypatch.setattr(cpu, "_glibc", lambda: pytest.fail("malloc=off"))
     training.train(tiny.options(tmp_path, max_iters=1, malloc="off"))
     assert "memory  as malloc has it: malloc=off" in capsys.readouterr().out
 

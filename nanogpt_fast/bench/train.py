@@ -234,23 +234,22 @@ def _work(pipe, threads, o, name, variant, *rest):
     import resource  # here: Windows has neither, and `apart` is off there
     os.setsid()  # what is sent to the parent's group, as `timeout` sends SIGTERM, is for the parent to heed
     torch.set_num_threads(threads)
-    if not variant.logits:
-        cpu.keep_freed_memory()
     runner = None
-    while True:
-        try:
-            what = pipe.recv()
-        except EOFError:  # the parent has ended
-            return
-        if what == "close":
-            kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            pipe.send(kib if sys.platform == "darwin" else 1024 * kib)
-            return
-        try:
-            runner = runner or Runner(o, name, variant, *rest)
-            pipe.send(getattr(runner, what)())
-        except Exception as error:
-            pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
+    with cpu.keep_freed_memory(not variant.logits):
+        while True:
+            try:
+                what = pipe.recv()
+            except EOFError:  # the parent has ended
+                return
+            if what == "close":
+                kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                pipe.send(kib if sys.platform == "darwin" else 1024 * kib)
+                return
+            try:
+                runner = runner or Runner(o, name, variant, *rest)
+                pipe.send(getattr(runner, what)())
+            except Exception as error:
+                pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 def table(found):
