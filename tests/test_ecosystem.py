@@ -1,7 +1,7 @@
 """accelerate beside the real libraries: transformers, peft, safetensors, torch.compile, DDP, checkpointing, copies, functional_call.
 
-Here on plain PyTorch, so a step is bit for bit what it was; tests/kernels/test_swap.py runs the kernels. `on_ops` makes the swapped
-modules take their own formulas all the same, so that what a library does to a module meets our code.
+Here on plain PyTorch, so a step is bit for bit what it was; tests/kernels/test_swap_kernels.py runs the kernels. `on_ops`
+makes the swapped modules take their own formulas all the same, so that what a library does to a module meets our code.
 """
 import contextlib
 import copy

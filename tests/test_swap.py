@@ -1,7 +1,7 @@
 """accelerate and restore: what is recognised, what is refused, and that nothing but the class of a module changes.
 
 The fork is tests/checkout/model.py (or the one of the checkout that NANOGPT_DIR names). On a CPU no kernel runs, so every comparison is bit for bit;
-tests/kernels/test_swap.py does the same on kernels.
+tests/kernels/test_swap_kernels.py does the same on kernels.
 """
 import contextlib
 import copy
