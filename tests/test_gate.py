@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET", "0") != "0":
 
 import triton.language as tl  # noqa: E402
 
-from nanogpt_fast.kernels import gate  # noqa: E402
+from nanogpt_fast.kernels import decode, gate  # noqa: E402
 from nanogpt_fast.kernels.gate_case import Case  # noqa: E402
 
 
@@ -75,6 +75,17 @@ def test_a_variant_has_the_kernel_and_the_tile_of_a_case_that_every_architecture
             assert not other.variant_of and not case.in_model and tile(case) == tile(other), case.name
     left_out = described.keys() - gate.all_cases(arch)
     assert left_out == (set() if arch == 90 else {name for name, case in described.items() if case.variant_of})
+
+
+@pytest.mark.parametrize("arch", gate.ARCHITECTURES)
+def test_every_row_of_the_decode_table_is_compiled(arch):
+    inputs = {"norm": lambda c: c["C"], "combine": lambda c: c["H"] * c["HEAD"], "add": lambda c: c["F"]}
+    used = {"norm_qkv_kernel": "norm", "norm_act_kernel": "norm", "head_kernel": "norm", "combine_add_kernel": "combine",
+            "linear_add_kernel": "add"}
+    for kernel, rows in used.items():
+        cases = [case for case in gate.all_cases(arch).values() if case.kernel.__name__ == kernel]
+        compiled = {(decode.tile_for(rows, inputs[rows](case.constexprs))) for case in cases}
+        assert compiled == set(decode.TILES[rows].items()), kernel
 
 
 def test_every_module_with_kernels_describes_them():
