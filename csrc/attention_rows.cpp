@@ -12,17 +12,26 @@ template <class T> void row_of(const AttentionGradient& g, int64_t head, int64_t
   float* s = g.scores + at;
   T* dp = (T*)g.dp + at;
   T* p = (T*)g.p + at;
+  // Where scores are large, these differ from the forward's in more than the last digits: their own sum makes them weights again.
   Vec sums = {};
   int64_t k = 0;
   for (; k + W <= seen; k += W) {
     const Vec weight = exp_of(load(s + k) * g.scale - lse);
+    sums += weight;
+    store(s + k, weight);
+  }
+  float total = sum(sums);
+  for (; k < seen; ++k) total += s[k] = exp_of(all(s[k] * g.scale - lse))[0];  // at most 15
+  sums = Vec{};
+  for (k = 0; k + W <= seen; k += W) {
+    const Vec weight = load(s + k) / total;
     sums += weight * load(dp + k);
     store(s + k, weight);
     store(p + k, weight);
   }
   float delta = sum(sums);
-  for (; k < seen; ++k) {                                            // at most 15
-    s[k] = exp_of(all(s[k] * g.scale - lse))[0];
+  for (; k < seen; ++k) {
+    s[k] /= total;
     delta += s[k] * one(dp + k);
     put(p + k, s[k]);
   }

@@ -159,6 +159,18 @@ PYBIND11_MODULE(_C, module) {
     ngf::attention_gradient_cpu(batch, threads, isa.c_str());
   }, "Attention's weights and the gradient of its scores: see csrc/attention.h.");
 
+  module.def("attention_forward_amx", [](uintptr_t qkv, int64_t batch, int64_t tokens, int64_t heads, int64_t width, float scale, uintptr_t lse,
+                                         uintptr_t out, int threads) {
+    py::gil_scoped_release others_may_run;
+    ngf::attention_forward_amx({(const uint16_t*)qkv, batch, tokens, heads, width, scale, (float*)lse}, (uint16_t*)out, threads);
+  }, "Causal attention in bf16 on AMX tiles: see csrc/attention.h.");
+  module.def("attention_backward_amx", [](uintptr_t qkv, int64_t batch, int64_t tokens, int64_t heads, int64_t width, float scale, uintptr_t lse,
+                                          uintptr_t dout, uintptr_t dqkv, int threads) {
+    py::gil_scoped_release others_may_run;
+    ngf::attention_backward_amx({(const uint16_t*)qkv, batch, tokens, heads, width, scale, (float*)lse}, (const uint16_t*)dout, (uint16_t*)dqkv,
+                                threads);
+  }, "Its gradient.");
+
   module.def("gemm_works", &ngf::gemm_works, "Whether this CPU and build have AMX, which linear_cpu and weight_gradient_cpu need.");
   module.def("linear_cpu", [](uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, bool w_by_input, uintptr_t bias, int64_t rows,
                               int64_t inputs, int64_t outputs, uintptr_t y, int threads) {

@@ -1,7 +1,8 @@
-"""Causal attention on a CPU in bfloat16: PyTorch's forward, and a backward made of batched matmuls and one pass of the extension.
+"""Causal attention on a CPU in bfloat16: on AMX tiles where the CPU has them (csrc/attention_amx.cpp), a head at a time.
 
-PyTorch's own backward multiplies blocks of one head at a time; at B=4, H=12, T=256, D=64 it takes ten times as long as the five
-matmuls of a backward when they go over all heads at once. Between them stands csrc/attention.h:
+Elsewhere it is PyTorch's forward, and a backward made of batched matmuls and one pass of the extension. PyTorch's own backward
+multiplies blocks of one head at a time; at B=4, H=12, T=256, D=64 it takes ten times as long as the five matmuls of a backward when
+they go over all heads at once. Between them stands csrc/attention.h:
 
     S = Q K^T (fp32), dP = dO V^T;   P, dS = one pass;   dV = P^T dO, dQ = dS K, dK = dS^T Q
 
@@ -12,6 +13,7 @@ import math
 import torch
 
 from . import sample
+from .linear_cpu import AMX
 from .registration import define, raw
 
 ROWS = 256          # queries of a tile: half of the scores above the diagonal of a tile are wasted, so short ones waste less
@@ -37,7 +39,7 @@ def why_not(qkv, dtype, D, scale, backend, dropout_p=0.0):
         return "it has no dropout"
     if qkv.size(1) == 0:
         return "there are no tokens"
-    if not (qkv.requires_grad and torch.is_grad_enabled()):
+    if not AMX and not (qkv.requires_grad and torch.is_grad_enabled()):
         return "without a gradient PyTorch's kernel is as fast"
     return None
 
@@ -68,6 +70,10 @@ class _PackedAttention(torch.autograd.Function):
 def forward(qkv, n_head, scale):
     """(out (B, T, C) bfloat16, lse (B, H, T) fp32)."""
     B, T, C3 = qkv.shape
+    if AMX:
+        out, lse, qkv = qkv.new_empty(B, T, C3 // 3), qkv.new_empty(B, n_head, T, dtype=torch.float32), qkv.contiguous()
+        sample._C.attention_forward_amx(*_described(qkv, lse, n_head, scale), out.data_ptr(), torch.get_num_threads())
+        return out, lse
     qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()        # this kernel takes the last dimension for contiguous, unasked
     q, k, v = (x.transpose(1, 2) for x in _heads(qkv, n_head, 3))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
@@ -75,9 +81,14 @@ def forward(qkv, n_head, scale):
 
 
 def backward(do, qkv, lse, n_head, scale, isa=""):
-    """The gradient of qkv (B, T, 3C). do (B, T, C); lse as `forward` gave it. isa: see `sample_cpu`; "" is the best."""
+    """The gradient of qkv (B, T, 3C). do (B, T, C); lse as `forward` gave it. isa: "" is the best; one that `sample_cpu` knows means
+    without tiles."""
     B, T, C3 = qkv.shape
     H, D = n_head, C3 // (3 * n_head)
+    if AMX and not isa:
+        dqkv, do, qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format), do.contiguous(), qkv.contiguous()
+        sample._C.attention_backward_amx(*_described(qkv, lse, n_head, scale), do.data_ptr(), dqkv.data_ptr(), torch.get_num_threads())
+        return dqkv
     scale = 1 / math.sqrt(D) if scale is None else scale
     q, k, v, do = (_by_head(x) for x in (*_heads(qkv, H, 3), *_heads(do, H, 1)))     # (B H, T, D)
     lse = lse.view(B * H, T)
@@ -107,6 +118,13 @@ def backward(do, qkv, lse, n_head, scale, isa=""):
     for target, gradient in zip(_heads(dqkv, H, 3), (dq, dk, dv)):
         target.copy_(gradient.view(B, H, T, D).transpose(1, 2))
     return dqkv
+
+
+def _described(qkv, lse, n_head, scale):
+    """The arguments that describe packed attention to the extension; qkv is contiguous."""
+    B, T, C3 = qkv.shape
+    D = C3 // (3 * n_head)
+    return qkv.data_ptr(), B, T, n_head, D, 1 / math.sqrt(D) if scale is None else scale, lse.data_ptr()
 
 
 def _heads(packed, n_head, parts):
