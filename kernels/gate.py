@@ -62,9 +62,10 @@ ARCHITECTURES = {
     100: dict(shared_block=227 * KB, shared_sm=228 * KB, warps=64, blocks=32),
 }
 # {architecture: (another, the last stage at which Triton makes the same of a launch for both, but for the name in it)}; tests
-# compare. Triton's stages are ttir, ttgir, llir, ptx, cubin. The first knows of no architecture; 80 and 86 part in LLVM,
-# whose vectoriser Triton turns off for 80; 89 has 86's PTX.
-SHARED = {86: (80, "ttgir"), 89: (86, "ptx"), 90: (80, "ttir"), 100: (90, "ttir")}
+# compare. Triton's stages are ttir, ttgir, llir, ptx, cubin. The first knows of no architecture. 80 and 86 part within llir:
+# Triton's passes lower the module alike (LOWERED), then LLVM optimises it, without its vectoriser for 80. 89 has 86's PTX.
+LOWERED = "ttgir, and llir's passes"
+SHARED = {86: (80, LOWERED), 89: (86, "ptx"), 90: (80, "ttir"), 100: (90, "ttir")}
 EVERY_FORM = 90                 # the architecture that variants are compiled for, too: the one whose floors are printed
 REGISTERS_SM = 65536            # on all of them, in four partitions
 REGISTER_UNIT = 256             # a warp's registers are handed out in units of 256
@@ -145,7 +146,8 @@ def all_cases(arch):
 class Compiled:
     """What Triton makes of a case for one architecture."""
     arch: int
-    texts: dict         # {"ttir": ..., "ttgir": ..., "ptx": ...}
+    texts: dict         # {"ttir": ..., "ptx": ...}
+    module: object      # Triton's, as llir's passes have left it; None where it was not made
     metadata: dict
     log: str            # what ptxas says
     seconds: dict       # {stage: seconds of a core}
@@ -175,7 +177,7 @@ def _compile(case, arch, other=None):
     ir.load_dialects(context)
     backend.load_dialects(context)
 
-    texts, metadata, seconds, log = {}, dict(vars(options)), {}, io.StringIO()
+    texts, lowered, metadata, seconds, log = {}, None, dict(vars(options)), {}, io.StringIO()
     start = _cpu_seconds()
     if other is None:
         module = source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
@@ -183,30 +185,44 @@ def _compile(case, arch, other=None):
         first, last = SHARED[arch]
         if other.arch != first:
             raise ValueError(f"sm_{arch} shares stages with sm_{first}, not with sm_{other.arch}")
-        taken = list(stages)[:list(stages).index(last) + 1]
-        texts = {name: _renamed(other.texts[name], first, arch) for name in taken if name in other.texts}
+        taken = list(stages)[:list(stages).index("ttgir" if last is LOWERED else last) + 1]
+        texts = {name: text for name, text in other.texts.items() if name in taken}
         seconds = {name: other.seconds[name] for name in taken}
-        metadata |= other.metadata if last == "ptx" else {}
-        module = texts[last] if last == "ptx" else _parsed(texts[last], context)
+        if last == "ptx":
+            module = texts["ptx"] = other.texts["ptx"].replace(f".target sm_{first}", f".target sm_{arch}")
+            metadata |= other.metadata
+        else:
+            module = other.module if last is LOWERED else _parsed(texts["ttir"], context)
         stages = {name: stage for name, stage in stages.items() if name not in taken}
     with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = True       # to stdout
         for name, stage in stages.items():
-            module = stage(module, metadata)
-            if name in ("ttir", "ttgir", "ptx"):
+            if name == "llir":
+                lowered = module                        # by this stage, in place
+            with _without_passes() if name == "llir" and other and last is LOWERED else contextlib.nullcontext():
+                module = stage(module, metadata)
+            if name in ("ttir", "ptx"):
                 texts[name] = str(module)               # now: the next stage changes the module in place
             end = _cpu_seconds()
             seconds[name], start = end - start, end
-    return Compiled(arch, texts, metadata, log.getvalue(), seconds)
+    if other and last is LOWERED:
+        seconds["llir"] = other.seconds["llir"]         # its own lacks the passes
+    return Compiled(arch, texts, lowered, metadata, log.getvalue(), seconds)
 
 
-def _renamed(text, arch, other):
-    """The text of a stage for another architecture: TTIR names none, TTGIR and PTX name it once."""
-    return re.sub(rf'(ttg\.target = "cuda:|\.target sm_){arch}\b', rf"\g<1>{other}", text)
+@contextlib.contextmanager
+def _without_passes():
+    """Triton's passes do nothing: the module has gone through them. What follows them in a stage is done."""
+    run = ir.pass_manager.run
+    ir.pass_manager.run = lambda *_: None
+    try:
+        yield
+    finally:
+        ir.pass_manager.run = run
 
 
 def _parsed(text, context):
-    """The module that a TTIR or TTGIR text describes."""
+    """The module that a TTIR text describes."""
     with tempfile.NamedTemporaryFile("w", suffix=".mlir") as file:
         file.write(text)
         file.flush()
