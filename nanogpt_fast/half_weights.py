@@ -36,10 +36,12 @@ class HalfWeights:
         linears, self.left = ([], [leave]) if leave else _untouched_linears(model)
         linears = [linear for linear in linears if linear.weight.dtype == torch.float32 != dtype]
         self.linears = linears
-        # The head's gradient is its loss's to make (ops/cross_entropy_cpu.py).
         own = (own_gradients and linear_cpu.AMX and dtype == torch.bfloat16
                and backend.choice("mlp", model.backend) != "reference")
+        # The head's gradient is its loss's to make (ops/cross_entropy_cpu.py).
         self.own = [own and linear is not model.lm_head and linear.weight.device.type == "cpu" for linear in linears]
+        self.model = model
+        self.head = next((linear.weight for linear in linears if own and linear is model.lm_head), None)
         self.weights = [linear.weight for linear in linears]
         self.copies = [weight.detach().to(dtype) for weight in self.weights]
 
@@ -51,9 +53,12 @@ class HalfWeights:
                 linear.forward = functools.partial(linear_cpu.linear, weight=weight, copy=copy, bias=linear.bias)
             else:
                 linear._parameters["weight"] = _Cast.apply(weight, copy)
+        if self.head is not None:
+            self.model.__dict__["head_copied_from"] = self.head  # past nn.Module, which would make it a parameter
         try:
             yield
         finally:
+            self.model.__dict__.pop("head_copied_from", None)
             for linear, weight, own in zip(self.linears, self.weights, self.own, strict=True):
                 linear._parameters["weight"] = weight
                 if own:

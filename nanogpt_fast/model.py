@@ -159,6 +159,8 @@ def _p(dropout):
 class GPT(nn.Module):
     """nanoGPT's GPT. backend: "auto" (default), "fused", "reference", or e.g. "auto,attention=reference"; see backend.py."""
 
+    head_copied_from = None  # the fp32 weight, while lm_head holds a half-precision copy of it (half_weights.py)
+
     def __init__(self, config, backend=None):
         super().__init__()
         check_config(config)
@@ -218,7 +220,8 @@ class GPT(nn.Module):
             loss = nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
             return logits if return_logits else None, loss
         loss, logits = cross_entropy.linear_cross_entropy(x, self.lm_head.weight, targets, ignore_index=-1,
-                                                          return_logits=return_logits, backend=self.backend)
+                                                          return_logits=return_logits, backend=self.backend,
+                                                          copied_from=self.head_copied_from)
         return logits, loss
 
     def embed(self, idx, start=0):

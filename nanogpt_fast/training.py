@@ -310,7 +310,7 @@ def _train(o, ranks, device, ops, malloc):
     # the loop
     stopping = False
     train_batches.prefetch()
-    sparse = cpu.sparse_embedding_gradient(model, wanted=on_cpu and ranks.size == 1 and not compiled)
+    sparse = cpu.embedding_gradient_by_row(model, wanted=on_cpu and ranks.size == 1 and not compiled)
     with contextlib.closing(progress), contextlib.closing(train_batches), stop, sparse:
         while True:
             lr = learning_rate(iter_num, o)

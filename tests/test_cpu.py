@@ -100,17 +100,17 @@ def model_of(backend="auto"):
     return GPT(GPTConfig(block_size=16, vocab_size=61, n_layer=1, n_head=2, n_embd=32), backend=backend)
 
 
-def test_a_sparse_embedding_gradient_is_added_to_the_heads_and_is_the_dense_one():
+def test_the_embeddings_rows_are_added_to_the_heads_gradient_and_make_the_dense_one():
     model, gradients = model_of(), []
     x, y = torch.randint(7, (3, 16)), torch.randint(61, (3, 16))     # 7 words: each is met several times
     for wanted in (True, False):
-        with cpu.sparse_embedding_gradient(model, wanted):
-            assert model.transformer.wte.sparse == wanted
+        with cpu.embedding_gradient_by_row(model, wanted) as by_row:
+            assert by_row == wanted
             for _ in range(2):                                       # accumulation
                 model(x, y, return_logits=False)[1].backward()
         gradients.append(model.transformer.wte.weight.grad)
         model.zero_grad()
-    assert not model.transformer.wte.sparse and gradients[0].layout == torch.strided
+    assert "forward" not in vars(model.transformer.wte) and not model.transformer.wte.weight._post_accumulate_grad_hooks
     torch.testing.assert_close(*gradients)
 
 
@@ -119,10 +119,10 @@ def test_the_embedding_stays_dense_where_nothing_dense_is_sure_to_come():
     untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
     hooked.lm_head.register_forward_hook(lambda module, args, out: out.detach())
     for model in (untied, reference, hooked):
-        with cpu.sparse_embedding_gradient(model):
-            assert not model.transformer.wte.sparse
+        with cpu.embedding_gradient_by_row(model) as by_row:
+            assert not by_row
     frozen.requires_grad_(False)
-    with cpu.sparse_embedding_gradient(frozen):
+    with cpu.embedding_gradient_by_row(frozen):
         frozen(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))
 
 

@@ -77,7 +77,7 @@ class Trainer:
             self.more = dict(return_logits=False)
             self.weights = HalfWeights(self.model, dtype, own_gradients=not variant.compiled)
             # Until the process ends: this model is nobody else's.
-            self.sparse = cpu.sparse_embedding_gradient(self.model, wanted=device.type == "cpu" and not variant.compiled)
+            self.sparse = cpu.embedding_gradient_by_row(self.model, wanted=device.type == "cpu" and not variant.compiled)
             self.sparse.__enter__()  # it would be undone if nobody kept it
             self.not_captured = captured.why_not(self.model, self.optimizer, device)
         if self.not_captured is None:

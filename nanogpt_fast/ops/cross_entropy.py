@@ -17,7 +17,8 @@ from .registration import define, raw
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean", return_logits=True, backend=None):
+def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean", return_logits=True, backend=None,
+                         copied_from=None):
     """Cross-entropy of logits = x weight^T against targets: (loss, logits), or (loss, None) with return_logits=False.
 
     x (..., C) and weight (V, C), floating point; targets int64 with one element a row of x. loss: a scalar, fp32 under
@@ -25,7 +26,8 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
     each starts aligned. Rows whose target is `ignore_index` count for nothing; reduction "mean" divides by the number of the
     others (none: nan), "sum" does not. A target outside of the vocabulary raises IndexError on a CPU and makes the loss nan on
     a GPU: asking would stop the host. Changing the returned logits in place before the backward raises there.
-    backend: a choice for each op as `backend.parse` gives it, or None.
+    backend: a choice for each op as `backend.parse` gives it, or None. copied_from: where weight is the copy in half precision of
+    another (half_weights.py), that one: what makes dW in fp32 may then send it there, instead of a rounded one to the copy.
 
     Raises ValueError (shapes, devices, reduction), TypeError (dtypes), RuntimeError (backend "fused" where the kernel can't
     run; a second derivative, which only the reference has).
@@ -47,6 +49,8 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
     need_dx, need_dw = grad and x.requires_grad, grad and weight.requires_grad
     ops = {"triton": (_Loss, _LossAndLogits), "cpp": (_CPULoss, _CPULossAndLogits)}
     op = ops[name][return_logits]
+    if copied_from is not None and name == "cpp" and not return_logits and weight.dtype == _dtype(x):
+        return op.apply(x, copied_from, targets, _dtype(x), ignore_index, reduction, need_dx, need_dw, weight.detach())
     return op.apply(x, weight, targets, _dtype(x), ignore_index, reduction, need_dx, need_dw)
 
 
@@ -161,10 +165,13 @@ class _CPULoss(torch.autograd.Function):
     """The loss alone. The forward also makes its gradients; a backward that is sent 1 hands them out as they are."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, dtype, ignore_index, reduction, need_dx, need_dw):
+    def forward(ctx, x, weight, targets, dtype, ignore_index, reduction, need_dx, need_dw, copy=None):
         rows, targets = x.reshape(-1, x.size(-1)).to(dtype), targets.reshape(-1).contiguous()
-        run = raw.linear_cross_entropy_cpu if torch.compiler.is_compiling() else _cpu.forward_backward
-        loss, dx, dw = run(rows, weight.to(dtype), targets, ignore_index, reduction == "mean", need_dx, need_dw)
+        arguments = rows, weight.to(dtype) if copy is None else copy, targets, ignore_index, reduction == "mean", need_dx, need_dw
+        if torch.compiler.is_compiling():
+            loss, dx, dw = raw.linear_cross_entropy_cpu(*arguments)
+        else:
+            loss, dx, dw = _cpu.forward_backward(*arguments, dw_dtype=weight.dtype)
         ctx.save_for_backward(dx, dw)
         ctx.x_shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype)
         return loss.to(_loss_dtype(x)), None
@@ -182,7 +189,7 @@ class _CPULoss(torch.autograd.Function):
         # Copied where it is the saved one: a leaf keeps it as its .grad, and a second backward would find it changed.
         dx = gradients[0].view(ctx.x_shape).to(ctx.dtypes[0], copy=saved) if need_dx else None
         dw = gradients[1].to(ctx.dtypes[1]) if need_dw else None
-        return dx, dw, None, None, None, None, None, None
+        return dx, dw, None, None, None, None, None, None, None
 
 
 class _CPULossAndLogits(torch.autograd.Function):

@@ -41,17 +41,18 @@ def why_not(x, weight, targets, return_logits=True):
     return None
 
 
-def forward_backward(x, weight, targets, ignore_index, mean, need_dx, need_dw, isa=""):
+def forward_backward(x, weight, targets, ignore_index, mean, need_dx, need_dw, isa="", dw_dtype=None):
     """(loss, dx, dW): loss () fp32, the mean over rows that count or their sum, and its gradients; logits exist a chunk at a time.
 
-    x (N, C), weight (V, C), both float32 or bfloat16; targets (N,) int64, contiguous. dx (N, C) and dW (V, C) in x's dtype, or
-    empty (0,) where not needed. isa: see `sample_cpu`; "" is the best. Raises IndexError for a target outside of the vocabulary.
+    x (N, C), weight (V, C), both float32 or bfloat16; targets (N,) int64, contiguous. dx (N, C) and dW (V, C) in x's dtype, dW
+    in dw_dtype where given, or empty (0,) where not needed. isa: see `sample_cpu`; "" is the best. Raises IndexError for a target
+    outside of the vocabulary.
     """
     (N, C), V = x.shape, weight.size(0)
     count = sample._C.count_targets(targets.data_ptr(), N, V, ignore_index)
     scale = 1 / max(count, 1) if mean else 1.0
     losses, dx = x.new_empty(N, dtype=torch.float32), x.new_empty((N, C) if need_dx else 0)
-    dw = _WeightGradient(V, x, scale) if need_dw else None
+    dw = _WeightGradient(V, x, scale, dw_dtype) if need_dw else None
     buffer = x.new_empty(min(N, CHUNK), V)
     for n in range(0, N, CHUNK):
         part = slice(n, min(n + CHUNK, N))
@@ -109,19 +110,19 @@ def _reduced(losses, count, mean):
 
 
 class _WeightGradient:
-    """dW (V, C) = scale * sum over chunks of dlogits^T x[chunk], rounded once, at the end."""
+    """dW (V, C) = scale * sum over chunks of dlogits^T x[chunk], rounded once, at the end, to dtype or x's."""
 
-    def __init__(self, V, x, scale):
-        self.x, self.shape = x if scale == 1 else x * scale, (V, x.size(1))
-        self.total = None
+    def __init__(self, V, x, scale, dtype=None):
+        self.x, self.shape, self.dtype = x if scale == 1 else x * scale, (V, x.size(1)), dtype or x.dtype
+        self.several, self.total = len(x) > CHUNK, None
 
     def add(self, dlogits, part):
         if self.total is None:
-            self.total = weight_gradient(dlogits, self.x[part])  # summed in fp32, rounded once: with one chunk nothing is to add
+            self.total = weight_gradient(dlogits, self.x[part], torch.float32 if self.several else self.dtype)
         elif self.x.dtype == torch.float32:
             self.total.addmm_(dlogits.t(), self.x[part])
         else:
-            self.total = self.total.float().add_(weight_gradient(dlogits, self.x[part]))
+            self.total += weight_gradient(dlogits, self.x[part], torch.float32)
 
     def sum(self):
-        return self.x.new_zeros(self.shape) if self.total is None else self.total.to(self.x.dtype)
+        return self.x.new_zeros(self.shape, dtype=self.dtype) if self.total is None else self.total.to(self.dtype)
