@@ -50,15 +50,15 @@ NGF_AVX512 void write_bf16(const float* sums, const float* bias, int64_t m, int6
   }
 }
 
-// sums (32, 32) to dW at (m, n), past the caches; `add`: to what is there.
-NGF_AVX512 void write_fp32(const float* sums, int64_t m, int64_t rows, int64_t n, int64_t columns, bool add, float* y) {
+// sums (32, 32) to dW at (m, n). `add`: to what is there; `stream`: as above.
+NGF_AVX512 void write_fp32(const float* sums, int64_t m, int64_t rows, int64_t n, int64_t columns, bool add, bool stream, float* y) {
   for (int64_t i = 0; i < std::min(PANEL, rows - m); ++i)
     for (int64_t c = 0; c < PANEL; c += SIDE) {
       const __mmask16 mask = first_of_16(columns - n - c);
       float* const to = y + (m + i) * columns + n + c;
       __m512 v = _mm512_load_ps(sums + i * PANEL + c);
       if (add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, to));
-      if (!add && mask == 0xffff && (uintptr_t)to % 64 == 0) _mm512_stream_ps(to, v);
+      if (stream && mask == 0xffff && (uintptr_t)to % 64 == 0) _mm512_stream_ps(to, v);
       else _mm512_mask_storeu_ps(to, mask, v);
     }
 }
@@ -125,6 +125,27 @@ void linear_block(const Linear& g, int64_t top, int64_t bottom, int64_t first, i
     }
 }
 
+// dW's rows of `tall` panels from `first`, its columns of panel p, from dy's packed panels and x's; `add`: to what is there.
+void weight_gradient_panel(const WeightGradient& g, const uint16_t* left, const uint16_t* right, int64_t steps, int64_t first, int64_t tall,
+                           int64_t p, bool add, float* sums) {
+  const bool stream = g.outputs * g.inputs >= 1 << 19;               // 2 MB: the optimizer comes when more than a cache full has passed
+  const Pieces near(steps, NEAR);
+  for (int64_t c = 0; c < near.count(); ++c) {
+    const int64_t s = near.begin(c);
+    for (int64_t m = 0; m < tall; ++m)
+      multiply(packed_left(left + (m * steps + s) * 2 * TILE), right + s * 2 * TILE, near.end(c) - s, c == 0, sums + m * SUMS);
+  }
+  for (int64_t m = 0; m < tall; ++m) {
+    if (g.dw_bf16) write_bf16(sums + m * SUMS, nullptr, (first + m) * PANEL, g.outputs, p * PANEL, g.inputs, stream, (uint16_t*)g.dw);
+    else write_fp32(sums + m * SUMS, (first + m) * PANEL, g.outputs, p * PANEL, g.inputs, add, stream && !add, (float*)g.dw);
+  }
+}
+
+// Panels in pieces of at most WIDE, of equal size and as many times as there are threads.
+Pieces shared_out(int64_t panels, int threads) {
+  return Pieces(panels, std::max<int64_t>(1, up(panels, up(up(panels, WIDE), threads) * threads)));
+}
+
 // A second thread pays from some 20 us of work on.
 int worthwhile(int64_t products, int threads) { return (int)std::max<int64_t>(1, std::min<int64_t>(threads, products >> 23)); }
 
@@ -142,9 +163,8 @@ void linear_cpu(const Linear& g, int threads) {
   check_amx();
   if (g.rows == 0 || g.outputs == 0) return;
   threads = worthwhile(g.rows * g.outputs * g.inputs, threads);
-  // Blocks of equal size, as many times as there are threads; rows are cut only where the outputs do not give enough.
-  const int64_t panels = up(g.outputs, PANEL), wanted = up(up(panels, WIDE), threads) * threads;
-  const Pieces across(panels, std::max<int64_t>(1, up(panels, wanted)));
+  // Rows are cut only where the outputs do not give every thread a piece.
+  const Pieces across = shared_out(up(g.outputs, PANEL), threads);
   const Pieces down(up(g.rows, PANEL), up(up(g.rows, PANEL), up(threads, across.count())));
   std::atomic<int64_t> next{0};
   on_team(threads, [&] {
@@ -158,14 +178,14 @@ void linear_cpu(const Linear& g, int threads) {
   });
 }
 
-// x is brought into pairs of rows once, by all threads. dy is transposed GROUP panels at a time by the thread that works on them; four also
-// since a row of dy is a page or more: one panel alone would look up 1,024 pages to read a line from each.
+// x is brought into pairs of rows once, by all threads; dy is transposed, some panels at a time, by the thread that works on these outputs.
 void weight_gradient_cpu(const WeightGradient& g, int threads) {
-  constexpr int64_t GROUP = 12, BLOCK = 1024;                        // panels; rows that are summed in one go
+  constexpr int64_t BLOCK = 1024;                                    // rows that are summed in one go
   check_amx();
   if (g.dw_bf16 && g.rows > BLOCK) throw std::invalid_argument("sums of more than 1024 rows are fp32: pieces of them would be rounded");
   threads = worthwhile(g.rows * g.outputs * g.inputs, threads);
-  const int64_t tops = up(up(g.outputs, PANEL), GROUP), panels = up(g.inputs, PANEL);
+  const int64_t panels = up(g.inputs, PANEL);
+  const Pieces down = shared_out(up(g.outputs, PANEL), threads);
   static thread_local TileMemory shared;
   for (int64_t block = 0; block < g.rows || block == 0; block += BLOCK) {
     const int64_t rows = std::min(BLOCK, g.rows - block), steps = up(rows, DEPTH), panel = steps * 2 * TILE;
@@ -179,25 +199,15 @@ void weight_gradient_cpu(const WeightGradient& g, int threads) {
     next = 0;
     on_team(threads, [&] {
       static thread_local TileMemory own;
-      uint16_t* const left = own.get<uint16_t>(GROUP * panel + 2 * GROUP * SUMS);
-      float* const sums = (float*)(left + GROUP * panel);
-      const Pieces near(steps, NEAR);
+      uint16_t* const left = own.get<uint16_t>(down.length * panel + 2 * down.length * SUMS);
+      float* const sums = (float*)(left + down.length * panel);
       with_tiles([&] {
-        for (int64_t top; (top = next.fetch_add(1, std::memory_order_relaxed)) < tops;) {
-          const int64_t first = top * GROUP * PANEL, group = std::min(GROUP, up(g.outputs - first, PANEL));
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < down.count();) {
+          const int64_t first = down.begin(i), tall = down.end(i) - first;
           for (int64_t s = 0; s < steps; ++s)
-            for (int64_t m = 0; m < 2 * group; ++m)
-              pack_left_transposed(dy, s * DEPTH, first + m * SIDE, left + m / 2 * panel + (2 * s + m % 2) * TILE);
-          for (int64_t p = 0; p < panels; ++p) {
-            for (int64_t c = 0; c < near.count(); ++c)
-              for (int64_t m = 0; m < group; ++m)
-multiply(packed_left(left + m * panel + near.begin(c) * 2 * TILE), right + p * panel + near.begin(c) * 2 * TILE,
-                         near.end(c) - near.begin(c), c == 0, sums + m * SUMS);
-            for (int64_t m = 0; m < group; ++m) {
-              if (g.dw_bf16) write_bf16(sums + m * SUMS, nullptr, first + m * PANEL, g.outputs, p * PANEL, g.inputs, true, (uint16_t*)g.dw);
-              else write_fp32(sums + m * SUMS, first + m * PANEL, g.outputs, p * PANEL, g.inputs, block > 0, (float*)g.dw);
-            }
-          }
+            for (int64_t m = 0; m < 2 * tall; ++m)
+              pack_left_transposed(dy, s * DEPTH, first * PANEL + m * SIDE, left + m / 2 * panel + (2 * s + m % 2) * TILE);
+          for (int64_t p = 0; p < panels; ++p) weight_gradient_panel(g, left, right + p * panel, steps, first, tall, p, block > 0, sums);
         }
       });
     });

@@ -154,13 +154,13 @@ NGF_TILES inline void multiply(LeftPanel left, const uint16_t* right, int64_t st
     _tile_loadd(3, sums + SIDE * PANEL + SIDE, 4 * PANEL);
   }
   for (int64_t s = 0; s < steps; ++s, left.data += left.step, right += 2 * TILE) {
-    _tile_loadd(4, left.data, left.stride);
     _tile_loadd(6, right, 64);
+    _tile_loadd(4, left.data, left.stride);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, right + TILE, 64);
-    _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, left.data + left.second, left.stride);
     _tile_dpbf16ps(2, 5, 6);
+    _tile_loadd(7, right + TILE, 64);
+    _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, sums, 4 * PANEL);
