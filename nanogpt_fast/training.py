@@ -246,9 +246,12 @@ def _train(o, ranks, device, ops, malloc):
             save_last()
         return True
 
+    by_row = on_cpu and ranks.size == 1 and not compiled
+
     def forward_backward(x, y, meanwhile=None):
         """Add the gradients of one micro-batch; returns its share of the step's loss. `meanwhile` runs between the passes."""
-        with weights.in_use():
+        # By row here alone: `generate`, and whoever looks at the model between steps, finds the embedding untouched.
+        with cpu.embedding_gradient_by_row(model, wanted=by_row), weights.in_use():
             with context:
                 _, loss = network(x, y, return_logits=False)
                 loss = loss / accumulation
@@ -310,8 +313,7 @@ def _train(o, ranks, device, ops, malloc):
     # the loop
     stopping = False
     train_batches.prefetch()
-    sparse = cpu.embedding_gradient_by_row(model, wanted=on_cpu and ranks.size == 1 and not compiled)
-    with contextlib.closing(progress), contextlib.closing(train_batches), stop, sparse:
+    with contextlib.closing(progress), contextlib.closing(train_batches), stop:
         while True:
             lr = learning_rate(iter_num, o)
             for group in optimizer.param_groups:

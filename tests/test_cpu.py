@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from nanogpt_fast import GPT, GPTConfig, checkpoint, cpu, devices, training
+from nanogpt_fast import GPT, GPTConfig, checkpoint, cpu, devices, generation, training
 
 CPU = torch.device("cpu")
 
@@ -134,3 +134,13 @@ def test_a_run_on_the_cpus_own_ops_lies_on_the_reference_path(tmp_path):
         training.train(o)
         curves.append(list(tiny.losses(o).values()))
     assert curves[0] == pytest.approx(curves[1], abs=2e-4)           # fp32 sums in another order, 20 AdamW steps
+
+
+def test_between_its_steps_a_run_generates_with_the_cache(tmp_path, monkeypatch):
+    tiny.data(tmp_path)
+    reasons, by_row = [], []
+    monkeypatch.setattr(training, "sample_text", lambda model, *rest: reasons.append(generation.cache_why_not(model.eval())) or model.train() and None)
+    inside = cpu.embedding_gradient_by_row
+    monkeypatch.setattr(cpu, "embedding_gradient_by_row", lambda model, wanted: by_row.append(wanted) or inside(model, wanted))
+    training.train(tiny.options(tmp_path, max_iters=2, eval_interval=1))
+    assert reasons == [None] * 3 and by_row == [True] * 2
