@@ -26,11 +26,11 @@ constexpr int64_t TALL = 1024;             // rows of x that go by before the ne
 
 int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Pieces of nearly the same length, none longer than `most`, that make up `all`.
+// Pieces of nearly the same length, none longer than `most`, that make up `all`; one empty piece of nothing, whose sums are 0.
 struct Pieces {
   int64_t all, length;
   Pieces(int64_t all, int64_t most) : all(all), length(std::max<int64_t>(1, up(all, std::max<int64_t>(1, up(all, most))))) {}
-  int64_t count() const { return up(all, length); }
+  int64_t count() const { return std::max<int64_t>(1, up(all, length)); }
   int64_t begin(int64_t i) const { return i * length; }
   int64_t end(int64_t i) const { return std::min(all, (i + 1) * length); }
 };
@@ -183,6 +183,7 @@ void weight_gradient_cpu(const WeightGradient& g, int threads) {
   constexpr int64_t BLOCK = 1024;                                    // rows that are summed in one go
   check_amx();
   if (g.dw_bf16 && g.rows > BLOCK) throw std::invalid_argument("sums of more than 1024 rows are fp32: pieces of them would be rounded");
+  if (g.outputs == 0 || g.inputs == 0) return;
   threads = worthwhile(g.rows * g.outputs * g.inputs, threads);
   const int64_t panels = up(g.inputs, PANEL);
   const Pieces down = shared_out(up(g.outputs, PANEL), threads);
@@ -209,6 +210,7 @@ void weight_gradient_cpu(const WeightGradient& g, int threads) {
               pack_left_transposed(dy, s * DEPTH, first * PANEL + m * SIDE, left + m / 2 * panel + (2 * s + m % 2) * TILE);
           for (int64_t p = 0; p < panels; ++p) weight_gradient_panel(g, left, right + p * panel, steps, first, tall, p, block > 0, sums);
         }
+        _mm_sfence();                                                // what went past the caches is there before anybody is told so
       });
     });
   }

@@ -139,7 +139,11 @@ def test_a_run_on_the_cpus_own_ops_lies_on_the_reference_path(tmp_path):
 def test_between_its_steps_a_run_generates_with_the_cache(tmp_path, monkeypatch):
     tiny.data(tmp_path)
     reasons, by_row = [], []
-    monkeypatch.setattr(training, "sample_text", lambda model, *rest: reasons.append(generation.cache_why_not(model.eval())) or model.train() and None)
+    def sample_text(model, *rest):
+        reasons.append(generation.cache_why_not(model.eval()))
+        model.train()
+
+    monkeypatch.setattr(training, "sample_text", sample_text)
     inside = cpu.embedding_gradient_by_row
     monkeypatch.setattr(cpu, "embedding_gradient_by_row", lambda model, wanted: by_row.append(wanted) or inside(model, wanted))
     training.train(tiny.options(tmp_path, max_iters=2, eval_interval=1))

@@ -74,6 +74,25 @@ def test_sums_of_many_rows_are_fp32_and_pytorchs_matmuls_do_not_mind_the_tiles()
     weight_gradient(torch.full((4, 5), float("nan")).bfloat16(), a[:4])[0, 0].isnan() or pytest.fail("NaN was lost")
 
 
+@needs_amx
+def test_sums_of_nothing_are_zero_and_nothing_is_as_good_as_any_matrix():
+    nothing, bias = torch.empty(40, 0).bfloat16(), torch.randn(40)
+    assert (linear(nothing, nothing, False, None, 2) == 0).all()
+    assert torch.equal(linear(nothing, nothing, False, bias, 2), bias.bfloat16().expand(40, 40))
+    assert linear(torch.randn(0, 3).bfloat16(), torch.randn(4, 3).bfloat16(), False, None, 2).shape == (0, 4)
+    for rows, outputs, inputs in ((0, 40, 70), (40, 0, 70), (40, 40, 0)):
+        dy, x, dw = torch.randn(rows, outputs).bfloat16(), torch.randn(rows, inputs).bfloat16(), torch.full((outputs, inputs), float("nan"))
+        sample._C.weight_gradient_cpu(dy.data_ptr(), x.data_ptr(), outputs, inputs, rows, outputs, inputs, dw.data_ptr(), False, 2)
+        assert (dw == 0).all()
+
+
+def test_shapes_that_do_not_fit_raise_as_pytorchs_do():
+    x, w = torch.randn(linear_cpu.FEWEST_ROWS, 40).bfloat16(), torch.randn(24, 33).bfloat16()
+    for wrong in (lambda: matmul(x, w), lambda: matmul(x, w.t().contiguous(), by_input=True), lambda: weight_gradient(x, x[1:])):
+        with pytest.raises(RuntimeError, match="shapes"):
+            wrong()
+
+
 def test_matmul_takes_what_the_tiles_do_not_and_writes_where_it_is_told():
     for dtype in (torch.float32, torch.bfloat16):
         x, w, bias = torch.randn(linear_cpu.FEWEST_ROWS, 40).to(dtype), torch.randn(24, 40).to(dtype), torch.randn(24)

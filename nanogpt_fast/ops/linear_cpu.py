@@ -18,6 +18,7 @@ def matmul(x, w, *, by_input=False, bias=None, out=None):
     N = w.size(1 if by_input else 0)
     y = x.new_empty((x.size(0), N)) if out is None else out
     if (AMX and x.dtype == w.dtype == torch.bfloat16 and x.size(0) >= FEWEST_ROWS and x.stride(1) == w.stride(1) == 1
+            and x.size(1) == w.size(0 if by_input else 1)       # else PyTorch's own error
             and (bias is None or bias.dtype == torch.float32 and bias.is_contiguous())):
         sample._C.linear_cpu(x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), by_input, 0 if bias is None else bias.data_ptr(),
                              *x.shape, N, y.data_ptr(), torch.get_num_threads())
@@ -29,7 +30,7 @@ def matmul(x, w, *, by_input=False, bias=None, out=None):
 def weight_gradient(dy, x, dtype=None):
     """dy (K, M)^T x (K, N) -> (M, N), summed in fp32 and rounded once: to `dtype`, or theirs where it is None."""
     dtype = dtype or dy.dtype
-    fits = dy.size(0) > 0 and (dtype == torch.float32 or dy.size(0) <= LARGEST_SUM) and dy.stride(1) == x.stride(1) == 1
+    fits = dy.size(0) == x.size(0) and (dtype == torch.float32 or dy.size(0) <= LARGEST_SUM) and dy.stride(1) == x.stride(1) == 1
     if not (AMX and fits and dy.dtype == x.dtype == torch.bfloat16 and dtype in (torch.float32, torch.bfloat16)):
         return (dy.t() @ x).to(dtype)
     dw = dy.new_empty((dy.size(1), x.size(1)), dtype=dtype)
