@@ -7,7 +7,6 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <stdexcept>
 
@@ -246,11 +245,12 @@ void backward_head(const Head& h, const uint16_t* dout, int64_t dout_stride, uin
 template <class Work> void for_heads(const PackedAttention& a, int threads, const Work& work) {
   if (!gemm_works()) throw std::runtime_error("this CPU has no AMX");
   const int64_t all = a.batch * a.heads, C = a.heads * a.width;
-  std::atomic<int64_t> next{0};
-  on_team((int)std::min<int64_t>({threads, all, 1 + all * a.tokens * a.tokens * a.width / (1 << 21)}), [&] {
+  threads = (int)std::min<int64_t>({threads, all, 1 + all * a.tokens * a.tokens * a.width / (1 << 21)});
+  Shares shares(all, threads);
+  on_team(threads, [&](int member) {
     static thread_local TileMemory memory;
     with_tiles([&] {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < all;) {
+      for (int64_t i; shares.take(member, i);) {
         const int64_t b = i / a.heads, head = i % a.heads, packed = b * a.tokens * 3 * C + head * a.width;
         const uint16_t* const q = a.qkv + packed;
         work(Head{q, q + C, q + 2 * C, 3 * C, a.tokens, a.width, a.scale, a.lse + i * a.tokens}, b * a.tokens * C + head * a.width, packed, memory);

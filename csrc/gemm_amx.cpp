@@ -7,7 +7,6 @@
 #include "gemm.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <stdexcept>
 
@@ -22,6 +21,7 @@ namespace {
 constexpr int64_t NEAR = 8;                // steps in K whose panel stays in the L1 cache: 16 KB of 48, and as much streams past
 constexpr int64_t FAR = 24;                // steps in K whose panels stay in the L2 cache
 constexpr int64_t WIDE = 12;               // panels of the outputs that are packed at a time: 0.6 MB of FAR steps
+constexpr int64_t FEWEST = 8;              // panels of x for which packing W once more is still cheap
 constexpr int64_t TALL = 1024;             // rows of x that go by before the next FAR steps: their sums are 1.6 MB
 
 int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -163,15 +163,18 @@ void linear_cpu(const Linear& g, int threads) {
   check_amx();
   if (g.rows == 0 || g.outputs == 0) return;
   threads = worthwhile(g.rows * g.outputs * g.inputs, threads);
-  // Rows are cut only where the outputs do not give every thread a piece.
-  const Pieces across = shared_out(up(g.outputs, PANEL), threads);
-  const Pieces down(up(g.rows, PANEL), up(up(g.rows, PANEL), up(threads, across.count())));
-  std::atomic<int64_t> next{0};
-  on_team(threads, [&] {
+  // Every thread has rows of its own: those of x are in its cache, and those of y are for whom the next operator gives these rows to. But
+  // a W of many megabytes is packed and read once in all, by whoever has these outputs, unless they do not go round.
+  const int64_t panels = up(g.rows, PANEL);
+  const int64_t parts = g.inputs * g.outputs <= 1 << 22 ? threads : up(threads, up(up(g.outputs, PANEL), WIDE));
+  const Pieces down(panels, std::max(FEWEST, up(panels, parts)));
+  const Pieces across = shared_out(up(g.outputs, PANEL), (int)up(threads, down.count()));
+  Shares shares(down.count() * across.count(), threads);
+  on_team(threads, [&](int member) {
     static thread_local TileMemory memory;
     with_tiles([&] {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < across.count() * down.count();) {
-        const int64_t n = i % across.count(), m = i / across.count();
+      for (int64_t i; shares.take(member, i);) {
+        const int64_t m = i / across.count(), n = i % across.count();
         linear_block(g, down.begin(m) * PANEL, std::min(g.rows, down.end(m) * PANEL), across.begin(n), across.end(n), memory);
       }
     });
@@ -192,18 +195,17 @@ void weight_gradient_cpu(const WeightGradient& g, int threads) {
     const int64_t rows = std::min(BLOCK, g.rows - block), steps = up(rows, DEPTH), panel = steps * 2 * TILE;
     const TileSource dy{g.dy + block * g.dy_stride, g.dy_stride, rows, g.outputs}, x{g.x + block * g.x_stride, g.x_stride, rows, g.inputs};
     uint16_t* const right = shared.get<uint16_t>(panels * panel);
-    std::atomic<int64_t> next{0};
-    on_team(threads, [&] {
-      for (int64_t s; (s = next.fetch_add(1, std::memory_order_relaxed)) < steps;)
+    Shares packing(steps, threads), shares(down.count(), threads);
+    on_team(threads, [&](int member) {
+      for (int64_t s; packing.take(member, s);)
         for (int64_t n = 0; n < 2 * panels; ++n) pack_right(x, s * DEPTH, n * SIDE, right + n / 2 * panel + (2 * s + n % 2) * TILE);
     });
-    next = 0;
-    on_team(threads, [&] {
+    on_team(threads, [&](int member) {
       static thread_local TileMemory own;
       uint16_t* const left = own.get<uint16_t>(down.length * panel + 2 * down.length * SUMS);
       float* const sums = (float*)(left + down.length * panel);
       with_tiles([&] {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < down.count();) {
+        for (int64_t i; shares.take(member, i);) {
           const int64_t first = down.begin(i), tall = down.end(i) - first;
           for (int64_t s = 0; s < steps; ++s)
             for (int64_t m = 0; m < 2 * tall; ++m)

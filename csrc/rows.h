@@ -1,7 +1,6 @@
 // Rows in parallel, and the function for them that this CPU can run: what the files whose rows are independent share.
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -23,10 +22,10 @@ template <class F> F of_isa(const std::string& isa, F avx512, F avx2, F baseline
 template <class Row> void for_rows(int64_t rows, int64_t length, int threads, const Row& row) {
   const int64_t members = std::max<int64_t>(1, std::min<int64_t>({threads, rows, rows * length / (1 << 17)}));
   const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, length));  // rows that a thread takes at a time
-  std::atomic<int64_t> next{0};
-  on_team((int)members, [&] {
-    for (int64_t begin; (begin = next.fetch_add(grain, std::memory_order_relaxed)) < rows;)
-      for (int64_t r = begin; r < std::min(rows, begin + grain); ++r) row(r);
+  Shares shares((rows + grain - 1) / grain, (int)members);
+  on_team((int)members, [&](int member) {
+    for (int64_t i; shares.take(member, i);)
+      for (int64_t r = i * grain; r < std::min(rows, (i + 1) * grain); ++r) row(r);
   });
 }
 

@@ -5,6 +5,10 @@
 // alike; it is looked up and not linked, for the extension has no OpenMP of its own to bring. Without it, and in a forked child,
 // whose parent's threads did not come along, threads are made for the call; each takes some 15 us to start.
 #pragma once
+#include <stdint.h>
+
+#include <algorithm>
+#include <atomic>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -17,37 +21,67 @@
 namespace ngf {
 
 using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+using ThreadNumber = int (*)();
+
+struct TorchTeam {
+  Parallel parallel = nullptr;
+  ThreadNumber number = nullptr;
+};
 
 #ifdef __linux__
 inline const pid_t loaded_by = getpid();
 #endif
 
-inline Parallel torch_team() {
+inline TorchTeam torch_team() {
 #ifdef __linux__
-  static const Parallel parallel = (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
-  return getpid() == loaded_by ? parallel : nullptr;
-#else
-  return nullptr;
+  static const TorchTeam team{(Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel"), (ThreadNumber)dlsym(RTLD_DEFAULT, "omp_get_thread_num")};
+  if (team.parallel && team.number && getpid() == loaded_by) return team;
 #endif
+  return {};
 }
 
-// work() on up to `members` threads at once, this one among them. It shares out what is to do by itself, as any number may come, and
-// may not throw.
+// work(member) on up to `members` threads at once, this one is member 0. Fewer may come: it shares out what is to do by itself. It may
+// not throw.
 template <class Work> void on_team(int members, const Work& work) {
-  if (members <= 1) return work();
-  if (const Parallel parallel = torch_team())
-    return parallel([](void* data) { (*(const Work*)data)(); }, (void*)&work, (unsigned)members, 0);
+  if (members <= 1) return work(0);
+  if (const TorchTeam torch = torch_team(); torch.parallel) {
+    const auto run = [&] { work(torch.number()); };
+    return torch.parallel([](void* data) { (*(decltype(run)*)data)(); }, (void*)&run, (unsigned)members, 0);
+  }
   std::vector<std::thread> team;
   team.reserve(members - 1);
   for (int i = 1; i < members; ++i) {
     try {
-      team.emplace_back(work);
+      team.emplace_back([&work, i] { work(i); });
     } catch (const std::system_error&) {
       break;  // no more threads to be had: those that run, and this one, do it all
     }
   }
-  work();
+  work(0);
   for (std::thread& thread : team) thread.join();
 }
+
+// Items 0 .. n - 1, cut into a piece for each member, who takes from the others' when its own is done. Pieces are the same from call to
+// call, and PyTorch cuts rows likewise: what one operator wrote, the next finds in its own core's cache.
+class Shares {
+ public:
+  Shares(int64_t items, int members) : items(items), members(std::max(1, members)), next(this->members) {
+    for (int m = 0; m < this->members; ++m) next[m] = begin(m);
+  }
+  bool take(int member, int64_t& item) {
+    for (int k = 0; k < members; ++k) {
+      const int m = (member + k) % members;
+      if (next[m].load(std::memory_order_relaxed) < begin(m + 1) &&
+          (item = next[m].fetch_add(1, std::memory_order_relaxed)) < begin(m + 1)) return true;
+    }
+    return false;
+  }
+
+ private:
+  int64_t begin(int member) const { return items * member / members; }
+  const int64_t items;
+  const int members;
+  std::vector<std::atomic<int64_t>> next;
+};
 
 }  // namespace ngf

@@ -72,16 +72,23 @@ def why_dtype(n_embd):
     return f"this CPU has {fast_bfloat16()}; --dtype=float32 for nanoGPT's"
 
 
-def clip_grad_norm(parameters, max_norm):
-    """torch.nn.utils.clip_grad_norm_, bit for bit, but gradients that are short enough are not multiplied by 1.
+def clip_grad_norm(parameters, max_norm, exact=True):
+    """torch.nn.utils.clip_grad_norm_, but gradients that are short enough are not multiplied by 1. Returns their norm.
 
-    On a GPU asking would stop the host; on a CPU it saves reading and writing every gradient.
+    On a GPU asking would stop the host; on a CPU it saves reading and writing every gradient. exact: bit for bit; else the norm
+    comes from dot products, which read at the memory's rate: 14 ms instead of 42 for GPT-2 124M, and as near to fp64.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = torch.nn.utils.get_total_norm(gradients) if exact else _norm(gradients)
     if not max_norm / (norm + 1e-6) >= 1:  # clip_grad_norm_'s factor; where it is nan that multiplies too
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def _norm(gradients, piece=1 << 18):
+    """The norm of all of them together, fp32. piece: elements that are summed in fp32; beyond, sums are fp64."""
+    parts = [part for gradient in gradients for part in gradient.reshape(-1).split(piece)]
+    return torch.stack([torch.dot(part, part) for part in parts] or [torch.zeros(())]).double().sum().sqrt().float()
 
 
 @contextlib.contextmanager

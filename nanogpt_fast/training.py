@@ -264,8 +264,10 @@ def _train(o, ranks, device, ops, malloc):
         """Clip, let the optimizer move the weights, and cast them anew."""
         if o.grad_clip != 0.0:
             scaler.unscale_(optimizer)
-            clip = cpu.clip_grad_norm if on_cpu else torch.nn.utils.clip_grad_norm_
-            clip(list(model.parameters()), o.grad_clip)
+            if on_cpu:
+                cpu.clip_grad_norm(list(model.parameters()), o.grad_clip, exact=not any(weights.own))
+            else:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
         scaler.step(optimizer)
         scaler.update()
         weights.refresh()

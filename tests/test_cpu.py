@@ -87,6 +87,17 @@ def test_clipping_is_pytorchs_bit_for_bit(scale):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_norm_by_dot_products_is_as_near_to_fp64_as_pytorchs():
+    gradients = [torch.randn(700, 900), torch.randn(3, 5).t(), 1e-3 * torch.randn(50)]
+    parameters = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = gradient.clone()
+    exact = torch.cat([gradient.double().flatten() for gradient in gradients]).norm()
+    assert abs(cpu.clip_grad_norm(parameters, 1.0, exact=False) - exact) < 1e-6 * exact
+    assert torch.cat([p.grad.flatten() for p in parameters]).norm() == pytest.approx(1.0, abs=1e-5)
+    assert cpu.clip_grad_norm([torch.nn.Parameter(torch.zeros(2))], 1.0, exact=False) == 0
+
+
 def test_gradients_within_the_norm_are_not_touched():
     p = torch.nn.Parameter(torch.zeros(4))
     p.grad = torch.full((4,), 0.25)

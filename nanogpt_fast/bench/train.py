@@ -102,9 +102,10 @@ class Trainer:
         return loss.detach()
 
     def update(self):
-        ours_on_cpu = self.weights and self.parameters[0].device.type == "cpu"
-        clip = cpu.clip_grad_norm if ours_on_cpu else torch.nn.utils.clip_grad_norm_
-        clip(self.parameters, 1.0)
+        if self.weights and self.parameters[0].device.type == "cpu":
+            cpu.clip_grad_norm(self.parameters, 1.0, exact=not any(self.weights.own))
+        else:
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         if self.weights:
             self.weights.refresh()
