@@ -32,8 +32,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_common import (LARGEST_STRIDE, LOG2_E, Tile, check_inputs, head_group, head_offset, kind, load_tile, machine,
-                               model_case, padded_head, rows_are_contiguous, scheduled_tile, store_tile, tile_for)
+from .attention_common import (FORMS, LARGEST_STRIDE, LOG2_E, OCCUPANCY, Tile, check_inputs, head_group, head_offset, kind,
+                               load_tile, machine, model_case, padded_head, rows_are_contiguous, scheduled_tile, store_tile,
+                               tile_for)
 from .dropout import keep_scale, keep_scores
 
 
@@ -243,11 +244,11 @@ def backward_dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, terms_ptr,
 # {kind: {architecture: {HEAD: Tile}}} as in attention_forward, chosen the same way; none is timed yet. What decided:
 #   head     no row: the form is not taken. 128: dk and dv alone are 64 registers a thread in 8 warps; it spills 480 bytes and
 #            more. 64 on sm_90: 64x128 halves what 64x64 moves of dq's sum, and holds k and v of 128 keys. 8 warps, one program
-#            a multiprocessor.
+#            a multiprocessor. 32 with dropout: 64x128 spills 24 bytes on sm_80 by Triton 3.6; 32x128 moves as much.
 #   dkdv     128 keys where they fit, for the same reason.
 #   dq       as the forward; 64 on sm_90: 128x64 spills 16 bytes, 64x64 leaves room for three programs a multiprocessor.
 _HEAD_MMA_SYNC = {32: Tile(64, 128, 8, 3), 64: Tile(32, 128, 8, 2)}
-_HEAD_MMA_SYNC_DROPOUT = {32: Tile(64, 128, 8, 3), 64: Tile(32, 64, 8, 2)}
+_HEAD_MMA_SYNC_DROPOUT = {32: Tile(32, 128, 8, 3), 64: Tile(32, 64, 8, 2)}
 _HEAD_90 = {32: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 3)}
 _DKDV_MMA_SYNC = {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 1)}
 _DKDV_MMA_SYNC_DROPOUT = {32: Tile(64, 128, 8, 2), 64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 8, 1)}
@@ -268,23 +269,31 @@ def _table(mma_sync, mma_sync_dropout, hopper, hopper_dropout, float32=_FLOAT32)
 HEAD_TILES = _table(_HEAD_MMA_SYNC, _HEAD_MMA_SYNC_DROPOUT, _HEAD_90, _HEAD_90, {32: _FLOAT32[32], 64: _FLOAT32[64]})
 DKDV_TILES = _table(_DKDV_MMA_SYNC, _DKDV_MMA_SYNC_DROPOUT, _DKDV_90, _DKDV_90_DROPOUT)
 DQ_TILES = _table(_DQ_MMA_SYNC, _DQ_MMA_SYNC, _DQ_90, _DQ_90_DROPOUT)
-# (kernel, kind, HEAD): {architecture: bytes a thread}, why: the only rows that spill. Of Triton 3.6 and 3.9 the larger number.
+# {(kernel, form, HEAD): {architecture: bytes a thread}, why}: the rows that spill; of Triton 3.6 and 3.9 the larger number.
 _PHILOX = "Philox's words beside five tiles. 64x64 computes each exponential twice, and the split form draws the mask twice"
-_WHOLE_ROWS = "without tensor cores a thread keeps whole rows of both factors in registers"
-_OCCUPANCY = "ptxas stops at a power of two of registers, where one more program fits a multiprocessor"
+_WHOLE_ROWS = "without tensor cores a thread keeps whole rows of both factors in registers, and no tile is smaller than 16x16"
 SPILLS = {
     ("head", "dropout", 64): ({86: 16, 89: 16, 90: 64, 100: 72}, _PHILOX),
-    ("head", "float32", 32): ({80: 8, 100: 16}, _OCCUPANCY),
-    ("head", "float32", 64): (dict.fromkeys((80, 86, 89, 90, 100), 32), _OCCUPANCY),
-    ("dq", "half", 32): ({100: 8}, _OCCUPANCY),
-    ("dq", "float32", 32): ({90: 8}, _OCCUPANCY),
-    ("dq", "float32", 256): (dict.fromkeys((80, 86, 89, 90, 100), 240), f"{_WHOLE_ROWS}, and no tile is smaller than 16x16"),
+    ("head", "float32", 32): ({80: 8, 86: 8, 89: 8, 100: 16}, OCCUPANCY),
+    ("head", "float32", 64): (dict.fromkeys((80, 86, 89, 90, 100), 32), OCCUPANCY),
+    ("head", "float32 dropout", 32): ({80: 24, 86: 8, 89: 8}, OCCUPANCY),
+    ("head", "float32 dropout", 64): ({80: 32, 86: 8, 89: 8}, OCCUPANCY),
+    ("dkdv", "float32 dropout", 32): ({100: 8}, OCCUPANCY),
+    ("dkdv", "float32 dropout", 64): (dict.fromkeys((80, 86, 89, 90, 100), 8), OCCUPANCY),
+    ("dq", "bf16", 32): ({100: 8}, OCCUPANCY),
+    ("dq", "float32", 32): ({90: 8}, OCCUPANCY),
+    ("dq", "float32", 256): (dict.fromkeys((80, 86, 89, 90, 100), 240), _WHOLE_ROWS),
+    ("dq", "float32 dropout", 256): ({80: 280, 86: 256, 89: 256, 90: 288, 100: 288}, _WHOLE_ROWS),
     ("dq", "dropout", 256): ({90: 48}, "by Triton 3.6 alone, where 64x16 in 8 warps has its wgmma serialised"),
 }
 # Loads of less than 16 bytes. Half precision: the terms of a thread's columns, two neighbours (8 bytes) a load, for two loops.
 # With dropout minus_delta reaches a factor of a matmul, so its loads are copied ahead, and Triton 3.6 copies for each stage.
-NARROW = {"head": {"half": 33, "dropout": 66, "float32": 9}, "dkdv": {"half": 32, "dropout": 49, "float32": 8},
-          "dq": {"half": 9, "dropout": 10, "float32": 9}}
+NARROW = {"head": {"bf16": 33, "dropout": 66, "float32": 9, "float32 dropout": 10},
+          "dkdv": {"bf16": 32, "dropout": 49, "float32": 8, "float32 dropout": 9},
+          "dq": {"bf16": 9, "dropout": 10, "float32": 9, "float32 dropout": 10}}
+# {(kernel, column): HEADs} whose form without dropout asks no more than the one with it. The others load lse and delta in
+# narrower pieces without dropout, or spill more by one Triton or the other.
+ASKS_NO_MORE = {("dq", "half"): (32, 64, 128, 256), ("dq", "float32"): (64, 128, 256), ("dkdv", "float32"): (32, 64, 128, 256)}
 
 
 def form_for(q, k, dropout_p):
@@ -359,16 +368,16 @@ def gate_cases(arch):
                ("dq", backward_dq_kernel, DQ_TILES, 6 * tensor, 3))
     tensors = [f"{name}_ptr" for name in ("q", "k", "v", "out", "do", "dq", "dk", "dv")]
     for name, kernel, tables, moved, matmuls in kernels:
-        for column, dtype in (("half", "bf16"), ("dropout", "bf16"), ("float32", "fp32")):
+        for form, (dtype, column, with_dropout) in FORMS.items():
             for HEAD, tile in tables[column][arch].items():
-                counted = HEAD == 64 and column == "half"
-                # not so the other two: with dropout they load lse and delta in wider pieces
-                variant = name == "dq" and column == "half" and tile == tables["dropout"][arch][HEAD]
-                spills, why = SPILLS.get((name, column, HEAD), ({}, ""))
+                counted = HEAD == 64 and form == "bf16"
+                variant = (with_dropout and HEAD in ASKS_NO_MORE.get((name, column), ())
+                           and tile == tables[FORMS[with_dropout][1]][arch][HEAD])
+                spills, why = SPILLS.get((name, form, HEAD), ({}, ""))
                 pointers = dict.fromkeys(tensors, f"*{dtype}") | dict.fromkeys(("lse_ptr", "terms_ptr", "dq_sum_ptr"), "*fp32")
-                yield model_case(f"attention.backward {name} D={HEAD} {column if column != 'half' else dtype}", kernel, tile,
-                                 arch, HEAD, column == "dropout", pointers, in_model=counted and name == "head",
-                                 variant_of=f"attention.backward dq D={HEAD} dropout" if variant else "",
+                yield model_case(f"attention.backward {name} D={HEAD} {form}", kernel, tile, arch, HEAD, not with_dropout,
+                                 pointers, in_model=counted and name == "head",
+                                 variant_of=f"attention.backward {name} D={HEAD} {with_dropout}" if variant else "",
                                  bytes=moved if counted else None, flops=matmuls * matmul if counted else None,
-                                 allowed_narrow_loads=NARROW[name][column], narrow_reason="lse and delta; the seed",
+                                 allowed_narrow_loads=NARROW[name][form], narrow_reason="lse and delta; the seed",
                                  allowed_spill_bytes=spills.get(arch, 0), spill_reason=why if arch in spills else "")

@@ -156,6 +156,12 @@ def check_inputs(q, k, v, scale, dropout_p, seed):
         raise ValueError("dropout needs a seed: an int64 tensor of one element on q's device")
 
 
+# How the gate compiles a row of a tile table: {form: (dtype, column of the table, the form with dropout in the same dtype)}.
+FORMS = {"bf16": ("bf16", "half", "dropout"), "dropout": ("bf16", "dropout", None),
+         "float32": ("fp32", "float32", "float32 dropout"), "float32 dropout": ("fp32", "float32", None)}
+OCCUPANCY = "ptxas stops at the registers with which one more program fits a multiprocessor"      # why a row spills some bytes
+
+
 def model_case(name, kernel, tile, arch, HEAD, dropout, pointers, **more):
     """A `gate_case.Case` of an attention kernel with strides that are multiples of 16, as GPT-2's are; passes `more` on."""
     from .gate_case import Case

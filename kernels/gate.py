@@ -22,7 +22,8 @@ What each kernel file has to say for that is in `gate_case.py`. `tests/test_gate
 
 Four fifths of the time pass in Triton's and LLVM's passes, a sixth in ptxas. So what a stage has made is used again where the
 next architecture's would make the same (`SHARED`), and other forms of a kernel that a row already has are compiled for one
-architecture (`Case.variant_of`). Nothing is kept between runs.
+architecture (`Case.variant_of`). Line numbers, for profilers, are left out: a tenth of the time, and no instruction depends on
+them. Nothing is kept between runs.
 """
 import argparse
 import concurrent.futures
@@ -159,7 +160,7 @@ def compile_case(case, arch):
 
 
 def _compile(case, arch, other=None):
-    """Compile a case for sm_<arch> as `triton.compile` does, but without its cache: Compiled.
+    """Compile a case for sm_<arch> as `triton.compile` does, but without its cache and line numbers: Compiled.
 
     other: Compiled of the same launch for an architecture with which this one shares stages; they are taken from it.
     """
@@ -194,12 +195,13 @@ def _compile(case, arch, other=None):
         else:
             module = other.module if last is LOWERED else _parsed(texts["ttir"], context)
         stages = {name: stage for name, stage in stages.items() if name not in taken}
-    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = True       # to stdout
+        triton.knobs.compilation.disable_line_info = True
         for name, stage in stages.items():
             if name == "llir":
                 lowered = module                        # by this stage, in place
-            with _without_passes() if name == "llir" and other and last is LOWERED else contextlib.nullcontext():
+            with _without_passes(module) if name == "llir" and other and last is LOWERED else contextlib.nullcontext():
                 module = stage(module, metadata)
             if name in ("ttir", "ptx"):
                 texts[name] = str(module)               # now: the next stage changes the module in place
@@ -211,14 +213,33 @@ def _compile(case, arch, other=None):
 
 
 @contextlib.contextmanager
-def _without_passes():
-    """Triton's passes do nothing: the module has gone through them. What follows them in a stage is done."""
-    run = ir.pass_manager.run
-    ir.pass_manager.run = lambda *_: None
+def _without_passes(module):
+    """Triton's passes leave this module alone, which has gone through them; what follows them in a stage is done.
+
+    Only this module: another that a thread compiles meanwhile is lowered as ever. Raises where a version of Triton works
+    otherwise than 3.6 to 3.9 do, which run all passes of a stage in place and leave nothing but LLVM's operations.
+    """
+    remedy = f"Triton {triton.__version__} lowers otherwise than 3.6 to 3.9: let SHARED[86] end at ttgir"
+    operations = set()
+    module.walk(lambda operation: operations.add(operation.get_name()))
+    foreign = [name for name in sorted(operations) if name.split(".")[0] not in ("builtin", "llvm", "nvvm")]
+    if foreign:
+        raise RuntimeError(f"a module that was lowered has operations that are not LLVM's: {', '.join(foreign)}. {remedy}")
+    run, skipped = ir.pass_manager.run, []
+
+    def run_on_others(passes, what, *args):
+        if what is module:
+            skipped.append(args)
+        else:
+            run(passes, what, *args)
+
     try:
+        ir.pass_manager.run = run_on_others
         yield
     finally:
         ir.pass_manager.run = run
+    if not skipped:
+        raise RuntimeError(f"the passes did not come by ir.pass_manager.run. {remedy}")
 
 
 def _parsed(text, context):

@@ -52,6 +52,29 @@ def test_sharing_stages_with_another_architecture_changes_nothing(name, arch):
     assert rows[0] == rows[1]
 
 
+def test_leaving_out_passes_spares_other_modules_and_ends_with_an_exception():
+    run = gate.ir.pass_manager.run
+    lowered, alone = gate._compile(copy_case(), 80).module, gate._compile(matmul_case(num_stages=2), 80)
+    with pytest.raises(ValueError, match="in the stage"), gate._without_passes(lowered):
+        beside = gate._compile(matmul_case(num_stages=2), 80)
+        raise ValueError("in the stage")
+    assert gate.ir.pass_manager.run is run
+    assert beside.texts["ptx"] == alone.texts["ptx"]
+
+
+def test_leaving_out_passes_that_a_module_still_needs_is_refused():
+    made, context = gate._compile(copy_case(), 80), gate.ir.context()
+    gate.ir.load_dialects(context)
+    raw = dataclasses.replace(made, module=gate._parsed(made.texts["ttir"], context))
+    with pytest.raises(RuntimeError, match="operations that are not LLVM's: .*tt.load"):
+        gate._compile(copy_case(), 86, raw)
+
+
+def test_a_stage_whose_passes_come_another_way_is_refused():
+    with pytest.raises(RuntimeError, match="did not come"), gate._without_passes(gate._compile(copy_case(), 80).module):
+        pass                            # as if a later Triton ran them by itself: they would have lowered the module twice
+
+
 def test_every_kernel_is_in_a_case():
     for module in gate.kernel_modules():
         kernels = {name for name, value in vars(module).items()
@@ -141,6 +164,7 @@ def matmul_case(half="bf16", block=(128, 128, 64), **changes):
 @pytest.mark.parametrize("arch", gate.ARCHITECTURES)
 def test_what_is_compiled_is_what_triton_compiles(arch, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
     case = matmul_case(num_stages=2)
     source = triton.compiler.ASTSource(
         matmul_kernel, {name: case.signature.get(name, "constexpr") for name in matmul_kernel.arg_names}, case.constexprs,
