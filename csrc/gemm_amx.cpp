@@ -1,8 +1,8 @@
 // y = x W^T and dW = dy^T x on AMX tiles: see gemm.h for what, tiles.h for how panels are made and multiplied.
 //
 // The tiles multiply 2.6 TFLOP/s on one core if nothing else is done, and 2.1 from panels in the L2 cache, if the product goes in pieces
-// along K of which one operand's, 32 KB, stays in the L1 cache. So the loops, from the outside: threads take blocks of the output;
-// a piece of one operand, up to 0.4 MB, is packed into the L2 cache; 32 rows of the other come by once, in pieces that stay in
+// along K of which one operand's, 16 KB, stays in the L1 cache. So the loops, from the outside: threads take blocks of the output;
+// a piece of one operand, up to 0.8 MB, is packed into the L2 cache; 32 rows of the other come by once, in pieces that stay in
 // the L1 cache while all of the packed panels meet them.
 #include "gemm.h"
 

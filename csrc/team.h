@@ -21,11 +21,11 @@
 namespace ngf {
 
 using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
-using ThreadNumber = int (*)();
+using Count = int (*)();
 
 struct TorchTeam {
   Parallel parallel = nullptr;
-  ThreadNumber number = nullptr;
+  Count number = nullptr, size = nullptr;  // of the thread that asks; of PyTorch's team
 };
 
 #ifdef __linux__
@@ -34,8 +34,9 @@ inline const pid_t loaded_by = getpid();
 
 inline TorchTeam torch_team() {
 #ifdef __linux__
-  static const TorchTeam team{(Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel"), (ThreadNumber)dlsym(RTLD_DEFAULT, "omp_get_thread_num")};
-  if (team.parallel && team.number && getpid() == loaded_by) return team;
+  static const TorchTeam team{(Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel"), (Count)dlsym(RTLD_DEFAULT, "omp_get_thread_num"),
+                              (Count)dlsym(RTLD_DEFAULT, "omp_get_max_threads")};
+  if (team.parallel && team.number && team.size && getpid() == loaded_by) return team;
 #endif
   return {};
 }
@@ -45,8 +46,11 @@ inline TorchTeam torch_team() {
 template <class Work> void on_team(int members, const Work& work) {
   if (members <= 1) return work(0);
   if (const TorchTeam torch = torch_team(); torch.parallel) {
-    const auto run = [&] { work(torch.number()); };
-    return torch.parallel([](void* data) { (*(decltype(run)*)data)(); }, (void*)&run, (unsigned)members, 0);
+    // All of them are called, as PyTorch does: GNU's OpenMP ends the threads that a smaller team leaves out, and starts them anew.
+    const auto run = [&] {
+      if (const int member = torch.number(); member < members) work(member);
+    };
+    return torch.parallel([](void* data) { (*(decltype(run)*)data)(); }, (void*)&run, (unsigned)std::max(members, torch.size()), 0);
   }
   std::vector<std::thread> team;
   team.reserve(members - 1);

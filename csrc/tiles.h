@@ -30,7 +30,7 @@ struct alignas(64) TileShapes {            // what the tile registers hold, as t
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Runs `work` with all tiles shaped, and leaves the thread's tiles as they were: the caller's belong to whoever shaped them.
+// Runs `work` with all tiles shaped, and leaves the thread's tiles in the shapes that they had, and 0: they belong to whoever shaped them.
 template <class Work> NGF_TILES void with_tiles(const Work& work) {
   alignas(64) char before[64];
   const TileShapes shapes;

@@ -127,3 +127,21 @@ def test_a_forked_child_has_threads_of_its_own():
         os.waitpid(child, 0)
         pytest.fail("the child did not come back within 20 s")
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+@needs_amx
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc here")
+def test_work_for_two_threads_does_not_end_the_other_threads_of_pytorchs_team():
+    """GNU's OpenMP would end them, and make them anew for PyTorch's next operator."""
+    threads, a = torch.get_num_threads(), torch.zeros(1 << 20)
+    x, w = torch.randn(256, 256).bfloat16(), torch.randn(256, 256).bfloat16()    # 2^24 products: two threads
+    try:
+        torch.set_num_threads(5)
+        a.add_(1)
+        before = set(os.listdir("/proc/self/task"))
+        linear(x, w, False, None, 5)
+        after = set(os.listdir("/proc/self/task"))
+        a.add_(1)
+        assert before == after == set(os.listdir("/proc/self/task"))
+    finally:
+        torch.set_num_threads(threads)
