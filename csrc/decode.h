@@ -43,8 +43,8 @@ struct Model {
   int64_t n_layer;
 };
 
-#if defined(NGF_X86) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
-#define NGF_AMX  // the compiler knows AMX; whether the CPU does, amx_works() says
+#if defined(NGF_X86) && defined(__linux__) && (__has_include(<amxbf16intrin.h>) || defined(__clang__) && __has_include(<amxintrin.h>))
+#define NGF_AMX  // the compiler (GCC, or Clang, whose header has another name) knows AMX; whether the CPU does, amx_works() says
 #endif
 
 // What a step works in. fp32, all rows of a buffer contiguous.
