@@ -10,8 +10,9 @@ import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanogpt_fast import GPT, half_weights, training
+from nanogpt_fast import GPT, GPTConfig, half_weights, training
 from nanogpt_fast.half_weights import HalfWeights
+from nanogpt_fast.ops import linear_cpu
 
 model_of = functools.partial(gpts.small, seed=1, block_size=16, vocab_size=61, backend="reference")
 
@@ -251,3 +252,13 @@ def test_on_amx_weights_get_gradients_that_were_never_rounded():
     weights.refresh()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.skipif(not linear_cpu.AMX, reason="this CPU has no AMX")
+def test_nothing_is_left_on_the_model_also_where_a_step_fails():
+    model = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=2, n_embd=16))
+    with pytest.raises(KeyError), HalfWeights(model, torch.bfloat16, own_gradients=True).in_use():
+        assert vars(model)["head_copied_from"] is model.transformer.wte.weight
+        raise KeyError
+    assert "head_copied_from" not in vars(model) and model.lm_head.weight is model.transformer.wte.weight
+    assert not any("forward" in vars(module) for module in model.modules())
