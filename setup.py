@@ -198,7 +198,7 @@ class NinjaBuildExt(build_ext):
             objects.append((f"cpu_{isa}", "cpu_row.cpp", [f"-DNGF_ISA={isa}", *flags]))
             for name in ("decode_kernels", "cross_entropy_rows", "attention_rows"):
                 objects.append((f"{name}_{isa}", f"{name}.cpp", [f"-DNGF_ISA={isa}", *flags, *VECTOR_FLAGS]))
-        link = []
+        link = ["-ldl"] if sys.platform.startswith("linux") else []    # team.h looks PyTorch's OpenMP up; glibc before 2.34 has it apart
         if nvcc:
             archs = cuda_architectures(nvcc)
             about += ["-DNGF_CUDA", text_macro("NGF_CUDA_VERSION", nvcc_version(nvcc)),
@@ -211,7 +211,7 @@ class NinjaBuildExt(build_ext):
             folders = [os.path.join(home, lib) for lib in ("lib64", "lib") if glob.glob(os.path.join(home, lib, "libcudart_static.a"))]
             if not folders:
                 raise CompileError(f"libcudart_static.a is not beside {nvcc} (looked in {home}/lib64 and {home}/lib)")
-            link = [f"-L{folders[0]}", "-lcudart_static", "-ldl", "-lrt"]
+            link += [f"-L{folders[0]}", "-lcudart_static", "-ldl", "-lrt"]
         else:
             about.append(text_macro("NGF_CUDA_WHY_NOT", why_not))
         objects.append(("bindings", "bindings.cpp", [*about, *(f"-I{include}" for include in includes)]))

@@ -46,12 +46,15 @@ def main():
     parser.add_argument("--model", default="cpu", choices=tuple(common.MODELS))
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, help="sequences a step; the model's own where it is not given")
+    parser.add_argument("--block_size", type=int, help="their length, likewise")
     parser.add_argument("--data", default="embedded", help="as for `nanogpt-fast train`")
     parser.add_argument("--json", default=RESULTS / "cpu.jsonl", help="append the result to this file")
     args = parser.parse_args()
     device, folder = devices.choose_device("cpu"), prepare.find(args.data, "data")
     o = options.parse(train.BenchTrainOptions, [f"--model={args.model}", "--device=cpu"], "precision")
     config, B = common.shape_of(args.model, device, dropout=0.0)
+    config["block_size"], B = args.block_size or config["block_size"], args.batch_size or B
     if args.model != "gpt2":  # GPT-2's own padded vocabulary holds any text's ids
         config["vocab_size"] = prepare.load_tokenizer(folder).vocab_size
     curves = {}

@@ -28,7 +28,8 @@ def matmul(x, w, *, by_input=False, bias=None, out=None):
 
 
 def weight_gradient(dy, x, dtype=None):
-    """dy (K, M)^T x (K, N) -> (M, N), summed in fp32 and rounded once: to `dtype`, or theirs where it is None."""
+    """dy (K, M)^T x (K, N) -> (M, N), summed in fp32 and rounded once: to `dtype`, or theirs where it is None. (Without
+    the tiles PyTorch makes it in theirs, and a cast follows.)"""
     dtype = dtype or dy.dtype
     fits = dy.size(0) == x.size(0) and (dtype == torch.float32 or dy.size(0) <= LARGEST_SUM) and dy.stride(1) == x.stride(1) == 1
     if not (AMX and fits and dy.dtype == x.dtype == torch.bfloat16 and dtype in (torch.float32, torch.bfloat16)):
