@@ -9,7 +9,7 @@ Autocast casts every fp32 weight in every forward pass: 4 bytes read and 2 writt
     optimizer.step()             moves the fp32 weights
     weights.refresh()            the one cast
 
-The numbers are autocast's: it casts the same weight to the same bits, and its gradient back to fp32. On a CPU with AMX a block's
+The numbers are autocast's: it casts the same weight to the same bits, and its gradient back to fp32. On a CPU with AMX the
 gradients are not even rounded on the way (`own_gradients`; ops/linear_cpu.py). The embedding, whose
 weight is the vocabulary head's too, keeps reading fp32 (C10); biases and LayerNorms stay with autocast, they are small.
 """
