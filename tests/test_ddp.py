@@ -111,4 +111,4 @@ def test_two_ranks_in_bfloat16_lie_on_the_steps_of_one_process_in_float32(tmp_pa
 
 def test_gradient_accumulation_that_the_ranks_cannot_share_is_refused(tmp_path):
     with pytest.raises(ValueError, match="multiple of 2"):
-        training._train(tiny.options(tmp_path, gradient_accumulation_steps=3), Ranks(0, 0, 2), torch.device("cpu"), None)
+        training._train(tiny.options(tmp_path, gradient_accumulation_steps=3), Ranks(0, 0, 2), torch.device("cpu"), None, malloc=None)
