@@ -23,8 +23,8 @@ def matmul(x, w, *, by_input=False, bias=None, out=None):
         sample._C.linear_cpu(x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), by_input, 0 if bias is None else bias.data_ptr(),
                              *x.shape, N, y.data_ptr(), torch.get_num_threads())
         return y
-    torch.mm(x, w if by_input else w.t(), out=y)
-    return y if bias is None else y.add_(bias)
+    w = w if by_input else w.t()
+    return torch.mm(x, w, out=y) if bias is None else torch.addmm(bias.to(x.dtype), x, w, out=y)     # rounded once
 
 
 def weight_gradient(dy, x, dtype=None):
