@@ -12,6 +12,7 @@
 #include "cross_entropy.h"
 #include "decode.h"
 #include "gemm.h"
+#include "layer_norm.h"
 #include "sampler.h"
 
 namespace py = pybind11;
@@ -158,6 +159,24 @@ PYBIND11_MODULE(_C, module) {
     py::gil_scoped_release others_may_run;
     ngf::attention_gradient_cpu(batch, threads, isa.c_str());
   }, "Attention's weights and the gradient of its scores: see csrc/attention.h.");
+
+  module.def("layer_norm_forward_cpu", [](std::array<bool, 3> bf16, int64_t rows, int64_t width, uintptr_t x, uintptr_t branch, uintptr_t weight,
+                                          uintptr_t bias, float eps, uintptr_t s, uintptr_t y, uintptr_t mean, uintptr_t rstd, int threads,
+                                          const std::string& isa) {
+    const ngf::LayerNormForward batch{{bf16[0], bf16[1], bf16[2]}, rows, width, (const void*)x, (const void*)branch, (const float*)weight,
+                                      (const float*)bias, eps, (void*)s, (void*)y, (float*)mean, (float*)rstd};
+    py::gil_scoped_release others_may_run;
+    ngf::layer_norm_forward_cpu(batch, threads, isa.c_str());
+  }, "Residual add and LayerNorm: see csrc/layer_norm.h. bf16: of x, branch and y. branch and bias may be 0.");
+  module.def("layer_norm_backward_cpu", [](std::array<bool, 3> bf16, int64_t rows, int64_t width, uintptr_t dy, uintptr_t ds, uintptr_t s,
+                                           uintptr_t weight, uintptr_t mean, uintptr_t rstd, uintptr_t dx, uintptr_t dbranch, uintptr_t dweight,
+                                           uintptr_t dbias, int threads, const std::string& isa) {
+    const ngf::LayerNormBackward batch{{bf16[0], bf16[1], bf16[2]}, rows, width, (const void*)dy, (const void*)ds, (const void*)s,
+                                       (const float*)weight, (const float*)mean, (const float*)rstd, (void*)dx, (void*)dbranch,
+                                       (float*)dweight, (float*)dbias};
+    py::gil_scoped_release others_may_run;
+    ngf::layer_norm_backward_cpu(batch, threads, isa.c_str());
+  }, "Its gradient. ds and dbranch may be 0.");
 
   module.def("attention_forward_amx", [](uintptr_t qkv, int64_t batch, int64_t tokens, int64_t heads, int64_t width, float scale, uintptr_t lse,
                                          uintptr_t out, int threads) {

@@ -1,6 +1,10 @@
-// The outside of what training has on the CPU, the rows of the cross-entropy and of attention's gradient: checks, instruction set, threads.
+// The outside of what training has on the CPU, the rows of the cross-entropy, of attention's gradient and of LayerNorm: checks,
+// instruction set, threads.
+#include <memory>
+
 #include "attention.h"
 #include "cross_entropy.h"
+#include "layer_norm.h"
 #include "rows.h"
 
 #ifdef NGF_X86
@@ -31,6 +35,31 @@ void cross_entropy_cpu(const LossRows& batch, int threads, const char* isa) {
 void attention_gradient_cpu(const AttentionGradient& batch, int threads, const char* isa) {
   const AttentionRow row = NGF_OF_ISA(attention_row, isa);
   for_rows(batch.heads * batch.rows, batch.keys, threads, [&](int64_t r) { row(batch, r / batch.rows, r % batch.rows); });
+}
+
+void layer_norm_forward_cpu(const LayerNormForward& batch, int threads, const char* isa) {
+  const LayerNormRow row = NGF_OF_ISA(layer_norm_row, isa);
+  for_rows(batch.rows, batch.width, threads, [&](int64_t r) { row(batch, r); });
+}
+
+void layer_norm_backward_cpu(const LayerNormBackward& batch, int threads, const char* isa) {
+  const LayerNormGradientRow row = NGF_OF_ISA(layer_norm_gradient_row, isa);
+  const int64_t C = batch.width;
+  const int64_t length = std::max<int64_t>(32, (batch.rows + 255) / 256);  // of a block: at most 256, whose sums are little to what they sum
+  const int64_t blocks = (batch.rows + length - 1) / length;
+  const std::unique_ptr<float[]> sums(new float[blocks * 2 * C]);
+  for_rows(blocks, length * C, threads, [&](int64_t b) {
+    float* const mine = sums.get() + b * 2 * C;
+    std::fill(mine, mine + 2 * C, 0.0f);
+    for (int64_t r = b * length; r < std::min(batch.rows, (b + 1) * length); ++r) row(batch, r, mine);
+  });
+  std::fill(batch.dweight, batch.dweight + C, 0.0f);
+  std::fill(batch.dbias, batch.dbias + C, 0.0f);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const float* const of_block = sums.get() + b * 2 * C;
+    for (int64_t c = 0; c < C; ++c) batch.dweight[c] += of_block[c];
+    for (int64_t c = 0; c < C; ++c) batch.dbias[c] += of_block[C + c];
+  }
 }
 
 }  // namespace ngf
