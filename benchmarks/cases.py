@@ -360,6 +360,7 @@ def _on_cpu():
         for C in (128, 768):
             yield layer_norm_case(1024, C, f32, direction, sweep="C")
             yield mlp_case(1024, C, f32, direction, sweep="C")
+        yield layer_norm_case(1024, 768, bf16, direction)
         yield cross_entropy_case(256, 768, 50304, f32, direction, sweep="V")
         yield cross_entropy_case(768, 128, 65, f32, direction, sweep="V")
     for rows in (1, 8, 64):

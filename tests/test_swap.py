@@ -307,7 +307,7 @@ def test_a_call_counts_as_a_kernel_s_where_a_kernel_runs(make, dropout, training
     ran, packed = [], attention_cpu.packed
     monkeypatch.setattr(attention_cpu, "packed", lambda *args: ran.append(1) or packed(*args))
     model = make(dropout=dropout).train(training)
-    report = nanogpt_fast.accelerate(model)
+    report = nanogpt_fast.accelerate(model, backend="auto,layer_norm=reference")  # fused blocks call no attention module
     with torch.autocast("cpu", torch.bfloat16):
         model(batch()[0])
     assert report.calls.get(("attention", "kernels"), 0) == len(ran) == kernels

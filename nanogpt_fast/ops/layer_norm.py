@@ -3,14 +3,17 @@
     add_layer_norm:  s = x + dropout(branch),  y = LayerNorm(s);  returns (s, y)
 
 A block of nanoGPT adds a branch to the residual stream and normalises the sum for the next branch; `Block.fused` calls this
-instead, and the stream passes through memory once. Formulas, traffic and kernels are in `kernels/layer_norm.py`.
+instead, and the stream passes through memory once. Formulas, traffic and kernels are in `kernels/layer_norm.py`; what a CPU does in
+bf16 is in `layer_norm_cpu.py`.
 """
 import functools
 
 import torch
+import torch.nn.functional as F
 
 from .. import backend as _backend
 from .. import reference
+from . import layer_norm_cpu
 from .registration import define, raw
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -21,17 +24,18 @@ def layer_norm(x, weight, bias, *, eps=1e-5, backend=None):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, of x's shape and dtype.
 
     x (..., C), weight (C,), bias (C,) or None; fp32, fp16 or bf16 for a kernel. The variance is the biased one. Under CUDA's
-    autocast the result is fp32, as PyTorch's is.
+    autocast the result is fp32, as PyTorch's is; under a CPU's it keeps x's dtype.
     backend: a choice for each op as `backend.parse` gives it, or None.
 
     Raises ValueError (shapes), RuntimeError (backend "fused" where the kernel can't run; a second derivative, which only the
     reference has). Source: Ba, Kiros, Hinton, "Layer normalization", 2016.
     """
     _check(x, None, weight, bias)
-    if implementation(x, weight, bias, backend=backend) == "reference":
+    name = implementation(x, weight, bias, backend=backend)
+    if name == "reference":
         return reference.layer_norm(x, weight, bias, eps)
     y_dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype  # what F.layer_norm gives
-    return _LayerNorm.apply(x, weight, bias, eps, y_dtype)
+    return _LayerNorm.apply(x, weight, bias, eps, y_dtype, name)
 
 
 def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtype=None, backend=None):
@@ -48,20 +52,23 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
     _check(x, branch, weight, bias)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}: expected a probability, 0 to 1")
-    if _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias, branch)) == "reference":
+    name = _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias, branch, out_dtype))
+    if name == "reference":
         s, y = reference.add_layer_norm(x, branch, weight, bias, eps=eps, dropout_p=dropout_p)
         return s, y if out_dtype is None else y.to(out_dtype)
     if out_dtype is None:
         kind = "cuda" if x.is_cuda else "cpu"  # a third of the time of x.device.type
         out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     if branch is None:
-        return x, _LayerNorm.apply(x, weight, bias, eps, out_dtype)
+        return x, _LayerNorm.apply(x, weight, bias, eps, out_dtype, name)
+    if name == "cpp" and dropout_p > 0:  # nanoGPT's random numbers
+        branch, dropout_p = F.dropout(branch, dropout_p), 0.0
     seed = torch.randint(2**31 - 1, (1,), device=x.device) if dropout_p > 0 else None
-    return _AddLayerNorm.apply(x, branch, weight, bias, seed, dropout_p, eps, out_dtype)
+    return _AddLayerNorm.apply(x, branch, weight, bias, seed, dropout_p, eps, out_dtype, name)
 
 
 def implementation(x, weight, bias, *, backend=None):
-    """The name of the implementation that the ops take for these arguments ("triton", "reference")."""
+    """The name of the implementation that the ops take for these arguments ("triton", "cpp", "reference")."""
     return _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias))
 
 
@@ -75,7 +82,7 @@ def _check(x, branch, weight, bias):
         raise ValueError(f"branch {tuple(branch.shape)}: expected {tuple(shape)} as x has, or None")
 
 
-def _triton_why_not(x, weight, bias, branch=None):
+def _triton_why_not(x, weight, bias, branch=None, out_dtype=None):
     if (reason := _backend.triton_why_not(x)) is not None:
         return reason
     device, dtype = x.get_device(), x.dtype  # the number of a GPU: half the time of x.device
@@ -92,7 +99,7 @@ def _triton_why_not(x, weight, bias, branch=None):
     return None
 
 
-CANDIDATES = (("triton", _triton_why_not),)  # fastest first; what `explain` and `doctor` read too
+CANDIDATES = (("triton", _triton_why_not), ("cpp", layer_norm_cpu.why_not))  # fastest first; what `explain` and `doctor` read too
 
 
 @functools.cache
@@ -106,14 +113,20 @@ def _no_second_derivative():
         raise RuntimeError("layer_norm's kernel has no second derivative (create_graph=True); use backend='reference'")
 
 
-def _forward(x, branch, weight, bias, seed, p, eps, y_dtype):
+def _forward(name, x, branch, weight, bias, seed, p, eps, y_dtype):
     """(s, y, statistics). A tensor that is no contiguous block (a transposed or expanded view) is copied into one."""
+    if name == "cpp":
+        return layer_norm_cpu.forward(x, branch, weight, bias, eps, y_dtype)
     launch = raw.layer_norm_forward if torch.compiler.is_compiling() else _kernels().launch_forward
     return launch(x.contiguous(), None if branch is None else branch.contiguous(), weight.contiguous(),
                   None if bias is None else bias.contiguous(), seed, p, eps, y_dtype)
 
 
-def _backward(dy, ds, s, weight, statistics, seed, p, branch_dtype, bias_dtype, need_dweight, need_dbias):
+def _backward(name, dy, ds, s, weight, statistics, seed, p, branch_dtype, bias_dtype, need_dweight, need_dbias):
+    """(dx, dbranch or None where it is dx, dweight, dbias)."""
+    if name == "cpp":
+        dx, dbranch, dweight, dbias = layer_norm_cpu.backward(dy, ds, s, weight, statistics, branch_dtype)
+        return dx, dbranch, dweight.to(weight.dtype) if need_dweight else None, dbias.to(bias_dtype) if need_dbias else None
     arguments = (dy.contiguous(), None if ds is None else ds.contiguous(), s.contiguous(), weight.contiguous(), statistics,
                  seed, p, branch_dtype, weight.dtype if need_dweight else None, bias_dtype if need_dbias else None)
     if not torch.compiler.is_compiling():
@@ -127,29 +140,30 @@ class _LayerNorm(torch.autograd.Function):
     """y alone."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, y_dtype):
-        _, y, statistics = _forward(x, None, weight, bias, None, 0.0, eps, y_dtype)
+    def forward(ctx, x, weight, bias, eps, y_dtype, name):
+        _, y, statistics = _forward(name, x, None, weight, bias, None, 0.0, eps, y_dtype)
         ctx.save_for_backward(x, weight, statistics)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.options = name, None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx, dy):
         _no_second_derivative()
         x, weight, statistics = ctx.saved_tensors
-        dx, _, dweight, dbias = _backward(dy, None, x, weight, statistics, None, 0.0, None, ctx.bias_dtype,
+        name, bias_dtype = ctx.options
+        dx, _, dweight, dbias = _backward(name, dy, None, x, weight, statistics, None, 0.0, None, bias_dtype,
                                          *ctx.needs_input_grad[1:3])
-        return dx, dweight, dbias, None, None
+        return dx, dweight, dbias, None, None, None
 
 
 class _AddLayerNorm(torch.autograd.Function):
     """s and y. The backward adds what arrives through s in the kernel that makes what arrives through y."""
 
     @staticmethod
-    def forward(ctx, x, branch, weight, bias, seed, p, eps, y_dtype):
-        s, y, statistics = _forward(x, branch, weight, bias, seed, p, eps, y_dtype)
+    def forward(ctx, x, branch, weight, bias, seed, p, eps, y_dtype, name):
+        s, y, statistics = _forward(name, x, branch, weight, bias, seed, p, eps, y_dtype)
         ctx.save_for_backward(s, weight, statistics, seed)
-        ctx.options = p, branch.dtype, None if bias is None else bias.dtype  # three attributes take 0.1 us more
+        ctx.options = name, p, branch.dtype, None if bias is None else bias.dtype  # four attributes take 0.1 us more
         if not torch.compiler.is_compiling():  # a graph is sent zeros through an unused output; here None spares their cost
             ctx.set_materialize_grads(False)
         return s, y
@@ -158,19 +172,19 @@ class _AddLayerNorm(torch.autograd.Function):
     def backward(ctx, ds, dy):
         _no_second_derivative()
         if ds is None and dy is None:
-            return (None,) * 8
+            return (None,) * 9
         s, weight, statistics, seed = ctx.saved_tensors
-        p, branch_dtype, bias_dtype = ctx.options
+        name, p, branch_dtype, bias_dtype = ctx.options
         dweight = dbias = None
         if dy is not None:
-            dx, dbranch, dweight, dbias = _backward(dy, ds, s, weight, statistics, seed, p, branch_dtype, bias_dtype,
+            dx, dbranch, dweight, dbias = _backward(name, dy, ds, s, weight, statistics, seed, p, branch_dtype, bias_dtype,
                                                     *ctx.needs_input_grad[2:4])
             dbranch = dx if dbranch is None else dbranch
         elif seed is None:  # only the stream was used
             dx, dbranch = ds, ds.to(branch_dtype)
         else:
             dx, dbranch = ds, _kernels().drop(ds.contiguous(), p=p, seed=seed, branch_dtype=branch_dtype)
-        return dx, dbranch, dweight, dbias, None, None, None, None
+        return dx, dbranch, dweight, dbias, None, None, None, None, None
 
 
 # -------------------------------------------------------------------------------------------------- what torch.compile sees
