@@ -196,7 +196,7 @@ class NinjaBuildExt(build_ext):
             objects.append((name, f"{name}.cpp", ["-DNGF_X86", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-uninitialized"] if x86 else []))
         for isa, flags in {"baseline": [], **(X86_ISAS if x86 else {})}.items():
             objects.append((f"cpu_{isa}", "cpu_row.cpp", [f"-DNGF_ISA={isa}", *flags]))
-            for name in ("decode_kernels", "cross_entropy_rows", "attention_rows", "layer_norm_rows"):
+            for name in ("decode_kernels", "cross_entropy_rows", "attention_rows", "layer_norm_rows", "adamw_rows"):
                 objects.append((f"{name}_{isa}", f"{name}.cpp", [f"-DNGF_ISA={isa}", *flags, *VECTOR_FLAGS]))
         link = ["-ldl"] if sys.platform.startswith("linux") else []    # team.h looks PyTorch's OpenMP up; glibc before 2.34 has it apart
         if nvcc:

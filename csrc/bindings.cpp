@@ -6,8 +6,10 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "adamw.h"
 #include "attention.h"
 #include "cross_entropy.h"
 #include "decode.h"
@@ -177,6 +179,18 @@ PYBIND11_MODULE(_C, module) {
     py::gil_scoped_release others_may_run;
     ngf::layer_norm_backward_cpu(batch, threads, isa.c_str());
   }, "Its gradient. ds and dbranch may be 0.");
+
+  module.def("adamw_cpu", [](const std::vector<std::pair<std::array<double, 5>, std::vector<std::array<uintptr_t, 7>>>>& groups, double factor,
+                             int threads, const std::string& isa) {
+    std::vector<ngf::AdamTensor> tensors;
+    for (const auto& [o, pointers] : groups)
+      for (const auto& p : pointers)
+        tensors.push_back({(float*)p[0], (const float*)p[1], (float*)p[2], (float*)p[3], (float*)p[4], (uint16_t*)p[5], (int64_t)p[6], o[0],
+                           o[1], o[2], o[3], o[4]});
+    py::gil_scoped_release others_may_run;
+    ngf::adamw_cpu(tensors.data(), (int64_t)tensors.size(), (float)factor, threads, isa.c_str());
+  }, "AdamW's step: see csrc/adamw.h. groups: [((lr, beta1, beta2, eps, weight_decay), "
+     "[(weight, gradient, exp_avg, exp_avg_sq, step, bf16 copy or 0, elements)])].");
 
   module.def("attention_forward_amx", [](uintptr_t qkv, int64_t batch, int64_t tokens, int64_t heads, int64_t width, float scale, uintptr_t lse,
                                          uintptr_t out, int threads) {

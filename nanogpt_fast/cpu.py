@@ -1,5 +1,5 @@
 """What the trainer does on a CPU that a GPU does not need: memory that stays, bfloat16 where it is fast,
-small gradients kept small.
+small gradients kept small, the end of a step in one pass.
 
 Each function says what it found, so that the banner can. Nothing here is done to a process unless the trainer, or somebody
 else, calls it.
@@ -10,7 +10,7 @@ import ctypes
 import torch
 import torch.nn as nn
 
-from . import backend
+from . import adamw_cpu, backend
 from .model import GPT, touched
 
 # Below, a step is so short that the casts around its matmuls cost more than bf16 saves. Measured at 12 x 64 tokens, 4 layers, one
@@ -70,6 +70,26 @@ def why_dtype(n_embd):
     if n_embd < NARROWEST_IN_BF16:
         return f"bf16 pays from {NARROWEST_IN_BF16} channels on"
     return f"this CPU has {fast_bfloat16()}; --dtype=float32 for nanoGPT's"
+
+
+def update(optimizer, weights, max_norm):
+    """The end of a step: gradients clipped to max_norm (0: not at all), weights moved, their half-precision copies cast anew.
+
+    weights: HalfWeights. Where they get gradients of our own, which are not PyTorch's to the bit, it is one pass over memory if
+    adamw_cpu can; the gradients then stay as they are.
+    """
+    parameters, exact = list(weights.model.parameters()), not any(weights.own)
+    if exact or adamw_cpu.why_not(optimizer) is not None:
+        if max_norm != 0.0:
+            clip_grad_norm(parameters, max_norm, exact)
+        optimizer.step()
+        weights.refresh()
+        return
+    factor = 1.0
+    if max_norm != 0.0:
+        norm = _norm([p.grad for p in parameters if p.grad is not None])
+        factor = min((max_norm / (norm + 1e-6)).item(), 1.0)    # in this order nan is the smaller one
+    adamw_cpu.step(optimizer, dict(zip(weights.weights, weights.copies, strict=True)), factor)
 
 
 def clip_grad_norm(parameters, max_norm, exact=True):

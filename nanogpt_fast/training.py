@@ -262,12 +262,12 @@ def _train(o, ranks, device, ops, malloc):
 
     def update():
         """Clip, let the optimizer move the weights, and cast them anew."""
+        if on_cpu and not scaler.is_enabled():
+            cpu.update(optimizer, weights, o.grad_clip)
+            return
         if o.grad_clip != 0.0:
             scaler.unscale_(optimizer)
-            if on_cpu:
-                cpu.clip_grad_norm(list(model.parameters()), o.grad_clip, exact=not any(weights.own))
-            else:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
         scaler.step(optimizer)
         scaler.update()
         weights.refresh()

@@ -103,9 +103,9 @@ class Trainer:
 
     def update(self):
         if self.weights and self.parameters[0].device.type == "cpu":
-            cpu.clip_grad_norm(self.parameters, 1.0, exact=not any(self.weights.own))
-        else:
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            cpu.update(self.optimizer, self.weights, 1.0)
+            return
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         if self.weights:
             self.weights.refresh()

@@ -1,0 +1,39 @@
+// AdamW's step on the CPU: clipping, the moments, the weights and their bf16 copies in one pass over memory.
+//
+//     g = factor * gradient
+//     m = m + (1 - beta1) (g - m)                 v = beta2 v + (1 - beta2) g^2
+//     w = (1 - lr decay) w  -  lr / (1 - beta1^t)  m / (sqrt(v) / sqrt(1 - beta2^t) + eps)             copy = bf16(w)
+//
+// Why it is here: the arithmetic hides behind memory, so what counts is how often a parameter is read and written. PyTorch's clipping, fused
+// AdamW and cast are three passes of 8, 28 and 6 bytes a parameter; this is one of 30. The formulas are those of PyTorch's fused step
+// (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019), and the state is the optimizer's own.
+#pragma once
+#include <stdint.h>
+
+namespace ngf {
+
+struct AdamTensor {
+  float* weight;
+  const float* gradient;
+  float *exp_avg, *exp_avg_sq;  // m and v
+  float* step;                  // t; counted here
+  uint16_t* copy;               // the weight in bf16, or null
+  int64_t size;
+  double lr, beta1, beta2, eps, weight_decay;
+};
+
+// All tensors on up to `threads` threads, which no bit depends on. `isa` as for sample_cpu.
+void adamw_cpu(const AdamTensor* tensors, int64_t count, float factor, int threads, const char* isa);
+
+// What adamw_rows.cpp, compiled once per instruction set, gives training.cpp: the elements begin .. end - 1 of a tensor.
+struct AdamNumbers {  // of a tensor's step: made in fp64, as PyTorch does, and rounded
+  float factor, kept;           // of the gradient; of the weight: 1 - lr decay
+  float new_m, old_v, new_v;    // 1 - beta1, beta2, 1 - beta2
+  float rate, root, eps;        // lr / (1 - beta1^t), sqrt(1 - beta2^t)
+};
+using AdamPiece = void (*)(const AdamTensor& tensor, const AdamNumbers& numbers, int64_t begin, int64_t end);
+void adamw_piece_baseline(const AdamTensor& tensor, const AdamNumbers& numbers, int64_t begin, int64_t end);
+void adamw_piece_avx2(const AdamTensor& tensor, const AdamNumbers& numbers, int64_t begin, int64_t end);
+void adamw_piece_avx512(const AdamTensor& tensor, const AdamNumbers& numbers, int64_t begin, int64_t end);
+
+}  // namespace ngf

@@ -1,0 +1,287 @@
+"""AdamW in one pass (adamw_cpu.py, csrc/adamw.h): PyTorch's step and cast, its state, and its reasons to leave it to PyTorch."""
+import copy
+import dataclasses
+import warnings
+
+import gpts
+import pytest
+import tiny
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from nanogpt_fast import adamw_cpu, cpu, training
+from nanogpt_fast.error_rule import measure
+from nanogpt_fast.half_weights import HalfWeights
+from nanogpt_fast.ops import linear_cpu, sample
+
+pytestmark = pytest.mark.skipif(adamw_cpu.MISSING is not None, reason=f"not here: {adamw_cpu.MISSING}")
+ISAS = sample._C.build_info()["cpu_isas"].split() if adamw_cpu.MISSING is None else []
+SIZES = ((1,), (15,), (17,), (40, 33), (1000003,))   # less than a vector, more, several pieces and a bit
+
+
+class Side:
+    """Weights that decay, weights that don't, and their AdamW."""
+
+    def __init__(self, sizes=SIZES, dtype=torch.float32, **options):
+        generator = torch.Generator().manual_seed(0)
+        self.weights = [torch.nn.Parameter((0.5 * torch.randn(size, generator=generator)).to(dtype)) for size in sizes]
+        groups = [dict(params=self.weights[1::2], weight_decay=0.3), dict(params=self.weights[::2], weight_decay=0.0)]
+        self.optimizer = torch.optim.AdamW(groups, **{**dict(lr=1e-2, betas=(0.9, 0.95), fused=True), **options})
+        self.copies = {p: p.detach().bfloat16() for p in self.weights}
+
+    def draw(self, seed, scale=1e-2):
+        generator = torch.Generator().manual_seed(seed)
+        for p in self.weights:
+            p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p.dtype)
+
+    def multiply(self, factor):
+        for p in self.weights:
+            p.grad.mul_(factor)
+
+    def tensors(self):
+        """{name: tensor}: weights, moments and counts."""
+        states = [self.optimizer.state[p] for p in self.weights]
+        return {f"{name} {i}": tensor.detach() for i, (p, state) in enumerate(zip(self.weights, states))
+                for name, tensor in dict(weight=p, **state).items()}
+
+    def steps(self, seeds, **options):
+        """Take our steps, one for each seed of gradients."""
+        for seed in seeds:
+            self.draw(seed)
+            assert adamw_cpu.why_not(self.optimizer) is None
+            adamw_cpu.step(self.optimizer, self.copies, **options)
+        return self
+
+
+def same(a, b):
+    a, b = a.tensors(), b.tensors()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("options", (dict(), dict(betas=(0.3, 0.5), eps=1e-3)), ids=("nanoGPT's", "short memory, large eps"))
+@pytest.mark.parametrize("isa", ISAS)
+def test_steps_are_as_near_to_fp64_as_pytorchs_and_copies_are_their_rounding(isa, options):
+    ours, theirs, exact = Side(**options), Side(**options), Side(dtype=torch.float64, **options)
+    for seed, factor in enumerate((1.0, 0.25, 1.0, 0.7, 1.0)):
+        for side in (ours, theirs, exact):
+            side.draw(seed)
+        for side in (theirs, exact):
+            side.multiply(factor)
+            side.optimizer.step()
+        before = [p.grad.clone() for p in ours.weights]
+        adamw_cpu.step(ours.optimizer, ours.copies, factor, isa)
+        assert all(torch.equal(p.grad, grad) for p, grad in zip(ours.weights, before))
+    assert ours.tensors().keys() == theirs.tensors().keys()
+    for (name, out), plain, oracle in zip(ours.tensors().items(), theirs.tensors().values(), exact.tensors().values(), strict=True):
+        assert (problem := measure(out, oracle.double(), plain, "forward").problem) is None, f"{name}: {problem}"
+        assert out.dtype == plain.dtype and (not name.startswith("step") or out.item() == 5)
+    assert all(torch.equal(ours.copies[p], p.bfloat16()) for p in ours.weights)
+
+
+def test_threads_change_no_bit():
+    threads = torch.get_num_threads()
+    try:
+        sides = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            sides.append(Side().steps(range(3), factor=0.7))
+    finally:
+        torch.set_num_threads(threads)
+    assert same(sides[0], sides[1]) and same(sides[0], sides[2])
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf"), 1e30))
+@pytest.mark.parametrize("isa", ISAS)
+def test_what_is_no_number_goes_where_pytorchs_step_takes_it(isa, value):
+    ours, theirs = Side(SIZES[:4]), Side(SIZES[:4])
+    for side in (ours, theirs):
+        side.draw(0)
+        for p in side.weights:
+            p.grad.view(-1)[-1] = value
+    adamw_cpu.step(ours.optimizer, ours.copies, isa=isa)
+    theirs.optimizer.step()
+    for (name, a), b in zip(ours.tensors().items(), theirs.tensors().values(), strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, msg=name)
+    for p in ours.weights:
+        torch.testing.assert_close(ours.copies[p], p.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_weight_without_gradient_stays_with_its_copy_and_gets_no_state():
+    side = Side(SIZES[:4])
+    side.draw(0)
+    side.weights[1].grad = None
+    before, kept = side.weights[1].detach().clone(), side.copies[side.weights[1]].zero_()
+    adamw_cpu.step(side.optimizer, side.copies)
+    assert torch.equal(side.weights[1], before) and not kept.any() and side.weights[1] not in side.optimizer.state
+    assert list(side.optimizer.state_dict()["state"]) == [1, 2, 3]      # 0 is the first of the group that decays
+
+
+def test_without_copies_and_without_weights_too():
+    with_copies, without, empty = Side(), Side(), Side()
+    without.copies = {}
+    assert same(with_copies.steps(range(2)), without.steps(range(2)))
+    adamw_cpu.step(empty.optimizer)
+    assert not empty.optimizer.state
+
+
+def test_it_goes_on_from_a_state_that_was_saved_and_pytorch_goes_on_from_ours():
+    straight, first, second, theirs = (Side() for _ in range(4))
+    straight.steps(range(4))
+    saved = first.steps(range(2)).optimizer.state_dict()
+    for side in (second, theirs):
+        side.optimizer.load_state_dict(copy.deepcopy(saved))
+        for p, q in zip(side.weights, first.weights):
+            p.data.copy_(q.data)
+    assert same(second.steps((2, 3)), straight)
+    for seed in (2, 3):
+        theirs.draw(seed)
+        theirs.optimizer.step()
+    for (name, a), b in zip(theirs.tensors().items(), straight.tensors().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_whoever_saved_what_is_written_is_told():
+    side = Side(SIZES[:2]).steps([0])
+    watched = [*side.tensors().values(), *side.copies.values()]
+    versions = [tensor._version for tensor in watched]
+    side.steps([1])
+    assert all(tensor._version > version for tensor, version in zip(watched, versions, strict=True))
+    assert [p.grad._version for p in side.weights] == [0, 0]
+
+
+class Another(torch.optim.AdamW):
+    pass
+
+
+def hooked(side):
+    side.optimizer.register_step_post_hook(lambda *_: None)
+
+
+def scheduled(side):
+    torch.optim.lr_scheduler.LambdaLR(side.optimizer, lambda step: 1.0)
+
+
+def scaled(side):
+    side.optimizer.grad_scale = torch.ones(())
+
+
+def subclassed(side):
+    side.optimizer.__class__ = Another
+
+
+def sparse(side):
+    side.weights[3].grad = side.weights[3].grad.to_sparse()
+
+
+def strided(side):
+    side.weights[3].grad = torch.randn(33, 40).t()
+
+
+def halved(side):
+    side.weights[3].data = side.weights[3].data.half()
+
+
+def misfit(side):
+    side.steps([0])
+    side.optimizer.state[side.weights[3]]["exp_avg"] = torch.zeros(40, 32)
+
+
+def option(**changed):
+    def change(side):
+        side.optimizer.param_groups[1].update(changed)
+    change.__name__ = ",".join(changed)
+    return change
+
+
+@pytest.mark.parametrize("change, reason", (
+    (hooked, "has a hook"), (scheduled, "replaced on the instance"), (scaled, "GradScaler"), (subclassed, "Another, not AdamW"),
+    (sparse, "gradient is no contiguous"), (strided, "gradient is no contiguous"), (halved, "weight is no contiguous float32"),
+    (misfit, "exp_avg has not its weight's shape"), (option(amsgrad=True), "amsgrad"), (option(maximize=True), "maximize"),
+    (option(capturable=True), "capturable"), (option(differentiable=True), "differentiable"),
+    (option(lr=torch.tensor(1e-3)), "is a tensor"), (option(betas=(0.9, torch.tensor(0.95))), "is a tensor")),
+    ids=lambda value: getattr(value, "__name__", ""))
+def test_what_it_leaves_to_pytorch_is_named(change, reason):
+    side = Side(SIZES[:4])
+    side.draw(0)
+    assert adamw_cpu.why_not(side.optimizer) is None
+    change(side)
+    assert reason in adamw_cpu.why_not(side.optimizer)
+
+
+def test_a_hook_on_every_optimizer_and_a_missing_extension_are_reasons(monkeypatch):
+    side = Side(SIZES[:2])
+    hook = register_optimizer_step_pre_hook(lambda *_: None)
+    try:
+        assert "has a hook" in adamw_cpu.why_not(side.optimizer)
+    finally:
+        hook.remove()
+    assert adamw_cpu.why_not(side.optimizer) is None
+    monkeypatch.setattr(adamw_cpu, "MISSING", "not built")
+    assert adamw_cpu.why_not(side.optimizer) == "not built"
+
+
+# ---------------------------------------------------------------------------------------------------- in the trainer
+
+def trained(own, max_norm, monkeypatch, seeds=range(3), scale=1e-2):
+    """(HalfWeights, optimizer) after updates of a small GPT; `own` as if its gradients were the extension's."""
+    model = gpts.small(bias=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.print", lambda *_: None)
+        optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    weights = HalfWeights(model, torch.bfloat16)
+    weights.own = [own] * len(weights.copies)
+    for seed in seeds:
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.grad = scale * torch.randn_like(p)
+        cpu.update(optimizer, weights, max_norm)
+    return weights, optimizer
+
+
+@pytest.mark.parametrize("max_norm", (0.0, 0.3, 100.0))
+def test_an_update_in_one_pass_is_the_update_in_three(max_norm, monkeypatch):
+    calls, original = [], adamw_cpu.step
+    monkeypatch.setattr(adamw_cpu, "step", lambda *args: calls.append(args[2]) or original(*args))
+    plain, _ = trained(False, max_norm, monkeypatch)
+    assert calls == []                                                  # where bits are promised they are PyTorch's
+    ours, _ = trained(True, max_norm, monkeypatch)
+    assert len(calls) == 3 and all((factor < 1) == (max_norm == 0.3) for factor in calls)
+    for (name, a), b in zip(ours.model.named_parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    assert all(torch.equal(copied, weight.bfloat16()) for copied, weight in zip(ours.copies, ours.weights, strict=True))
+
+
+def test_a_norm_that_is_no_number_reaches_every_weight(monkeypatch):
+    for scale in (float("nan"), float("inf")):
+        weights, _ = trained(True, 1.0, monkeypatch, [0], scale)
+        assert all(p.isnan().all() for p in weights.model.parameters())
+
+
+def test_a_touched_optimizer_takes_pytorchs_step_and_copies_follow(monkeypatch):
+    weights, optimizer = trained(True, 1.0, monkeypatch)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    monkeypatch.setattr(adamw_cpu, "step", lambda *args: pytest.fail("the scheduler counts optimizer.step()"))
+    before = weights.weights[0].detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cpu.update(optimizer, weights, 1.0)
+        scheduler.step()
+    assert not torch.equal(weights.weights[0], before) and torch.equal(weights.copies[0], weights.weights[0].bfloat16())
+
+
+@pytest.mark.skipif(not linear_cpu.AMX, reason="this CPU has no AMX: gradients are PyTorch's, and so is the update")
+def test_a_run_that_was_stopped_goes_on_exactly_and_lies_on_pytorchs(tmp_path, monkeypatch):
+    tiny.data(tmp_path)
+    taken, original = [], adamw_cpu.step
+    monkeypatch.setattr(adamw_cpu, "step", lambda *args: taken.append(1) or original(*args))
+    settings = dict(dtype="bfloat16", backend="auto", max_iters=20, dropout=0.1, grad_clip=0.3)
+    straight, broken, plain = (tiny.options(tmp_path, name, **settings) for name in ("straight", "broken", "plain"))
+    training.train(straight)
+    training.train(dataclasses.replace(broken, max_iters=10))
+    torch.manual_seed(0)
+    training.train(dataclasses.replace(broken, init_from="resume"))
+    assert len(taken) == 40 and tiny.losses(broken) == tiny.losses(straight)
+    monkeypatch.setattr(adamw_cpu, "why_not", lambda optimizer: "asked for")
+    training.train(plain)
+    assert len(taken) == 40
+    assert list(tiny.losses(plain).values()) == pytest.approx(list(tiny.losses(straight).values()), abs=1e-3)
