@@ -291,9 +291,15 @@ SPILLS = {
 NARROW = {"head": {"bf16": 33, "dropout": 66, "float32": 9, "float32 dropout": 10},
           "dkdv": {"bf16": 32, "dropout": 49, "float32": 8, "float32 dropout": 9},
           "dq": {"bf16": 9, "dropout": 10, "float32": 9, "float32 dropout": 10}}
-# {(kernel, column): HEADs} whose form without dropout asks no more than the one with it. The others load lse and delta in
-# narrower pieces without dropout, or spill more by one Triton or the other.
-ASKS_NO_MORE = {("dq", "half"): (32, 64, 128, 256), ("dq", "float32"): (64, 128, 256), ("dkdv", "float32"): (32, 64, 128, 256)}
+# {(kernel, column): {HEAD: architectures}} where the form without dropout asks no more than the one with it. Elsewhere it loads
+# lse and delta in narrower pieces, or spills more by one Triton or the other.
+_ALL = (80, 86, 89, 90, 100)
+ASKS_NO_MORE = {
+    ("head", "half"): {32: (100,)}, ("head", "float32"): {32: (80, 86, 89), 64: (80,)},
+    ("dkdv", "half"): {32: (100,), 64: (100,), 128: (80, 86, 89)}, ("dkdv", "float32"): dict.fromkeys((32, 64, 128, 256), _ALL),
+    ("dq", "half"): dict.fromkeys((32, 64, 128, 256), _ALL),
+    ("dq", "float32"): {32: (80, 86, 89, 100)} | dict.fromkeys((64, 128, 256), _ALL),
+}
 
 
 def form_for(q, k, dropout_p):
@@ -371,7 +377,7 @@ def gate_cases(arch):
         for form, (dtype, column, with_dropout) in FORMS.items():
             for HEAD, tile in tables[column][arch].items():
                 counted = HEAD == 64 and form == "bf16"
-                variant = (with_dropout and HEAD in ASKS_NO_MORE.get((name, column), ())
+                variant = (with_dropout and arch in ASKS_NO_MORE.get((name, column), {}).get(HEAD, ())
                            and tile == tables[FORMS[with_dropout][1]][arch][HEAD])
                 spills, why = SPILLS.get((name, form, HEAD), ({}, ""))
                 pointers = dict.fromkeys(tensors, f"*{dtype}") | dict.fromkeys(("lse_ptr", "terms_ptr", "dq_sum_ptr"), "*fp32")

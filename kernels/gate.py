@@ -20,10 +20,10 @@ ahead of time and prints
 
 What each kernel file has to say for that is in `gate_case.py`. `tests/test_gate.py` fails on what `failures` finds.
 
-Four fifths of the time pass in Triton's and LLVM's passes, a sixth in ptxas. So what a stage has made is used again where the
-next architecture's would make the same (`SHARED`), and other forms of a kernel that a row already has are compiled for one
-architecture (`Case.variant_of`). Line numbers, for profilers, are left out: a tenth of the time, and no instruction depends on
-them. Nothing is kept between runs.
+All 825 rows take 3.5 minutes on two cores (408 s of one): three quarters in Triton's and LLVM's passes, a quarter in ptxas. So
+what a stage has made is used again where another architecture's would make the same (`SHARED`), and other forms of a kernel
+that a row already has are compiled for one architecture (`Case.variant_of`). Line numbers, for profilers, are left out: a tenth
+of the time, and no instruction depends on them. Nothing is kept between runs.
 """
 import argparse
 import concurrent.futures
@@ -48,6 +48,7 @@ import time
 import triton
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptx_version_from_options
 from triton.compiler import ASTSource, make_backend
 
 
@@ -62,11 +63,19 @@ ARCHITECTURES = {
     90: dict(shared_block=227 * KB, shared_sm=228 * KB, warps=64, blocks=32),
     100: dict(shared_block=227 * KB, shared_sm=228 * KB, warps=64, blocks=32),
 }
-# {architecture: (another, the last stage at which Triton makes the same of a launch for both, but for the name in it)}; tests
-# compare. Triton's stages are ttir, ttgir, llir, ptx, cubin. The first knows of no architecture. 80 and 86 part within llir:
-# Triton's passes lower the module alike (LOWERED), then LLVM optimises it, without its vectoriser for 80. 89 has 86's PTX.
+# The stages that an architecture takes over from another, because Triton makes the same of a launch for both but for the name
+# in it: {architecture: ((another, the last such stage, only of what is `portable`), ...)}, of which the first that applies; in
+# the order of compiling. Tests compare. Triton's stages are ttir, ttgir, llir, ptx, cubin. The first knows of no architecture.
+# 80 and 86 part within llir: Triton's passes lower the module alike (LOWERED), then LLVM optimises it, without its vectoriser
+# for 80. sm_90 comes first because only its PTX tells whether it needed an instruction that the older ones lack.
 LOWERED = "ttgir, and llir's passes"
-SHARED = {86: (80, LOWERED), 89: (86, "ptx"), 90: (80, "ttir"), 100: (90, "ttir")}
+SHARED = {
+    90: (),
+    80: ((90, LOWERED, True), (90, "ttir", False)),
+    86: ((90, "ptx", True), (80, LOWERED, False)),
+    89: ((86, "ptx", False),),
+    100: ((90, "ttir", False),),
+}
 EVERY_FORM = 90                 # the architecture that variants are compiled for, too: the one whose floors are printed
 REGISTERS_SM = 65536            # on all of them, in four partitions
 REGISTER_UNIT = 256             # a warp's registers are handed out in units of 256
@@ -159,10 +168,32 @@ def compile_case(case, arch):
     return _row(case, _compile(case, arch))
 
 
-def _compile(case, arch, other=None):
+def portable(ptx):
+    """True where sm_90's PTX is also sm_86's: all that our kernels have there alone is its matmul instructions and stmatrix.
+
+    One with another instruction of sm_90's own (TMA, say) does not slip through: ptxas refuses it for sm_86.
+    """
+    return "mma" not in ptx and "stmatrix" not in ptx
+
+
+def _compile_for(cases):
+    """{architecture: Compiled} of {architecture: Case}; what the same launch has for several of them is made once."""
+    made = {}
+    for arch in (arch for arch in SHARED if arch in cases):
+        for first, last, only_portable in SHARED[arch]:
+            if first in made and _same_launch(cases[first], cases[arch]) and \
+                    (portable(made[first].texts["ptx"]) or not only_portable):
+                made[arch] = _compile(cases[arch], arch, made[first], last)
+                break
+        else:
+            made[arch] = _compile(cases[arch], arch)
+    return made
+
+
+def _compile(case, arch, other=None, last=""):
     """Compile a case for sm_<arch> as `triton.compile` does, but without its cache and line numbers: Compiled.
 
-    other: Compiled of the same launch for an architecture with which this one shares stages; they are taken from it.
+    other: Compiled of the same launch for another architecture, of which the stages up to `last` are taken.
     """
     names = case.kernel.arg_names
     signature = {name: case.signature.get(name, "constexpr") for name in names}
@@ -183,14 +214,13 @@ def _compile(case, arch, other=None):
     if other is None:
         module = source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
     else:
-        first, last = SHARED[arch]
-        if other.arch != first:
-            raise ValueError(f"sm_{arch} shares stages with sm_{first}, not with sm_{other.arch}")
         taken = list(stages)[:list(stages).index("ttgir" if last is LOWERED else last) + 1]
         texts = {name: text for name, text in other.texts.items() if name in taken}
         seconds = {name: other.seconds[name] for name in taken}
         if last == "ptx":
-            module = texts["ptx"] = other.texts["ptx"].replace(f".target sm_{first}", f".target sm_{arch}")
+            version = get_ptx_version_from_options(options, arch)       # of the ptxas that Triton takes for this architecture
+            header = f".version {version // 10}.{version % 10}\n.target sm_{arch}\n"
+            module = texts["ptx"] = re.sub(r"\.version .*\n\.target .*\n", header, other.texts["ptx"], count=1)
             metadata |= other.metadata
         else:
             module = other.module if last is LOWERED else _parsed(texts["ttir"], context)
@@ -219,7 +249,7 @@ def _without_passes(module):
     Only this module: another that a thread compiles meanwhile is lowered as ever. Raises where a version of Triton works
     otherwise than 3.6 to 3.9 do, which run all passes of a stage in place and leave nothing but LLVM's operations.
     """
-    remedy = f"Triton {triton.__version__} lowers otherwise than 3.6 to 3.9: let SHARED[86] end at ttgir"
+    remedy = f"Triton {triton.__version__} lowers otherwise than 3.6 to 3.9: let no stages in SHARED end at LOWERED"
     operations = set()
     module.walk(lambda operation: operations.add(operation.get_name()))
     foreign = [name for name in sorted(operations) if name.split(".")[0] not in ("builtin", "llvm", "nvvm")]
@@ -266,9 +296,9 @@ def _row(case, compiled):
         arch=arch, name=case.name, tile_row=case.tile_row, warps=warps, registers=registers, spill_bytes=spill_bytes,
         shared=shared,
         resident_blocks=resident_blocks(arch, registers, shared, warps, tensor_memory),
-        wgmma=len(re.findall(r"\bwgmma\.mma_async", ptx)), serialised="C7515" in log,
+        wgmma=ptx.count("wgmma.mma_async"), serialised="C7515" in log,
         mma=len(re.findall(r"(?<![\w.])mma\.sync", ptx)),
-        tcgen05=len(re.findall(r"\btcgen05\.mma", ptx)),
+        tcgen05=ptx.count("tcgen05.mma"),
         widest_load=max(loads, default=0), widest_store=max(stores, default=0), tma=tma_load or tma_store,
         narrow_loads=sum(size < WIDE for size in loads), large_half_dots=large, small_half_dots=small,
         bytes=case.bytes, flops=case.flops, floor_us=floor_us(case.bytes, case.flops),
@@ -300,9 +330,9 @@ def global_accesses(ptx):
     """(sizes in bytes of the load instructions, of the stores, does TMA load, does TMA store)."""
     def sizes(op):
         order = r"(?:volatile\.|relaxed\.\w+\.|acquire\.\w+\.)?"
-        found = re.findall(rf"\b{op}\.{order}global[\w.:]*?(?:\.v(\d+))?\.[bfus](\d+)\b", ptx)
+        found = re.findall(rf"{op}\.{order}global[\w.:]*?(?:\.v(\d+))?\.[bfus](\d+)\b", ptx)
         return [int(vector or 1) * int(bits) // 8 for vector, bits in found]
-    copies = [int(size, 0) for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\],\s*(0x[0-9a-f]+|\d+)", ptx)]
+    copies = [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\],\s*(0x[0-9a-f]+|\d+)", ptx)]
     tma_load = re.search(r"cp\.async\.bulk[\w.:]*\.shared::c\w+\.global", ptx) is not None
     tma_store = re.search(r"cp\.async\.bulk[\w.:]*\.global\.shared::c\w+", ptx) is not None
     return sizes("ld") + copies, sizes("st"), tma_load, tma_store
@@ -352,17 +382,10 @@ def _start_worker():
 
 
 def _compile_by_name(task):
-    """Rows of one case for one or more architectures, in the order of ARCHITECTURES; what they share is made once.
-
-    In a worker process: kernels can't be pickled, so a worker looks the case up again.
-    """
+    """Rows of one case for one or more architectures, in a worker: kernels can't be pickled, so it looks the case up again."""
     name, archs = task
-    made = {}
-    for arch in archs:
-        first, _ = SHARED.get(arch, (None, None))
-        shares = first in made and _same_launch(all_cases(first)[name], all_cases(arch)[name])
-        made[arch] = _compile(all_cases(arch)[name], arch, made[first] if shares else None)
-    return [_row(all_cases(arch)[name], compiled) for arch, compiled in made.items()]
+    cases = {arch: all_cases(arch)[name] for arch in archs}
+    return [_row(cases[arch], compiled) for arch, compiled in _compile_for(cases).items()]
 
 
 def _same_launch(a, b):

@@ -39,17 +39,21 @@ def test_every_kernel_in_every_tile_row_keeps_the_limits_on_every_architecture()
             assert row.narrow_loads <= other.narrow_loads, name
 
 
+# A matmul on sm_90's wgmma; two that sm_90 shares with the others, without and with a matmul; stmatrix on sm_90.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("attention.backward dkdv D=32 dropout", "layer_norm.backward add dropout 1024"))
-@pytest.mark.parametrize("arch", gate.SHARED)
-def test_sharing_stages_with_another_architecture_changes_nothing(name, arch):
-    first, _ = gate.SHARED[arch]
-    case, other = gate.all_cases(first)[name], gate.all_cases(arch)[name]
-    assert gate._same_launch(case, other)
-    direct, shared = gate._compile(other, arch), gate._compile(other, arch, gate._compile(case, first))
-    assert shared.texts["ptx"] == direct.texts["ptx"] and set(shared.seconds) == set(direct.seconds)
-    rows = [dataclasses.replace(gate._row(other, made), compile_seconds=0) for made in (direct, shared)]
-    assert rows[0] == rows[1]
+@pytest.mark.parametrize("name, is_portable", [
+    ("attention.backward dkdv D=32 dropout", False), ("layer_norm.backward add dropout 1024", True),
+    ("attention.backward head D=32 float32 dropout", True), ("layer_norm.forward add dropout 64", False)])
+def test_sharing_stages_with_another_architecture_changes_nothing(name, is_portable):
+    cases = {arch: gate.all_cases(arch)[name] for arch in gate.ARCHITECTURES}
+    shared = gate._compile_for(cases)
+    assert gate.portable(shared[90].texts["ptx"]) == is_portable
+    for arch, case in cases.items():
+        assert gate._same_launch(case, cases[90])
+        direct = gate._compile(case, arch)
+        assert shared[arch].texts["ptx"] == direct.texts["ptx"] and set(shared[arch].seconds) == set(direct.seconds)
+        rows = [dataclasses.replace(gate._row(case, made), compile_seconds=0) for made in (direct, shared[arch])]
+        assert rows[0] == rows[1]
 
 
 def test_leaving_out_passes_spares_other_modules_and_ends_with_an_exception():
@@ -67,7 +71,7 @@ def test_leaving_out_passes_that_a_module_still_needs_is_refused():
     gate.ir.load_dialects(context)
     raw = dataclasses.replace(made, module=gate._parsed(made.texts["ttir"], context))
     with pytest.raises(RuntimeError, match="operations that are not LLVM's: .*tt.load"):
-        gate._compile(copy_case(), 86, raw)
+        gate._compile(copy_case(), 86, raw, gate.LOWERED)
 
 
 def test_a_stage_whose_passes_come_another_way_is_refused():
@@ -161,28 +165,27 @@ def matmul_case(half="bf16", block=(128, 128, 64), **changes):
         tile_row="test"), **changes})
 
 
-@pytest.mark.parametrize("arch", gate.ARCHITECTURES)
-def test_what_is_compiled_is_what_triton_compiles(arch, tmp_path, monkeypatch):
+@pytest.mark.parametrize("make_case", (copy_case, matmul_case))
+def test_what_is_compiled_is_what_triton_compiles(make_case, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
-    case = matmul_case(num_stages=2)
+    case = make_case(num_stages=2)
     source = triton.compiler.ASTSource(
-        matmul_kernel, {name: case.signature.get(name, "constexpr") for name in matmul_kernel.arg_names}, case.constexprs,
+        case.kernel, {name: case.signature.get(name, "constexpr") for name in case.kernel.arg_names}, case.constexprs,
         {(i,): [["tt.divisibility", 16]] for i in range(4)})
-    theirs = triton.compile(source, target=gate.GPUTarget("cuda", arch, 32), options=dict(num_warps=4, num_stages=2))
-    shares = arch in gate.SHARED
-    ours = gate._compile(case, arch, gate._compile(case, gate.SHARED[arch][0]) if shares else None)
-    assert ours.texts["ptx"] == theirs.asm["ptx"] and ours.metadata["shared"] == theirs.metadata.shared
+    for arch, ours in gate._compile_for(dict.fromkeys(gate.ARCHITECTURES, case)).items():
+        theirs = triton.compile(source, target=gate.GPUTarget("cuda", arch, 32), options=dict(num_warps=4, num_stages=2))
+        assert ours.texts["ptx"] == theirs.asm["ptx"] and ours.metadata["shared"] == theirs.metadata.shared, arch
 
 
 @pytest.mark.parametrize("change", (
     dict(num_warps=8), dict(num_stages=1), dict(divisible=()), dict(options={"maxnreg": 64}), dict(constexprs={"BLOCK": 512}),
     dict(signature={"x_ptr": "*fp32", "y_ptr": "*bf16", "stride": "i32", "N": "i32"}), dict(kernel=copy_again_kernel)))
 def test_launches_that_differ_share_nothing(change, monkeypatch):
-    cases = {80: copy_case(), 86: copy_case(**change)}
-    assert gate._same_launch(copy_case(), copy_case()) and not gate._same_launch(*cases.values())
+    cases = {90: copy_case(), 80: copy_case(), 86: copy_case(**change)}
+    assert gate._same_launch(cases[90], cases[80]) and not gate._same_launch(cases[80], cases[86])
     monkeypatch.setattr(gate, "all_cases", lambda arch: {"copy": cases[arch]})
-    _, row = gate._compile_by_name(("copy", (80, 86)))
+    *_, row = gate._compile_by_name(("copy", tuple(cases)))
     alone = gate.compile_case(cases[86], 86)
     assert dataclasses.replace(row, compile_seconds=0) == dataclasses.replace(alone, compile_seconds=0)
 
