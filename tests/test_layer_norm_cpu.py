@@ -174,8 +174,9 @@ def test_no_rows_have_gradients_of_zero(kind):
     assert found["y"].shape == (0, 12) and (found["dweight"] == 0).all() and (found["dbias"] == 0).all()
 
 
-def test_threads_change_no_bit():
-    problem, before, results = Problem(1024, 384), torch.get_num_threads(), []
+@pytest.mark.parametrize("rows, C", [(1024, 384), (20000, 24)], ids=["short blocks of rows", "long ones"])
+def test_threads_change_no_bit(rows, C):
+    problem, before, results = Problem(rows, C), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
@@ -442,10 +443,13 @@ def test_in_a_gpt_dropout_draws_the_same_numbers_as_on_the_reference_path():
     ids, results = tokens()[0], []
     for choice in ("reference", "auto,attention=reference"):
         model = small(backend=choice, dropout=0.2)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(4)                                    # a model that says something
         torch.manual_seed(5)
         results.append((loss_of(model, ids, True).item(), torch.random.get_rng_state()))
     assert torch.equal(results[0][1], results[1][1])
-    assert abs(results[0][0] - results[1][0]) < 5e-3         # another mask moves it by 0.03
+    assert abs(results[0][0] - results[1][0]) < 1e-3         # 5e-7; other masks move it by 0.1 to 0.35, half the probability by 0.06
 
 
 def test_a_hooked_or_replaced_part_of_a_block_is_called():
