@@ -1,4 +1,4 @@
-// AdamW's step on the CPU: clipping, the moments, the weights and their bf16 copies in one pass over memory.
+// AdamW's step on the CPU: clipping, the moments, the weights and their bf16 copies in one pass over memory; and the norm before it.
 //
 //     g = factor * gradient
 //     m = m + (1 - beta1) (g - m)                 v = beta2 v + (1 - beta2) g^2
@@ -22,6 +22,9 @@ struct AdamTensor {
   double lr, beta1, beta2, eps, weight_decay;
 };
 
+// The sum of the squares of all elements of all gradients; sums of 2^15 are fp32, beyond fp64. Threads and `isa` as below.
+double gradient_squares_cpu(const float* const* gradients, const int64_t* sizes, int64_t count, int threads, const char* isa);
+
 // All tensors on up to `threads` threads, which no bit depends on. `isa` as for sample_cpu.
 void adamw_cpu(const AdamTensor* tensors, int64_t count, float factor, int threads, const char* isa);
 
@@ -35,5 +38,10 @@ using AdamPiece = void (*)(const AdamTensor& tensor, const AdamNumbers& numbers,
 void adamw_piece_baseline(const AdamTensor& tensor, const AdamNumbers& numbers, int64_t begin, int64_t end);
 void adamw_piece_avx2(const AdamTensor& tensor, const AdamNumbers& numbers, int64_t begin, int64_t end);
 void adamw_piece_avx512(const AdamTensor& tensor, const AdamNumbers& numbers, int64_t begin, int64_t end);
+
+using SquaresPiece = float (*)(const float* p, int64_t size);
+float squares_piece_baseline(const float* p, int64_t size);
+float squares_piece_avx2(const float* p, int64_t size);
+float squares_piece_avx512(const float* p, int64_t size);
 
 }  // namespace ngf

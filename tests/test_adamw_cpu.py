@@ -1,4 +1,4 @@
-"""AdamW in one pass (adamw_cpu.py, csrc/adamw.h): PyTorch's step and cast, its state, and its reasons to leave it to PyTorch."""
+"""The end of a step on a CPU (adamw_cpu.py, csrc/adamw.h): PyTorch's AdamW, its state, its cast and norm; what is left to it."""
 import copy
 import dataclasses
 import warnings
@@ -33,6 +33,7 @@ class Side:
         generator = torch.Generator().manual_seed(seed)
         for p in self.weights:
             p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p.dtype)
+        return [p.grad for p in self.weights]
 
     def multiply(self, factor):
         for p in self.weights:
@@ -72,7 +73,8 @@ def test_steps_are_as_near_to_fp64_as_pytorchs_and_copies_are_their_rounding(isa
         adamw_cpu.step(ours.optimizer, ours.copies, factor, isa)
         assert all(torch.equal(p.grad, grad) for p, grad in zip(ours.weights, before))
     assert ours.tensors().keys() == theirs.tensors().keys()
-    for (name, out), plain, oracle in zip(ours.tensors().items(), theirs.tensors().values(), exact.tensors().values(), strict=True):
+    for (name, out), plain, oracle in zip(
+            ours.tensors().items(), theirs.tensors().values(), exact.tensors().values(), strict=True):
         assert (problem := measure(out, oracle.double(), plain, "forward").problem) is None, f"{name}: {problem}"
         assert out.dtype == plain.dtype and (not name.startswith("step") or out.item() == 5)
     assert all(torch.equal(ours.copies[p], p.bfloat16()) for p in ours.weights)
@@ -140,8 +142,11 @@ def test_it_goes_on_from_a_state_that_was_saved_and_pytorch_goes_on_from_ours():
         torch.testing.assert_close(a, b, msg=name)
 
 
-def test_whoever_saved_what_is_written_is_told():
-    side = Side(SIZES[:2]).steps([0])
+@pytest.mark.parametrize("copies", (True, False))
+def test_whoever_saved_what_is_written_is_told(copies):
+    side = Side(SIZES[:2])
+    side.copies = side.copies if copies else {}
+    side.steps([0])
     watched = [*side.tensors().values(), *side.copies.values()]
     versions = [tensor._version for tensor in watched]
     side.steps([1])
@@ -165,6 +170,10 @@ def scaled(side):
     side.optimizer.grad_scale = torch.ones(())
 
 
+def guarded(side):
+    side.optimizer.found_inf = torch.zeros(())
+
+
 def subclassed(side):
     side.optimizer.__class__ = Another
 
@@ -186,6 +195,19 @@ def misfit(side):
     side.optimizer.state[side.weights[3]]["exp_avg"] = torch.zeros(40, 32)
 
 
+def elsewhere(side):
+    side.steps([0])
+    side.optimizer.state[side.weights[3]]["exp_avg"] = torch.zeros(40, 33, device="meta")
+
+
+class Wrapped(torch.Tensor):
+    pass
+
+
+def wrapped(side):
+    side.weights[3].grad = side.weights[3].grad.as_subclass(Wrapped)
+
+
 def option(**changed):
     def change(side):
         side.optimizer.param_groups[1].update(changed)
@@ -194,7 +216,8 @@ def option(**changed):
 
 
 @pytest.mark.parametrize("change, reason", (
-    (hooked, "has a hook"), (scheduled, "replaced on the instance"), (scaled, "GradScaler"), (subclassed, "Another, not AdamW"),
+    (hooked, "has a hook"), (scheduled, "replaced on the instance"), (scaled, "GradScaler"), (guarded, "GradScaler"),
+    (subclassed, "Another, not AdamW"), (wrapped, "gradient is no contiguous"), (elsewhere, "exp_avg is no contiguous"),
     (sparse, "gradient is no contiguous"), (strided, "gradient is no contiguous"), (halved, "weight is no contiguous float32"),
     (misfit, "exp_avg has not its weight's shape"), (option(amsgrad=True), "amsgrad"), (option(maximize=True), "maximize"),
     (option(capturable=True), "capturable"), (option(differentiable=True), "differentiable"),
@@ -220,10 +243,50 @@ def test_a_hook_on_every_optimizer_and_a_missing_extension_are_reasons(monkeypat
     assert adamw_cpu.why_not(side.optimizer) == "not built"
 
 
+# ---------------------------------------------------------------------------------------------------- the norm
+
+@pytest.mark.parametrize("sizes", [[], [1], [15], [17], [1000003], [1, 65, 32768, 32769, 99]], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_norm_is_that_of_fp64_in_every_instruction_set(sizes, isa):
+    gradients = [(1 + i) * torch.randn(size) for i, size in enumerate(sizes)]
+    exact, norm = torch.cat([torch.zeros(0), *gradients]).double().norm(), adamw_cpu.norm(gradients, isa)
+    assert norm.item() == pytest.approx(exact.item(), rel=2e-7) and norm.dtype == torch.float32
+
+
+def test_the_norm_is_the_same_on_any_number_of_threads():
+    gradients = Side().draw(0)
+    threads, norms = torch.get_num_threads(), set()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            norms.add(adamw_cpu.norm(gradients).item())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(norms) == 1
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("where", (0, 63, 64, 99))
+def test_a_gradient_that_is_no_number_makes_a_norm_that_is_none(value, where):
+    gradient = torch.ones(100)
+    gradient[where] = value
+    torch.testing.assert_close(adamw_cpu.norm([gradient]), torch.tensor(value), equal_nan=True)
+
+
+def test_gradients_of_other_kinds_have_pytorchs_norm(monkeypatch):
+    gradients = [torch.randn(5, 7), torch.randn(3).double(), torch.randn(4)]
+    assert torch.equal(adamw_cpu.norm(gradients), torch.nn.utils.get_total_norm(gradients))
+    monkeypatch.setattr(adamw_cpu, "MISSING", "not built")
+    assert torch.equal(adamw_cpu.norm(gradients[2:]), torch.nn.utils.get_total_norm(gradients[2:]))
+
+
 # ---------------------------------------------------------------------------------------------------- in the trainer
 
-def trained(own, max_norm, monkeypatch, seeds=range(3), scale=1e-2):
-    """(HalfWeights, optimizer) after updates of a small GPT; `own` as if its gradients were the extension's."""
+def trained(own, max_norm, monkeypatch, seeds=range(3), last=1e-2):
+    """(HalfWeights, optimizer) after updates of a small GPT, `own`: as if its gradients were the extension's.
+
+    last: the last row of each gradient.
+    """
     model = gpts.small(bias=True)
     with monkeypatch.context() as patch:
         patch.setattr("builtins.print", lambda *_: None)
@@ -233,7 +296,8 @@ def trained(own, max_norm, monkeypatch, seeds=range(3), scale=1e-2):
     for seed in seeds:
         torch.manual_seed(seed)
         for p in model.parameters():
-            p.grad = scale * torch.randn_like(p)
+            p.grad = 1e-2 * torch.randn_like(p)
+        p.grad[-1] = last
         cpu.update(optimizer, weights, max_norm)
     return weights, optimizer
 
@@ -251,10 +315,12 @@ def test_an_update_in_one_pass_is_the_update_in_three(max_norm, monkeypatch):
     assert all(torch.equal(copied, weight.bfloat16()) for copied, weight in zip(ours.copies, ours.weights, strict=True))
 
 
-def test_a_norm_that_is_no_number_reaches_every_weight(monkeypatch):
-    for scale in (float("nan"), float("inf")):
-        weights, _ = trained(True, 1.0, monkeypatch, [0], scale)
-        assert all(p.isnan().all() for p in weights.model.parameters())
+@pytest.mark.parametrize("last", (float("nan"), float("inf")))
+def test_a_norm_that_is_no_number_reaches_the_weights_as_pytorchs_does(last, monkeypatch):
+    ours, plain = (trained(own, 1.0, monkeypatch, [0], last)[0].model for own in (True, False))
+    assert all(p.isnan().all() == (last != last) for p in list(ours.parameters())[:-1])
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
 
 
 def test_a_touched_optimizer_takes_pytorchs_step_and_copies_follow(monkeypatch):

@@ -87,7 +87,7 @@ def test_clipping_is_pytorchs_bit_for_bit(scale):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_norm_by_dot_products_is_as_near_to_fp64_as_pytorchs():
+def test_clipping_that_need_not_be_pytorchs_to_the_bit_is_right_too():
     gradients = [torch.randn(700, 900), torch.randn(3, 5).t(), 1e-3 * torch.randn(50)]
     parameters = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
     for p, gradient in zip(parameters, gradients, strict=True):
