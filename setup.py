@@ -192,7 +192,7 @@ class NinjaBuildExt(build_ext):
         about = [text_macro("NGF_VERSION", version), text_macro("NGF_COMPILER", name[0].replace('"', "") if name else compiler[0])]
         objects = [(name, f"{name}.cpp", ["-DNGF_X86"] if x86 else []) for name in ("cpu", "decode", "decode_amx", "training")]
         # GCC 12 finds its own AVX-512 intrinsics uninitialized; Clang has no such warning.
-        for name in ("gemm_amx", "attention_amx"):
+        for name in ("gemm_amx", "gemm_fp32", "attention_amx"):
             objects.append((name, f"{name}.cpp", ["-DNGF_X86", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-uninitialized"] if x86 else []))
         for isa, flags in {"baseline": [], **(X86_ISAS if x86 else {})}.items():
             objects.append((f"cpu_{isa}", "cpu_row.cpp", [f"-DNGF_ISA={isa}", *flags]))

@@ -217,6 +217,13 @@ PYBIND11_MODULE(_C, module) {
     ngf::linear_cpu({(const uint16_t*)x, (const uint16_t*)w, x_stride, w_stride, w_by_input, (const float*)bias, rows, inputs, outputs,
                      (uint16_t*)y}, threads);
   }, "y = x W^T + b in bf16 on AMX tiles: see csrc/gemm.h.");
+  module.def("product_fp32", [](uintptr_t a, int64_t a_row, int64_t a_column, uintptr_t b, int64_t b_row, int64_t b_column, uintptr_t bias,
+                                int64_t rows, int64_t depth, int64_t columns, uintptr_t c, int threads) {
+    py::gil_scoped_release others_may_run;
+    ngf::product_fp32({(const float*)a, (const float*)b, a_row, a_column, b_row, b_column, (const float*)bias, rows, depth, columns, (float*)c},
+                      threads);
+  }, "c (rows, columns) = a (rows, depth) b (depth, columns) + bias in fp32; a and b with one stride of 1 each. bias (columns,) or 0.");
+
   module.def("weight_gradient_cpu", [](uintptr_t dy, uintptr_t x, int64_t dy_stride, int64_t x_stride, int64_t rows, int64_t outputs, int64_t inputs,
                                        uintptr_t dw, bool dw_bf16, int threads) {
     py::gil_scoped_release others_may_run;

@@ -30,11 +30,20 @@ struct WeightGradient {
   bool dw_bf16;                 // rounded to bf16; else fp32
 };
 
+struct Product {                // fp32; element (m, k) of a at a[m * a_row + k * a_column], one of the two strides 1; b likewise
+  const float *a, *b;           // (rows, depth), (depth, columns)
+  int64_t a_row, a_column, b_row, b_column;
+  const float* bias;            // (columns,) or null
+  int64_t rows, depth, columns;
+  float* c;                     // (rows, columns) contiguous, overwritten: a b + bias
+};
+
 bool gemm_works();              // whether this CPU and build have AMX
 
 // On up to `threads` threads, whose number changes no bit. bf16 results below 1.2e-38 in magnitude become 0, as oneDNN's do.
 // Throw std::runtime_error where gemm_works() is false.
 void linear_cpu(const Linear& g, int threads);
 void weight_gradient_cpu(const WeightGradient& g, int threads);
+void product_fp32(const Product& g, int threads);    // each number as three bf16 ones: as exact as fp32 multiply-adds
 
 }  // namespace ngf

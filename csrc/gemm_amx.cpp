@@ -10,8 +10,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "gemm_blocks.h"
 #include "rows.h"
-#include "tiles.h"
 
 #ifdef NGF_AMX
 
@@ -23,17 +23,6 @@ constexpr int64_t FAR = 24;                // steps in K whose panels stay in th
 constexpr int64_t WIDE = 12;               // panels of the outputs that are packed at a time: 0.6 MB of FAR steps
 constexpr int64_t FEWEST = 8;              // panels of x for which packing W once more is still cheap
 constexpr int64_t TALL = 1024;             // rows of x that go by before the next FAR steps: their sums are 1.6 MB
-
-int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Pieces of nearly the same length, none longer than `most`, that make up `all`; one empty piece of nothing, whose sums are 0.
-struct Pieces {
-  int64_t all, length;
-  Pieces(int64_t all, int64_t most) : all(all), length(std::max<int64_t>(1, up(all, std::max<int64_t>(1, up(all, most))))) {}
-  int64_t count() const { return std::max<int64_t>(1, up(all, length)); }
-  int64_t begin(int64_t i) const { return i * length; }
-  int64_t end(int64_t i) const { return std::min(all, (i + 1) * length); }
-};
 
 // sums (32, 32) to y at (m, n). `stream`: past the caches, for what is long gone from them when it is read.
 NGF_AVX512 void write_bf16(const float* sums, const float* bias, int64_t m, int64_t rows, int64_t n, int64_t columns, bool stream, uint16_t* y) {
@@ -50,29 +39,10 @@ NGF_AVX512 void write_bf16(const float* sums, const float* bias, int64_t m, int6
   }
 }
 
-// sums (32, 32) to dW at (m, n). `add`: to what is there; `stream`: as above.
-NGF_AVX512 void write_fp32(const float* sums, int64_t m, int64_t rows, int64_t n, int64_t columns, bool add, bool stream, float* y) {
-  for (int64_t i = 0; i < std::min(PANEL, rows - m); ++i)
-    for (int64_t c = 0; c < PANEL; c += SIDE) {
-      const __mmask16 mask = first_of_16(columns - n - c);
-      float* const to = y + (m + i) * columns + n + c;
-      __m512 v = _mm512_load_ps(sums + i * PANEL + c);
-      if (add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, to));
-      if (stream && mask == 0xffff && (uintptr_t)to % 64 == 0) _mm512_stream_ps(to, v);
-      else _mm512_mask_storeu_ps(to, mask, v);
-    }
-}
-
 // These rows of x, from step to step in K, come into the L2 cache meanwhile: their 32 pages are more than the hardware looks ahead in.
 void fetch(const Linear& g, int64_t top, int64_t bottom, int64_t first, int64_t last) {
   for (int64_t m = top; m < bottom; ++m)
     for (int64_t s = first; s < last; ++s) __builtin_prefetch(g.x + m * g.x_stride + s * DEPTH, 0, 2);
-}
-
-// Lines that will be written in full are asked for meanwhile, to be owned by then: else each store would wait for memory.
-void claim(const void* first, int64_t stride, int64_t rows, int64_t lines) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t l = 0; l < lines; ++l) asm volatile("prefetchw %0" : : "m"(*((const char*)first + i * stride + l * 64)));
 }
 
 // The block of y from row `top` to `bottom`, panels of W from `first` to `last`. W goes into `right`, rows that cannot be read where they
@@ -137,21 +107,12 @@ void weight_gradient_panel(const WeightGradient& g, const uint16_t* left, const 
   }
   for (int64_t m = 0; m < tall; ++m) {
     if (g.dw_bf16) write_bf16(sums + m * SUMS, nullptr, (first + m) * PANEL, g.outputs, p * PANEL, g.inputs, stream, (uint16_t*)g.dw);
-    else write_fp32(sums + m * SUMS, (first + m) * PANEL, g.outputs, p * PANEL, g.inputs, add, stream && !add, (float*)g.dw);
+    else write_fp32(sums + m * SUMS, nullptr, (first + m) * PANEL, g.outputs, p * PANEL, g.inputs, add, stream && !add, (float*)g.dw);
   }
-}
-
-// Panels in pieces of at most WIDE, of equal size and as many times as there are threads.
-Pieces shared_out(int64_t panels, int threads) {
-  return Pieces(panels, std::max<int64_t>(1, up(panels, up(up(panels, WIDE), threads) * threads)));
 }
 
 // A second thread pays from some 20 us of work on.
 int worthwhile(int64_t products, int threads) { return (int)std::max<int64_t>(1, std::min<int64_t>(threads, products >> 23)); }
-
-void check_amx() {
-  if (!gemm_works()) throw std::runtime_error("this CPU has no AMX");
-}
 
 }  // namespace
 
@@ -168,7 +129,7 @@ void linear_cpu(const Linear& g, int threads) {
   const int64_t panels = up(g.rows, PANEL);
   const int64_t parts = g.inputs * g.outputs <= 1 << 22 ? threads : up(threads, up(up(g.outputs, PANEL), WIDE));
   const Pieces down(panels, std::max(FEWEST, up(panels, parts)));
-  const Pieces across = shared_out(up(g.outputs, PANEL), (int)up(threads, down.count()));
+  const Pieces across = shared_out(up(g.outputs, PANEL), WIDE, up(threads, down.count()));
   Shares shares(down.count() * across.count(), threads);
   on_team(threads, [&](int member) {
     static thread_local TileMemory memory;
@@ -189,7 +150,7 @@ void weight_gradient_cpu(const WeightGradient& g, int threads) {
   if (g.outputs == 0 || g.inputs == 0) return;
   threads = worthwhile(g.rows * g.outputs * g.inputs, threads);
   const int64_t panels = up(g.inputs, PANEL);
-  const Pieces down = shared_out(up(g.outputs, PANEL), threads);
+  const Pieces down = shared_out(up(g.outputs, PANEL), WIDE, threads);
   static thread_local TileMemory shared;
   for (int64_t block = 0; block < g.rows || block == 0; block += BLOCK) {
     const int64_t rows = std::min(BLOCK, g.rows - block), steps = up(rows, DEPTH), panel = steps * 2 * TILE;

@@ -140,8 +140,8 @@ struct LeftPanel {
 inline LeftPanel packed_left(const uint16_t* data) { return {data, 64, TILE, 2 * TILE}; }
 inline LeftPanel rows_as_they_are(const uint16_t* data, int64_t stride) { return {data, 2 * stride, SIDE * stride, DEPTH}; }
 
-// sums (32, 32) += left . right over `steps` tiles in K; `first`: they start at 0.
-NGF_TILES inline void multiply(LeftPanel left, const uint16_t* right, int64_t steps, bool first, float* sums) {
+// The sums (32, 32) of two panels, in the first four registers; `first`: they start at 0.
+NGF_TILES inline void load_sums(const float* sums, bool first) {
   if (first) {
     _tile_zero(0);
     _tile_zero(1);
@@ -153,6 +153,19 @@ NGF_TILES inline void multiply(LeftPanel left, const uint16_t* right, int64_t st
     _tile_loadd(2, sums + SIDE * PANEL, 4 * PANEL);
     _tile_loadd(3, sums + SIDE * PANEL + SIDE, 4 * PANEL);
   }
+}
+
+NGF_TILES inline void store_sums(float* sums) {
+  _tile_stored(0, sums, 4 * PANEL);
+  _tile_stored(1, sums + SIDE, 4 * PANEL);
+  _tile_stored(2, sums + SIDE * PANEL, 4 * PANEL);
+  _tile_stored(3, sums + SIDE * PANEL + SIDE, 4 * PANEL);
+  asm volatile("" : : "r"(sums) : "memory");  // GCC's intrinsics do not say what they wrote
+}
+
+// sums (32, 32) += left . right over `steps` tiles in K; `first`: they start at 0.
+NGF_TILES inline void multiply(LeftPanel left, const uint16_t* right, int64_t steps, bool first, float* sums) {
+  load_sums(sums, first);
   for (int64_t s = 0; s < steps; ++s, left.data += left.step, right += 2 * TILE) {
     _tile_loadd(6, right, 64);
     _tile_loadd(4, left.data, left.stride);
@@ -163,11 +176,7 @@ NGF_TILES inline void multiply(LeftPanel left, const uint16_t* right, int64_t st
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, sums, 4 * PANEL);
-  _tile_stored(1, sums + SIDE, 4 * PANEL);
-  _tile_stored(2, sums + SIDE * PANEL, 4 * PANEL);
-  _tile_stored(3, sums + SIDE * PANEL + SIDE, 4 * PANEL);
-  asm volatile("" : : "r"(sums) : "memory");  // GCC's intrinsics do not say what they wrote
+  store_sums(sums);
 }
 
 }  // namespace ngf
