@@ -89,7 +89,7 @@ def update(optimizer, weights, max_norm):
     if max_norm != 0.0:
         norm = adamw_cpu.norm([p.grad for p in parameters if p.grad is not None])
         factor = min((max_norm / (norm + 1e-6)).item(), 1.0)    # in this order nan is the smaller one
-    adamw_cpu.step(optimizer, dict(zip(weights.weights, weights.copies, strict=True)), factor)
+    adamw_cpu.step(optimizer, dict(zip(weights.weights, weights.copies, strict=bool(weights.copies))), factor)
 
 
 def clip_grad_norm(parameters, max_norm, exact=True):

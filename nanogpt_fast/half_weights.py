@@ -10,8 +10,9 @@ Autocast casts every fp32 weight in every forward pass: 4 bytes read and 2 writt
     weights.refresh()            the one cast
 
 The numbers are autocast's: it casts the same weight to the same bits, and its gradient back to fp32. On a CPU with AMX the
-gradients are not even rounded on the way (`own_gradients`; ops/linear_cpu.py). The embedding, whose
-weight is the vocabulary head's too, keeps reading fp32 (C10); biases and LayerNorms stay with autocast, they are small.
+gradients are not even rounded on the way (`own_gradients`; ops/linear_cpu.py), and in float32, where there is nothing to cast,
+the products go to the extension all the same. The embedding, whose weight is the vocabulary head's too, keeps reading fp32 (C10);
+biases and LayerNorms stay with autocast, they are small.
 """
 import contextlib
 import functools
@@ -27,28 +28,32 @@ from .ops import linear_cpu
 class HalfWeights:
     """The copies of a GPT's matmul weights in `dtype`; none where dtype is float32, or where `leave` tells why not to make any.
 
-    own_gradients: let the extension make a block's weight gradients where it can; the model is not compiled.
+    own_gradients: let the extension make the products and weight gradients of blocks where it can; the model is not compiled.
     left: why matrices were left to autocast, one text for each block or head: whoever replaced or hooked a module may look at
     its weight, and would find the copy there (C21).
     """
 
     def __init__(self, model, dtype, leave=None, own_gradients=False):
         linears, self.left = ([], [leave]) if leave else _untouched_linears(model)
-        linears = [linear for linear in linears if linear.weight.dtype == torch.float32 != dtype]
-        self.linears = linears
-        own = (own_gradients and linear_cpu.AMX and dtype == torch.bfloat16
+        can = (own_gradients and linear_cpu.AMX and dtype in (torch.bfloat16, torch.float32)
                and backend.choice("mlp", model.backend) != "reference")
-        # The head's gradient is its loss's to make (ops/cross_entropy_cpu.py).
-        self.own = [own and linear is not model.lm_head and linear.weight.device.type == "cpu" for linear in linears]
+
+        def own(linear):    # the head's gradient is its loss's to make (ops/cross_entropy_cpu.py)
+            return can and linear is not model.lm_head and linear.weight.device.type == "cpu"
+
+        cast = dtype != torch.float32
+        self.linears = [linear for linear in linears if linear.weight.dtype == torch.float32 and (cast or own(linear))]
+        self.own = [own(linear) for linear in self.linears]
         self.model = model
-        self.head = next((linear.weight for linear in linears if own and linear is model.lm_head), None)
-        self.weights = [linear.weight for linear in linears]
-        self.copies = [weight.detach().to(dtype) for weight in self.weights]
+        self.head = next((linear.weight for linear in self.linears if can and linear is model.lm_head), None)
+        self.weights = [linear.weight for linear in self.linears]
+        self.copies = [weight.detach().to(dtype) for weight in self.weights] if cast else []
 
     @contextlib.contextmanager
     def in_use(self):
         """Inside, forward and backward passes take the copies; state_dict and optimizers are for outside."""
-        for linear, weight, copy, own in zip(self.linears, self.weights, self.copies, self.own, strict=True):
+        copies = self.copies or [weight.detach() for weight in self.weights]
+        for linear, weight, copy, own in zip(self.linears, self.weights, copies, self.own, strict=True):
             if own:
                 linear.forward = functools.partial(linear_cpu.linear, weight=weight, copy=copy, bias=linear.bias)
             else:

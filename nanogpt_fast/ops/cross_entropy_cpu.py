@@ -10,7 +10,7 @@ all by the same factor. What scales dx is a pass over its few rows, and dW is sc
 import torch
 
 from . import sample
-from .linear_cpu import matmul, weight_gradient
+from .linear_cpu import AMX, matmul, weight_gradient
 
 # Rows of a chunk: 103 MB of bf16 logits at V=50,304. A matmul of 1,024 rows reaches the machine's rate; a larger chunk would only
 # need more memory.
@@ -119,7 +119,7 @@ class _WeightGradient:
     def add(self, dlogits, part):
         if self.total is None:
             self.total = weight_gradient(dlogits, self.x[part], torch.float32 if self.several else self.dtype)
-        elif self.x.dtype == torch.float32:
+        elif self.x.dtype == torch.float32 and not AMX:
             self.total.addmm_(dlogits.t(), self.x[part])
         else:
             self.total += weight_gradient(dlogits, self.x[part], torch.float32)

@@ -1,7 +1,8 @@
-"""The products of a Linear in bf16 on a CPU's AMX tiles (csrc/gemm.h), and a Linear that keeps a half-precision copy of its weight.
+"""The products of a Linear on a CPU's AMX tiles (csrc/gemm.h), and a Linear that takes them.
 
-PyTorch's matmul makes x W^T and dy W on one thread where the result has few columns, and rounds dW to bf16, which a cast brings back to
-fp32 for the optimizer. The extension deals out all three to all threads, and writes dW's fp32 sums as they are.
+bf16: PyTorch's matmul makes x W^T and dy W on one thread where the result has few columns, and rounds dW to bf16, which a cast brings back
+to fp32 for the optimizer. The extension deals out all three to all threads, and writes dW's fp32 sums as they are.
+fp32: the tiles multiply each number as three bf16 ones, which is as exact as fp32 multiply-adds, and faster (csrc/gemm_fp32.cpp).
 """
 import torch
 import torch.nn.functional as F
@@ -11,26 +12,43 @@ from . import sample
 AMX = hasattr(sample._C, "gemm_works") and sample._C.gemm_works()
 LARGEST_SUM = 1024  # rows of one sum that is rounded to bf16 at its end; csrc/gemm_amx.cpp
 FEWEST_ROWS = 256   # the tiles want W in another order, and to bring it there pays where many rows meet it
+SHORTEST_FP32 = 128  # side of a product whose numbers are worth taking apart: 0.8 times as fast as PyTorch's at 65, 1.2 times at 128
 
 
 def matmul(x, w, *, by_input=False, bias=None, out=None):
     """x (M, K) w^T + bias -> (M, N), contiguous, into `out` where given. w (N, K), or (K, N) if by_input; bias (N,) fp32 or None."""
     N = w.size(1 if by_input else 0)
     y = x.new_empty((x.size(0), N)) if out is None else out
+    b = w if by_input else w.t()
+    if x.size(0) >= FEWEST_ROWS and _product(x, b, bias, y):
+        return y
     if (AMX and x.dtype == w.dtype == torch.bfloat16 and x.size(0) >= FEWEST_ROWS and x.stride(1) == w.stride(1) == 1
             and x.size(1) == w.size(0 if by_input else 1)       # else PyTorch's own error
             and (bias is None or bias.dtype == torch.float32 and bias.is_contiguous())):
         sample._C.linear_cpu(x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), by_input, 0 if bias is None else bias.data_ptr(),
                              *x.shape, N, y.data_ptr(), torch.get_num_threads())
         return y
-    w = w if by_input else w.t()
-    return torch.mm(x, w, out=y) if bias is None else torch.addmm(bias.to(x.dtype), x, w, out=y)     # rounded once
+    return torch.mm(x, b, out=y) if bias is None else torch.addmm(bias.to(x.dtype), x, b, out=y)     # rounded once
+
+
+def _product(a, b, bias, c):
+    """c (M, N) contiguous = a (M, K) b (K, N) + bias on the tiles, all fp32; False where that is not for them."""
+    (M, K), N = a.shape, b.size(1)
+    if not (AMX and a.dtype == b.dtype == torch.float32 and K == b.size(0) and min(M, K, N) >= SHORTEST_FP32
+            and 1 in a.stride() and 1 in b.stride() and (bias is None or bias.dtype == torch.float32 and bias.is_contiguous())):
+        return False
+    sample._C.product_fp32(a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), 0 if bias is None else bias.data_ptr(), M, K, N,
+                           c.data_ptr(), torch.get_num_threads())
+    return True
 
 
 def weight_gradient(dy, x, dtype=None):
     """dy (K, M)^T x (K, N) -> (M, N), summed in fp32 and rounded once: to `dtype`, or theirs where it is None. (Without
     the tiles PyTorch makes it in theirs, and a cast follows.)"""
     dtype = dtype or dy.dtype
+    if dtype == dy.dtype == torch.float32:
+        dw = dy.new_empty((dy.size(1), x.size(1)))
+        return dw if _product(dy.t(), x, None, dw) else torch.mm(dy.t(), x, out=dw)
     fits = dy.size(0) == x.size(0) and (dtype == torch.float32 or dy.size(0) <= LARGEST_SUM) and dy.stride(1) == x.stride(1) == 1
     if not (AMX and fits and dy.dtype == x.dtype == torch.bfloat16 and dtype in (torch.float32, torch.bfloat16)):
         return (dy.t() @ x).to(dtype)
@@ -41,7 +59,7 @@ def weight_gradient(dy, x, dtype=None):
 
 
 def linear(x, weight, copy, bias):
-    """x (..., C) copy^T + bias -> (..., F) in copy's dtype. copy (F, C) is weight (F, C) cast; the gradient goes to weight."""
+    """x (..., C) copy^T + bias -> (..., F) in copy's dtype. copy (F, C) is weight (F, C) cast, or detached; the gradient goes to weight."""
     return _Linear.apply(x, weight, copy, bias)  # by position: an autograd.Function takes no keywords
 
 
