@@ -12,8 +12,8 @@
 // What differs: a part below 1.2e-38 counts as 0, so numbers below 1e-33 have fewer digits; and infinity gives NaN.
 //
 // The loops, from the outside: the shorter side of c, up to 1,024 rows or 768 columns, is brought into parts once, by all threads; these share
-// out the longer side. A thread brings a piece of its operand into parts, and of b's 1.2 MB stay in the L2 cache; 32 rows of a come by
-// once, in pieces that stay in the L1 cache while all of b's panels meet them.
+// out the longer side. A thread brings a piece of its operand into parts. Panels of b, 1.2 MB, stay in the L2 cache, where one panel of a
+// after the other meets them. (Pieces of that panel that fit the L1 cache, and asking for sums ahead, change nothing.)
 #include "gemm.h"
 #include "gemm_blocks.h"
 #include "team.h"
@@ -25,7 +25,6 @@ namespace {
 
 constexpr int64_t PARTS = 3;
 constexpr int64_t STEP = PARTS * 2 * TILE; // elements of a panel for one step in K: part by part two tiles
-constexpr int64_t NEAR = 4;                // steps in K whose panel stays in the L1 cache: 24 KB of 48, and as much streams past
 constexpr int64_t FAR = 8;                 // steps in K whose panels stay in the L2 cache
 constexpr int64_t WIDE = 24;               // panels of b that do
 constexpr int64_t TALL = 32;               // panels of a, for all of which sums wait for the next piece in K: 3 MB
@@ -132,22 +131,18 @@ void product_block(const Product& g, const Lines& a, const Lines& b, Range rows,
   for (int64_t f = 0; f < far.count(); ++f) {
     const int64_t begin = far.begin(f), length = far.end(f) - begin, k = (depth.begin + begin) * DEPTH;
     for (int64_t p = 0; shared_a && p < columns.count(); ++p) pack(b, false, (columns.begin + p) * PANEL, k, length, own + p * of_own);
-    const Pieces near(length, NEAR);
     for (int64_t m = rows.begin; m < rows.end; ++m) {
       if (!shared_a) pack(a, true, m * PANEL, k, length, own);
       const uint16_t* const left = shared_a ? shared + (m - rows.begin) * of_shared + begin * STEP : own;
       float* const sums = kept + (far.count() > 1 ? (m - rows.begin) * columns.count() * SUMS : 0);
-      for (int64_t c = 0; c < near.count(); ++c) {
-        const int64_t s = near.begin(c), steps = near.end(c) - s;
-        const bool last = f + 1 == far.count() && c + 1 == near.count();
-        for (int64_t p = 0; p < columns.count(); ++p) {
-          const uint16_t* const right = shared_a ? own + p * of_own : shared + p * of_shared + begin * STEP;
-          const int64_t n = (columns.begin + p) * PANEL;
-          if (last) claim(g.c + m * PANEL * g.columns + n, 4 * g.columns, std::min(PANEL, g.rows - m * PANEL), 2);
-          multiply_parts(left + s * STEP, right + s * STEP, steps, f == 0 && c == 0, sums + p * SUMS);
-          if (last)
-            write_fp32(sums + p * SUMS, depth.begin ? nullptr : g.bias, m * PANEL, g.rows, n, g.columns, depth.begin > 0, false, g.c);
-        }
+      const bool last = f + 1 == far.count();
+      for (int64_t p = 0; p < columns.count(); ++p) {
+        const uint16_t* const right = shared_a ? own + p * of_own : shared + p * of_shared + begin * STEP;
+        const int64_t n = (columns.begin + p) * PANEL;
+        if (last) claim(g.c + m * PANEL * g.columns + n, 4 * g.columns, std::min(PANEL, g.rows - m * PANEL), 2);
+        multiply_parts(left, right, length, f == 0, sums + p * SUMS);
+        if (last)
+          write_fp32(sums + p * SUMS, depth.begin ? nullptr : g.bias, m * PANEL, g.rows, n, g.columns, depth.begin > 0, false, g.c);
       }
     }
   }

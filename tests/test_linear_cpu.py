@@ -1,4 +1,7 @@
-"""The products of a Linear on a CPU's AMX tiles: as near to fp64 as PyTorch's, from any layout, on any number of threads."""
+"""The products of a Linear on a CPU's AMX tiles: as near to fp64 as PyTorch's, from any layout, on any number of threads.
+
+In bf16, and in fp32 by three bf16 parts of each number.
+"""
 import os
 import time
 
@@ -72,6 +75,61 @@ def test_sums_of_many_rows_are_fp32_and_pytorchs_matmuls_do_not_mind_the_tiles()
     assert torch.equal(a @ a, before)
     torch.testing.assert_close(dw.double(), dy.double().t() @ x.double(), rtol=1e-4, atol=1e-3)
     weight_gradient(torch.full((4, 5), float("nan")).bfloat16(), a[:4])[0, 0].isnan() or pytest.fail("NaN was lost")
+
+
+def product(a, b, bias=None, threads=2):
+    """The extension's own call, also where `matmul` would leave it to PyTorch."""
+    c = torch.full((a.size(0), b.size(1)), float("nan"))
+    sample._C.product_fp32(a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), 0 if bias is None else bias.data_ptr(), *a.shape, b.size(1),
+                           c.data_ptr(), threads)
+    return c
+
+
+def laid_out(matrix, by_row):
+    """The same numbers, rows or columns contiguous, inside of a larger one that is NaN elsewhere."""
+    m = matrix if by_row else matrix.t()
+    around = torch.full((m.size(0) + 2, m.size(1) + 37), float("nan"))
+    around[1:-1, 5:5 + m.size(1)] = m
+    return around[1:-1, 5:5 + m.size(1)] if by_row else around[1:-1, 5:5 + m.size(1)].t()
+
+
+@needs_amx
+# One of everything; whole panels; edges; K in several pieces; each side the longer one; more rows, columns, K than go in one block.
+@pytest.mark.parametrize("M,K,N", [(1, 1, 1), (64, 64, 64), (33, 31, 65), (40, 300, 30), (70, 1700, 257), (257, 300, 70), (1100, 40, 1200),
+                                   (1500, 33, 800), (130, 768, 420)])
+@pytest.mark.parametrize("a_by_row,b_by_row", [(True, True), (True, False), (False, True), (False, False)])
+def test_an_fp32_product_in_parts_is_as_near_to_fp64_as_multiply_adds(M, K, N, a_by_row, b_by_row):
+    # Numbers of very different size: a part that got lost, or went to another row, is larger than many a whole number.
+    a, b, bias = (torch.randn(shape) * 10.0 ** torch.randint(-6, 6, shape) for shape in ((M, K), (K, N), (N,)))
+    for spread in (True, False):
+        if not spread:
+            a, b = torch.randn(M, K), torch.randn(K, N)
+        for added in (None, bias):
+            arguments = laid_out(a, a_by_row), laid_out(b, b_by_row), added
+            results = [product(*arguments, threads) for threads in (1, 2, 7)]
+            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+            exact = a.double() @ b.double() + (0 if added is None else added.double())
+            assert_close(results[0], exact, a @ b + (0 if added is None else added), "a b")
+
+
+@needs_amx
+def test_fp32_in_parts_has_all_of_its_digits():
+    """Against the identity every number comes back whole, and the sum of two parts is not enough for that."""
+    a = torch.randn(300, 96) * 2.0 ** torch.randint(-60, 60, (300, 96))
+    assert torch.equal(product(a, torch.eye(96)), a) and torch.equal(product(torch.eye(96), a.t().contiguous()), a.t())
+    assert not torch.equal(a.bfloat16().float() + (a - a.bfloat16().float()).bfloat16().float(), a)
+
+
+@needs_amx
+def test_what_is_not_finite_stays_so_in_an_fp32_product_and_nothing_sums_to_zero():
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        a, b = torch.randn(40, 70), torch.randn(70, 50)
+        a[3, 69] = bad
+        c = product(a, b)
+        assert not c[3].isfinite().any() and c[:3].isfinite().all() and c[4:].isfinite().all()
+    assert (product(torch.empty(40, 0), torch.empty(0, 30)) == 0).all()
+    assert torch.equal(product(torch.empty(40, 0), torch.empty(0, 30), torch.ones(30)), torch.ones(40, 30))
+    assert product(torch.empty(0, 3), torch.empty(3, 5)).shape == (0, 5)
 
 
 @needs_amx
