@@ -56,7 +56,7 @@ def norm(gradients, isa=""):
 
     Of gradients that are not all fp32 on a CPU it is PyTorch's. isa: see `sample_cpu`; "" is the best.
     """
-    gradients = [gradient.contiguous() if gradient.layout == torch.strided else gradient for gradient in gradients]
+    gradients = [gradient.contiguous() for gradient in gradients]
     if MISSING is not None or not all(_plain(gradient) for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)
     addresses, sizes = [gradient.data_ptr() for gradient in gradients], [gradient.numel() for gradient in gradients]
