@@ -500,6 +500,9 @@ def _banner(o, model, device, dtype, compiled, weights, not_captured, malloc, ra
     if dtype != torch.float32:
         print(f"casts   {len(weights.copies)} matrices to {str(dtype).removeprefix('torch.')} once a step"
               + (f"; at every use: {'; '.join(weights.left)}" if weights.left else ""))
+    elif any(weights.own):
+        print(f"linear  {sum(weights.own)} matrices and the loss on AMX tiles, a float32 as three bfloat16, no less exact; "
+              "--backend=reference for PyTorch's products")
     for i, line in enumerate(str(explain(model, dtype=dtype, return_logits=False)).splitlines()):
         print(f"{'ops' if i == 0 else '':<7} {line}")
     print(f"writes  {o.out_dir}", flush=True)

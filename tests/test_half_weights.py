@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanogpt_fast import GPT, GPTConfig, half_weights, training
+from nanogpt_fast import GPT, GPTConfig, cpu, half_weights, training
 from nanogpt_fast.half_weights import HalfWeights
 from nanogpt_fast.ops import linear_cpu
 
@@ -252,6 +252,31 @@ def test_on_amx_weights_get_gradients_that_were_never_rounded():
     weights.refresh()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.skipif(not linear_cpu.AMX, reason="this CPU has no AMX")
+def test_in_float32_all_products_go_to_the_tiles_and_stay_as_exact(monkeypatch):
+    plain = GPT(GPTConfig(block_size=64, vocab_size=160, n_layer=2, n_head=2, n_embd=128), backend="reference")
+    x, y = torch.randint(160, (2, 4, 64))
+    own, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    own.set_backend("auto")
+    calls, product = [], linear_cpu._product
+    monkeypatch.setattr(linear_cpu, "_product", lambda *args: (calls.append(product(*args)), calls[-1])[1])
+    exact(x, y)[1].backward()
+    plain(x, y)[1].backward()
+    assert not calls
+    weights = HalfWeights(own, torch.float32, own_gradients=True)
+    assert weights.copies == [] and len(weights.own) == 8
+    with weights.in_use():
+        loss = own(x, y, return_logits=False)[1]
+    loss.backward()
+    assert calls == 3 * 9 * [True]  # y, dx and dW of eight Linears and the head
+    for (name, ours), theirs, oracle in zip(own.named_parameters(), plain.parameters(), exact.parameters(), strict=True):
+        assert ours.grad.dtype == torch.float32
+        assert (ours.grad - oracle.grad).norm() <= 1.5 * (theirs.grad - oracle.grad).norm(), name
+    before = own.lm_head.weight.clone()
+    cpu.update(own.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu"), weights, 1.0)
+    assert not torch.equal(own.lm_head.weight, before) and not any("forward" in vars(module) for module in own.modules())
 
 
 @pytest.mark.skipif(not linear_cpu.AMX, reason="this CPU has no AMX")
