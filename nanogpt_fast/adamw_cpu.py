@@ -61,7 +61,7 @@ def norm(gradients, isa=""):
         return torch.nn.utils.get_total_norm(gradients)
     addresses, sizes = [gradient.data_ptr() for gradient in gradients], [gradient.numel() for gradient in gradients]
     squares = sample._C.gradient_squares_cpu(addresses, sizes, torch.get_num_threads(), isa)
-    return torch.tensor(math.sqrt(squares), dtype=torch.float32)
+    return torch.tensor(math.sqrt(squares), dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def step(optimizer, copies=None, factor=1.0, isa=""):
                 continue
             state = optimizer.state[p]
             if not state:
-                state.update(step=torch.zeros((), dtype=torch.float32), exp_avg=torch.zeros_like(p),
+                state.update(step=p.new_zeros((), dtype=torch.float32), exp_avg=torch.zeros_like(p),
                              exp_avg_sq=torch.zeros_like(p))
             m, v, t, copy = state["exp_avg"], state["exp_avg_sq"], state["step"], copies.get(p)
             addresses.append((p.data_ptr(), p.grad.data_ptr(), m.data_ptr(), v.data_ptr(), t.data_ptr(),

@@ -126,6 +126,16 @@ def test_without_copies_and_without_weights_too():
     assert not empty.optimizer.state
 
 
+def test_a_default_device_of_the_users_is_not_where_steps_and_norms_are_kept(monkeypatch):
+    side, gradient = Side(((17,), (3,))), torch.ones(16)
+    side.draw(0)
+    monkeypatch.setattr(sample._C, "adamw_cpu", lambda *_: None)     # a count on another device would be no address
+    with torch.device("meta"):
+        adamw_cpu.step(side.optimizer, side.copies)
+        assert adamw_cpu.norm([gradient]).item() == 4
+    assert all(tensor.is_cpu for tensor in side.tensors().values())
+
+
 def test_it_goes_on_from_a_state_that_was_saved_and_pytorch_goes_on_from_ours():
     straight, first, second, theirs = (Side() for _ in range(4))
     straight.steps(range(4))

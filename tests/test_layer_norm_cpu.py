@@ -43,8 +43,8 @@ class Margins:
     def __getattr__(self, name):
         return getattr(torch, name)
 
-    def empty(self, *shape, dtype=f32):
-        self.buffers.append(torch.full((math.prod(shape) + 64,), math.nan, dtype=dtype))
+    def empty(self, *shape, dtype=f32, device="cpu"):
+        self.buffers.append(torch.full((math.prod(shape) + 64,), math.nan, dtype=dtype, device=device))
         return self.buffers[-1][32:-32].view(shape)
 
     def empty_like(self, tensor, dtype=None):
@@ -193,6 +193,20 @@ def test_a_row_is_the_same_beside_any_others():
     alone.weight, alone.bias = problem.weight, problem.bias
     found, single = problem.ours(), alone.ours()
     assert all(torch.equal(found[name][17:18], single[name]) for name in ("s", "y", "dx", "dbranch"))
+
+
+def test_a_default_dtype_or_device_of_the_users_changes_nothing():
+    problem = Problem(70, 33, "a model in bf16")
+    expected = problem.by_autograd(fused)
+    try:
+        torch.set_default_dtype(torch.float64)
+        in_fp64 = problem.by_autograd(fused)
+    finally:
+        torch.set_default_dtype(f32)
+    assert all(torch.equal(in_fp64[name], expected[name]) for name in expected)
+    with torch.device("meta"):
+        elsewhere = problem.by_autograd(fused)
+    assert all(torch.equal(elsewhere[name], expected[name]) for name in expected)
 
 
 def test_an_instruction_set_that_is_not_here_is_named():

@@ -52,7 +52,7 @@ def forward(x, branch, weight, bias, eps, y_dtype, isa=""):
     C = x.size(-1)
     rows = x.numel() // C
     s, y = x if branch is None else torch.empty_like(x), torch.empty_like(x, dtype=y_dtype)
-    statistics = torch.empty(2, rows)
+    statistics = torch.empty(2, rows, dtype=torch.float32, device=x.device)     # not whatever the defaults are
     mean = statistics.data_ptr()
     sample._C.layer_norm_forward_cpu(_bf16(x, branch, y), rows, C, x.data_ptr(), _address(branch), weight.data_ptr(), _address(bias), eps,
                                      s.data_ptr(), y.data_ptr(), mean, mean + 4 * rows, torch.get_num_threads(), isa)
@@ -67,7 +67,7 @@ def backward(dy, ds, s, weight, statistics, branch_dtype, isa=""):
     rows = s.numel() // C
     dx = torch.empty_like(s)
     dbranch = None if branch_dtype in (None, s.dtype) else torch.empty_like(s, dtype=branch_dtype)
-    dweight, dbias = torch.empty(C), torch.empty(C)
+    dweight, dbias = (torch.empty(C, dtype=torch.float32, device=s.device) for _ in range(2))
     mean = statistics.data_ptr()
     sample._C.layer_norm_backward_cpu(_bf16(s, dbranch, dy), rows, C, dy.data_ptr(), _address(ds), s.data_ptr(), weight.data_ptr(), mean,
                                       mean + 4 * rows, dx.data_ptr(), _address(dbranch), dweight.data_ptr(), dbias.data_ptr(),
