@@ -273,6 +273,7 @@ DQ_TILES = _table(_DQ_MMA_SYNC, _DQ_MMA_SYNC, _DQ_90, _DQ_90_DROPOUT)
 _PHILOX = "Philox's words beside five tiles. 64x64 computes each exponential twice, and the split form draws the mask twice"
 _WHOLE_ROWS = "without tensor cores a thread keeps whole rows of both factors in registers, and no tile is smaller than 16x16"
 SPILLS = {
+    ("head", "bf16", 32): ({80: 16}, "by Triton 3.6 alone, which has a few registers too many"),
     ("head", "dropout", 64): ({86: 16, 89: 16, 90: 64, 100: 72}, _PHILOX),
     ("head", "float32", 32): ({80: 8, 86: 8, 89: 8, 100: 16}, OCCUPANCY),
     ("head", "float32", 64): (dict.fromkeys((80, 86, 89, 90, 100), 32), OCCUPANCY),
@@ -284,6 +285,7 @@ SPILLS = {
     ("dq", "float32", 32): ({90: 8}, OCCUPANCY),
     ("dq", "float32", 256): (dict.fromkeys((80, 86, 89, 90, 100), 240), _WHOLE_ROWS),
     ("dq", "float32 dropout", 256): ({80: 280, 86: 256, 89: 256, 90: 288, 100: 288}, _WHOLE_ROWS),
+    ("dq", "dropout", 64): ({80: 24}, "by Triton 3.6 alone, which has a few registers too many"),
     ("dq", "dropout", 256): ({90: 48}, "by Triton 3.6 alone, where 64x16 in 8 warps has its wgmma serialised"),
 }
 # Loads of less than 16 bytes. Half precision: the terms of a thread's columns, two neighbours (8 bytes) a load, for two loops.
