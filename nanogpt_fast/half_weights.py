@@ -38,10 +38,12 @@ class HalfWeights:
         can = (own_gradients and linear_cpu.AMX and dtype in (torch.bfloat16, torch.float32)
                and backend.choice("mlp", model.backend) != "reference")
 
-        def own(linear):    # the head's gradient is its loss's to make (ops/cross_entropy_cpu.py)
-            return can and linear is not model.lm_head and linear.weight.device.type == "cpu"
-
         cast = dtype != torch.float32
+
+        def own(linear):    # the head's gradient is its loss's (ops/cross_entropy_cpu.py), a short fp32 product PyTorch's
+            return (can and linear is not model.lm_head and linear.weight.device.type == "cpu"
+                    and (cast or min(linear.weight.shape) >= linear_cpu.SHORTEST_FP32))
+
         self.linears = [linear for linear in linears if linear.weight.dtype == torch.float32 and (cast or own(linear))]
         self.own = [own(linear) for linear in self.linears]
         self.model = model

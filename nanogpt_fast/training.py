@@ -27,6 +27,7 @@ from .explanation import explain
 from .half_weights import HalfWeights
 from .interrupt import StopOnSignal
 from .model import GPT
+from .ops import linear_cpu
 from .options import option
 from .progress import Progress
 from .text import prepare
@@ -501,7 +502,8 @@ def _banner(o, model, device, dtype, compiled, weights, not_captured, malloc, ra
         print(f"casts   {len(weights.copies)} matrices to {str(dtype).removeprefix('torch.')} once a step"
               + (f"; at every use: {'; '.join(weights.left)}" if weights.left else ""))
     elif any(weights.own):
-        print(f"linear  {sum(weights.own)} matrices and the loss on AMX tiles, a float32 as three bfloat16, no less exact; "
+        loss = " and the loss" if min(model.lm_head.weight.shape) >= linear_cpu.SHORTEST_FP32 else ""
+        print(f"linear  {sum(weights.own)} matrices{loss} on AMX tiles, a float32 as three bfloat16, no less exact; "
               "--backend=reference for PyTorch's products")
     for i, line in enumerate(str(explain(model, dtype=dtype, return_logits=False)).splitlines()):
         print(f"{'ops' if i == 0 else '':<7} {line}")

@@ -280,6 +280,17 @@ def test_in_float32_all_products_go_to_the_tiles_and_stay_as_exact(monkeypatch):
 
 
 @pytest.mark.skipif(not linear_cpu.AMX, reason="this CPU has no AMX")
+@pytest.mark.parametrize("n_embd, said", [(64, None), (128, "linear  4 matrices on AMX tiles")])
+def test_in_float32_what_is_too_small_for_the_tiles_stays_pytorchs_and_the_banner_knows(n_embd, said, tmp_path, capsys):
+    model = GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=1, n_head=2, n_embd=n_embd))
+    assert len(HalfWeights(model, torch.float32, own_gradients=True).own) == (4 if said else 0)
+    tiny.data(tmp_path)     # of some thirty characters: their loss is too small, too
+    training.train(tiny.options(tmp_path, n_layer=1, n_embd=n_embd, max_iters=1, backend="auto"))
+    printed = capsys.readouterr().out
+    assert said in printed if said else "AMX tiles" not in printed
+
+
+@pytest.mark.skipif(not linear_cpu.AMX, reason="this CPU has no AMX")
 def test_nothing_is_left_on_the_model_also_where_a_step_fails():
     model = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=2, n_embd=16))
     with pytest.raises(KeyError), HalfWeights(model, torch.bfloat16, own_gradients=True).in_use():
