@@ -1,4 +1,5 @@
-// The products of a Linear layer and its gradients on AMX tiles: bf16 in, fp32 sums, rounded once at the end or not at all.
+// The products of a Linear layer and its gradients on AMX tiles: bf16 in, fp32 sums, rounded once at the end or not at all; and fp32 in
+// (product_fp32), each number as three bf16 ones.
 //
 //     y = x W^T + b      linear, W where it lies as (outputs, inputs)
 //     dx = dy W          linear again, W^T where it lies as (inputs, outputs)

@@ -4,16 +4,17 @@
 //     x y ~ x0 y0 + (x0 y1 + x1 y0) + (x0 y2 + x1 y1 + x2 y0)
 //
 // Three times 8 bits are fp32's 24, so the parts are exact, and what is left out of a product is under 2^-26 of it: less than fp32's own
-// rounding of one. Products of bf16 numbers are exact in fp32, and their sums are fp32 as ever, so the result is as near to the true one as
-// that of fp32 multiply-adds; tests/test_linear_cpu.py holds it to that. It takes six times as many products, but the tiles make
+// rounding of one. Products of bf16 numbers are exact in fp32, and their sums are fp32 as ever, so the result is at least as near to the true
+// one as that of fp32 multiply-adds; tests/test_linear_cpu.py holds it to that. It takes six times as many products, but the tiles make
 // them twelve times as fast as AVX-512 does fp32's. (Henry, Tang, Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for
 // higher-precision computations", 2019.)
 //
-// What differs: a part below 1.2e-38 counts as 0, so numbers below 1e-33 have fewer digits; and infinity gives NaN.
+// What differs: a part below 1.2e-38 counts as 0, so numbers below 1e-33 have fewer digits; infinity gives NaN, as does what bf16 rounds to it, from
+// 3.39e38 on.
 //
 // The loops, from the outside: the shorter side of c, up to 1,024 rows or 768 columns, is brought into parts once, by all threads; these share
 // out the longer side. A thread brings a piece of its operand into parts. Panels of b, 1.2 MB, stay in the L2 cache, where one panel of a
-// after the other meets them. (Pieces of that panel that fit the L1 cache, and asking for sums ahead, change nothing.)
+// after the other meets them. (Pieces of that panel that fit the L1 cache, and asking for the sums ahead, change nothing.)
 #include "gemm.h"
 #include "gemm_blocks.h"
 #include "team.h"
@@ -93,25 +94,33 @@ NGF_AVX512 void pack(const Lines& s, bool left, int64_t i, int64_t k, int64_t st
     }
 }
 
-// sums (32, 32) += left . right over `steps` steps, all six products; `first`: they start at 0. An operand's part stays in its registers for
-// the products that share it.
-NGF_TILES inline void multiply_parts(const uint16_t* left, const uint16_t* right, int64_t steps, bool first, float* sums) {
-  load_sums(sums, first);
-#define NGF_LEFT(part) _tile_loadd(4, left + 2 * part * TILE, 64); _tile_loadd(5, left + (2 * part + 1) * TILE, 64)
-#define NGF_RIGHT(part) _tile_loadd(6, right + 2 * part * TILE, 64); _tile_loadd(7, right + (2 * part + 1) * TILE, 64)
+// sums (32, 32) = left . right over `steps` steps: first the five products of smaller parts, whose sums are small and their roundings too,
+// then the one of the largest. A long sum that took all six as they come would round six times as often.
+NGF_TILES inline void multiply_parts(const uint16_t* left, const uint16_t* right, int64_t steps, float* sums) {
+  load_sums(sums, true);
+#define NGF_LEFT(part) _tile_loadd(4, l + 2 * part * TILE, 64); _tile_loadd(5, l + (2 * part + 1) * TILE, 64)
+#define NGF_RIGHT(part) _tile_loadd(6, r + 2 * part * TILE, 64); _tile_loadd(7, r + (2 * part + 1) * TILE, 64)
 #define NGF_MULTIPLY _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7)
-  for (int64_t s = 0; s < steps; ++s, left += STEP, right += STEP) {
+  const uint16_t *l = left, *r = right;
+  for (int64_t s = 0; s < steps; ++s, l += STEP, r += STEP) {        // an operand's part stays in its registers for those that share it
     NGF_LEFT(2); NGF_RIGHT(0); NGF_MULTIPLY;
     NGF_LEFT(1); NGF_MULTIPLY;
     NGF_RIGHT(1); NGF_MULTIPLY;
     NGF_LEFT(0); NGF_MULTIPLY;
     NGF_RIGHT(2); NGF_MULTIPLY;
-    NGF_RIGHT(0); NGF_MULTIPLY;
+  }
+  l = left, r = right;
+  for (int64_t s = 0; s < steps; ++s, l += STEP, r += STEP) {
+    NGF_LEFT(0); NGF_RIGHT(0); NGF_MULTIPLY;
   }
 #undef NGF_LEFT
 #undef NGF_RIGHT
 #undef NGF_MULTIPLY
   store_sums(sums);
+}
+
+NGF_AVX512 inline void add(const float* more, float* sums) {
+  for (int64_t i = 0; i < SUMS; i += SIDE) _mm512_store_ps(sums + i, _mm512_add_ps(_mm512_load_ps(sums + i), _mm512_load_ps(more + i)));
 }
 
 // Panels of a or of b from `begin` to `end`.
@@ -126,8 +135,9 @@ void product_block(const Product& g, const Lines& a, const Lines& b, Range rows,
                    bool shared_a, TileMemory& memory) {
   const Pieces far(depth.count(), FAR);
   const int64_t of_shared = depth.count() * STEP, of_own = far.length * STEP, own_panels = shared_a ? columns.count() : 1;
-  uint16_t* const own = memory.get<uint16_t>(own_panels * of_own + 2 * SUMS * columns.count() * (far.count() > 1 ? rows.count() : 1));
-  float* const kept = (float*)(own + own_panels * of_own);
+  const int64_t to_keep = SUMS * columns.count() * (far.count() > 1 ? rows.count() : 1);
+  uint16_t* const own = memory.get<uint16_t>(own_panels * of_own + 2 * (to_keep + SUMS));
+  float *const kept = (float*)(own + own_panels * of_own), *const more = kept + to_keep;
   for (int64_t f = 0; f < far.count(); ++f) {
     const int64_t begin = far.begin(f), length = far.end(f) - begin, k = (depth.begin + begin) * DEPTH;
     for (int64_t p = 0; shared_a && p < columns.count(); ++p) pack(b, false, (columns.begin + p) * PANEL, k, length, own + p * of_own);
@@ -140,7 +150,8 @@ void product_block(const Product& g, const Lines& a, const Lines& b, Range rows,
         const uint16_t* const right = shared_a ? own + p * of_own : shared + p * of_shared + begin * STEP;
         const int64_t n = (columns.begin + p) * PANEL;
         if (last) claim(g.c + m * PANEL * g.columns + n, 4 * g.columns, std::min(PANEL, g.rows - m * PANEL), 2);
-        multiply_parts(left, right, length, f == 0, sums + p * SUMS);
+        multiply_parts(left, right, length, f == 0 ? sums + p * SUMS : more);
+        if (f > 0) add(more, sums + p * SUMS);
         if (last)
           write_fp32(sums + p * SUMS, depth.begin ? nullptr : g.bias, m * PANEL, g.rows, n, g.columns, depth.begin > 0, false, g.c);
       }

@@ -31,7 +31,7 @@ def layer_norm(x, weight, bias, *, eps=1e-5, backend=None):
     reference has). Source: Ba, Kiros, Hinton, "Layer normalization", 2016.
     """
     _check(x, None, weight, bias)
-    name = implementation(x, weight, bias, backend=backend)
+    name = _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias))
     if name == "reference":
         return reference.layer_norm(x, weight, bias, eps)
     y_dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype  # what F.layer_norm gives
