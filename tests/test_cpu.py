@@ -36,12 +36,15 @@ print(before, inside, faults(), kept, held() - start)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_kept_inside_not_mapped_anew_and_given_back_at_the_end():
-    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip("malloc is not glibc's")
-    before, inside, after, kept, left = map(int, done.stdout.split())
-    assert inside <= before / 4 and after >= before / 2
-    assert kept >= 64 << 20 and left <= 32 << 20
+    for attempt in range(3):    # a system short of memory may take pages away meanwhile; it does not do so three times
+        done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True)
+        if done.returncode == 77:
+            pytest.skip("malloc is not glibc's")
+        before, inside, after, kept, left = map(int, done.stdout.split())
+        right = inside <= before / 4 and after >= before / 2 and kept >= 64 << 20 and left <= 32 << 20
+        if right:
+            break
+    assert right, f"faults {before}, inside {inside}, after {after}; bytes kept inside {kept}, left {left}"
 
 
 def test_a_process_has_its_memory_back_after_a_run(tmp_path, monkeypatch):
