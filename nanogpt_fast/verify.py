@@ -222,11 +222,13 @@ def cases(device, quick):
         yield from (cross_entropy_case(8192, 768, 50304, return_logits) for return_logits in (False, True))
         if quick:
             return
-    elif quick:
+    on_tiles = cross_entropy_case(256, 128, 130, return_logits=False)   # as small as goes to a CPU's AMX tiles in every dtype
+    if quick:
         yield attention_case(1, 65, 2, 32)
         yield layer_norm_case(24, 96)
         yield from (mlp_case(70, 32, form) for form in mlp.FORMS)
         yield from (cross_entropy_case(21, 32, 257, return_logits) for return_logits in (False, True))
+        yield on_tiles
         return
     yield from (attention_case(1, T, 2, D) for T, D in ((1, 64), (65, 32), (129, 64), (130, 128), (70, 80)))
     yield from (layer_norm_case(rows, C) for rows, C in ((1, 768), (24, 96), (9, 1600)))
@@ -234,6 +236,7 @@ def cases(device, quick):
     yield from (mlp_case(rows, C, form) for rows, C in ((1, 32), (70, 32), (130, 72)) for form in mlp.FORMS)
     yield from (cross_entropy_case(rows, 32, V, return_logits)
                 for rows, V in ((1, 1000), (50, 65), (21, 257), (5, 50304)) for return_logits in (False, True))
+    yield on_tiles
 
 
 def check_op(case, name, dtype, device):
