@@ -28,14 +28,17 @@ packed (B, T, 3C) gradient.
 
 Source: Dao et al. 2022, FlashAttention, algorithm 4; Dao 2023, FlashAttention-2, algorithm 2.
 """
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from .attention_common import (FORMS, LARGEST_STRIDE, LOG2_E, OCCUPANCY, Tile, check_inputs, head_group, head_offset, kind,
-                               load_tile, machine, model_case, padded_head, rows_are_contiguous, scheduled_tile, store_tile,
-                               tile_for)
+from .attention_common import (FORMS, LARGEST_STRIDE, LOG2_E, OCCUPANCY, Program, Tile, check_inputs, head_offset, load_tile, machine,
+                               model_case, padded_head, program, rows_are_contiguous, scheduled_tile, store_tile, table_rows)
 from .dropout import keep_scale, keep_scores
+from .host import elsewhere
 
 
 @triton.jit
@@ -136,6 +139,9 @@ def backward_head_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, terms_pt
                          D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                          DROPOUT: tl.constexpr):
     """The head form: program i owns head i."""
+    if k_ptr is None:                                       # q_ptr is the packed projection, dq_ptr its gradient
+        k_ptr, v_ptr = q_ptr + H * D, q_ptr + 2 * H * D
+        dk_ptr, dv_ptr = dq_ptr + H * D, dq_ptr + 2 * H * D
     head = tl.program_id(0)
     batch, column = (head // H).to(tl.int64), head % H * D
     q_ptr += head_offset(head, H, stride_qb, stride_qh)
@@ -172,6 +178,9 @@ def backward_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, terms_ptr, dk_ptr, dv_ptr,
                          D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                          DROPOUT: tl.constexpr):
     """The split form's second half: a program takes a tile of keys; rank 0, the first keys, is seen by most queries."""
+    if k_ptr is None:                                       # q_ptr is the packed projection, dk_ptr its gradient
+        k_ptr, v_ptr = q_ptr + H * D, q_ptr + 2 * H * D
+        dk_ptr, dv_ptr = dk_ptr + H * D, dk_ptr + 2 * H * D
     rank, head = scheduled_tile(tl.cdiv(Tk, BLOCK_N), n_heads, group)
     batch, column = (head // H).to(tl.int64), head % H * D
     offset = head_offset(head, H, stride_kb, stride_kh)
@@ -213,6 +222,8 @@ def backward_dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, terms_ptr,
                        D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                        DROPOUT: tl.constexpr):
     """The split form's first half: a program takes a tile of queries, the last ones first, and leaves terms for the second."""
+    if k_ptr is None:                                       # q_ptr is the packed projection, dq_ptr its gradient
+        k_ptr, v_ptr = q_ptr + H * D, q_ptr + 2 * H * D
     n_tiles = tl.cdiv(Tq, BLOCK_M)
     rank, head = scheduled_tile(n_tiles, n_heads, group)
     m = (n_tiles - 1 - rank) * BLOCK_M
@@ -304,14 +315,32 @@ ASKS_NO_MORE = {
 }
 
 
-def form_for(q, k, dropout_p):
-    """"head" or "split" for these arguments: see the module's docstring."""
-    arch, multiprocessors, l2 = machine(q.device.index)
-    (B, H, Tq, D) = q.shape
-    if max(32, padded_head(D)) not in HEAD_TILES[kind(q.dtype, dropout_p)][arch] or B * H < multiprocessors:
-        return "split"
+class Programs(NamedTuple):
+    """What a backward needs to know that does not depend on the lengths. head is None where no tile of that form goes unspilled."""
+    head: Program
+    dq: Program
+    dkdv: Program
+    fewest_heads: int       # the head form's: a program for each multiprocessor
+    longest: int            # and the queries whose working set stays in L2
+
+    def form(self, heads, Tq):
+        """"head" or "split": see the module's docstring."""
+        return "head" if self.head and heads >= self.fewest_heads and Tq <= self.longest else "split"
+
+
+def programs(dtype, D, dropout, device, tiles=None):
+    """The Programs of a dtype, a head size and a GPU. tiles: {"head": Tile} or {"dq": Tile, "dkdv": Tile} instead of the tables'."""
+    HEAD = max(32, padded_head(D))
+    tiles = tiles or {name: table_rows(table, dtype, dropout, device).get(HEAD) for name, table in
+                      (("head", HEAD_TILES), ("dq", DQ_TILES), ("dkdv", DKDV_TILES))}
+    made = (program(tiles[name], dtype, D, dropout, device) if tiles.get(name) else None for name in ("head", "dq", "dkdv"))
+    _, multiprocessors, l2 = machine(device)
     # What the resident programs go over again and again: q, do, dq's fp32 sum; half of it on average, as the diagonal passes.
-    return "head" if multiprocessors * Tq * D * (2 * q.element_size() + 4) // 2 <= l2 else "split"
+    longest = 2 * l2 // (multiprocessors * D * (2 * dtype.itemsize + 4))
+    return Programs(*made, multiprocessors, longest)
+
+
+_programs = functools.cache(programs)
 
 
 def attention_backward(do, q, k, v, out, lse, dq, dk, dv, *, scale, dropout_p=0.0, seed=None, form=None, tiles=None):
@@ -322,6 +351,14 @@ def attention_backward(do, q, k, v, out, lse, dq, dk, dv, *, scale, dropout_p=0.
     form: "head", "split", or None to choose; tiles: {"head": Tile} or {"dq": Tile, "dkdv": Tile} instead of the tables'.
     """
     check_inputs(q, k, v, scale, dropout_p, seed)
+    check_gradients(do, q, k, out, lse, dq, dk, dv)
+    if form not in ("head", "split", None):
+        raise ValueError(f"form is {form!r}; expected 'head', 'split' or None")
+    launch_backward(do, q, k, v, out, lse, dq, dk, dv, seed, scale, dropout_p, form, tiles)
+
+
+def check_gradients(do, q, k, out, lse, dq, dk, dv):
+    """Raise unless do, out and lse fit q, and dq, dk and dv have the layout that the kernels write."""
     (B, H, Tq, D), Tk = q.shape, k.size(2)
     if do.shape != q.shape or do.dtype != q.dtype or not rows_are_contiguous(do):
         raise ValueError(f"do is {tuple(do.shape)}, {do.dtype}, strides {do.stride()}; expected {tuple(q.shape)}, {q.dtype}, "
@@ -339,32 +376,53 @@ def attention_backward(do, q, k, v, out, lse, dq, dk, dv, *, scale, dropout_p=0.
                 any(a != b and n > 1 for a, b, n in zip(grad.stride(), expected, grad.shape, strict=True)):
             raise ValueError(f"{name} is {tuple(grad.shape)}, {grad.dtype}, strides {grad.stride()}; expected {(B, T, H, D)}, "
                              f"{q.dtype}, strides {expected}")
-    form = form or form_for(q, k, dropout_p)
-    if form not in ("head", "split"):
-        raise ValueError(f"form is {form!r}; expected 'head', 'split' or None")
+
+
+def launch_backward(do, q, k, v, out, lse, dq, dk, dv, seed, scale, dropout_p, form=None, tiles=None):
+    """`attention_backward` for a caller that has checked its arguments."""
     if q.numel() == 0:
         for grad in (dq, dk, dv):
             grad.zero_()                # without queries, keys have a gradient, and it is zero
         return
-    terms = torch.empty((B, H, 2, triton.cdiv(Tq, 128) * 128), dtype=torch.float32, device=q.device)
+    strides = *q.stride()[:3], *k.stride()[:3], *do.stride()[:3], dk.stride(1)
+    B, H, Tq, D = q.shape
+    _launch(do, q, k, v, out, lse, dq, dk, dv, seed, (B, H, Tq, k.size(2), D), strides, scale, dropout_p, form, tiles)
+
+
+def launch_backward_qkvpacked(do, qkv, out, lse, seed, n_head, scale, dropout_p, form=None, tiles=None):
+    """dqkv (B, T, 3C). do and out (B, T, C), out contiguous; do and qkv with rows up to 2^23 elements apart. Checks nothing."""
+    B, T, C3 = qkv.shape
+    C = C3 // 3
+    D = C // n_head
+    dqkv = torch.empty((B, T, C3), dtype=qkv.dtype, device=qkv.device)
+    if lse.numel() > 0:
+        batch, token, _ = qkv.stride()
+        do_batch, do_token, _ = do.stride()
+        _launch(do, qkv, None, None, out, lse, dqkv, None, None, seed, (B, n_head, T, T, D),
+                (batch, D, token, batch, D, token, do_batch, D, do_token, C3), scale, dropout_p, form, tiles)
+    return dqkv
+
+
+def _launch(do, q, k, v, out, lse, dq, dk, dv, seed, sizes, strides, scale, dropout_p, form, tiles):
+    if elsewhere(q):
+        with torch.cuda.device_of(q):
+            return _launch(do, q, k, v, out, lse, dq, dk, dv, seed, sizes, strides, scale, dropout_p, form, tiles)
+    B, H, Tq, Tk, D = sizes
+    device = q.device
+    chosen = q.dtype, D, dropout_p > 0, q.get_device()
+    made = programs(*chosen, tiles) if tiles else _programs(*chosen)
+    terms = torch.empty((B, H, 2, -(-Tq // 128) * 128), dtype=torch.float32, device=device)
     seed = seed if dropout_p > 0 else None
-    strides = (*q.stride()[:3], *k.stride()[:3], *do.stride()[:3], row)
-    numbers = scale, scale * LOG2_E, dropout_p, H, Tq, Tk
-    constants = dict(D=D, HEAD=padded_head(D), DROPOUT=dropout_p > 0)
-    with torch.cuda.device_of(q):
-        if form == "head":
-            tile = tiles["head"] if tiles else tile_for(HEAD_TILES, q, dropout_p)
-            dq_sum = torch.empty((B, H, Tq, D), dtype=torch.float32, device=q.device)
-            backward_head_kernel[(B * H,)](q, k, v, out, do, lse, terms, dq, dk, dv, dq_sum, seed, *strides, *numbers,
-                                           **constants, **tile._asdict())
-            return
-        group = head_group(k)
-        tile = tiles["dq"] if tiles else tile_for(DQ_TILES, q, dropout_p)
-        backward_dq_kernel[(B * H * triton.cdiv(Tq, tile.BLOCK_M),)](
-            q, k, v, out, do, lse, terms, dq, seed, *strides, *numbers, B * H, group, **constants, **tile._asdict())
-        tile = tiles["dkdv"] if tiles else tile_for(DKDV_TILES, q, dropout_p)
-        backward_dkdv_kernel[(B * H * triton.cdiv(Tk, tile.BLOCK_N),)](
-            q, k, v, do, terms, dk, dv, seed, *strides, *numbers, B * H, group, **constants, **tile._asdict())
+    numbers = *strides, scale, scale * LOG2_E, dropout_p, H, Tq, Tk
+    if (form or made.form(B * H, Tq)) == "head":
+        dq_sum = torch.empty((B, H, Tq, D), dtype=torch.float32, device=device)
+        backward_head_kernel[(B * H,)](q, k, v, out, do, lse, terms, dq, dk, dv, dq_sum, seed, *numbers, **made.head.constants)
+        return
+    heads = B * H, made.dq.heads(Tk)
+    backward_dq_kernel[(B * H * -(-Tq // made.dq.tile.BLOCK_M),)](
+        q, k, v, out, do, lse, terms, dq, seed, *numbers, *heads, **made.dq.constants)
+    backward_dkdv_kernel[(B * H * -(-Tk // made.dkdv.tile.BLOCK_N),)](
+        q, k, v, do, terms, dq if dk is None else dk, dv, seed, *numbers, *heads, **made.dkdv.constants)
 
 
 def gate_cases(arch):

@@ -82,11 +82,11 @@ LARGEST_STRIDE = 2**23          # a tile spans up to 128 rows, and its offsets a
 
 
 @functools.cache
-def machine(device_index):
-    """(architecture of the tile tables, multiprocessors, bytes of L2) of a CUDA device; of an H200 for None (interpreter)."""
-    if device_index is None:
+def machine(device):
+    """(architecture of the tile tables, multiprocessors, bytes of L2) of the GPU with this number; -1 is none (interpreter): an H200's."""
+    if device < 0:
         return 90, 132, 50 * 2**20
-    properties = torch.cuda.get_device_properties(device_index)
+    properties = torch.cuda.get_device_properties(device)
     arch = 10 * properties.major + properties.minor
     if arch < 80:
         raise RuntimeError(f"the attention kernels need compute capability 8.0 or more; {properties.name} has {arch / 10}")
@@ -95,34 +95,43 @@ def machine(device_index):
     return known, properties.multi_processor_count, properties.L2_cache_size
 
 
+@functools.cache
 def padded_head(D):
     """HEAD: D rounded up to a power of two that a matmul takes."""
     return max(16, triton.next_power_of_2(D))
 
 
-def kind(dtype, dropout_p):
-    """Which column of a tile table: IEEE fp32 has no tensor cores, and dropout's generator takes registers."""
-    return "float32" if dtype == torch.float32 else "dropout" if dropout_p > 0 else "half"
+def table_rows(tiles, dtype, dropout, device):
+    """The rows {HEAD: Tile} of a table {column: {arch: rows}}: IEEE fp32 has no tensor cores, and dropout's generator takes registers."""
+    return tiles["float32" if dtype == torch.float32 else "dropout" if dropout else "half"][machine(device)[0]]
 
 
-def tile_for(tiles, q, dropout_p):
-    """The row of a table {kind: {arch: {HEAD: Tile}}} for these arguments."""
-    return tiles[kind(q.dtype, dropout_p)][machine(q.device.index)[0]][max(32, padded_head(q.size(-1)))]
+class Program(typing.NamedTuple):
+    """What a launch needs to know that does not depend on the lengths: made once for a dtype, a head size and a GPU."""
+    tile: Tile
+    constants: dict         # the kernel's
+    keys_in_l2: int         # keys and values of so many tokens of one head take half of L2
+
+    def heads(self, Tk):
+        """How many heads `scheduled_tile` works on together."""
+        return self.keys_in_l2 // Tk or 1
 
 
-def head_group(k):
-    """How many heads `scheduled_tile` works on together: their keys and values take half of L2."""
-    return max(1, machine(k.device.index)[2] // 2 // max(1, 2 * k.size(2) * k.size(3) * k.element_size()))
+def program(tile, dtype, D, dropout, device):
+    constants = dict(D=D, HEAD=padded_head(D), DROPOUT=dropout, **tile._asdict())
+    return Program(tile, constants, machine(device)[2] // 2 // (2 * D * dtype.itemsize))
 
 
 def rows_are_contiguous(x):
-    """True where a kernel can read x (B, H, T, D) in place: unit stride in D, rows less than 2^23 elements apart."""
-    return (x.stride(3) == 1 or x.size(3) == 1) and (x.stride(2) <= LARGEST_STRIDE or x.size(2) == 1)
+    """True where a kernel can read x, (B, H, T, D) or (B, T, columns), in place: unit stride in a row, rows less than 2^23 apart."""
+    *_, row, column = x.stride()
+    return (column == 1 or x.size(-1) == 1) and (row <= LARGEST_STRIDE or x.size(-2) == 1)
 
 
 def same_layout(k, v):
     """True where v has k's strides, so that one set of offsets serves both."""
-    return all(a == b or n == 1 for a, b, n in zip(k.stride(), v.stride(), k.shape, strict=True))
+    a, b = k.stride(), v.stride()
+    return a == b or all(i == j or n == 1 for i, j, n in zip(a, b, k.shape, strict=True))
 
 
 def check_inputs(q, k, v, scale, dropout_p, seed):

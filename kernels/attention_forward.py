@@ -12,13 +12,16 @@ touch the sum.
 Source: Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022, FlashAttention, algorithm 1; Dao 2023, FlashAttention-2,
 section 3.1 (loop over keys inside, one division at the end).
 """
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from .attention_common import (FORMS, LOG2_E, OCCUPANCY, Tile, check_inputs, head_group, head_offset, load_tile, model_case,
-                               padded_head, scheduled_tile, store_tile, tile_for)
+from .attention_common import (FORMS, LOG2_E, OCCUPANCY, Tile, check_inputs, head_offset, load_tile, model_case, padded_head, program,
+                               scheduled_tile, store_tile, table_rows)
 from .dropout import keep_scale, keep_scores
+from .host import elsewhere
 
 
 @triton.jit
@@ -51,6 +54,8 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr,
                    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
                    scale2, dropout_p, H, Tq, Tk, n_heads, group,
                    D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr):
+    if k_ptr is None:                                       # q_ptr is the packed projection: in a row, k follows q, and v k
+        k_ptr, v_ptr = q_ptr + H * D, q_ptr + 2 * H * D
     n_tiles = tl.cdiv(Tq, BLOCK_M)
     rank, head = scheduled_tile(n_tiles, n_heads, group)
     m = (n_tiles - 1 - rank) * BLOCK_M                      # the last queries see the most keys
@@ -113,17 +118,46 @@ def attention_forward(q, k, v, *, scale, dropout_p=0.0, seed=None, tile=None):
     instead of the table's.
     """
     check_inputs(q, k, v, scale, dropout_p, seed)
-    (B, H, Tq, D), Tk = q.shape, k.size(2)
+    return launch_forward(q, k, v, seed, scale, dropout_p, tile)
+
+
+def launch_forward(q, k, v, seed, scale, dropout_p, tile=None):
+    """`attention_forward` for a caller that has checked its arguments."""
+    B, H, Tq, D = q.shape
     out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
+    strides = *q.stride()[:3], *k.stride()[:3]
+    return out, _launch(q, k, v, out, seed, (B, H, Tq, k.size(2), D), strides, scale, dropout_p, tile)
+
+
+def launch_forward_qkvpacked(qkv, seed, n_head, scale, dropout_p, tile=None):
+    """(out (B, T, C), lse (B, H, T)) of qkv (B, T, 3C), rows up to 2^23 elements apart, 1 in the last dimension. Checks nothing."""
+    B, T, C3 = qkv.shape
+    C = C3 // 3
+    D = C // n_head
+    out = torch.empty((B, T, C), dtype=qkv.dtype, device=qkv.device)
+    batch, token, _ = qkv.stride()
+    return out, _launch(qkv, None, None, out, seed, (B, n_head, T, T, D), (batch, D, token) * 2, scale, dropout_p, tile)
+
+
+@functools.cache
+def _program(dtype, D, dropout, device):
+    return program(table_rows(TILES, dtype, dropout, device)[max(32, padded_head(D))], dtype, D, dropout, device)
+
+
+def _launch(q, k, v, out, seed, sizes, strides, scale, dropout_p, tile):
+    """Fill out; returns lse."""
+    if elsewhere(q):
+        with torch.cuda.device_of(q):
+            return _launch(q, k, v, out, seed, sizes, strides, scale, dropout_p, tile)
+    B, H, Tq, Tk, D = sizes
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
-    if q.numel() == 0:
-        return out, lse
-    tile = tile or tile_for(TILES, q, dropout_p)
-    with torch.cuda.device_of(q):
-        forward_kernel[(B * H * triton.cdiv(Tq, tile.BLOCK_M),)](
-            q, k, v, out, lse, seed if dropout_p > 0 else None, *q.stride()[:3], *k.stride()[:3], scale * LOG2_E, dropout_p,
-            H, Tq, Tk, B * H, head_group(k), D=D, HEAD=padded_head(D), DROPOUT=dropout_p > 0, **tile._asdict())
-    return out, lse
+    if lse.numel() > 0:
+        chosen = q.dtype, D, dropout_p > 0, q.get_device()
+        tile, constants, _ = made = program(tile, *chosen) if tile else _program(*chosen)
+        forward_kernel[(B * H * -(-Tq // tile.BLOCK_M),)](
+            q, k, v, out, lse, seed if dropout_p > 0 else None, *strides, scale * LOG2_E, dropout_p, H, Tq, Tk, B * H, made.heads(Tk),
+            **constants)
+    return lse
 
 
 def gate_cases(arch):

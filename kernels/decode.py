@@ -42,6 +42,7 @@ from .attention_common import DTYPES, LARGEST_HEAD, LOG2_E, padded_head
 from .attention_decode import CHUNK_ELEMENTS, WARPS as ATTEND_WARPS, decode_kernel
 from .dependent_launch import launch_dependents, options as launch_options, wait_for_predecessor
 from .gate_case import Case
+from .host import multiprocessors
 from .mlp import ACTIVATIONS, _act
 
 LARGEST_K = 8192                # inputs of a matrix: C, F or H heads of padded size; the largest row of TILES
@@ -395,15 +396,10 @@ class Decoder:
 
     def logits(self, out):
         BLOCK_K, tile = tile_for("norm", self.C)
-        programs = min(-(-self.V // tile.OUT), HEAD_PROGRAMS * _multiprocessors(self.x.device))
+        programs = min(-(-self.V // tile.OUT), HEAD_PROGRAMS * multiprocessors(self.x.get_device()))
         head_kernel[(self.B, programs)](
             self.x, *self.ln_f, *self.head, out, self.V, self.eps, C=self.C, OUT=tile.OUT, BLOCK_K=BLOCK_K,
             num_warps=tile.warps, **launch_options(self.x))
-
-
-def _multiprocessors(device):
-    """Of the GPU; 1 under the interpreter, so that a program there walks several tiles too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 # ----------------------------------------------------------------------------------------------- what the compile gate compiles

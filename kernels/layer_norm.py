@@ -27,7 +27,6 @@ variance", 1983 (the corrected two-pass form).
 Shapes: N rows of C elements; x, branch, s, y and their gradients (N, C); weight, bias (C,); statistics (2, N) fp32: the means,
 then the rstds.
 """
-import contextlib
 import functools
 from typing import NamedTuple
 
@@ -37,6 +36,7 @@ import triton.language as tl
 
 from .dropout import keep_rows, keep_scale
 from .gate_case import Case
+from .host import elsewhere, multiprocessors
 
 MAX_C = 8192
 
@@ -192,6 +192,7 @@ PROGRAMS_PER_MULTIPROCESSOR = {1: 8, 2: 8, 4: 4, 8: 2, 16: 1}  # by warps
 BACKWARD_REGISTERS = 128
 SUM_TILE = Tile(64, 4)  # with SUM_COLUMNS: 16 fp32 of a row are two sectors of 32 bytes, and C=768 makes 48 programs
 SUM_COLUMNS = 16
+SUM_CONSTANTS = {"ROWS": SUM_TILE.rows, "BLOCK_C": SUM_COLUMNS, "num_warps": SUM_TILE.warps}
 
 
 @functools.cache
@@ -201,8 +202,27 @@ def tiles(C):
     return BLOCK_C, *TILES[BLOCK_C]
 
 
+@functools.cache
+def _forward_program(C):
+    """(rows of a program, the kernel's constants) for rows of C."""
+    BLOCK_C, tile, _ = tiles(C)
+    return tile.rows, {"ROWS": tile.rows, "BLOCK_C": BLOCK_C, "num_warps": tile.warps}
+
+
+@functools.cache
+def _backward_program(C, device):
+    """(rows of a tile, programs at most, the kernel's constants) for rows of C on the GPU with this number; -1 is none."""
+    BLOCK_C, _, tile = tiles(C)
+    return (tile.rows, PROGRAMS_PER_MULTIPROCESSOR[tile.warps] * multiprocessors(device),
+            {"ROWS": tile.rows, "BLOCK_C": BLOCK_C, "num_warps": tile.warps} | _backward_options(tile))
+
+
+def _backward_options(tile):
+    return {"maxnreg": BACKWARD_REGISTERS} if tile.warps > 1 else {}
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
-# Launchers (-(-a // b) rounds up: triton.cdiv takes 5 us)
+# Launchers
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -220,16 +240,17 @@ def forward(x, branch, weight, bias, *, eps=1e-5, p=0.0, seed=None, y_dtype=None
 
 def launch_forward(x, branch, weight, bias, seed, p, eps, y_dtype):
     """`forward` for a caller that has checked its arguments: checking them twice is a fifth of what an op costs the host."""
-    C = weight.shape[0]
+    if elsewhere(x):
+        with torch.cuda.device_of(x):
+            return launch_forward(x, branch, weight, bias, seed, p, eps, y_dtype)
+    C = weight.size(0)
     N = x.numel() // C
     s = None if branch is None else torch.empty_like(x)
     y = torch.empty_like(x, dtype=y_dtype)
     statistics = torch.empty((2, N), dtype=torch.float32, device=x.device)
     if N > 0:
-        BLOCK_C, tile, _ = tiles(C)
-        with _on_device_of(x):
-            _forward_kernel[(-(-N // tile.rows), )](x, branch, weight, bias, seed, s, y, statistics, N, C, p, eps,
-                                                            ROWS=tile.rows, BLOCK_C=BLOCK_C, num_warps=tile.warps)
+        rows, constants = _forward_program(C)
+        _forward_kernel[(-(-N // rows), )](x, branch, weight, bias, seed, s, y, statistics, N, C, p, eps, **constants)
     return s, y, statistics
 
 
@@ -246,28 +267,29 @@ def backward(dy, ds, s, weight, statistics, *, p=0.0, seed=None, branch_dtype=No
 
 def launch_backward(dy, ds, s, weight, statistics, seed, p, branch_dtype, dweight_dtype, dbias_dtype):
     """`backward` for a caller that has checked its arguments."""
-    C = s.shape[-1]
+    if elsewhere(s):
+        with torch.cuda.device_of(s):
+            return launch_backward(dy, ds, s, weight, statistics, seed, p, branch_dtype, dweight_dtype, dbias_dtype)
+    C, device = weight.size(0), s.device
     N = s.numel() // C
     dx, dbranch = torch.empty_like(s), None
     if branch_dtype is not None and (seed is not None or branch_dtype != s.dtype):
         dbranch = torch.empty_like(s, dtype=branch_dtype)
-    BLOCK_C, _, tile = tiles(C)
-    programs = min(PROGRAMS_PER_MULTIPROCESSOR[tile.warps] * _multiprocessors(s.device), -(-N // tile.rows))
-    dtypes = dweight_dtype, dbias_dtype
-    partials = [torch.empty((programs, C), dtype=torch.float32, device=s.device) if dtype else None for dtype in dtypes]
-    sums = [torch.empty(C, dtype=dtype, device=s.device) if dtype else None for dtype in dtypes]
-    with _on_device_of(s):
-        if N > 0:
-            _backward_kernel[(programs, )](dy, ds, s, weight, statistics, seed, dx, dbranch, *partials, N, C, p,
-                                           ROWS=tile.rows, BLOCK_C=BLOCK_C, num_warps=tile.warps, **_backward_options(tile))
-        if dweight_dtype or dbias_dtype:  # also for no rows: the sum of nothing is 0
-            _sum_partials_kernel[(-(-C // SUM_COLUMNS), )](
-                *partials, *sums, programs, C, ROWS=SUM_TILE.rows, BLOCK_C=SUM_COLUMNS, num_warps=SUM_TILE.warps)
-    return dx, dbranch, *sums
-
-
-def _backward_options(tile):
-    return {"maxnreg": BACKWARD_REGISTERS} if tile.warps > 1 else {}
+    rows, most, constants = _backward_program(C, s.get_device())
+    programs = min(most, -(-N // rows))
+    dweight_partial = dbias_partial = dweight = dbias = None
+    if dweight_dtype:
+        dweight_partial = torch.empty((programs, C), dtype=torch.float32, device=device)
+        dweight = torch.empty(C, dtype=dweight_dtype, device=device)
+    if dbias_dtype:
+        dbias_partial = torch.empty((programs, C), dtype=torch.float32, device=device)
+        dbias = torch.empty(C, dtype=dbias_dtype, device=device)
+    if N > 0:
+        _backward_kernel[(programs, )](dy, ds, s, weight, statistics, seed, dx, dbranch, dweight_partial, dbias_partial, N, C, p,
+                                       **constants)
+    if dweight_dtype or dbias_dtype:  # also for no rows: the sum of nothing is 0
+        _sum_partials_kernel[(-(-C // SUM_COLUMNS), )](dweight_partial, dbias_partial, dweight, dbias, programs, C, **SUM_CONSTANTS)
+    return dx, dbranch, dweight, dbias
 
 
 def drop(ds, *, p, seed, branch_dtype):
@@ -278,21 +300,14 @@ def drop(ds, *, p, seed, branch_dtype):
     N = ds.numel() // C
     dbranch = torch.empty_like(ds, dtype=branch_dtype)
     if N > 0:
-        BLOCK_C, tile, _ = tiles(C)
-        with _on_device_of(ds):
-            _drop_kernel[(-(-N // tile.rows), )](ds, seed, dbranch, N, C, p,
-                                                         ROWS=tile.rows, BLOCK_C=BLOCK_C, num_warps=tile.warps)
+        rows, constants = _forward_program(C)
+        with torch.cuda.device_of(ds):
+            _drop_kernel[(-(-N // rows), )](ds, seed, dbranch, N, C, p, **constants)
     return dbranch
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 VECTORS = ("weight", "bias")
-_NOTHING = contextlib.nullcontext()
-
-
-def _on_device_of(tensor):
-    """A context in which Triton launches on the tensor's device; nothing where that is the current one already."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device() else _NOTHING
 
 
 def _check(C, **tensors):
@@ -326,18 +341,6 @@ def _check_seed(seed, p, like):
     if seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != like.device:
         raise ValueError(f"p is {p}, so seed must be one int64 element on {like.device}; got {seed!r}")
     return seed
-
-
-_multiprocessor_counts = {}
-
-
-def _multiprocessors(device):
-    """Of the GPU; 1 under the interpreter, so that a program there walks several tiles too."""
-    if device.type != "cuda":
-        return 1
-    if device.index not in _multiprocessor_counts:
-        _multiprocessor_counts[device.index] = torch.cuda.get_device_properties(device).multi_processor_count
-    return _multiprocessor_counts[device.index]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def choose(op, candidates, model_choices=None, args=()):
     candidates: ((name, why_not), ...), fastest first; `why_not(*args)` returns None where the implementation can run and is
     right, else the reason as text. "reference" is implied at the end. Raises RuntimeError under "fused" when none can run.
     """
-    wanted = choice(op, model_choices)
+    wanted = (_local.choices or model_choices or _environment)[op]
     name, reasons = ("reference", ["asked for"]) if wanted == "reference" else _first_that_can(candidates, wanted, args)
     if _local.record is not None:
         _local.record.append((op, wanted, name, reasons))
@@ -173,10 +173,11 @@ def interpreted():
 
 def triton_why_not(tensor):
     """None where a Triton kernel can run on this tensor's device, else the reason."""
-    if not tensor.is_cuda and not _interpreted:
+    if tensor.is_cuda:
+        if (capability := compute_capability(tensor.get_device())) < 80:
+            return f"the GPU has compute capability {capability / 10}; the kernels need 8.0"
+    elif not _interpreted:
         return f"Triton kernels need a CUDA tensor, this one is on {tensor.device.type}"
-    if tensor.is_cuda and compute_capability(tensor.device.index) < 80:
-        return f"the GPU has compute capability {compute_capability(tensor.device.index) / 10}; the kernels need 8.0"
     return triton_import_error()
 
 

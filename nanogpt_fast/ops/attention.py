@@ -11,6 +11,7 @@ import functools
 import math
 
 import torch
+from torch.compiler import is_compiling
 
 from .. import backend as _backend
 from .. import reference
@@ -64,7 +65,7 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backen
         return attention_cpu.packed(qkv, n_head, scale)
     if qkv.requires_grad and torch.is_grad_enabled():
         return _PackedAttention.apply(qkv, n_head, scale, dropout_p)
-    run = raw.attention_qkvpacked if torch.compiler.is_compiling() else _packed_forward
+    run = raw.attention_qkvpacked if is_compiling() else _packed_forward
     return run(qkv, _seed(qkv, dropout_p), n_head, scale, dropout_p)[0]
 
 
@@ -81,7 +82,7 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(q, k, v, scale, dropout_p)
-    run = raw.attention if torch.compiler.is_compiling() else _forward
+    run = raw.attention if is_compiling() else _forward
     return run(q, k, v, _seed(q, dropout_p), scale, dropout_p)[0].transpose(1, 2)
 
 
@@ -99,7 +100,7 @@ def decode_attention(q, k, v, lengths, *, scale=None, backend=None):
     if _backend.choose("attention", _DECODE_CANDIDATES, backend, (q, k, v, scale, backend)) == "reference":
         visible = (torch.arange(k.size(2), device=k.device) < lengths[:, None])[:, None, None]          # (B, 1, 1, T)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
-    run = raw.attention_decode if torch.compiler.is_compiling() else _decode
+    run = raw.attention_decode if is_compiling() else _decode
     with torch.no_grad():
         return run(_autocast(q), _autocast(k), _autocast(v), lengths, scale)
 
@@ -190,7 +191,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, n_head, scale, dropout_p):
         seed = _seed(qkv, dropout_p)
-        run = raw.attention_qkvpacked if torch.compiler.is_compiling() else _packed_forward
+        run = raw.attention_qkvpacked if is_compiling() else _packed_forward
         out, lse = run(qkv, seed, n_head, scale, dropout_p)
         ctx.save_for_backward(qkv, out, lse, seed)
         ctx.options = n_head, scale, dropout_p
@@ -200,7 +201,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx, do):
         _refuse_second_derivative()
         qkv, out, lse, seed = ctx.saved_tensors
-        run = raw.attention_qkvpacked_backward if torch.compiler.is_compiling() else _packed_backward
+        run = raw.attention_qkvpacked_backward if is_compiling() else _packed_backward
         return run(do, qkv, out, lse, seed, *ctx.options), None, None, None
 
 
@@ -209,7 +210,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, dropout_p):
         seed = _seed(q, dropout_p)
-        run = raw.attention if torch.compiler.is_compiling() else _forward
+        run = raw.attention if is_compiling() else _forward
         out, lse = run(q, k, v, seed, scale, dropout_p)
         ctx.save_for_backward(q, k, v, out, lse, seed)
         ctx.options = scale, dropout_p
@@ -219,13 +220,13 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, do):
         _refuse_second_derivative()
         q, k, v, out, lse, seed = ctx.saved_tensors
-        run = raw.attention_backward if torch.compiler.is_compiling() else _backward
+        run = raw.attention_backward if is_compiling() else _backward
         gradients = run(do, q, k, v, out, lse, seed, *ctx.options)
         return *(g.transpose(1, 2) if need else None for g, need in zip(gradients, ctx.needs_input_grad)), None, None
 
 
 def _refuse_second_derivative():
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not is_compiling():
         raise RuntimeError("the attention kernels have no second derivative (create_graph=True); use backend='reference'")
 
 
@@ -248,32 +249,13 @@ def _scale(scale, D):
     return 1.0 / math.sqrt(D) if scale is None else scale
 
 
-def _heads(packed, n_head, parts):
-    """(B, T, parts * C) as `parts` views (B, T, H, D)."""
-    B, T, width = packed.shape
-    return packed.view(B, T, parts, n_head, width // (parts * n_head)).unbind(2)
-
-
-def _unpack(qkv, n_head):
-    """q, k, v (B, H, T, D) as views of qkv, or of a contiguous copy of it."""
-    parts = tuple(x.transpose(1, 2) for x in _heads(qkv, n_head, 3))
-    return parts if _kernels()[3].rows_are_contiguous(parts[0]) else _unpack(qkv.contiguous(), n_head)
-
-
 def _packed_forward(qkv, seed, n_head, scale, dropout_p):
-    B, T, C3 = qkv.shape
-    q, k, v = _unpack(qkv, n_head)
-    out, lse = _kernels()[0].attention_forward(q, k, v, scale=_scale(scale, q.size(3)), dropout_p=dropout_p, seed=seed)
-    return out.view(B, T, C3 // 3), lse
+    return _kernels()[0].launch_forward_qkvpacked(_readable(qkv), seed, n_head, _scale(scale, qkv.size(2) // (3 * n_head)), dropout_p)
 
 
 def _packed_backward(do, qkv, out, lse, seed, n_head, scale, dropout_p):
-    q, k, v = _unpack(qkv, n_head)
-    do = _readable(_heads(do, n_head, 1)[0].transpose(1, 2))
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    _kernels()[1].attention_backward(do, q, k, v, _heads(out, n_head, 1)[0], lse, *_heads(dqkv, n_head, 3),
-                                     scale=_scale(scale, q.size(3)), dropout_p=dropout_p, seed=seed)
-    return dqkv
+    return _kernels()[1].launch_backward_qkvpacked(_readable(do), _readable(qkv), out, lse, seed, n_head,
+                                                   _scale(scale, qkv.size(2) // (3 * n_head)), dropout_p)
 
 
 def _readable_qkv(q, k, v):
@@ -282,14 +264,13 @@ def _readable_qkv(q, k, v):
 
 
 def _forward(q, k, v, seed, scale, dropout_p):
-    return _kernels()[0].attention_forward(*_readable_qkv(q, k, v), scale=_scale(scale, q.size(3)),
-                                           dropout_p=dropout_p, seed=seed)
+    return _kernels()[0].launch_forward(*_readable_qkv(q, k, v), seed, _scale(scale, q.size(3)), dropout_p)
 
 
 def _backward(do, q, k, v, out, lse, seed, scale, dropout_p):
-    gradients = tuple(torch.empty(x.transpose(1, 2).shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    _kernels()[1].attention_backward(_readable(do), *_readable_qkv(q, k, v), out, lse, *gradients,
-                                     scale=_scale(scale, q.size(3)), dropout_p=dropout_p, seed=seed)
+    (B, H, Tq, D), Tk = q.shape, k.size(2)
+    gradients = tuple(torch.empty((B, T, H, D), dtype=q.dtype, device=q.device) for T in (Tq, Tk, Tk))
+    _kernels()[1].launch_backward(_readable(do), *_readable_qkv(q, k, v), out, lse, *gradients, seed, _scale(scale, D), dropout_p)
     return gradients
 
 

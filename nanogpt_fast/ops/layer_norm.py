@@ -10,6 +10,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling
 
 from .. import backend as _backend
 from .. import reference
@@ -35,7 +36,7 @@ def layer_norm(x, weight, bias, *, eps=1e-5, backend=None):
     if name == "reference":
         return reference.layer_norm(x, weight, bias, eps)
     y_dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype  # what F.layer_norm gives
-    return _LayerNorm.apply(x, weight, bias, eps, y_dtype, name)
+    return _LayerNorm.apply(x, weight, bias, (name, eps, y_dtype))
 
 
 def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtype=None, backend=None):
@@ -60,11 +61,11 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
         kind = "cuda" if x.is_cuda else "cpu"  # a third of the time of x.device.type
         out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     if branch is None:
-        return x, _LayerNorm.apply(x, weight, bias, eps, out_dtype, name)
+        return x, _LayerNorm.apply(x, weight, bias, (name, eps, out_dtype))
     if name == "cpp" and dropout_p > 0:  # nanoGPT's random numbers
         branch, dropout_p = F.dropout(branch, dropout_p), 0.0
     seed = torch.randint(2**31 - 1, (1,), device=x.device) if dropout_p > 0 else None
-    return _AddLayerNorm.apply(x, branch, weight, bias, seed, dropout_p, eps, out_dtype, name)
+    return _AddLayerNorm.apply(x, branch, weight, bias, seed, (name, dropout_p, eps, out_dtype))
 
 
 def implementation(x, weight, bias, *, backend=None):
@@ -109,7 +110,7 @@ def _kernels():
 
 
 def _no_second_derivative():
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not is_compiling():
         raise RuntimeError("layer_norm's kernel has no second derivative (create_graph=True); use backend='reference'")
 
 
@@ -117,7 +118,7 @@ def _forward(name, x, branch, weight, bias, seed, p, eps, y_dtype):
     """(s, y, statistics). A tensor that is no contiguous block (a transposed or expanded view) is copied into one."""
     if name == "cpp":
         return layer_norm_cpu.forward(x, branch, weight, bias, eps, y_dtype)
-    launch = raw.layer_norm_forward if torch.compiler.is_compiling() else _kernels().launch_forward
+    launch = raw.layer_norm_forward if is_compiling() else _kernels().launch_forward
     return launch(x.contiguous(), None if branch is None else branch.contiguous(), weight.contiguous(),
                   None if bias is None else bias.contiguous(), seed, p, eps, y_dtype)
 
@@ -129,7 +130,7 @@ def _backward(name, dy, ds, s, weight, statistics, seed, p, branch_dtype, bias_d
         return dx, dbranch, dweight.to(weight.dtype) if need_dweight else None, dbias.to(bias_dtype) if need_dbias else None
     arguments = (dy.contiguous(), None if ds is None else ds.contiguous(), s.contiguous(), weight.contiguous(), statistics,
                  seed, p, branch_dtype, weight.dtype if need_dweight else None, bias_dtype if need_dbias else None)
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         return _kernels().launch_backward(*arguments)
     dx, dbranch, dweight, dbias = raw.layer_norm_backward(*arguments)
     dbranch = dbranch if seed is not None or branch_dtype not in (None, s.dtype) else None
@@ -140,7 +141,8 @@ class _LayerNorm(torch.autograd.Function):
     """y alone."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, y_dtype, name):
+    def forward(ctx, x, weight, bias, options):
+        name, eps, y_dtype = options
         _, y, statistics = _forward(name, x, None, weight, bias, None, 0.0, eps, y_dtype)
         ctx.save_for_backward(x, weight, statistics)
         ctx.options = name, None if bias is None else bias.dtype
@@ -153,18 +155,19 @@ class _LayerNorm(torch.autograd.Function):
         name, bias_dtype = ctx.options
         dx, _, dweight, dbias = _backward(name, dy, None, x, weight, statistics, None, 0.0, None, bias_dtype,
                                          *ctx.needs_input_grad[1:3])
-        return dx, dweight, dbias, None, None, None
+        return dx, dweight, dbias, None
 
 
 class _AddLayerNorm(torch.autograd.Function):
     """s and y. The backward adds what arrives through s in the kernel that makes what arrives through y."""
 
     @staticmethod
-    def forward(ctx, x, branch, weight, bias, seed, p, eps, y_dtype, name):
+    def forward(ctx, x, branch, weight, bias, seed, options):
+        name, p, eps, y_dtype = options
         s, y, statistics = _forward(name, x, branch, weight, bias, seed, p, eps, y_dtype)
         ctx.save_for_backward(s, weight, statistics, seed)
         ctx.options = name, p, branch.dtype, None if bias is None else bias.dtype  # four attributes take 0.1 us more
-        if not torch.compiler.is_compiling():  # a graph is sent zeros through an unused output; here None spares their cost
+        if not is_compiling():  # a graph is sent zeros through an unused output; here None spares their cost
             ctx.set_materialize_grads(False)
         return s, y
 
@@ -172,7 +175,7 @@ class _AddLayerNorm(torch.autograd.Function):
     def backward(ctx, ds, dy):
         _no_second_derivative()
         if ds is None and dy is None:
-            return (None,) * 9
+            return (None,) * 6
         s, weight, statistics, seed = ctx.saved_tensors
         name, p, branch_dtype, bias_dtype = ctx.options
         dweight = dbias = None
@@ -184,7 +187,7 @@ class _AddLayerNorm(torch.autograd.Function):
             dx, dbranch = ds, ds.to(branch_dtype)
         else:
             dx, dbranch = ds, _kernels().drop(ds.contiguous(), p=p, seed=seed, branch_dtype=branch_dtype)
-        return dx, dbranch, dweight, dbias, None, None, None, None, None
+        return dx, dbranch, dweight, dbias, None, None
 
 
 # -------------------------------------------------------------------------------------------------- what torch.compile sees
