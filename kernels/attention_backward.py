@@ -29,14 +29,16 @@ packed (B, T, 3C) gradient.
 Source: Dao et al. 2022, FlashAttention, algorithm 4; Dao 2023, FlashAttention-2, algorithm 2.
 """
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .attention_common import (FORMS, LARGEST_STRIDE, LOG2_E, OCCUPANCY, Program, Tile, check_inputs, head_offset, load_tile, machine,
-                               model_case, padded_head, program, rows_are_contiguous, scheduled_tile, store_tile, table_rows)
+from .attention_common import (FORMS, LARGEST_STRIDE, LOG2_E, OCCUPANCY, Program, Tile, check_inputs, head_offset, in_place, load_tile,
+                               machine, model_case, padded_head, program, rows_are_contiguous, rows_in_place, scheduled_tile, store_tile,
+                               table_rows)
 from .dropout import keep_scale, keep_scores
 from .host import elsewhere
 
@@ -354,7 +356,9 @@ def attention_backward(do, q, k, v, out, lse, dq, dk, dv, *, scale, dropout_p=0.
     check_gradients(do, q, k, out, lse, dq, dk, dv)
     if form not in ("head", "split", None):
         raise ValueError(f"form is {form!r}; expected 'head', 'split' or None")
-    launch_backward(do, q, k, v, out, lse, dq, dk, dv, seed, scale, dropout_p, form, tiles)
+    (B, H, Tq, D), Tk = q.shape, k.size(2)
+    _launch(do, q, k, v, out, lse, dq, dk, dv, seed if dropout_p > 0 else None, B, H, Tq, Tk, D,
+            (*q.stride()[:3], *k.stride()[:3], *do.stride()[:3], dk.stride(1)), scale, dropout_p, form, tiles)
 
 
 def check_gradients(do, q, k, out, lse, dq, dk, dv):
@@ -378,51 +382,55 @@ def check_gradients(do, q, k, out, lse, dq, dk, dv):
                              f"{q.dtype}, strides {expected}")
 
 
-def launch_backward(do, q, k, v, out, lse, dq, dk, dv, seed, scale, dropout_p, form=None, tiles=None):
-    """`attention_backward` for a caller that has checked its arguments."""
-    if q.numel() == 0:
-        for grad in (dq, dk, dv):
-            grad.zero_()                # without queries, keys have a gradient, and it is zero
-        return
-    strides = *q.stride()[:3], *k.stride()[:3], *do.stride()[:3], dk.stride(1)
-    B, H, Tq, D = q.shape
-    _launch(do, q, k, v, out, lse, dq, dk, dv, seed, (B, H, Tq, k.size(2), D), strides, scale, dropout_p, form, tiles)
+def launch_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
+    """(dq, dk, dv) as (B, T, H, D), for a caller that has checked all but the strides of do, q, k and v. seed: None without dropout.
+    scale None: 1/sqrt(D)."""
+    q, k, v, strides = in_place(q, k, v)
+    do = do if rows_are_contiguous(do) else do.contiguous()
+    (B, H, Tq, D), Tk = q.shape, k.size(2)
+    dq, dk, dv = (torch.empty((B, T, H, D), dtype=q.dtype, device=q.device) for T in (Tq, Tk, Tk))
+    _launch(do, q, k, v, out, lse, dq, dk, dv, seed, B, H, Tq, Tk, D, (*strides, *do.stride()[:3], H * D), scale, dropout_p)
+    return dq, dk, dv
 
 
 def launch_backward_qkvpacked(do, qkv, out, lse, seed, n_head, scale, dropout_p, form=None, tiles=None):
-    """dqkv (B, T, 3C). do and out (B, T, C), out contiguous; do and qkv with rows up to 2^23 elements apart. Checks nothing."""
+    """dqkv (B, T, 3C) of do and out (B, T, C), for a caller as above."""
+    qkv, batch, token = rows_in_place(qkv)
+    do, do_batch, do_token = rows_in_place(do)
     B, T, C3 = qkv.shape
-    C = C3 // 3
-    D = C // n_head
+    D = C3 // (3 * n_head)
     dqkv = torch.empty((B, T, C3), dtype=qkv.dtype, device=qkv.device)
-    if lse.numel() > 0:
-        batch, token, _ = qkv.stride()
-        do_batch, do_token, _ = do.stride()
-        _launch(do, qkv, None, None, out, lse, dqkv, None, None, seed, (B, n_head, T, T, D),
-                (batch, D, token, batch, D, token, do_batch, D, do_token, C3), scale, dropout_p, form, tiles)
+    _launch(do, qkv, None, None, out, lse, dqkv, None, None, seed, B, n_head, T, T, D,
+            (batch, D, token, batch, D, token, do_batch, D, do_token, C3), scale, dropout_p, form, tiles)
     return dqkv
 
 
-def _launch(do, q, k, v, out, lse, dq, dk, dv, seed, sizes, strides, scale, dropout_p, form, tiles):
+def _launch(do, q, k, v, out, lse, dq, dk, dv, seed, B, H, Tq, Tk, D, strides, scale, dropout_p, form=None, tiles=None):
+    """Fill dq, dk and dv, or all of a packed dq."""
     if elsewhere(q):
         with torch.cuda.device_of(q):
-            return _launch(do, q, k, v, out, lse, dq, dk, dv, seed, sizes, strides, scale, dropout_p, form, tiles)
-    B, H, Tq, Tk, D = sizes
+            return _launch(do, q, k, v, out, lse, dq, dk, dv, seed, B, H, Tq, Tk, D, strides, scale, dropout_p, form, tiles)
+    if B * H * Tq == 0:
+        for grad in (dq, dk, dv):
+            if grad is not None:
+                grad.zero_()            # without queries, keys have a gradient, and it is zero
+        return
     device = q.device
-    chosen = q.dtype, D, dropout_p > 0, q.get_device()
-    made = programs(*chosen, tiles) if tiles else _programs(*chosen)
+    make = _programs if tiles is None else functools.partial(programs, tiles=tiles)
+    made = make(q.dtype, D, seed is not None, q.get_device())
     terms = torch.empty((B, H, 2, -(-Tq // 128) * 128), dtype=torch.float32, device=device)
-    seed = seed if dropout_p > 0 else None
+    scale = 1.0 / math.sqrt(D) if scale is None else scale
     numbers = *strides, scale, scale * LOG2_E, dropout_p, H, Tq, Tk
     if (form or made.form(B * H, Tq)) == "head":
         dq_sum = torch.empty((B, H, Tq, D), dtype=torch.float32, device=device)
         backward_head_kernel[(B * H,)](q, k, v, out, do, lse, terms, dq, dk, dv, dq_sum, seed, *numbers, **made.head.constants)
         return
-    heads = B * H, made.dq.heads(Tk)
-    backward_dq_kernel[(B * H * -(-Tq // made.dq.tile.BLOCK_M),)](
-        q, k, v, out, do, lse, terms, dq, seed, *numbers, *heads, **made.dq.constants)
-    backward_dkdv_kernel[(B * H * -(-Tk // made.dkdv.tile.BLOCK_N),)](
-        q, k, v, do, terms, dq if dk is None else dk, dv, seed, *numbers, *heads, **made.dkdv.constants)
+    tile, constants, keys_in_l2 = made.dq
+    heads = B * H, keys_in_l2 // Tk or 1
+    backward_dq_kernel[(B * H * -(-Tq // tile.BLOCK_M),)](q, k, v, out, do, lse, terms, dq, seed, *numbers, *heads, **constants)
+    tile, constants, _ = made.dkdv
+    backward_dkdv_kernel[(B * H * -(-Tk // tile.BLOCK_N),)](
+        q, k, v, do, terms, dq if dk is None else dk, dv, seed, *numbers, *heads, **constants)
 
 
 def gate_cases(arch):

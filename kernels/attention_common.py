@@ -110,11 +110,7 @@ class Program(typing.NamedTuple):
     """What a launch needs to know that does not depend on the lengths: made once for a dtype, a head size and a GPU."""
     tile: Tile
     constants: dict         # the kernel's
-    keys_in_l2: int         # keys and values of so many tokens of one head take half of L2
-
-    def heads(self, Tk):
-        """How many heads `scheduled_tile` works on together."""
-        return self.keys_in_l2 // Tk or 1
+    keys_in_l2: int         # keys that take half of L2 with their values: `scheduled_tile` groups keys_in_l2 // Tk heads
 
 
 def program(tile, dtype, D, dropout, device):
@@ -123,15 +119,33 @@ def program(tile, dtype, D, dropout, device):
 
 
 def rows_are_contiguous(x):
-    """True where a kernel can read x, (B, H, T, D) or (B, T, columns), in place: unit stride in a row, rows less than 2^23 apart."""
-    *_, row, column = x.stride()
-    return (column == 1 or x.size(-1) == 1) and (row <= LARGEST_STRIDE or x.size(-2) == 1)
+    """True where a kernel can read x (B, H, T, D) in place: unit stride in D, rows less than 2^23 elements apart."""
+    return (x.stride(3) == 1 or x.size(3) == 1) and (x.stride(2) <= LARGEST_STRIDE or x.size(2) == 1)
 
 
 def same_layout(k, v):
     """True where v has k's strides, so that one set of offsets serves both."""
-    a, b = k.stride(), v.stride()
-    return a == b or all(i == j or n == 1 for i, j, n in zip(a, b, k.shape, strict=True))
+    return all(a == b or n == 1 for a, b, n in zip(k.stride(), v.stride(), k.shape, strict=True))
+
+
+def in_place(q, k, v):
+    """(q, k, v, six strides of q and of k and v in B, H and T), with contiguous copies of what a kernel can't read in place."""
+    of_q, of_k = q.stride(), k.stride()
+    if not (of_q[3] == of_k[3] == 1 and of_q[2] <= LARGEST_STRIDE and of_k[2] <= LARGEST_STRIDE and v.stride() == of_k):
+        q, k, v = (x if rows_are_contiguous(x) else x.contiguous() for x in (q, k, v))
+        if not same_layout(k, v):
+            k, v = k.contiguous(), v.contiguous()
+        of_q, of_k = q.stride(), k.stride()
+    return q, k, v, of_q[:3] + of_k[:3]
+
+
+def rows_in_place(x):
+    """(x, its strides in B and T) of x (B, T, columns), or of a contiguous copy where a kernel can't read x in place."""
+    batch, token, column = x.stride()
+    if column == 1 and token <= LARGEST_STRIDE:
+        return x, batch, token
+    x = x.contiguous()
+    return x, *x.stride()[:2]
 
 
 def check_inputs(q, k, v, scale, dropout_p, seed):
@@ -150,19 +164,32 @@ def check_inputs(q, k, v, scale, dropout_p, seed):
     if k.shape != (B, H, Tk, D) or v.shape != k.shape:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected the same B, H and D, "
                          "and k like v")
-    if not 1 <= D <= LARGEST_HEAD:
-        raise ValueError(f"the head size is {D}; expected 1 to {LARGEST_HEAD}")
     if Tq > Tk:
         raise ValueError(f"{Tq} queries and {Tk} keys; expected the queries to be the last of the keys' positions, so at most "
                          "as many")
     if not same_layout(k, v):
         raise ValueError(f"k has strides {k.stride()}, v {v.stride()}; expected the same")
+    _check_numbers(q, D, scale, dropout_p, seed)
+
+
+def check_packed(qkv, n_head, scale, dropout_p, seed):
+    """Raise unless qkv is (B, T, 3C) with n_head heads side by side in each third. scale may be None."""
+    if qkv.dim() != 3 or n_head < 1 or qkv.size(2) % (3 * n_head):
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (B, T, 3C) with C a multiple of n_head={n_head}")
+    if qkv.dtype not in DTYPES:
+        raise TypeError(f"qkv is {qkv.dtype}; expected float32, float16 or bfloat16")
+    _check_numbers(qkv, qkv.size(2) // (3 * n_head), 1.0 if scale is None else scale, dropout_p, seed)
+
+
+def _check_numbers(q, D, scale, dropout_p, seed):
+    if not 1 <= D <= LARGEST_HEAD:
+        raise ValueError(f"the head size is {D}; expected 1 to {LARGEST_HEAD}")
     if not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}; expected a positive number")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
     if dropout_p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device):
-        raise ValueError("dropout needs a seed: an int64 tensor of one element on q's device")
+        raise ValueError("dropout needs a seed: an int64 tensor of one element on the same device")
 
 
 # How the gate compiles a row of a tile table: {form: (dtype, column of the table, the form with dropout in the same dtype)}.

@@ -13,13 +13,14 @@ Source: Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022, FlashAtte
 section 3.1 (loop over keys inside, one division at the end).
 """
 import functools
+import math
 
 import torch
 import triton
 import triton.language as tl
 
-from .attention_common import (FORMS, LOG2_E, OCCUPANCY, Tile, check_inputs, head_offset, load_tile, model_case, padded_head, program,
-                               scheduled_tile, store_tile, table_rows)
+from .attention_common import (FORMS, LOG2_E, OCCUPANCY, Tile, check_inputs, head_offset, in_place, load_tile, model_case, padded_head,
+                               program, rows_in_place, scheduled_tile, store_tile, table_rows)
 from .dropout import keep_scale, keep_scores
 from .host import elsewhere
 
@@ -118,25 +119,26 @@ def attention_forward(q, k, v, *, scale, dropout_p=0.0, seed=None, tile=None):
     instead of the table's.
     """
     check_inputs(q, k, v, scale, dropout_p, seed)
-    return launch_forward(q, k, v, seed, scale, dropout_p, tile)
+    return launch_forward(q, k, v, seed if dropout_p > 0 else None, scale, dropout_p, tile)
 
 
 def launch_forward(q, k, v, seed, scale, dropout_p, tile=None):
-    """`attention_forward` for a caller that has checked its arguments."""
+    """`attention_forward` for a caller that has checked all but the strides: what can't be read in place is copied. seed: None
+    without dropout. scale None: 1/sqrt(D)."""
+    q, k, v, strides = in_place(q, k, v)
     B, H, Tq, D = q.shape
     out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
-    strides = *q.stride()[:3], *k.stride()[:3]
-    return out, _launch(q, k, v, out, seed, (B, H, Tq, k.size(2), D), strides, scale, dropout_p, tile)
+    return out, _launch(q, k, v, out, seed, B, H, Tq, k.size(2), D, strides, scale, dropout_p, tile)
 
 
 def launch_forward_qkvpacked(qkv, seed, n_head, scale, dropout_p, tile=None):
-    """(out (B, T, C), lse (B, H, T)) of qkv (B, T, 3C), rows up to 2^23 elements apart, 1 in the last dimension. Checks nothing."""
+    """(out (B, T, C), lse (B, H, T)) of the packed projection (B, T, 3C), for a caller as above."""
+    qkv, batch, token = rows_in_place(qkv)
     B, T, C3 = qkv.shape
     C = C3 // 3
     D = C // n_head
     out = torch.empty((B, T, C), dtype=qkv.dtype, device=qkv.device)
-    batch, token, _ = qkv.stride()
-    return out, _launch(qkv, None, None, out, seed, (B, n_head, T, T, D), (batch, D, token) * 2, scale, dropout_p, tile)
+    return out, _launch(qkv, None, None, out, seed, B, n_head, T, T, D, (batch, D, token, batch, D, token), scale, dropout_p, tile)
 
 
 @functools.cache
@@ -144,19 +146,18 @@ def _program(dtype, D, dropout, device):
     return program(table_rows(TILES, dtype, dropout, device)[max(32, padded_head(D))], dtype, D, dropout, device)
 
 
-def _launch(q, k, v, out, seed, sizes, strides, scale, dropout_p, tile):
+def _launch(q, k, v, out, seed, B, H, Tq, Tk, D, strides, scale, dropout_p, tile):
     """Fill out; returns lse."""
     if elsewhere(q):
         with torch.cuda.device_of(q):
-            return _launch(q, k, v, out, seed, sizes, strides, scale, dropout_p, tile)
-    B, H, Tq, Tk, D = sizes
+            return _launch(q, k, v, out, seed, B, H, Tq, Tk, D, strides, scale, dropout_p, tile)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
-    if lse.numel() > 0:
-        chosen = q.dtype, D, dropout_p > 0, q.get_device()
-        tile, constants, _ = made = program(tile, *chosen) if tile else _program(*chosen)
+    if B * H * Tq > 0:
+        make = _program if tile is None else functools.partial(program, tile)
+        tile, constants, keys_in_l2 = make(q.dtype, D, seed is not None, q.get_device())
+        scale = 1.0 / math.sqrt(D) if scale is None else scale
         forward_kernel[(B * H * -(-Tq // tile.BLOCK_M),)](
-            q, k, v, out, lse, seed if dropout_p > 0 else None, *strides, scale * LOG2_E, dropout_p, H, Tq, Tk, B * H, made.heads(Tk),
-            **constants)
+            q, k, v, out, lse, seed, *strides, scale * LOG2_E, dropout_p, H, Tq, Tk, B * H, keys_in_l2 // Tk or 1, **constants)
     return lse
 
 

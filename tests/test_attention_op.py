@@ -72,50 +72,6 @@ def test_auto_leaves_to_pytorch_what_the_table_says(arch, D, dtype, left):
     assert (reason is None) if left is None else (left in reason and "not measured yet" in reason)
 
 
-class Bare(torch.autograd.Function):
-    """A Function with the op's signature that saves what the op saves and launches nothing."""
-
-    @staticmethod
-    def forward(ctx, qkv, n_head, scale, dropout_p):
-        out, lse = stub(qkv, None, n_head, scale, dropout_p)
-        ctx.save_for_backward(qkv, out, lse, None)
-        ctx.options = n_head, scale, dropout_p
-        return out
-
-    @staticmethod
-    def backward(ctx, do):
-        return do, None, None, None
-
-
-OUT, LSE = torch.zeros(1, 4, 32), torch.zeros(1, 4, 4)
-
-
-def stub(qkv, seed, n_head, scale, dropout_p):
-    return OUT.detach(), LSE
-
-
-@pytest.mark.slow  # timing: alone on the machine, or the figures of others are in it
-def test_a_call_costs_little_more_python_than_a_bare_autograd_function(monkeypatch):
-    """At most 1.5 times: the fastest of 200 interleaved rounds, so that a busy machine does not decide."""
-    monkeypatch.setattr(op, "_packed_forward", stub)
-    monkeypatch.setattr(backend, "triton_why_not", lambda tensor: None)
-    fused, qkv = backend.parse("fused"), torch.zeros(1, 4, 96, requires_grad=True)
-    assert causal_attention_qkvpacked(qkv, 4, backend=fused).grad_fn.name() == "_PackedAttentionBackward"
-
-    def seconds(call):
-        start = time.thread_time()          # of this thread alone
-        for _ in range(50):
-            call()
-        return time.thread_time() - start
-
-    calls = lambda: Bare.apply(qkv, 4, None, 0.0), lambda: causal_attention_qkvpacked(qkv, 4, backend=fused)
-    rounds = [[seconds(call) for call in calls] for _ in range(200)]
-    bare, ours = (min(times) for times in zip(*rounds))
-    ratio = ours / bare
-    print(f"attention: {ratio:.2f} times a bare autograd.Function")
-    assert ratio <= 1.5, f"{ratio:.2f} times a bare autograd.Function"
-
-
 def test_the_choice_on_a_gpu_can_be_traced():
     """`_why_left` decides on CUDA alone, under `auto`: a construct that Dynamo refuses there would show on no CPU."""
     torch._dynamo.reset()

@@ -9,6 +9,7 @@ call.
 """
 import functools
 import math
+from types import SimpleNamespace
 
 import torch
 from torch.compiler import is_compiling
@@ -64,8 +65,8 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backen
     if name == "cpp":
         return attention_cpu.packed(qkv, n_head, scale)
     if qkv.requires_grad and torch.is_grad_enabled():
-        return _PackedAttention.apply(qkv, n_head, scale, dropout_p)
-    run = raw.attention_qkvpacked if is_compiling() else _packed_forward
+        return _PackedAttention.apply(qkv, (n_head, scale, dropout_p))
+    run = raw.attention_qkvpacked if is_compiling() else _kernels().forward.launch_forward_qkvpacked
     return run(qkv, _seed(qkv, dropout_p), n_head, scale, dropout_p)[0]
 
 
@@ -79,10 +80,11 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
     _check_qkv(q, k, v, dropout_p)
     if _backend.choose("attention", SEPARATE_CANDIDATES, backend, (q, k, v, scale, backend)) == "reference":
         return reference.causal_attention(q, k, v, dropout_p=dropout_p, scale=scale)
-    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    if torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
+        q, k, v = _autocast(q), _autocast(k), _autocast(v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(q, k, v, scale, dropout_p)
-    run = raw.attention if is_compiling() else _forward
+        return _Attention.apply(q, k, v, (scale, dropout_p))
+    run = raw.attention if is_compiling() else _kernels().forward.launch_forward
     return run(q, k, v, _seed(q, dropout_p), scale, dropout_p)[0].transpose(1, 2)
 
 
@@ -106,8 +108,9 @@ def decode_attention(q, k, v, lengths, *, scale=None, backend=None):
 
 
 def _check_qkv(q, k, v, dropout_p):
-    if (q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.size(3) != k.size(3)
-            or q.size(2) > k.size(2)):
+    of_q, of_k = q.shape, k.shape
+    if not (len(of_q) == len(of_k) == 4 and v.shape == of_k and of_q[0] == of_k[0] and of_q[1] == of_k[1] and of_q[2] <= of_k[2]
+            and of_q[3] == of_k[3]):
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected (B, H, Tq, D), (B, H, Tk, D) "
                          "twice, Tq <= Tk")
     if not 0 <= dropout_p <= 1:
@@ -133,12 +136,13 @@ def _why_not(x, dtype, D, scale, backend, dropout_p=0.0, left_to_pytorch=True):
 
 
 def _separate_why_not(q, k, v, scale, backend, left_to_pytorch=True):
+    device, given, dtype = q.get_device(), q.dtype, _autocast_dtype(q)
     for name, x in (("k", k), ("v", v)):
-        if x.device != q.device:
+        if x.get_device() != device:
             return f"q is on {q.device}, {name} on {x.device}"
-        if _autocast_dtype(x) != _autocast_dtype(q):
+        if x.dtype != given and _autocast_dtype(x) != dtype:
             return f"q is {q.dtype}, {name} {x.dtype}"               # the reference raises PyTorch's own error
-    return _why_not(q, _autocast_dtype(q), q.size(3), scale, backend, left_to_pytorch=left_to_pytorch)
+    return _why_not(q, dtype, q.size(3), scale, backend, left_to_pytorch=left_to_pytorch)
 
 
 def _decode_why_not(q, k, v, scale, backend):
@@ -165,9 +169,10 @@ _DECODE_CANDIDATES = (("triton", _decode_why_not),)
 
 def _autocast_dtype(x):
     """The dtype that x is computed in."""
-    dtype = x.dtype
     kind = "cuda" if x.is_cuda else "cpu"                   # a third of the time of x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and dtype != torch.float64 else dtype
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def _autocast(x):
@@ -189,40 +194,38 @@ def _seed(x, dropout_p):
 class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, qkv, n_head, scale, dropout_p):
-        seed = _seed(qkv, dropout_p)
-        run = raw.attention_qkvpacked if is_compiling() else _packed_forward
-        out, lse = run(qkv, seed, n_head, scale, dropout_p)
+    def forward(ctx, qkv, options):         # a tuple, since each argument of a Function costs 0.2 us
+        seed = _seed(qkv, options[2]) if options[2] > 0 else None
+        run = raw.attention_qkvpacked if is_compiling() else _kernels().forward.launch_forward_qkvpacked
+        out, lse = run(qkv, seed, *options)
         ctx.save_for_backward(qkv, out, lse, seed)
-        ctx.options = n_head, scale, dropout_p
+        ctx.options = options
         return out
 
     @staticmethod
     def backward(ctx, do):
         _refuse_second_derivative()
-        qkv, out, lse, seed = ctx.saved_tensors
-        run = raw.attention_qkvpacked_backward if is_compiling() else _packed_backward
-        return run(do, qkv, out, lse, seed, *ctx.options), None, None, None
+        run = raw.attention_qkvpacked_backward if is_compiling() else _kernels().backward.launch_backward_qkvpacked
+        return run(do, *ctx.saved_tensors, *ctx.options), None
 
 
 class _Attention(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, q, k, v, scale, dropout_p):
-        seed = _seed(q, dropout_p)
-        run = raw.attention if is_compiling() else _forward
-        out, lse = run(q, k, v, seed, scale, dropout_p)
+    def forward(ctx, q, k, v, options):
+        seed = _seed(q, options[1]) if options[1] > 0 else None
+        run = raw.attention if is_compiling() else _kernels().forward.launch_forward
+        out, lse = run(q, k, v, seed, *options)
         ctx.save_for_backward(q, k, v, out, lse, seed)
-        ctx.options = scale, dropout_p
+        ctx.options = options
         return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx, do):
         _refuse_second_derivative()
-        q, k, v, out, lse, seed = ctx.saved_tensors
-        run = raw.attention_backward if is_compiling() else _backward
-        gradients = run(do, q, k, v, out, lse, seed, *ctx.options)
-        return *(g.transpose(1, 2) if need else None for g, need in zip(gradients, ctx.needs_input_grad)), None, None
+        run = raw.attention_backward if is_compiling() else _kernels().backward.launch_backward
+        gradients = run(do, *ctx.saved_tensors, *ctx.options)
+        return *(g.transpose(1, 2) if need else None for g, need in zip(gradients, ctx.needs_input_grad)), None
 
 
 def _refuse_second_derivative():
@@ -230,78 +233,74 @@ def _refuse_second_derivative():
         raise RuntimeError("the attention kernels have no second derivative (create_graph=True); use backend='reference'")
 
 
-# --------------------------------------------------------------------------------------------------------- tensors to launchers
-
-
 @functools.cache
 def _kernels():
     """The launchers. Imported at the first call: that imports Triton."""
     from ..kernels import attention_backward, attention_common, attention_decode, attention_forward
-    return attention_forward, attention_backward, attention_decode, attention_common
-
-
-def _readable(x):
-    """x, or a contiguous copy where the kernels can't read it in place."""
-    return x if _kernels()[3].rows_are_contiguous(x) else x.contiguous()
-
-
-def _scale(scale, D):
-    return 1.0 / math.sqrt(D) if scale is None else scale
-
-
-def _packed_forward(qkv, seed, n_head, scale, dropout_p):
-    return _kernels()[0].launch_forward_qkvpacked(_readable(qkv), seed, n_head, _scale(scale, qkv.size(2) // (3 * n_head)), dropout_p)
-
-
-def _packed_backward(do, qkv, out, lse, seed, n_head, scale, dropout_p):
-    return _kernels()[1].launch_backward_qkvpacked(_readable(do), _readable(qkv), out, lse, seed, n_head,
-                                                   _scale(scale, qkv.size(2) // (3 * n_head)), dropout_p)
-
-
-def _readable_qkv(q, k, v):
-    q, k, v = _readable(q), _readable(k), _readable(v)
-    return (q, k, v) if _kernels()[3].same_layout(k, v) else (q, k.contiguous(), v.contiguous())
-
-
-def _forward(q, k, v, seed, scale, dropout_p):
-    return _kernels()[0].launch_forward(*_readable_qkv(q, k, v), seed, _scale(scale, q.size(3)), dropout_p)
-
-
-def _backward(do, q, k, v, out, lse, seed, scale, dropout_p):
-    (B, H, Tq, D), Tk = q.shape, k.size(2)
-    gradients = tuple(torch.empty((B, T, H, D), dtype=q.dtype, device=q.device) for T in (Tq, Tk, Tk))
-    _kernels()[1].launch_backward(_readable(do), *_readable_qkv(q, k, v), out, lse, *gradients, seed, _scale(scale, D), dropout_p)
-    return gradients
-
-
-def _decode(q, k, v, lengths, scale):
-    return _kernels()[2].attention_decode(_readable(q), *_readable_qkv(q, k, v)[1:], lengths.contiguous(),
-                                          scale=_scale(scale, q.size(3)))
+    return SimpleNamespace(forward=attention_forward, backward=attention_backward, decode=attention_decode, common=attention_common)
 
 
 # ------------------------------------------------------------------------------------------------------ what torch.compile sees
+# Anybody can call these operators, so they check what the op has checked already.
+
+
+def _raw_packed(qkv, seed, n_head, scale, dropout_p):
+    _kernels().common.check_packed(qkv, n_head, scale, dropout_p, seed)
+    return _kernels().forward.launch_forward_qkvpacked(qkv, seed, n_head, scale, dropout_p)
+
 
 def _fake_packed(qkv, seed, n_head, scale, dropout_p):
     B, T, C3 = qkv.shape
     return qkv.new_empty(B, T, C3 // 3), qkv.new_empty(B, n_head, T, dtype=torch.float32)
 
 
-def _fake_forward(q, k, v, seed, scale, dropout_p):
+def _raw_packed_backward(do, qkv, out, lse, seed, n_head, scale, dropout_p):
+    _kernels().common.check_packed(qkv, n_head, scale, dropout_p, seed)
+    B, T, C3 = qkv.shape
+    for name, x, shape, dtype in (("do", do, (B, T, C3 // 3), qkv.dtype), ("out", out, (B, T, C3 // 3), qkv.dtype),
+                                  ("lse", lse, (B, n_head, T), torch.float32)):
+        if x.shape != shape or x.dtype != dtype or x.device != qkv.device or (x is not do and not x.is_contiguous()):
+            raise ValueError(f"{name} is {tuple(x.shape)}, {x.dtype}, strides {x.stride()}; expected {shape}, {dtype}, as the forward gave it")
+    return _kernels().backward.launch_backward_qkvpacked(do, qkv, out, lse, seed, n_head, scale, dropout_p)
+
+
+def _raw(q, k, v, seed, scale, dropout_p):
+    q, k, v, _ = _kernels().common.in_place(q, k, v)
+    return _kernels().forward.attention_forward(q, k, v, scale=_scale(scale, q), dropout_p=dropout_p, seed=seed)
+
+
+def _fake(q, k, v, seed, scale, dropout_p):
     B, H, Tq, D = q.shape
     return q.new_empty(B, Tq, H, D), q.new_empty(B, H, Tq, dtype=torch.float32)
+
+
+def _raw_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
+    q, k, v, _ = _kernels().common.in_place(q, k, v)
+    gradients = _fake_backward(do, q, k, v, out, lse, seed, scale, dropout_p)
+    do = do if _kernels().common.rows_are_contiguous(do) else do.contiguous()
+    _kernels().backward.attention_backward(do, q, k, v, out, lse, *gradients, scale=_scale(scale, q), dropout_p=dropout_p, seed=seed)
+    return gradients
 
 
 def _fake_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
     return tuple(x.new_empty(x.transpose(1, 2).shape) for x in (q, k, v))
 
 
+def _decode(q, k, v, lengths, scale):
+    q, k, v, _ = _kernels().common.in_place(q, k, v)
+    return _kernels().decode.attention_decode(q, k, v, lengths.contiguous(), scale=_scale(scale, q))
+
+
+def _scale(scale, q):
+    return 1.0 / math.sqrt(q.size(3)) if scale is None else scale
+
+
 define("attention_qkvpacked(Tensor qkv, Tensor? seed, int n_head, float? scale, float dropout_p) -> (Tensor, Tensor)",
-        lambda *args: _packed_forward(*args), _fake_packed)
+        _raw_packed, _fake_packed)
 define("attention_qkvpacked_backward(Tensor do, Tensor qkv, Tensor out, Tensor lse, Tensor? seed, int n_head, float? scale, "
-        "float dropout_p) -> Tensor", lambda *args: _packed_backward(*args), lambda do, qkv, *args: qkv.new_empty(qkv.shape))
-define("attention(Tensor q, Tensor k, Tensor v, Tensor? seed, float? scale, float dropout_p) -> (Tensor, Tensor)",
-        lambda *args: _forward(*args), _fake_forward)
+        "float dropout_p) -> Tensor", _raw_packed_backward, lambda do, qkv, *args: qkv.new_empty(qkv.shape))
+define("attention(Tensor q, Tensor k, Tensor v, Tensor? seed, float? scale, float dropout_p) -> (Tensor, Tensor)", _raw, _fake)
 define("attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seed, float? scale, "
-        "float dropout_p) -> (Tensor, Tensor, Tensor)", lambda *args: _backward(*args), _fake_backward)
+        "float dropout_p) -> (Tensor, Tensor, Tensor)", _raw_backward, _fake_backward)
 define("attention_decode(Tensor q, Tensor k, Tensor v, Tensor lengths, float? scale) -> Tensor",
-        lambda *args: _decode(*args), lambda q, *args: q.new_empty(q.shape))
+        _decode, lambda q, *args: q.new_empty(q.shape))

@@ -42,7 +42,9 @@ class Problem:
         self.scale = 0.9 / math.sqrt(D) if scale is None else scale     # no power of two: then the plain path would not round
         new = lambda *shape: with_nan_margins(draw(*shape).to(dtype).to(harness.DEVICE))
         if self.packed:
-            self.q, self.k, self.v = (x.transpose(1, 2) for x in new(B, Tq, 3, H, D).unbind(2))
+            packed = new(B, Tq, 3, H, D)
+            self.qkv = packed.view(B, Tq, 3 * H * D)
+            self.q, self.k, self.v = (x.transpose(1, 2) for x in packed.unbind(2))
         else:
             self.q, self.k, self.v = new(B, H, Tq, D), new(B, H, Tk, D), new(B, H, Tk, D)
         self.do = with_nan_margins(torch.randn(B, Tq, H, D).to(dtype).to(harness.DEVICE)).transpose(1, 2)
@@ -298,10 +300,33 @@ def test_heads_in_groups_take_every_tile_once(monkeypatch):
     """scheduled_tile with groups of 2 of 5 heads, the last one incomplete."""
     problem = Problem(1, 5, 70, D=16)
     expected = problem.forward(Tile(32, 32, 4, 1))
-    monkeypatch.setattr(attention_forward, "head_group", lambda k: 2)
+    monkeypatch.setattr(attention_common, "machine", lambda device: (90, 132, 2 * 2 * 70 * (2 * 16 * 4)))     # half of L2 holds 2 heads
     with guarded_outputs():
         for a, b in zip(problem.forward(Tile(32, 32, 4, 1)), expected, strict=True):
             assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("form, dtype, D, p", [("head", f32, 40, 0.0), ("head", bf16, 64, 0.3), ("split", f16, 8, 0.3), ("split", bf16, 16, 0.0)])
+def test_the_packed_projection_gives_the_bits_of_its_thirds(form, dtype, D, p):
+    """Also one whose rows lie apart (the margins' NaNs between them), and one that is copied first."""
+    B, H, T = 2, 3, 70
+    problem = Problem(B, H, T, D=D, dtype=dtype, p=p, packed=True)
+    seed = problem.seed if p > 0 else None
+    out, lse = problem.forward()
+    gradients = problem.backward(out, lse, form)
+    apart = with_nan_margins(torch.empty(B, T, 3 * H * D + 16, dtype=dtype, device=harness.DEVICE)[..., :3 * H * D].copy_(problem.qkv))
+    transposed = problem.qkv.transpose(1, 2).contiguous().transpose(1, 2)
+    assert apart.stride(1) > 3 * H * D and transposed.stride(2) != 1
+    do = problem.do.transpose(1, 2)
+    for qkv in (problem.qkv, apart, transposed):
+        with guarded_outputs():
+            ours, ours_lse = attention_forward.launch_forward_qkvpacked(qkv, seed, H, problem.scale, p, TILES and TILES["forward"])
+        assert same_bits(ours.view(B, T, H, D), out) and same_bits(ours_lse, lse)
+        for packed_do in (do.reshape(B, T, H * D), do.reshape(B, T, H * D).transpose(1, 2).contiguous().transpose(1, 2)):
+            with guarded_outputs():
+                dqkv = attention_backward.launch_backward_qkvpacked(packed_do, qkv, ours, ours_lse, seed, H, problem.scale, p, form, TILES)
+            for ours_gradient, gradient in zip(dqkv.view(B, T, 3, H, D).unbind(2), gradients, strict=True):
+                assert same_bits(ours_gradient.transpose(1, 2), gradient)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "offset"])
@@ -477,8 +502,8 @@ def test_gradients_that_share_no_row_stride_are_refused():
 
 
 def test_the_head_form_is_taken_where_heads_fill_the_card_and_its_working_set_stays_in_l2(monkeypatch):
-    monkeypatch.setattr(attention_backward, "machine", lambda index: (90, 132, 50 * 2**20))
-    form = lambda B, T, D, dtype=bf16: attention_backward.form_for(torch.empty(B, 12, T, D, dtype=dtype, device="meta"), None, 0.0)
+    monkeypatch.setattr(attention_backward, "machine", lambda device: (90, 132, 50 * 2**20))
+    form = lambda B, T, D: attention_backward.programs(bf16, D, False, -1).form(12 * B, T)
     assert form(64, 1024, 64) == "head" and form(11, 1024, 64) == "head"
     assert form(10, 1024, 64) == "split"        # 120 heads, 132 multiprocessors
     assert form(64, 4096, 64) == "split"        # 2 MB a head
