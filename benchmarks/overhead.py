@@ -1,11 +1,12 @@
 """What an op costs on the host: microseconds of Python per call, beside a bare autograd.Function of the same signature.
 
-    python benchmarks/overhead.py [--repeats 400] [--op layer_norm]
+    python -m benchmarks.overhead [--repeats 400] [--op layer_norm] [--json FILE]
 
 A step of GPT-2 124M calls some 75 ops; at small sizes the GPU waits for the host, so what an op does around its launch
-(checks, choice of implementation, autograd) must be little. The bare Function saves and allocates what the op does; launching a
-Triton kernel is left out on both sides. The two take turns in short blocks of calls, and of each the fastest block counts: a
-busy machine only ever adds. Runs on a GPU or a CPU; the host's work is the same.
+(checks, choice of implementation, autograd) must be little. The bare Function saves and allocates what the op does and hands as
+many arguments to its kernels; on both sides the kernels are stubs that take them and do nothing. The two take turns in short
+blocks of calls, and of each the fastest block counts: a busy machine only ever adds. Runs on a GPU or a CPU; the host's work is
+the same.
 
 To add an op: write a function that returns an Entry, and put it into ENTRIES.
 """
@@ -18,6 +19,8 @@ from typing import Callable
 
 import torch
 
+from nanogpt_fast import measure
+
 LIMIT = 1.5  # times the bare Function: the target of the issue that asked for these ops
 
 
@@ -25,11 +28,11 @@ LIMIT = 1.5  # times the bare Function: the target of the issue that asked for t
 class Entry:
     """An op and its floor. Both are called without arguments and return a tensor that requires grad, or a tuple of them.
 
-    stub: gives a context manager that takes the op's kernel launches out. inputs: what the backward is asked for.
+    without_launches: gives a context manager that takes the op's kernel launches out. inputs: what the backward is asked for.
     """
     op: Callable
     bare: Callable
-    stub: Callable
+    without_launches: Callable
     inputs: tuple
 
 
@@ -62,9 +65,22 @@ def _nothing(*args, **kwargs):
     pass
 
 
+stub = NoLaunch()
+
+
 def _no_layer_norm_launches():
     from nanogpt_fast.kernels import layer_norm as kernels
-    return replaced(kernels, _forward_kernel=NoLaunch(), _backward_kernel=NoLaunch(), _sum_partials_kernel=NoLaunch())
+    return replaced(kernels, _forward_kernel=stub, _backward_kernel=stub, _sum_partials_kernel=stub)
+
+
+def _gradients(dy, ds, s, weight, statistics):
+    """What the backward of a LayerNorm allocates, and its two launches."""
+    dx = torch.empty_like(s)
+    partials = [torch.empty((8, 64), dtype=torch.float32, device=s.device) for _ in range(2)]
+    sums = [torch.empty(64, dtype=weight.dtype, device=s.device) for _ in range(2)]
+    stub[(8,)](dy, ds, s, weight, statistics, None, dx, None, *partials, 64, 64, 0.0, ROWS=8, BLOCK_C=64, num_warps=1)
+    stub[(4,)](*partials, *sums, 8, 64, ROWS=64, BLOCK_C=16, num_warps=4)
+    return dx, *sums
 
 
 def layer_norm():
@@ -76,18 +92,19 @@ def layer_norm():
     class Bare(torch.autograd.Function):
 
         @staticmethod
-        def forward(ctx, x, weight, bias, eps, y_dtype):
-            y, statistics = torch.empty_like(x, dtype=y_dtype), torch.empty((2, 64), dtype=torch.float32, device=x.device)
+        def forward(ctx, x, weight, bias, eps, backend):
+            y, statistics = torch.empty_like(x, dtype=x.dtype), torch.empty((2, 64), dtype=torch.float32, device=x.device)
+            stub[(8,)](x, None, weight, bias, None, None, y, statistics, 64, 64, 0.0, eps, ROWS=8, BLOCK_C=64, num_warps=1)
             ctx.save_for_backward(x, weight, statistics)
             return y
 
         @staticmethod
         def backward(ctx, dy):
-            x, weight, _ = ctx.saved_tensors
-            partials = [torch.empty((8, 64), dtype=torch.float32, device=x.device) for _ in range(2)]  # as in the op
-            return torch.empty_like(x), *(torch.empty(64, dtype=weight.dtype, device=x.device) for _ in partials), None, None
+            x, weight, statistics = ctx.saved_tensors
+            dx, *sums = _gradients(dy, None, x, weight, statistics)
+            return dx, *sums, None, None
 
-    return Entry(lambda: op.layer_norm(x, weight, bias, backend=fused), lambda: Bare.apply(x, weight, bias, 1e-5, x.dtype),
+    return Entry(lambda: op.layer_norm(x, weight, bias, backend=fused), lambda: Bare.apply(x, weight, bias, 1e-5, fused),
                  _no_layer_norm_launches, inputs)
 
 
@@ -100,30 +117,41 @@ def add_layer_norm():
     class Bare(torch.autograd.Function):
 
         @staticmethod
-        def forward(ctx, x, branch, weight, bias, seed, p, eps, y_dtype):
-            s, y = torch.empty_like(x), torch.empty_like(x, dtype=y_dtype)
+        def forward(ctx, x, branch, weight, bias, eps, dropout_p, out_dtype, backend):
+            s, y = torch.empty_like(x), torch.empty_like(x, dtype=out_dtype)
             statistics = torch.empty((2, 64), dtype=torch.float32, device=x.device)
-            ctx.save_for_backward(s, weight, statistics, seed)
+            stub[(8,)](x, branch, weight, bias, None, s, y, statistics, 64, 64, dropout_p, eps, ROWS=8, BLOCK_C=64, num_warps=1)
+            ctx.save_for_backward(s, weight, statistics, None)
             return s, y
 
         @staticmethod
         def backward(ctx, ds, dy):
-            s, weight, _, _ = ctx.saved_tensors
-            partials = [torch.empty((8, 64), dtype=torch.float32, device=s.device) for _ in range(2)]  # as in the op
-            dx = torch.empty_like(s)
-            return dx, dx, *(torch.empty(64, dtype=weight.dtype, device=s.device) for _ in partials), None, None, None, None
+            s, weight, statistics, _ = ctx.saved_tensors
+            dx, *sums = _gradients(dy, ds, s, weight, statistics)
+            return dx, dx, *sums, None, None, None, None
 
     return Entry(lambda: op.add_layer_norm(x, branch, weight, bias, backend=fused),
-                 lambda: Bare.apply(x, branch, weight, bias, None, 0.0, 1e-5, x.dtype), _no_layer_norm_launches, inputs)
+                 lambda: Bare.apply(x, branch, weight, bias, 1e-5, 0.0, x.dtype, fused), _no_layer_norm_launches, inputs)
 
 
 def _no_attention_launches():
     from nanogpt_fast.kernels import attention_backward, attention_forward
     stack = contextlib.ExitStack()
-    stack.enter_context(replaced(attention_forward, forward_kernel=NoLaunch()))
-    stack.enter_context(replaced(attention_backward, backward_head_kernel=NoLaunch(), backward_dq_kernel=NoLaunch(),
-                                 backward_dkdv_kernel=NoLaunch()))
+    stack.enter_context(replaced(attention_forward, forward_kernel=stub))
+    stack.enter_context(replaced(attention_backward, backward_head_kernel=stub, backward_dq_kernel=stub,
+                                 backward_dkdv_kernel=stub))
     return stack
+
+
+STRIDES = (3072, 16, 192) * 2
+TILE = dict(D=16, HEAD=16, DROPOUT=False, BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
+
+
+def _two_launches(do, q, k, v, out, lse, dq, dk, dv):
+    """The backward's split form, with its scratch."""
+    terms = torch.empty((2, 4, 2, 128), dtype=torch.float32, device=q.device)
+    stub[(8,)](q, k, v, out, do, lse, terms, dq, None, *STRIDES, 1024, 16, 64, 192, 0.25, 0.36, 0.0, 4, 16, 16, 8, 1, **TILE)
+    stub[(8,)](q, k, v, do, terms, dk, dv, None, *STRIDES, 1024, 16, 64, 192, 0.25, 0.36, 0.0, 4, 16, 16, 8, 1, **TILE)
 
 
 def causal_attention_qkvpacked():
@@ -135,19 +163,21 @@ def causal_attention_qkvpacked():
     class Bare(torch.autograd.Function):
 
         @staticmethod
-        def forward(ctx, qkv, n_head, scale, dropout_p):
+        def forward(ctx, qkv, n_head, dropout_p, scale, backend):
             out = torch.empty((2, 16, 64), dtype=qkv.dtype, device=qkv.device)
             lse = torch.empty((2, 4, 16), dtype=torch.float32, device=qkv.device)
+            stub[(8,)](qkv, None, None, out, lse, None, *STRIDES, 0.25, dropout_p, 4, 16, 16, 8, 1, **TILE)
             ctx.save_for_backward(qkv, out, lse)
             return out
 
         @staticmethod
         def backward(ctx, do):
             qkv, out, lse = ctx.saved_tensors
-            terms = torch.empty((2, 4, 2, 128), dtype=torch.float32, device=qkv.device)  # as in the op
-            return torch.empty((2, 16, 192), dtype=qkv.dtype, device=qkv.device), None, None, None
+            dqkv = torch.empty((2, 16, 192), dtype=qkv.dtype, device=qkv.device)
+            _two_launches(do, qkv, None, None, out, lse, dqkv, None, None)
+            return dqkv, None, None, None, None
 
-    return Entry(lambda: op.causal_attention_qkvpacked(qkv, 4, backend=fused), lambda: Bare.apply(qkv, 4, None, 0.0),
+    return Entry(lambda: op.causal_attention_qkvpacked(qkv, 4, backend=fused), lambda: Bare.apply(qkv, 4, 0.0, None, fused),
                  _no_attention_launches, inputs)
 
 
@@ -160,20 +190,21 @@ def causal_attention():
     class Bare(torch.autograd.Function):
 
         @staticmethod
-        def forward(ctx, q, k, v, scale, dropout_p):
+        def forward(ctx, q, k, v, dropout_p, scale, backend):
             out = torch.empty((2, 16, 4, 16), dtype=q.dtype, device=q.device)
             lse = torch.empty((2, 4, 16), dtype=torch.float32, device=q.device)
+            stub[(8,)](q, k, v, out, lse, None, *STRIDES, 0.25, dropout_p, 4, 16, 16, 8, 1, **TILE)
             ctx.save_for_backward(q, k, v, out, lse)
             return out.transpose(1, 2)
 
         @staticmethod
         def backward(ctx, do):
             q, k, v, out, lse = ctx.saved_tensors
-            terms = torch.empty((2, 4, 2, 128), dtype=torch.float32, device=q.device)  # as in the op
             gradients = [torch.empty((2, 16, 4, 16), dtype=q.dtype, device=q.device) for _ in range(3)]
-            return *(g.transpose(1, 2) for g in gradients), None, None
+            _two_launches(do, q, k, v, out, lse, *gradients)
+            return *(g.transpose(1, 2) for g in gradients), None, None, None
 
-    return Entry(lambda: op.causal_attention(q, k, v, backend=fused), lambda: Bare.apply(q, k, v, None, 0.0),
+    return Entry(lambda: op.causal_attention(q, k, v, backend=fused), lambda: Bare.apply(q, k, v, 0.0, None, fused),
                  _no_attention_launches, inputs)
 
 
@@ -194,7 +225,7 @@ def ratios(entry, repeats=400, calls=20):
 
     results = {}
     # A CPU's tensors, taken for ones that a kernel can run on: the choice of implementation goes on to its end.
-    with entry.stub(), replaced(backend, _interpreted=True):
+    with entry.without_launches(), replaced(backend, _interpreted=True):
         for name, run in (("forward", forward), ("forward + backward", both)):
             fastest = {entry.bare: float("inf"), entry.op: float("inf")}
             for _ in range(repeats):
@@ -211,16 +242,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=400, help="pairs of blocks of 20 calls")
     parser.add_argument("--op", choices=ENTRIES, help="only this one")
+    parser.add_argument("--json", help="append the results to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{'op':26} {'':18} {'bare us':>8} {'op us':>8} {'ratio':>6}   (limit {LIMIT})")
-    over = False
+    worst = 0.0
     for name, make in ENTRIES.items():
-        if args.op in (None, name):
-            for what, (bare, op, ratio) in ratios(make(), args.repeats).items():
-                over |= ratio > LIMIT
-                print(f"{name:26} {what:18} {bare:8.1f} {op:8.1f} {ratio:6.2f}")
-    return int(over)
+        if args.op not in (None, name):
+            continue
+        measured = ratios(make(), args.repeats)
+        for what, (bare, op, ratio) in measured.items():
+            print(f"{name:26} {what:18} {bare:8.1f} {op:8.1f} {ratio:6.2f}")
+            worst = max(worst, ratio)
+        if args.json:
+            measure.append(args.json, "overhead", op=name, microseconds={what: dict(zip(("bare", "op", "ratio"), row))
+                                                                         for what, row in measured.items()})
+    return int(worst > LIMIT)
 
 
 if __name__ == "__main__":

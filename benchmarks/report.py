@@ -194,7 +194,12 @@ def drop_in(records):
         newest = record or newest
         rows.append([f"training step, eager fp32, {shape}", f"{record['ratio']:.3f} of nanoGPT's time" if record else MISSING,
                      f"{record['memory_ratio']:.3f} of its peak memory" if record else ""])
-    return table(["what the drop-in costs where no kernel runs", "", ""], rows) + small(newest)
+    for op in ("layer_norm", "add_layer_norm", "causal_attention_qkvpacked", "causal_attention"):
+        record = last(records, "overhead", op=op)
+        found = record["microseconds"]["forward + backward"] if record else None
+        rows.append([f"the host's part of `{op}`, forward + backward, without its launches",
+                     f"{found['op']:.0f} us" if found else MISSING, f"{found['ratio']:.2f} of a bare autograd.Function's" if found else ""])
+    return table(["what the drop-in costs beside its kernels", "", ""], rows) + small(newest)
 
 
 def loss(records, device):

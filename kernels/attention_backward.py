@@ -387,7 +387,7 @@ def launch_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
     scale None: 1/sqrt(D)."""
     q, k, v, strides = in_place(q, k, v)
     do = do if rows_are_contiguous(do) else do.contiguous()
-    (B, H, Tq, D), Tk = q.shape, k.size(2)
+    (B, H, Tq, D), Tk = q.shape, k.shape[2]
     dq, dk, dv = (torch.empty((B, T, H, D), dtype=q.dtype, device=q.device) for T in (Tq, Tk, Tk))
     _launch(do, q, k, v, out, lse, dq, dk, dv, seed, B, H, Tq, Tk, D, (*strides, *do.stride()[:3], H * D), scale, dropout_p)
     return dq, dk, dv

@@ -130,13 +130,14 @@ def same_layout(k, v):
 
 def in_place(q, k, v):
     """(q, k, v, six strides of q and of k and v in B, H and T), with contiguous copies of what a kernel can't read in place."""
-    of_q, of_k = q.stride(), k.stride()
-    if not (of_q[3] == of_k[3] == 1 and of_q[2] <= LARGEST_STRIDE and of_k[2] <= LARGEST_STRIDE and v.stride() == of_k):
-        q, k, v = (x if rows_are_contiguous(x) else x.contiguous() for x in (q, k, v))
-        if not same_layout(k, v):
-            k, v = k.contiguous(), v.contiguous()
-        of_q, of_k = q.stride(), k.stride()
-    return q, k, v, of_q[:3] + of_k[:3]
+    of_k = k.stride()
+    (qb, qh, qt, qd), (kb, kh, kt, kd) = q.stride(), of_k
+    if qd == kd == 1 and qt <= LARGEST_STRIDE and kt <= LARGEST_STRIDE and v.stride() == of_k:
+        return q, k, v, (qb, qh, qt, kb, kh, kt)
+    q, k, v = (x if rows_are_contiguous(x) else x.contiguous() for x in (q, k, v))
+    if not same_layout(k, v):
+        k, v = k.contiguous(), v.contiguous()
+    return q, k, v, q.stride()[:3] + k.stride()[:3]
 
 
 def rows_in_place(x):
@@ -198,10 +199,15 @@ FORMS = {"bf16": ("bf16", "half", "dropout"), "dropout": ("bf16", "dropout", Non
 OCCUPANCY = "ptxas stops at the registers with which one more program fits a multiprocessor"      # why a row spills some bytes
 
 
-def model_case(name, kernel, tile, arch, HEAD, dropout, pointers, **more):
+PACKED = ("k_ptr", "v_ptr", "dv_ptr")                           # absent where q_ptr is the packed projection; so is dk_ptr in the head form
+
+
+def model_case(name, kernel, tile, arch, HEAD, dropout, pointers, packed=False, **more):
     """A `gate_case.Case` of an attention kernel with strides that are multiples of 16, as GPT-2's are; passes `more` on."""
     from .gate_case import Case
     constexprs = dict(D=HEAD, HEAD=HEAD, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, DROPOUT=dropout)
+    if packed:
+        constexprs |= {n: None for n in kernel.arg_names if n in PACKED or n == "dk_ptr" and "dq_ptr" in kernel.arg_names}
     kinds = {**pointers, "seed_ptr": "*i64", "scale": "fp32", "scale2": "fp32", "dropout_p": "fp32"}
     if not dropout:
         constexprs["seed_ptr"] = None

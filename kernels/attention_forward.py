@@ -128,7 +128,7 @@ def launch_forward(q, k, v, seed, scale, dropout_p, tile=None):
     q, k, v, strides = in_place(q, k, v)
     B, H, Tq, D = q.shape
     out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
-    return out, _launch(q, k, v, out, seed, B, H, Tq, k.size(2), D, strides, scale, dropout_p, tile)
+    return out, _launch(q, k, v, out, seed, B, H, Tq, k.shape[2], D, strides, scale, dropout_p, tile)
 
 
 def launch_forward_qkvpacked(qkv, seed, n_head, scale, dropout_p, tile=None):

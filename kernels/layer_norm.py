@@ -243,7 +243,7 @@ def launch_forward(x, branch, weight, bias, seed, p, eps, y_dtype):
     if elsewhere(x):
         with torch.cuda.device_of(x):
             return launch_forward(x, branch, weight, bias, seed, p, eps, y_dtype)
-    C = weight.size(0)
+    C = weight.numel()
     N = x.numel() // C
     s = None if branch is None else torch.empty_like(x)
     y = torch.empty_like(x, dtype=y_dtype)
@@ -270,7 +270,7 @@ def launch_backward(dy, ds, s, weight, statistics, seed, p, branch_dtype, dweigh
     if elsewhere(s):
         with torch.cuda.device_of(s):
             return launch_backward(dy, ds, s, weight, statistics, seed, p, branch_dtype, dweight_dtype, dbias_dtype)
-    C, device = weight.size(0), s.device
+    C, device = weight.numel(), s.device
     N = s.numel() // C
     dx, dbranch = torch.empty_like(s), None
     if branch_dtype is not None and (seed is not None or branch_dtype != s.dtype):

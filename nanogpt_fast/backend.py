@@ -88,9 +88,18 @@ def choose(op, candidates, model_choices=None, args=()):
     right, else the reason as text. "reference" is implied at the end. Raises RuntimeError under "fused" when none can run.
     """
     wanted = (_local.choices or model_choices or _environment)[op]
-    name, reasons = ("reference", ["asked for"]) if wanted == "reference" else _first_that_can(candidates, wanted, args)
+    reasons = []
+    for name, why_not in candidates if wanted != "reference" else ():
+        reason = why_not(*args)
+        if reason is None and wanted == "auto" and name == "triton" and _interpreted:
+            reason = "Triton's interpreter checks kernels, it is not fast; backend='fused' runs it"
+        if reason is None:
+            break
+        reasons.append(f"{name}: {reason}")
+    else:
+        name = "reference"
     if _local.record is not None:
-        _local.record.append((op, wanted, name, reasons))
+        _local.record.append((op, wanted, name, ["asked for"] if wanted == "reference" else reasons))
         return "reference"  # nothing is launched while recording
     if name != "reference" or wanted == "reference":
         return name
@@ -99,18 +108,6 @@ def choose(op, candidates, model_choices=None, args=()):
                            "Use backend='auto' to fall back, or `nanogpt-fast doctor` to see what is missing.")
     notice_unfused(f"{op} runs on plain PyTorch ({'; '.join(reasons) or 'no kernel'})")
     return name
-
-
-def _first_that_can(candidates, wanted, args):
-    reasons = []
-    for name, why_not in candidates:
-        reason = why_not(*args)
-        if reason is None and wanted == "auto" and name == "triton" and interpreted():
-            reason = "Triton's interpreter checks kernels, it is not fast; backend='fused' runs it"
-        if reason is None:
-            return name, reasons
-        reasons.append(f"{name}: {reason}")
-    return "reference", reasons
 
 
 @contextlib.contextmanager
@@ -143,23 +140,24 @@ def notice_unfused(message):
         notice(message)
 
 
+_import_error = "not tried"
+
+
 def triton_import_error():
     """None where Triton can be imported, else why not. Asked only when a kernel could run: the import takes 0.2 s."""
-    return _import_triton()
+    global _import_error
+    if _import_error == "not tried":
+        try:
+            import triton  # noqa: F401
+            _import_error = None
+        except Exception as error:  # a broken installation fails in many ways; the reason is kept and shown
+            _import_error = f"Triton cannot be imported ({type(error).__name__}: {error}); pip install triton"
+    return _import_error
 
 
 # torch.compile asks once and keeps the answer, instead of tracing through the import and warning about the cache. This is all that
 # torch.compiler.assume_constant_result does, except that it also imports the compiler (1 s) into every program.
 triton_import_error._dynamo_marked_constant = True
-
-
-@functools.cache
-def _import_triton():
-    try:
-        import triton  # noqa: F401
-    except Exception as error:  # a broken installation fails in many ways; the reason is kept and shown
-        return f"Triton cannot be imported ({type(error).__name__}: {error}); pip install triton"
-    return None
 
 
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so it cannot change within a process.

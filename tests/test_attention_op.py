@@ -1,6 +1,4 @@
-"""causal_attention where no kernel runs: nanoGPT's own calls, clear errors, the reasons, and what a call costs in Python."""
-import time
-
+"""causal_attention where no kernel runs: nanoGPT's own calls, clear errors and the reasons."""
 import pytest
 import torch
 

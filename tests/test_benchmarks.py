@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package
 
-from benchmarks import cases, report, run  # noqa: E402
+from benchmarks import cases, overhead, report, run  # noqa: E402
 
 CPU = torch.device("cpu")
 QUICK = cases.cases("cpu", quick=True)
@@ -88,6 +88,20 @@ def test_a_peer_that_is_not_here_has_its_reason_and_the_rest_is_timed(tmp_path, 
 def test_no_case_is_begun_when_the_minutes_are_over(tmp_path, capsys):
     run.main(["--device=cpu", "--quick", "--minutes=0", "--only=LayerNorm", f"--json={tmp_path / 'r'}"])
     assert "out of time: 1 of 1 cases were not begun" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", overhead.ENTRIES)
+def test_the_host_runs_an_op_to_its_stubbed_launches_and_back(op, monkeypatch):
+    """The op launches what the bare Function launches: as many kernels, with as many arguments. Times are the benchmark's matter."""
+    pytest.importorskip("triton")
+    entry, launched = overhead.ENTRIES[op](), {}
+    for call in (entry.bare, entry.op):
+        seen = launched[call] = []
+        note = lambda *args, _seen=seen, **constants: _seen.append(len(args) + len(constants))
+        monkeypatch.setattr(overhead.NoLaunch, "__getitem__", lambda self, grid, _note=note: _note)
+        measured = overhead.ratios(overhead.Entry(call, call, entry.without_launches, entry.inputs), repeats=1, calls=1)
+        assert all(bare > 0 for bare, _, _ in measured.values())
+    assert launched[entry.bare] == launched[entry.op] and len(launched[entry.op]) == 4     # forward; forward and two backward
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backen
     only the reference has). Source: kernels/attention_forward.py and attention_backward.py.
     """
     shape = qkv.shape
-    if len(shape) != 3 or shape[2] % (3 * n_head):
+    if len(shape) != 3 or n_head < 1 or shape[2] % (3 * n_head):
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (B, T, 3C) with C a multiple of n_head={n_head}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
@@ -78,10 +78,11 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
     backend and what raises: as for `causal_attention_qkvpacked`.
     """
     _check_qkv(q, k, v, dropout_p)
-    if _backend.choose("attention", SEPARATE_CANDIDATES, backend, (q, k, v, scale, backend)) == "reference":
+    dtype = _autocast_dtype(q)
+    if _backend.choose("attention", SEPARATE_CANDIDATES, backend, (q, k, v, dtype, scale, backend)) == "reference":
         return reference.causal_attention(q, k, v, dropout_p=dropout_p, scale=scale)
-    if torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
-        q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    if q.dtype != dtype or k.dtype != dtype or v.dtype != dtype:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(q, k, v, (scale, dropout_p))
     run = raw.attention if is_compiling() else _kernels().forward.launch_forward
@@ -99,18 +100,23 @@ def decode_attention(q, k, v, lengths, *, scale=None, backend=None):
     _check_qkv(q, k, v, 0.0)
     if lengths.shape != q.shape[:1]:
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected ({q.size(0)},)")
-    if _backend.choose("attention", _DECODE_CANDIDATES, backend, (q, k, v, scale, backend)) == "reference":
+    dtype = _autocast_dtype(q)
+    if _backend.choose("attention", _DECODE_CANDIDATES, backend, (q, k, v, dtype, scale, backend)) == "reference":
         visible = (torch.arange(k.size(2), device=k.device) < lengths[:, None])[:, None, None]          # (B, 1, 1, T)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
     run = raw.attention_decode if is_compiling() else _decode
     with torch.no_grad():
-        return run(_autocast(q), _autocast(k), _autocast(v), lengths, scale)
+        return run(q.to(dtype), k.to(dtype), v.to(dtype), lengths, scale)
 
 
 def _check_qkv(q, k, v, dropout_p):
-    of_q, of_k = q.shape, k.shape
-    if not (len(of_q) == len(of_k) == 4 and v.shape == of_k and of_q[0] == of_k[0] and of_q[1] == of_k[1] and of_q[2] <= of_k[2]
-            and of_q[3] == of_k[3]):
+    keys = k.shape
+    try:
+        (B, H, Tq, D), (b, h, Tk, d) = q.shape, keys
+        right = v.shape == keys and B == b and H == h and Tq <= Tk and D == d
+    except ValueError:      # not four dimensions
+        right = False
+    if not right:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected (B, H, Tq, D), (B, H, Tk, D) "
                          "twice, Tq <= Tk")
     if not 0 <= dropout_p <= 1:
@@ -135,19 +141,18 @@ def _why_not(x, dtype, D, scale, backend, dropout_p=0.0, left_to_pytorch=True):
     return None
 
 
-def _separate_why_not(q, k, v, scale, backend, left_to_pytorch=True):
-    device, given, dtype = q.get_device(), q.dtype, _autocast_dtype(q)
-    for name, x in (("k", k), ("v", v)):
-        if x.get_device() != device:
-            return f"q is on {q.device}, {name} on {x.device}"
-        if x.dtype != given and _autocast_dtype(x) != dtype:
-            return f"q is {q.dtype}, {name} {x.dtype}"               # the reference raises PyTorch's own error
-    return _why_not(q, dtype, q.size(3), scale, backend, left_to_pytorch=left_to_pytorch)
+def _separate_why_not(q, k, v, dtype, scale, backend, left_to_pytorch=True):
+    device, given = q.get_device(), q.dtype                         # the number of a GPU: half the time of q.device
+    if k.get_device() != device or v.get_device() != device:
+        return f"q is on {q.device}, k on {k.device}, v on {v.device}"
+    if (k.dtype != given or v.dtype != given) and not _autocast_dtype(k) == _autocast_dtype(v) == dtype:
+        return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}"           # the reference raises PyTorch's own error
+    return _why_not(q, dtype, q.shape[3], scale, backend, 0.0, left_to_pytorch)
 
 
-def _decode_why_not(q, k, v, scale, backend):
+def _decode_why_not(q, k, v, dtype, scale, backend):
     # A matter of bytes, not of tensor cores: the reasons of LEFT_TO_PYTORCH do not apply, the other ones do.
-    return _separate_why_not(q, k, v, scale, backend, left_to_pytorch=False)
+    return _separate_why_not(q, k, v, dtype, scale, backend, False)
 
 
 def _why_left(arch, D, dtype):
@@ -163,7 +168,7 @@ def _why_left(arch, D, dtype):
 
 
 CANDIDATES = (("triton", _why_not), ("cpp", attention_cpu.why_not))  # args: (qkv, dtype, head size, scale, backend, dropout_p)
-SEPARATE_CANDIDATES = (("triton", _separate_why_not),)               # args: (q, k, v, scale, backend)
+SEPARATE_CANDIDATES = (("triton", _separate_why_not),)               # args: (q, k, v, dtype, scale, backend)
 _DECODE_CANDIDATES = (("triton", _decode_why_not),)
 
 
@@ -173,11 +178,6 @@ def _autocast_dtype(x):
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x.dtype
     return torch.get_autocast_dtype(kind)
-
-
-def _autocast(x):
-    dtype = _autocast_dtype(x)
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------------- autograd
