@@ -24,7 +24,8 @@ then loads the terms of its columns straight into its accumulators, and no subtr
 copied through shared memory with q and do, which takes registers for addresses: 48 a thread by Triton 3.6, with spills.
 
 Layouts as in `attention_forward`; dq, dk, dv are (B, T, H, D) with one row stride, so that they can be the three thirds of one
-packed (B, T, 3C) gradient.
+packed (B, T, 3C) gradient. Where k and v are None, q is the packed projection, and dq (dk in the split form's second half) all of
+its gradient.
 
 Source: Dao et al. 2022, FlashAttention, algorithm 4; Dao 2023, FlashAttention-2, algorithm 2.
 """
@@ -36,9 +37,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_common import (FORMS, LARGEST_STRIDE, LOG2_E, OCCUPANCY, Program, Tile, check_inputs, head_offset, in_place, load_tile,
-                               machine, model_case, padded_head, program, rows_are_contiguous, rows_in_place, scheduled_tile, store_tile,
-                               table_rows)
+from .attention_common import (APART, FORMS, LARGEST_STRIDE, LOG2_E, OCCUPANCY, Program, Tile, check_inputs, head_offset, in_place,
+                               keys_of_head, load_tile, machine, model_case, padded_head, program, rows_are_contiguous, rows_in_place,
+                               scheduled_tile, store_tile, table_rows)
 from .dropout import keep_scale, keep_scores
 from .host import elsewhere
 
@@ -134,6 +135,15 @@ def _tile_of_keys(q_ptr, k_ptr, v_ptr, do_ptr, terms_ptr, dk_ptr, dv_ptr, dq_sum
     store_tile(dv_ptr, dv, n, stride_gt, Tk, D, BLOCK_N, HEAD)
 
 
+@triton.jit
+def _gradients_of_keys(dk_ptr, dv_ptr, offset, H, D: tl.constexpr):
+    """Where dk and dv of the head begin. dv_ptr None: dk_ptr is the packed gradient, in whose rows dk follows dq, and dv dk."""
+    if dv_ptr is None:
+        return dk_ptr + offset + H * D, dk_ptr + offset + 2 * H * D
+    else:
+        return dk_ptr + offset, dv_ptr + offset
+
+
 @triton.jit(do_not_specialize=["H", "Tq", "Tk"])
 def backward_head_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, terms_ptr, dq_ptr, dk_ptr, dv_ptr, dq_sum_ptr, seed_ptr,
                          stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
@@ -141,9 +151,6 @@ def backward_head_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, terms_pt
                          D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                          DROPOUT: tl.constexpr):
     """The head form: program i owns head i."""
-    if k_ptr is None:                                       # q_ptr is the packed projection, dq_ptr its gradient
-        k_ptr, v_ptr = q_ptr + H * D, q_ptr + 2 * H * D
-        dk_ptr, dv_ptr = dq_ptr + H * D, dq_ptr + 2 * H * D
     head = tl.program_id(0)
     batch, column = (head // H).to(tl.int64), head % H * D
     q_ptr += head_offset(head, H, stride_qb, stride_qh)
@@ -160,9 +167,9 @@ def backward_head_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, terms_pt
         # What this tile loads of terms and of dq's sum, other threads of the block stored before: a block's stores are visible
         # to all its threads after a barrier, and not before. Within one tile of keys every row of dq is touched once.
         tl.debug_barrier()
-        offset = head_offset(head, H, stride_kb, stride_kh)
-        grad = batch * Tk * stride_gt + column
-        _tile_of_keys(q_ptr, k_ptr + offset, v_ptr + offset, do_ptr, terms_ptr, dk_ptr + grad, dv_ptr + grad, dq_sum_ptr,
+        k, v = keys_of_head(q_ptr, k_ptr, v_ptr, head, H, stride_kb, stride_kh, D)
+        dk, dv = _gradients_of_keys(dq_ptr if dk_ptr is None else dk_ptr, dv_ptr, batch * Tk * stride_gt + column, H, D)
+        _tile_of_keys(q_ptr, k, v, do_ptr, terms_ptr, dk, dv, dq_sum_ptr,
                       stride_qt, stride_kt, stride_dot, stride_gt, n, scale, scale2, seed, dropout_p, head, Tq, Tk,
                       D, HEAD, BLOCK_M, BLOCK_N, DROPOUT, True)
         # The queries whose last key is in this tile are complete.
@@ -180,16 +187,14 @@ def backward_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, terms_ptr, dk_ptr, dv_ptr,
                          D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                          DROPOUT: tl.constexpr):
     """The split form's second half: a program takes a tile of keys; rank 0, the first keys, is seen by most queries."""
-    if k_ptr is None:                                       # q_ptr is the packed projection, dk_ptr its gradient
-        k_ptr, v_ptr = q_ptr + H * D, q_ptr + 2 * H * D
-        dk_ptr, dv_ptr = dk_ptr + H * D, dk_ptr + 2 * H * D
     rank, head = scheduled_tile(tl.cdiv(Tk, BLOCK_N), n_heads, group)
     batch, column = (head // H).to(tl.int64), head % H * D
-    offset = head_offset(head, H, stride_kb, stride_kh)
+    q_ptr += head_offset(head, H, stride_qb, stride_qh)
+    k, v = keys_of_head(q_ptr, k_ptr, v_ptr, head, H, stride_kb, stride_kh, D)
+    dk, dv = _gradients_of_keys(dk_ptr, dv_ptr, batch * Tk * stride_gt + column, H, D)
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    _tile_of_keys(q_ptr + head_offset(head, H, stride_qb, stride_qh), k_ptr + offset, v_ptr + offset,
-                  do_ptr + head_offset(head, H, stride_dob, stride_doh), terms_ptr + head.to(tl.int64) * (2 * _padded(Tq)),
-                  dk_ptr + batch * Tk * stride_gt + column, dv_ptr + batch * Tk * stride_gt + column, dk_ptr,
+    _tile_of_keys(q_ptr, k, v, do_ptr + head_offset(head, H, stride_dob, stride_doh),
+                  terms_ptr + head.to(tl.int64) * (2 * _padded(Tq)), dk, dv, dk_ptr,
                   stride_qt, stride_kt, stride_dot, stride_gt, rank * BLOCK_N, scale, scale2, seed, dropout_p, head, Tq, Tk,
                   D, HEAD, BLOCK_M, BLOCK_N, DROPOUT, False)
 
@@ -224,21 +229,19 @@ def backward_dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, terms_ptr,
                        D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                        DROPOUT: tl.constexpr):
     """The split form's first half: a program takes a tile of queries, the last ones first, and leaves terms for the second."""
-    if k_ptr is None:                                       # q_ptr is the packed projection, dq_ptr its gradient
-        k_ptr, v_ptr = q_ptr + H * D, q_ptr + 2 * H * D
     n_tiles = tl.cdiv(Tq, BLOCK_M)
     rank, head = scheduled_tile(n_tiles, n_heads, group)
     m = (n_tiles - 1 - rank) * BLOCK_M
     batch, column = (head // H).to(tl.int64), head % H * D
     do_ptr += head_offset(head, H, stride_dob, stride_doh)
-    k_ptr += head_offset(head, H, stride_kb, stride_kh)
-    v_ptr += head_offset(head, H, stride_kb, stride_kh)
+    q_ptr += head_offset(head, H, stride_qb, stride_qh)
+    k_ptr, v_ptr = keys_of_head(q_ptr, k_ptr, v_ptr, head, H, stride_kb, stride_kh, D)
     terms_ptr += head.to(tl.int64) * (2 * _padded(Tq))
     lse, delta = _store_terms(out_ptr + batch * Tq * (H * D) + column, do_ptr, lse_ptr + head.to(tl.int64) * Tq, terms_ptr,
                               stride_dot, m, scale2, dropout_p, H, Tq, D, BLOCK_M, HEAD)
     if rank == 0:
         _pad_terms(terms_ptr, m + BLOCK_M, Tq)
-    q = load_tile(q_ptr + head_offset(head, H, stride_qb, stride_qh), m, stride_qt, Tq, D, BLOCK_M, HEAD, True)
+    q = load_tile(q_ptr, m, stride_qt, Tq, D, BLOCK_M, HEAD, True)
     do = load_tile(do_ptr, m, stride_dot, Tq, D, BLOCK_M, HEAD, True)
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
@@ -254,7 +257,7 @@ def backward_dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, terms_ptr,
     store_tile(dq_ptr + batch * Tq * stride_gt + column, dq * scale, m, stride_gt, Tq, D, BLOCK_M, HEAD)
 
 
-# {kind: {architecture: {HEAD: Tile}}} as in attention_forward, chosen the same way; none is timed yet. What decided:
+# {column: {architecture: {HEAD: Tile}}} as in attention_forward, chosen the same way; none is timed yet. What decided:
 #   head     no row: the form is not taken. 128: dk and dv alone are 64 registers a thread in 8 warps; it spills 480 bytes and
 #            more. 64 on sm_90: 64x128 halves what 64x64 moves of dq's sum, and holds k and v of 128 keys. 8 warps, one program
 #            a multiprocessor. 32 with dropout: 64x128 spills 24 bytes on sm_80 by Triton 3.6; 32x128 moves as much.
@@ -282,22 +285,22 @@ def _table(mma_sync, mma_sync_dropout, hopper, hopper_dropout, float32=_FLOAT32)
 HEAD_TILES = _table(_HEAD_MMA_SYNC, _HEAD_MMA_SYNC_DROPOUT, _HEAD_90, _HEAD_90, {32: _FLOAT32[32], 64: _FLOAT32[64]})
 DKDV_TILES = _table(_DKDV_MMA_SYNC, _DKDV_MMA_SYNC_DROPOUT, _DKDV_90, _DKDV_90_DROPOUT)
 DQ_TILES = _table(_DQ_MMA_SYNC, _DQ_MMA_SYNC, _DQ_90, _DQ_90_DROPOUT)
-# {(kernel, form, HEAD): {architecture: bytes a thread}, why}: the rows that spill; of Triton 3.6 and 3.9 the larger number.
+# {(kernel, form, HEAD): {architecture: bytes a thread}, why}: the rows that spill; of Triton 3.6 and 3.9, packed and apart, the most.
 _PHILOX = "Philox's words beside five tiles. 64x64 computes each exponential twice, and the split form draws the mask twice"
 _WHOLE_ROWS = "without tensor cores a thread keeps whole rows of both factors in registers, and no tile is smaller than 16x16"
 SPILLS = {
-    ("head", "bf16", 32): ({80: 16}, "by Triton 3.6 alone, which has a few registers too many"),
-    ("head", "dropout", 64): ({86: 16, 89: 16, 90: 64, 100: 72}, _PHILOX),
+    ("head", "bf16", 32): ({80: 16}, "a few registers too many"),
+    ("head", "dropout", 64): ({86: 24, 89: 24, 90: 64, 100: 72}, _PHILOX),
     ("head", "float32", 32): ({80: 8, 86: 8, 89: 8, 100: 16}, OCCUPANCY),
-    ("head", "float32", 64): (dict.fromkeys((80, 86, 89, 90, 100), 32), OCCUPANCY),
+    ("head", "float32", 64): ({80: 32, 86: 32, 89: 32, 90: 40, 100: 40}, OCCUPANCY),
     ("head", "float32 dropout", 32): ({80: 24, 86: 8, 89: 8}, OCCUPANCY),
-    ("head", "float32 dropout", 64): ({80: 32, 86: 8, 89: 8}, OCCUPANCY),
+    ("head", "float32 dropout", 64): ({80: 32, 86: 24, 89: 24}, OCCUPANCY),
     ("dkdv", "float32 dropout", 32): ({100: 8}, OCCUPANCY),
     ("dkdv", "float32 dropout", 64): (dict.fromkeys((80, 86, 89, 90, 100), 8), OCCUPANCY),
     ("dq", "bf16", 32): ({100: 8}, OCCUPANCY),
     ("dq", "float32", 32): ({90: 8}, OCCUPANCY),
     ("dq", "float32", 256): (dict.fromkeys((80, 86, 89, 90, 100), 240), _WHOLE_ROWS),
-    ("dq", "float32 dropout", 256): ({80: 280, 86: 256, 89: 256, 90: 288, 100: 288}, _WHOLE_ROWS),
+    ("dq", "float32 dropout", 256): ({80: 288, 86: 264, 89: 264, 90: 296, 100: 296}, _WHOLE_ROWS),
     ("dq", "dropout", 64): ({80: 24}, "by Triton 3.6 alone, which has a few registers too many"),
     ("dq", "dropout", 256): ({90: 48}, "by Triton 3.6 alone, where 64x16 in 8 warps has its wgmma serialised"),
 }
@@ -354,8 +357,6 @@ def attention_backward(do, q, k, v, out, lse, dq, dk, dv, *, scale, dropout_p=0.
     """
     check_inputs(q, k, v, scale, dropout_p, seed)
     check_gradients(do, q, k, out, lse, dq, dk, dv)
-    if form not in ("head", "split", None):
-        raise ValueError(f"form is {form!r}; expected 'head', 'split' or None")
     (B, H, Tq, D), Tk = q.shape, k.size(2)
     _launch(do, q, k, v, out, lse, dq, dk, dv, seed if dropout_p > 0 else None, B, H, Tq, Tk, D,
             (*q.stride()[:3], *k.stride()[:3], *do.stride()[:3], dk.stride(1)), scale, dropout_p, form, tiles)
@@ -421,10 +422,13 @@ def _launch(do, q, k, v, out, lse, dq, dk, dv, seed, B, H, Tq, Tk, D, strides, s
     terms = torch.empty((B, H, 2, -(-Tq // 128) * 128), dtype=torch.float32, device=device)
     scale = 1.0 / math.sqrt(D) if scale is None else scale
     numbers = *strides, scale, scale * LOG2_E, dropout_p, H, Tq, Tk
-    if (form or made.form(B * H, Tq)) == "head":
+    form = form or made.form(B * H, Tq)
+    if form == "head" and made.head is not None:
         dq_sum = torch.empty((B, H, Tq, D), dtype=torch.float32, device=device)
         backward_head_kernel[(B * H,)](q, k, v, out, do, lse, terms, dq, dk, dv, dq_sum, seed, *numbers, **made.head.constants)
         return
+    if form != "split":
+        raise ValueError(f"form is {form!r}; expected 'split', None, or 'head' where that has a tile (this head size is {D})")
     tile, constants, keys_in_l2 = made.dq
     heads = B * H, keys_in_l2 // Tk or 1
     backward_dq_kernel[(B * H * -(-Tq // tile.BLOCK_M),)](q, k, v, out, do, lse, terms, dq, seed, *numbers, *heads, **constants)
@@ -449,9 +453,13 @@ def gate_cases(arch):
                            and tile == tables[FORMS[with_dropout][1]][arch][HEAD])
                 spills, why = SPILLS.get((name, form, HEAD), ({}, ""))
                 pointers = dict.fromkeys(tensors, f"*{dtype}") | dict.fromkeys(("lse_ptr", "terms_ptr", "dq_sum_ptr"), "*fp32")
-                yield model_case(f"attention.backward {name} D={HEAD} {form}", kernel, tile, arch, HEAD, not with_dropout,
-                                 pointers, in_model=counted and name == "head",
-                                 variant_of=f"attention.backward {name} D={HEAD} {with_dropout}" if variant else "",
-                                 bytes=moved if counted else None, flops=matmuls * matmul if counted else None,
-                                 allowed_narrow_loads=NARROW[name][form], narrow_reason="lse and delta; the seed",
-                                 allowed_spill_bytes=spills.get(arch, 0), spill_reason=why if arch in spills else "")
+                title = f"attention.backward {name} D={HEAD} {form}"
+                base = f"attention.backward {name} D={HEAD} {with_dropout}" if variant else ""
+                limits = dict(allowed_narrow_loads=NARROW[name][form], narrow_reason="lse and delta; the seed",
+                              allowed_spill_bytes=spills.get(arch, 0), spill_reason=why if arch in spills else "")
+                yield model_case(title, kernel, tile, arch, HEAD, not with_dropout, pointers, variant_of=base,
+                                 in_model=counted and name == "head", bytes=moved if counted else None,
+                                 flops=matmuls * matmul if counted else None, **limits)
+                if form == APART:
+                    yield model_case(f"{title} apart", kernel, tile, arch, HEAD, not with_dropout, pointers, packed=False,
+                                     variant_of=base or title, **limits)

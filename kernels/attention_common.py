@@ -52,6 +52,19 @@ def head_offset(head, H, stride_b, stride_h):
 
 
 @triton.jit
+def keys_of_head(q_ptr, k_ptr, v_ptr, head, H, stride_kb, stride_kh, D: tl.constexpr):
+    """Where k and v of the head begin whose queries are at q_ptr. k_ptr None: in the packed projection k follows q in a row, and v k.
+
+    Asked where it is used: a base for k held from the start would be a register more through every loop.
+    """
+    if k_ptr is None:
+        return q_ptr + H * D, q_ptr + 2 * H * D
+    else:
+        offset = head_offset(head, H, stride_kb, stride_kh)
+        return k_ptr + offset, v_ptr + offset
+
+
+@triton.jit
 def scheduled_tile(n_tiles, n_heads, group):
     """(rank, head) of this program: rank 0 of every head of a group first, then rank 1, and so on; then the next group.
 
@@ -197,17 +210,18 @@ def _check_numbers(q, D, scale, dropout_p, seed):
 FORMS = {"bf16": ("bf16", "half", "dropout"), "dropout": ("bf16", "dropout", None),
          "float32": ("fp32", "float32", "float32 dropout"), "float32 dropout": ("fp32", "float32", None)}
 OCCUPANCY = "ptxas stops at the registers with which one more program fits a multiprocessor"      # why a row spills some bytes
+# Compiled is the packed projection, which the model has. q, k and v apart ask no more, but for nine rows in fp32 or with dropout that
+# spill 8 to 24 bytes more (`SPILLS` covers them): all rows of both compiled by Triton 3.6 and 3.9. This form is compiled apart, too.
+APART = "bf16"
 
 
-PACKED = ("k_ptr", "v_ptr", "dv_ptr")                           # absent where q_ptr is the packed projection; so is dk_ptr in the head form
-
-
-def model_case(name, kernel, tile, arch, HEAD, dropout, pointers, packed=False, **more):
+def model_case(name, kernel, tile, arch, HEAD, dropout, pointers, packed=True, **more):
     """A `gate_case.Case` of an attention kernel with strides that are multiples of 16, as GPT-2's are; passes `more` on."""
     from .gate_case import Case
     constexprs = dict(D=HEAD, HEAD=HEAD, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, DROPOUT=dropout)
-    if packed:
-        constexprs |= {n: None for n in kernel.arg_names if n in PACKED or n == "dk_ptr" and "dq_ptr" in kernel.arg_names}
+    if packed:          # of the gradients one pointer is there: dq's, in the split form's second half dk's
+        absent = {"k_ptr", "v_ptr", "dv_ptr"} | ({"dk_ptr"} if "dq_ptr" in kernel.arg_names else set())
+        constexprs |= {name: None for name in kernel.arg_names if name in absent}
     kinds = {**pointers, "seed_ptr": "*i64", "scale": "fp32", "scale2": "fp32", "dropout_p": "fp32"}
     if not dropout:
         constexprs["seed_ptr"] = None

@@ -108,7 +108,7 @@ def attention_decode(q, k, v, lengths, *, scale):
         raise ValueError(f"scale is {scale}; expected a positive number")
     HEAD = padded_head(D)
     CHUNK = CHUNK_ELEMENTS // HEAD
-    n_chunks = triton.cdiv(T, CHUNK)
+    n_chunks = -(-T // CHUNK)
     out = torch.empty((B, H, 1, D), dtype=q.dtype, device=q.device)
     part = torch.empty((B * H, n_chunks, D), dtype=torch.float32, device=q.device)
     lse = torch.empty((B * H, n_chunks), dtype=torch.float32, device=q.device)

@@ -5,9 +5,9 @@ stores and loads them five times a layer. Here they live in registers: a program
 keys up to the diagonal in tiles of BLOCK_N and keeps a running maximum, a running sum and the weighted sum of the values,
 rescaled whenever the maximum grows. What moves is q, k, v and out once (403 MB) and 4 bytes a row of lse for the backward.
 
-q (B, H, Tq, D), k and v (B, H, Tk, D) with any strides; out (B, Tq, H, D), which is (B, T, C) with the heads side by side, so
-no transpose follows; lse (B, H, Tq) fp32. Dropout on the weights happens in registers (`dropout.keep_scores`); it does not
-touch the sum.
+q (B, H, Tq, D), k and v (B, H, Tk, D) with any strides, or q alone: the packed projection (B, T, 3C), whose thirds the kernel
+finds. out (B, Tq, H, D), which is (B, T, C) with the heads side by side, so no transpose follows; lse (B, H, Tq) fp32. Dropout on
+the weights happens in registers (`dropout.keep_scores`); it does not touch the sum.
 
 Source: Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022, FlashAttention, algorithm 1; Dao 2023, FlashAttention-2,
 section 3.1 (loop over keys inside, one division at the end).
@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_common import (FORMS, LOG2_E, OCCUPANCY, Tile, check_inputs, head_offset, in_place, load_tile, model_case, padded_head,
-                               program, rows_in_place, scheduled_tile, store_tile, table_rows)
+from .attention_common import (APART, FORMS, LOG2_E, OCCUPANCY, Tile, check_inputs, head_offset, in_place, keys_of_head, load_tile,
+                               model_case, padded_head, program, rows_in_place, scheduled_tile, store_tile, table_rows)
 from .dropout import keep_scale, keep_scores
 from .host import elsewhere
 
@@ -55,15 +55,13 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr,
                    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
                    scale2, dropout_p, H, Tq, Tk, n_heads, group,
                    D: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr):
-    if k_ptr is None:                                       # q_ptr is the packed projection: in a row, k follows q, and v k
-        k_ptr, v_ptr = q_ptr + H * D, q_ptr + 2 * H * D
     n_tiles = tl.cdiv(Tq, BLOCK_M)
     rank, head = scheduled_tile(n_tiles, n_heads, group)
     m = (n_tiles - 1 - rank) * BLOCK_M                      # the last queries see the most keys
     query = m + tl.arange(0, BLOCK_M)
-    k_ptr += head_offset(head, H, stride_kb, stride_kh)
-    v_ptr += head_offset(head, H, stride_kb, stride_kh)
-    q = load_tile(q_ptr + head_offset(head, H, stride_qb, stride_qh), m, stride_qt, Tq, D, BLOCK_M, HEAD, True)
+    q_ptr += head_offset(head, H, stride_qb, stride_qh)
+    k_ptr, v_ptr = keys_of_head(q_ptr, k_ptr, v_ptr, head, H, stride_kb, stride_kh, D)
+    q = load_tile(q_ptr, m, stride_qt, Tq, D, BLOCK_M, HEAD, True)
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     acc = tl.zeros((BLOCK_M, HEAD), tl.float32)
@@ -86,7 +84,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr,
     store_tile(out_ptr, acc / total[:, None], m, H * D, Tq, D, BLOCK_M, HEAD)
 
 
-# {kind: {architecture: {HEAD: Tile}}}; the row of HEAD 32 also serves 16. How each was chosen: of a list from large to small,
+# {column: {architecture: {HEAD: Tile}}}; the row of HEAD 32 also serves 16. How each was chosen: of a list from large to small,
 # the first that compiles for the architecture without a spill, within its shared memory and, on sm_90, with asynchronous wgmma
 # (ptxas says where it serialises them: note C7515). None is timed yet. 80, 86, 89 share the instructions (mma.sync, cp.async)
 # and so the rows; the 99 KB of 86 and 89 bound them all. What decided:
@@ -104,8 +102,8 @@ TILES = {
     "dropout": {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _DROPOUT_90, 100: _DROPOUT_90 | {32: Tile(128, 64, 8, 3)}},
     "float32": dict.fromkeys((80, 86, 89, 90, 100), _FLOAT32),
 }
-# {(form, HEAD): {architecture: bytes a thread}, why}: the only row that spills; of Triton 3.6 and 3.9 the larger number.
-SPILLS = {("float32 dropout", 256): ({86: 8, 89: 8, 100: 8}, OCCUPANCY)}
+# {(form, HEAD): {architecture: bytes a thread}, why}: the rows that spill; of Triton 3.6 and 3.9, packed and apart, the most.
+SPILLS = {("float32 dropout", 32): ({86: 16, 89: 16}, OCCUPANCY), ("float32 dropout", 256): ({86: 8, 89: 8, 100: 8}, OCCUPANCY)}
 # {(form, HEAD, architecture): loads of less than 16 bytes, why}; elsewhere the seed's alone.
 _V_IN_PIECES = "the seed; by Triton 3.6 alone, v: with dropout it copies a thread's elements of a tile one by one"
 NARROW = {("float32 dropout", 32, 100): (17, _V_IN_PIECES), ("float32 dropout", 64, 100): (33, _V_IN_PIECES)}
@@ -171,9 +169,12 @@ def gate_cases(arch):
             pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}") | {"lse_ptr": "*fp32"}
             spills, why = SPILLS.get((form, HEAD), ({}, ""))
             narrow, what = NARROW.get((form, HEAD, arch), (0, "") if with_dropout else (1, "the seed"))
-            yield model_case(f"attention.forward D={HEAD} {form}", forward_kernel, tile, arch, HEAD, not with_dropout, pointers,
-                             in_model=model, variant_of=f"attention.forward D={HEAD} {with_dropout}" if variant else "",
+            name, base = f"attention.forward D={HEAD} {form}", f"attention.forward D={HEAD} {with_dropout}" if variant else ""
+            limits = dict(allowed_narrow_loads=narrow, narrow_reason=what, allowed_spill_bytes=spills.get(arch, 0),
+                          spill_reason=why if arch in spills else "")
+            yield model_case(name, forward_kernel, tile, arch, HEAD, not with_dropout, pointers, in_model=model, variant_of=base,
                              bytes=4 * rows * 768 * 2 + heads * T * 4 if model else None,
-                             flops=2 * 2 * heads * T * T // 2 * D if model else None,
-                             allowed_narrow_loads=narrow, narrow_reason=what,
-                             allowed_spill_bytes=spills.get(arch, 0), spill_reason=why if arch in spills else "")
+                             flops=2 * 2 * heads * T * T // 2 * D if model else None, **limits)
+            if form == APART:
+                yield model_case(f"{name} apart", forward_kernel, tile, arch, HEAD, not with_dropout, pointers, packed=False,
+                                 variant_of=base or name, **limits)

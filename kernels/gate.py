@@ -135,8 +135,8 @@ def kernel_modules():
 
 
 @functools.cache
-def all_cases(arch):
-    """{name: Case} for one architecture: all that the kernel files describe, but variants for EVERY_FORM alone."""
+def all_cases(arch, every=False):
+    """{name: Case} for one architecture: all that the kernel files describe, but variants for EVERY_FORM alone unless `every`."""
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
         raise RuntimeError("TRITON_INTERPRET is set, so Triton interprets kernels and can't compile them; unset it")
     cases = {}
@@ -144,7 +144,7 @@ def all_cases(arch):
         for case in module.gate_cases(arch):
             if case.name in cases:
                 raise ValueError(f"two gate cases for sm_{arch} are called {case.name!r}")
-            if arch == EVERY_FORM or not case.variant_of:
+            if every or arch == EVERY_FORM or not case.variant_of:
                 cases[case.name] = case
     return cases
 
@@ -384,7 +384,7 @@ def _start_worker():
 def _compile_by_name(task):
     """Rows of one case for one or more architectures, in a worker: kernels can't be pickled, so it looks the case up again."""
     name, archs = task
-    cases = {arch: all_cases(arch)[name] for arch in archs}
+    cases = {arch: all_cases(arch, every=True)[name] for arch in archs}
     return [_row(cases[arch], compiled) for arch, compiled in _compile_for(cases).items()]
 
 
@@ -394,12 +394,13 @@ def _same_launch(a, b):
         "kernel", "signature", "constexprs", "num_warps", "num_stages", "divisible", "options"))
 
 
-def compile_all(archs=tuple(ARCHITECTURES), only="", workers=None, counted=False):
-    """Rows of every case whose name contains `only`, in the order of the cases; counted: only launches at GPT-2 124M shapes.
+def compile_all(archs=tuple(ARCHITECTURES), only="", workers=None, counted=False, every=False):
+    """Rows of every case whose name contains `only`, in the order of the cases; counted: only launches at GPT-2 124M shapes; every:
+    variants too, wherever.
 
     Compiled by processes (as many as there are cores unless `workers` says otherwise), anew, whatever Triton's cache holds.
     """
-    wanted = [(arch, name) for arch in archs for name, case in all_cases(arch).items()
+    wanted = [(arch, name) for arch in archs for name, case in all_cases(arch, every).items()
               if only in name and not (counted and case.bytes is None)]
     if not wanted:
         return []
@@ -448,11 +449,12 @@ def main(argv=None):
     parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES),
                         help="compute capability; default: all")
     parser.add_argument("--only", default="", metavar="NAME", help="only kernels whose name contains NAME")
+    parser.add_argument("--every", action="store_true", help=f"variants on every architecture, not on sm_{EVERY_FORM} alone")
     parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
     parser.add_argument("--workers", type=int, help="processes that compile; default: one a core")
     args = parser.parse_args(argv)
     start = time.perf_counter()
-    rows = compile_all(tuple(args.arch or ARCHITECTURES), args.only, workers=args.workers)
+    rows = compile_all(tuple(args.arch or ARCHITECTURES), args.only, workers=args.workers, every=args.every)
     seconds = time.perf_counter() - start
     core_seconds = _cpu_seconds()                       # the workers have ended, so theirs are among them
     print(f"Triton {triton.__version__}; floors: H200 at {H200_BYTES_PER_SECOND / 1e12} TB/s and "

@@ -294,6 +294,9 @@ def launch_backward(dy, ds, s, weight, statistics, seed, p, branch_dtype, dweigh
 
 def drop(ds, *, p, seed, branch_dtype):
     """dbranch where nothing arrives through y: the gradient ds (..., C) of s, dropped by the forward's mask."""
+    if elsewhere(ds):
+        with torch.cuda.device_of(ds):
+            return drop(ds, p=p, seed=seed, branch_dtype=branch_dtype)
     C = ds.shape[-1]
     _check(C, ds=ds)
     seed = _check_seed(seed, p, ds)
@@ -301,8 +304,7 @@ def drop(ds, *, p, seed, branch_dtype):
     dbranch = torch.empty_like(ds, dtype=branch_dtype)
     if N > 0:
         rows, constants = _forward_program(C)
-        with torch.cuda.device_of(ds):
-            _drop_kernel[(-(-N // rows), )](ds, seed, dbranch, N, C, p, **constants)
+        _drop_kernel[(-(-N // rows), )](ds, seed, dbranch, N, C, p, **constants)
     return dbranch
 
 

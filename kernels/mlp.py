@@ -306,8 +306,8 @@ def _tile_for(tensor):
 def _rows_per_program(M, tiles_n):
     """Rows that one program of `_dact_kernel` walks: a multiple of its tile's."""
     block_m = POINTWISE_TILE[0]
-    rows = triton.cdiv(M, max(1, SUM_PROGRAMS // tiles_n))
-    return max(1, triton.cdiv(rows, block_m)) * block_m
+    rows = -(-M // max(1, SUM_PROGRAMS // tiles_n))
+    return max(1, -(-rows // block_m)) * block_m
 
 
 # --------------------------------------------------------------------------------------------------------------- launchers
@@ -357,7 +357,7 @@ def linear_act(x, w, b=None, *, activation="gelu", keep_h=True, dropout_p=0.0, s
     block_m, block_n, block_k, warps, stages = tile or _tile_for(x)
     if y.numel():
         with torch.cuda.device_of(x):
-            _linear_act_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
+            _linear_act_kernel[(-(-M // block_m) * -(-N // block_n),)](
                 x, w, b, h, y, seed if dropout_p > 0 else None, float(dropout_p), M, N, K, x.stride(0),
                 ACTIVATION=activation, EXACT=x.dtype == torch.float32, DROPOUT=dropout_p > 0,
                 BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
@@ -378,13 +378,13 @@ def linear_dact(dy, w, h, b=None, *, activation="gelu", want_post=False, want_db
     if b is not None:
         _check("b", b, (N,), dy, DTYPES)
     block_m, block_n, block_k, warps, stages = tile or _tile_for(dy)
-    tiles_m = triton.cdiv(M, block_m)
+    tiles_m = -(-M // block_m)
     dh = torch.empty_like(h)
     post = torch.empty_like(h) if want_post else None
     partial = torch.empty(tiles_m, N, dtype=torch.float32, device=dy.device) if want_db else None
     if dh.numel():
         with torch.cuda.device_of(dy):
-            _linear_dact_kernel[(tiles_m * triton.cdiv(N, block_n),)](
+            _linear_dact_kernel[(tiles_m * -(-N // block_n),)](
                 dy, w, h, b, dh, post, partial, M, N, K, dy.stride(0),
                 ACTIVATION=activation, EXACT=dy.dtype == torch.float32,
                 BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
@@ -402,7 +402,7 @@ def act(h, b=None, *, activation="gelu", dropout_p=0.0, seed=None):
     block_m, block_n, warps = POINTWISE_TILE
     if y.numel():
         with torch.cuda.device_of(h):
-            _act_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
+            _act_kernel[(-(-M // block_m) * -(-N // block_n),)](
                 h, b, y, seed if dropout_p > 0 else None, float(dropout_p), M, N, ACTIVATION=activation,
                 EXACT=h.dtype == torch.float32, DROPOUT=dropout_p > 0, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps)
     return y
@@ -428,9 +428,9 @@ def dact(dy, h=None, b=None, *, activation="gelu", dropout_p=0.0, seed=None, wan
     if b is not None:
         _check("b", b, (N,), dy, DTYPES)
     block_m, block_n, warps = POINTWISE_TILE
-    tiles_n = triton.cdiv(N, block_n)
+    tiles_n = -(-N // block_n)
     rows = rows or _rows_per_program(M, tiles_n)
-    groups = triton.cdiv(M, rows)
+    groups = -(-M // rows)
     dh = torch.empty_like(dy) if want_dh else None
     post = torch.empty_like(dy) if want_post else None
     partial = torch.empty(groups, N, dtype=torch.float32, device=dy.device) if want_db else None
@@ -504,7 +504,7 @@ def gate_cases(arch):
         pointers, nones = optional(dy_ptr=f"*{kind}", h_ptr=has_h and f"*{kind}", b_ptr=has_h and "*fp32",
                                    dh_ptr=dh and f"*{kind}",
                                    post_ptr=post and f"*{kind}", partial_ptr="*fp32", seed_ptr=dropout and "*i64")
-        groups = triton.cdiv(M, _rows_per_program(M, triton.cdiv(N, block_n)))
+        groups = -(-M // _rows_per_program(M, -(-N // block_n)))
         return Case(
             name=f"mlp.dact {what} {kind}", kernel=_dact_kernel,
             signature={**pointers, "dropout_p": "fp32", "M": "i32", "N": "i32", "ROWS": "i32"},

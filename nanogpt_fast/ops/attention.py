@@ -137,14 +137,14 @@ def _why_not(x, dtype, D, scale, backend, dropout_p=0.0, left_to_pytorch=True):
     if scale is not None and not 0 < scale < math.inf:
         return f"scale is {scale}; the kernels take positive numbers"
     if x.is_cuda and left_to_pytorch and _backend.choice("attention", backend) == "auto":
-        return _why_left(_backend.compute_capability(x.device.index), D, dtype)
+        return _why_left(_backend.compute_capability(x.get_device()), D, dtype)
     return None
 
 
 def _separate_why_not(q, k, v, dtype, scale, backend, left_to_pytorch=True):
-    device, given = q.get_device(), q.dtype                         # the number of a GPU: half the time of q.device
-    if k.get_device() != device or v.get_device() != device:
-        return f"q is on {q.device}, k on {k.device}, v on {v.device}"
+    device, given = q.device, q.dtype
+    if k.device != device or v.device != device:
+        return f"q is on {device}, k on {k.device}, v on {v.device}"
     if (k.dtype != given or v.dtype != given) and not _autocast_dtype(k) == _autocast_dtype(v) == dtype:
         return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}"           # the reference raises PyTorch's own error
     return _why_not(q, dtype, q.shape[3], scale, backend, 0.0, left_to_pytorch)
@@ -246,7 +246,7 @@ def _kernels():
 
 def _raw_packed(qkv, seed, n_head, scale, dropout_p):
     _kernels().common.check_packed(qkv, n_head, scale, dropout_p, seed)
-    return _kernels().forward.launch_forward_qkvpacked(qkv, seed, n_head, scale, dropout_p)
+    return _kernels().forward.launch_forward_qkvpacked(qkv, seed if dropout_p > 0 else None, n_head, scale, dropout_p)
 
 
 def _fake_packed(qkv, seed, n_head, scale, dropout_p):
@@ -260,11 +260,13 @@ def _raw_packed_backward(do, qkv, out, lse, seed, n_head, scale, dropout_p):
     for name, x, shape, dtype in (("do", do, (B, T, C3 // 3), qkv.dtype), ("out", out, (B, T, C3 // 3), qkv.dtype),
                                   ("lse", lse, (B, n_head, T), torch.float32)):
         if x.shape != shape or x.dtype != dtype or x.device != qkv.device or (x is not do and not x.is_contiguous()):
-            raise ValueError(f"{name} is {tuple(x.shape)}, {x.dtype}, strides {x.stride()}; expected {shape}, {dtype}, as the forward gave it")
-    return _kernels().backward.launch_backward_qkvpacked(do, qkv, out, lse, seed, n_head, scale, dropout_p)
+            raise ValueError(f"{name} is {tuple(x.shape)}, {x.dtype}, strides {x.stride()}; expected {shape}, {dtype}, as the "
+                             "forward gave it")
+    return _kernels().backward.launch_backward_qkvpacked(do, qkv, out, lse, seed if dropout_p > 0 else None, n_head, scale, dropout_p)
 
 
 def _raw(q, k, v, seed, scale, dropout_p):
+    _check_qkv(q, k, v, dropout_p)
     q, k, v, _ = _kernels().common.in_place(q, k, v)
     return _kernels().forward.attention_forward(q, k, v, scale=_scale(scale, q), dropout_p=dropout_p, seed=seed)
 
@@ -275,6 +277,9 @@ def _fake(q, k, v, seed, scale, dropout_p):
 
 
 def _raw_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
+    _check_qkv(q, k, v, dropout_p)
+    if do.shape != q.shape:
+        raise ValueError(f"do has shape {tuple(do.shape)}; expected {tuple(q.shape)} as q has")
     q, k, v, _ = _kernels().common.in_place(q, k, v)
     gradients = _fake_backward(do, q, k, v, out, lse, seed, scale, dropout_p)
     do = do if _kernels().common.rows_are_contiguous(do) else do.contiguous()
@@ -287,12 +292,13 @@ def _fake_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
 
 
 def _decode(q, k, v, lengths, scale):
+    _check_qkv(q, k, v, 0.0)
     q, k, v, _ = _kernels().common.in_place(q, k, v)
     return _kernels().decode.attention_decode(q, k, v, lengths.contiguous(), scale=_scale(scale, q))
 
 
 def _scale(scale, q):
-    return 1.0 / math.sqrt(q.size(3)) if scale is None else scale
+    return 1.0 / math.sqrt(max(1, q.size(3))) if scale is None else scale       # a head size of 0 is refused behind this
 
 
 define("attention_qkvpacked(Tensor qkv, Tensor? seed, int n_head, float? scale, float dropout_p) -> (Tensor, Tensor)",

@@ -306,7 +306,8 @@ def test_heads_in_groups_take_every_tile_once(monkeypatch):
             assert same_bits(a, b)
 
 
-@pytest.mark.parametrize("form, dtype, D, p", [("head", f32, 40, 0.0), ("head", bf16, 64, 0.3), ("split", f16, 8, 0.3), ("split", bf16, 16, 0.0)])
+@pytest.mark.parametrize("form, dtype, D, p", [
+    ("head", f32, 40, 0.0), ("head", bf16, 64, 0.3), ("split", f16, 8, 0.3), ("split", bf16, 16, 0.0)])
 def test_the_packed_projection_gives_the_bits_of_its_thirds(form, dtype, D, p):
     """Also one whose rows lie apart (the margins' NaNs between them), and one that is copied first."""
     B, H, T = 2, 3, 70
@@ -324,7 +325,8 @@ def test_the_packed_projection_gives_the_bits_of_its_thirds(form, dtype, D, p):
         assert same_bits(ours.view(B, T, H, D), out) and same_bits(ours_lse, lse)
         for packed_do in (do.reshape(B, T, H * D), do.reshape(B, T, H * D).transpose(1, 2).contiguous().transpose(1, 2)):
             with guarded_outputs():
-                dqkv = attention_backward.launch_backward_qkvpacked(packed_do, qkv, ours, ours_lse, seed, H, problem.scale, p, form, TILES)
+                dqkv = attention_backward.launch_backward_qkvpacked(packed_do, qkv, ours, ours_lse, seed, H, problem.scale, p,
+                                                                    form, TILES)
             for ours_gradient, gradient in zip(dqkv.view(B, T, 3, H, D).unbind(2), gradients, strict=True):
                 assert same_bits(ours_gradient.transpose(1, 2), gradient)
 
@@ -508,3 +510,6 @@ def test_the_head_form_is_taken_where_heads_fill_the_card_and_its_working_set_st
     assert form(10, 1024, 64) == "split"        # 120 heads, 132 multiprocessors
     assert form(64, 4096, 64) == "split"        # 2 MB a head
     assert form(64, 1024, 128) == "split"       # no tile without spills
+    problem = Problem(1, 1, 5, D=128)
+    with pytest.raises(ValueError, match="'head' where that has a tile .this head size is 128."):
+        problem.backward(*problem.forward(), "head", {"dq": Tile(16, 16, 4, 1), "dkdv": Tile(16, 16, 4, 1)})

@@ -189,6 +189,33 @@ def test_opcheck_passes(dropout_p):
         torch.library.opcheck(getattr(torch.ops.nanogpt_fast, name).default, args)
 
 
+def test_the_raw_operators_check_what_anybody_may_pass():
+    ops = torch.ops.nanogpt_fast
+    qkv, seed = torch.randn(1, 5, 48, device=DEVICE), torch.tensor([7], device=DEVICE)
+    out, lse = ops.attention_qkvpacked(qkv, None, 2, None, 0.0)
+    for unused in (seed, torch.empty(0, dtype=torch.int64, device=DEVICE), torch.zeros(1, device=DEVICE)):      # nothing is dropped
+        assert same_bits(ops.attention_qkvpacked(qkv, unused, 2, None, 0.0)[0], out)
+        assert same_bits(ops.attention_qkvpacked_backward(out, qkv, out, lse, unused, 2, None, 0.0),
+                         ops.attention_qkvpacked_backward(out, qkv, out, lse, None, 2, None, 0.0))
+    q, k, v = (torch.randn(1, 2, 5, 8, device=DEVICE) for _ in range(3))
+    y, y_lse = ops.attention(q, k, v, None, None, 0.0)
+    for error, message, call in (
+            (ValueError, "expected \\(B, T, 3C\\)", lambda: ops.attention_qkvpacked(qkv[0], None, 2, None, 0.0)),
+            (ValueError, "multiple of n_head=0", lambda: ops.attention_qkvpacked(qkv, None, 0, None, 0.0)),
+            (TypeError, "qkv is torch.float64", lambda: ops.attention_qkvpacked(qkv.double(), None, 2, None, 0.0)),
+            (ValueError, "dropout needs a seed", lambda: ops.attention_qkvpacked(qkv, None, 2, None, 0.5)),
+            (ValueError, "scale is -1", lambda: ops.attention_qkvpacked(qkv, None, 2, -1.0, 0.0)),
+            (ValueError, "the head size is 0", lambda: ops.attention_qkvpacked(qkv[..., :0], None, 2, None, 0.0)),
+            (ValueError, "do is .* expected", lambda: ops.attention_qkvpacked_backward(out[:, 1:], qkv, out, lse, None, 2, None, 0.0)),
+            (ValueError, "lse is .* expected", lambda: ops.attention_qkvpacked_backward(out, qkv, out, lse.half(), None, 2, None, 0.0)),
+            (ValueError, "expected \\(B, H, Tq, D\\)", lambda: ops.attention(q[0], k, v, None, None, 0.0)),
+            (ValueError, "the head size is 0", lambda: ops.attention(q[..., :0], k[..., :0], v[..., :0], None, None, 0.0)),
+            (ValueError, "do has shape", lambda: ops.attention_backward(y[0], q, k, v, y, y_lse, None, None, 0.0)),
+            (ValueError, "expected \\(B, H, Tq, D\\)", lambda: ops.attention_decode(q[0], k, v, seed, None))):
+        with pytest.raises(error, match=message):
+            call()
+
+
 @pytest.mark.parametrize("dropout_p", (0.0, 0.3))
 def test_compiled_whole_it_gives_eagers_result_without_recompiling(dropout_p):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -402,7 +402,7 @@ FAULTS = {
     "the tail of K dropped":
         (r"range\(0, K, BLOCK_K\)", "range(0, K // BLOCK_K * BLOCK_K, BLOCK_K)", check_forward, 1),
     "the tail tile of N dropped":
-        (r"tiles_m \* triton\.cdiv\(N, block_n\)", "tiles_m * (N // block_n)", check_backward, 1),
+        (r"tiles_m \* -\(-N // block_n\)", "tiles_m * (N // block_n)", check_backward, 1),
     "a store past the last row":
         (r"inside = \(row < M\)\[:, None\] & (.*\n    if b_ptr)", r"inside = (row < M + 1)[:, None] & \1", check_forward, 1),
     "a load past the last column":
