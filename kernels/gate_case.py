@@ -34,9 +34,8 @@ launch of that model. The gate turns them into the floor in microseconds on an H
 `variant_of` names a case of the same kernel with the same tile that asks as much of the compiler: with dropout where this one
 has none, with one input or output more, bf16 for fp16. Every architecture compiles each kernel in each tile in that form; a
 variant is compiled for sm_90 alone, for which the gate shows every form. What may be called a variant on an architecture: a
-case that was compiled for it, by Triton 3.6 and 3.9, and had no more spills, shared memory or narrow loads than the other (the
-181 rows of those here took at most 238 registers; two rows 96 and 98 more than the other, all others at most 22). A launch of
-GPT-2's training step never is.
+case that was compiled for it, by Triton 3.6 and 3.9, and had no more spills, shared memory or narrow loads than the other;
+`--every` compiles them wherever they are. A launch of GPT-2's training step never is a variant.
 
 The gate finds by itself which kernels must use `wgmma` on sm_90 (a half-precision `tl.dot` with 64 rows or more). What a case
 must declare is the exception:
