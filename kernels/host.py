@@ -1,6 +1,6 @@
 """What launchers ask the host for around a launch, and what it costs: at small sizes the GPU waits for the host.
 
-A step of GPT-2 124M launches some 200 kernels, and Triton itself takes the host microseconds for each. So a launcher decides what
+A step of GPT-2 124M calls some 75 ops, and Triton itself takes the host microseconds for each launch. So a launcher decides what
 does not depend on the lengths once (`functools.cache`), makes no views, and rounds up with -(-a // b): triton.cdiv and
 triton.next_power_of_2, functions for use in kernels too, take 2 us a call. `benchmarks/overhead.py` measures it.
 """
