@@ -94,23 +94,26 @@ class Problem:
         dv = ((p * keep).to(dtype).transpose(-2, -1).to(wide) @ do.to(wide)).to(dtype)
         return {"out": out, "lse": lse.squeeze(-1) / math.log(2), "dq": dq, "dk": dk, "dv": dv}
 
-    def typical(self, oracle, orders):
-        """The plain path, its error the root mean square over several orders of summing q k^T. Where a few numbers are all the
-        error there is, one order may have next to none by luck.
+    def unlucky(self, oracle, orders):
+        """The plain path, each result by that one of several orders of summing q k^T whose largest error is largest. Where a few
+        numbers are all the error there is (a score's is that of a whole row), one order may have next to none by luck, and the mean
+        over orders has no tail like the kernel's one.
         """
-        squares = dict.fromkeys(oracle, 0.0)
+        found = {}
         for _ in range(orders):
             order = torch.randperm(self.q.size(-1), device=self.q.device)
             other = copy.copy(self)
             other.q, other.k = self.q[..., order], self.k[..., order]
             for name, value in other.pytorch(self.dtype).items():
                 value = value[..., order.argsort()] if name in ("dq", "dk") else value
-                squares[name] += (value.double() - oracle[name]).square() / orders
-        return {name: oracle[name] + squares[name].sqrt() for name in oracle}
+                largest = float((value.double() - oracle[name]).abs().amax()) if value.numel() else 0.0
+                if name not in found or largest > found[name][0]:
+                    found[name] = largest, value
+        return {name: value for name, (_, value) in found.items()}
 
     def check(self, forms=FORMS, orders=1, **options):
         oracle = self.pytorch(torch.float64)
-        plain = self.pytorch(self.dtype) if orders == 1 else self.typical(oracle, orders)
+        plain = self.pytorch(self.dtype) if orders == 1 else self.unlucky(oracle, orders)
         B, H, Tq, Tk, D = self.shape
         options.setdefault("observations", B * H * Tq * (2 * Tk - Tq + 1) // 2)     # scores: an error of one is that of a whole row
         for form in forms:
@@ -410,9 +413,11 @@ BACKWARD_FAULTS = {
 }
 
 
+# The inputs are the same in every run: what is tried here is the checks, and one of 200 inputs fails them by chance in fp32.
 @pytest.mark.parametrize("fault", FORWARD_FAULTS)
 def test_a_fault_in_the_forward_is_seen(fault):
     pattern, replacement = FORWARD_FAULTS[fault]
+    torch.manual_seed(0)
     problem = Problem(1, 1, 65, D=16)
 
     def check():
@@ -425,12 +430,14 @@ def test_a_fault_in_the_forward_is_seen(fault):
 @pytest.mark.parametrize("fault", BACKWARD_FAULTS)
 def test_a_fault_in_the_backward_is_seen(fault):
     pattern, replacement, form = BACKWARD_FAULTS[fault]
+    torch.manual_seed(0)
     problem = Problem(1, 1, 65, D=16)
     assert_fault_is_seen(attention_backward, pattern, replacement, lambda: problem.check([form]))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_backward_that_forgets_dropout_is_seen(form):
+    torch.manual_seed(0)
     problem = Problem(1, 1, 65, D=16, p=0.3)
     dropped = r"tl.where\(keep, dp, minus_delta\) \* keep_scale\(dropout_p\)|tl.where\(keep, dp \* keep_scale\(dropout_p\), 0.0\)"
     assert_fault_is_seen(attention_backward, dropped, "dp", lambda: problem.check([form]), count=2)
