@@ -104,6 +104,15 @@ def test_the_host_runs_an_op_to_its_stubbed_launches_and_back(op, monkeypatch):
     assert launched[entry.bare] == launched[entry.op] and len(launched[entry.op]) == 4     # forward; forward and two backward
 
 
+@pytest.mark.slow  # timing: alone on the machine, or the figures of others are in it
+@pytest.mark.parametrize("op", overhead.ENTRIES)
+def test_a_call_costs_the_host_at_most_one_and_a_half_bare_functions(op):
+    pytest.importorskip("triton")
+    rounds = [overhead.ratios(overhead.ENTRIES[op](), repeats=200) for _ in range(3)]     # others only ever add
+    for what in rounds[0]:
+        assert min(row[what][2] for row in rounds) <= overhead.LIMIT, (what, rounds)
+
+
 @pytest.mark.slow
 def test_the_pytest_benchmark_files_read_as_a_comparison():
     alone = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}  # else nothing is timed

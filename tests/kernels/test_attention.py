@@ -111,9 +111,9 @@ class Problem:
                     found[name] = largest, value
         return {name: value for name, (_, value) in found.items()}
 
-    def check(self, forms=FORMS, orders=4, **options):
+    def check(self, forms=FORMS, orders=1, **options):
         oracle = self.pytorch(torch.float64)
-        plain = self.unlucky(oracle, orders)
+        plain = self.pytorch(self.dtype) if orders == 1 else self.unlucky(oracle, orders)
         B, H, Tq, Tk, D = self.shape
         options.setdefault("observations", B * H * Tq * (2 * Tk - Tq + 1) // 2)     # scores: an error of one is that of a whole row
         for form in forms:
@@ -165,8 +165,8 @@ def test_agrees_with_fp64_for_every_pair_of_parameters(T, D, B, dtype, form, p):
 @pytest.mark.parametrize("D", HEAD_SIZES)
 @pytest.mark.parametrize("T", LENGTHS)
 def test_agrees_with_fp64_on_the_full_product(T, D, B, dtype):
-    for p in (0.0, 0.2):
-        Problem(B, 2, T, D=D, dtype=dtype, p=p).check()
+    for p in (0.0, 0.2):        # in fp32, of 4,300 results that meet one order of the plain path alone, three fail by chance
+        Problem(B, 2, T, D=D, dtype=dtype, p=p).check(orders=4 if dtype == f32 else 1)
 
 
 @settings(max_examples=100 if ON_GPU else 6, deadline=None, suppress_health_check=list(HealthCheck))
