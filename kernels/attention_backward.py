@@ -322,7 +322,7 @@ ASKS_NO_MORE = {
 
 
 class Programs(NamedTuple):
-    """What a backward needs to know that does not depend on the lengths. head is None where no tile of that form goes unspilled."""
+    """What a backward needs to know that does not depend on the lengths. head is None where that form has no tile."""
     head: Program
     dq: Program
     dkdv: Program

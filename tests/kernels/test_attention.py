@@ -465,10 +465,16 @@ def test_offsets_beyond_2_to_the_31_are_computed_in_64_bits():
     first, _ = addresses(grid - 1, grid, attention_forward.forward_kernel, x, x, x, x, f, None, *strides, *strides, 0.1, 0.0, heads, T, T,
                          B * heads, B * heads, **sizes)
     assert {x.data_ptr() + 2 * last_row, x.data_ptr() + 2 * last_rows, f.data_ptr() + 4 * (B * heads - 1) * T} <= first
+    packed, _ = addresses(grid - 1, grid, attention_forward.forward_kernel, x, None, None, x, f, None, *strides, *strides, 0.1, 0.0, heads,
+                          T, T, B * heads, B * heads, **sizes)
+    assert {x.data_ptr() + 2 * (last_row + third * C) for third in range(3)} <= packed
 
     first, largest = addresses(B * heads - 1, B * heads, attention_backward.backward_head_kernel, x, x, x, x, x, f, f, x, x, x, f, None,
                                *strides, *strides, *strides, 3 * C, 0.1, 0.1, 0.0, heads, T, T, **sizes)
     assert {x.data_ptr() + 2 * last_row, f.data_ptr() + 4 * (B * heads - 1) * T * D} <= first
+    packed, _ = addresses(B * heads - 1, B * heads, attention_backward.backward_head_kernel, x, None, None, x, x, f, f, x, None, None, f,
+                          None, *strides, *strides, *strides, 3 * C, 0.1, 0.1, 0.0, heads, T, T, **sizes)
+    assert {x.data_ptr() + 2 * (last_row + third * C) for third in range(3)} <= packed
     assert f.data_ptr() + 4 * (B * heads * T * D - 1) in largest                        # the last element of dq's sum
 
     # The last program of the split form has the first queries, or the last keys and the queries that see them.
