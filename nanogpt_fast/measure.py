@@ -187,5 +187,9 @@ def append(path, benchmark, **record):
     """Add one record to a JSON-lines file: what was measured, where, and every sample."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps({"benchmark": benchmark, **record, "environment": environment()}) + "\n")
+    line = json.dumps({"benchmark": benchmark, **record, "environment": environment()}) + "\n"
+    target = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:  # one call, so that the records of two processes do not mix
+        os.write(target, line.encode())
+    finally:
+        os.close(target)

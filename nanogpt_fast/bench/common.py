@@ -50,7 +50,7 @@ class BenchOptions:
 def record(o, benchmark, device, **found):
     """Append what was found to the file that the options name, with the words that repeat it."""
     if o.json:
-        asked = {key: value for key, value in asdict(o).items() if key not in ("json", "upstream", "data_dir")}
+        asked = {key: value for key, value in asdict(o).items() if key not in ("json", "upstream", "data_dir", "traces")}
         measure.append(o.json, benchmark, device=device.type, options=asked,
                        against="nanoGPT checkout" if o.upstream else "GPT(backend='reference')", **found)
 

@@ -1,7 +1,9 @@
-"""`nanogpt-fast bench train`: a training step of each variant, in turns.
+"""`nanogpt-fast bench train`: a training step of each variant.
 
-On a CPU each variant has a process of its own, which waits while others run: our trainer changes malloc's settings for its
-process, and the peak memory of a process can be told from no other.
+Each variant has a process of its own. On a CPU they take turns, each waiting while others run: our trainer changes malloc's settings
+for its process, and the peak memory of a process can be told from no other. On a GPU they run one after the other, since two
+captured steps of 64 x 1024 tokens do not fit side by side; the first one is run again at the end, which shows how far the card's
+clocks have moved meanwhile. What has been measured is written after every variant.
 """
 import contextlib
 import itertools
@@ -10,15 +12,18 @@ import os
 import statistics
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 
 import torch
 
 from .. import captured, cpu, devices, measure
+from .. import backend as ops_backend
 from ..config import GPTConfig
 from ..explanation import explain
 from ..half_weights import HalfWeights
 from ..model import GPT
+from ..ops import mlp
 from ..options import option
 from .common import BenchOptions, build, quiet, record, shape_of, wanted
 
@@ -29,7 +34,10 @@ class BenchTrainOptions(BenchOptions):
     changed and the logits returned, and as our trainer calls it, without them. Each eager and compiled."""
     batch_size: int | None = option(None, "sequences a step; None: the model's own (32 for gpt2 on a GPU)", minimum=1)
     steps: int | None = option(None, "steps a sample; None: 10 on a GPU, 1 on a CPU", minimum=1)
-    apart: bool = option(True, "on a CPU each variant in a process of its own, ours with our malloc settings")
+    apart: bool = option(True, "each variant in a process of its own, on a CPU ours with our malloc settings")
+    again: bool = option(True, "on a GPU run the first variant once more at the end")
+    profile: int = option(0, "on a GPU: print where the time of so many steps goes, kernel by kernel, after timing", minimum=0)
+    traces: str = option("", "folder for the profile's Chrome traces; empty: none")
 
 
 @dataclass
@@ -39,6 +47,9 @@ class Variant:
     compiled: bool = False
     bf16: bool = False           # on a CPU, where float32 is the default
     fused: bool = False          # nanoGPT with AdamW's fused step, which on a CPU it does not ask for
+    backend: str = ""            # instead of --backend
+    mlp_form: str = ""           # of ours: where the activation is computed, forward and backward
+    recompute: bool = True       # of ours: GELU computed again in the backward
 
 
 TRAIN_VARIANTS = {  # built in this order: where time is short, the ones that count are had
@@ -48,6 +59,13 @@ TRAIN_VARIANTS = {  # built in this order: where time is short, the ones that co
     "our trainer compiled": Variant(logits=False, compiled=True),
     "one import compiled": Variant(compiled=True),
     "nanoGPT": Variant(nanogpt=True),
+}
+TRAIN_VARIANTS_GPU = {  # our trainer's own variations: only where --only asks for them
+    "trainer, PyTorch's attention": Variant(logits=False, backend="auto,attention=reference"),
+    "trainer, MLP epilogue": Variant(logits=False, mlp_form="epilogue"),
+    "trainer, recompute off": Variant(logits=False, recompute=False),
+    "trainer, PyTorch's MLP": Variant(logits=False, backend="auto,mlp=reference"),
+    "trainer, PyTorch's loss": Variant(logits=False, backend="auto,cross_entropy=reference"),
 }
 TRAIN_VARIANTS_CPU = {  # what nanoGPT's user could switch on beside ours
     "nanoGPT bf16 fused": Variant(nanogpt=True, bf16=True, fused=True),
@@ -67,7 +85,15 @@ class Trainer:
 
     def __init__(self, o, variant, config, B, device, dtype, seed=0):
         dtype = torch.bfloat16 if variant.bf16 else dtype
+        if variant.mlp_form:
+            C = config["n_embd"]
+            mlp.EPILOGUE_SPEEDUP[ops_backend.compute_capability(0), C] = (2.0, 2.0) if variant.mlp_form == "epilogue" else (0, 0)
         self.model = build(o, variant.nanogpt, config, device, seed)
+        if variant.backend:
+            self.model.set_backend(variant.backend)
+        if not variant.nanogpt:
+            for block in self.model.transformer.h:
+                block.mlp.recompute = variant.recompute
         self.optimizer = _optimizer(o, variant, self.model, device)
         self.network = torch.compile(self.model) if variant.compiled else self.model
         self.parameters = list(self.model.parameters())
@@ -122,25 +148,91 @@ def _optimizer(o, variant, model, device):
 
 
 def run(o, device, dtype):
-    """The command `bench train`: builds every variant, takes its first step, then lets them take turns."""
+    """The command `bench train`."""
     config, B = shape_of(o.model, device)
     B, T = o.batch_size or B, config["block_size"]
     steps = o.steps or (10 if device.type == "cuda" else 1)
-    all_variants = TRAIN_VARIANTS | (TRAIN_VARIANTS_CPU if device.type == "cpu" and dtype == torch.float32 else {})
+    on_cpu = device.type == "cpu"
+    more = {} if not on_cpu else TRAIN_VARIANTS_CPU if dtype == torch.float32 else {}
+    if not on_cpu and o.only:
+        more = TRAIN_VARIANTS_GPU
+    all_variants = TRAIN_VARIANTS | more
     until = time.monotonic() + 60 * o.minutes
-    random = torch.Generator().manual_seed(0)
-    data = [torch.randint(config["vocab_size"], (2, B, T), generator=random).to(device) for _ in range(4)]
+    apart = o.apart and hasattr(os, "setsid")
 
-    print(f"{o.model}: {B} x {T} tokens a step, {str(dtype).removeprefix('torch.')}, on {devices.describe(device)}")
-    apart, workers = o.apart and device.type == "cpu" and hasattr(os, "setsid"), []
-    runs, found, told_to_end = {}, {}, False
-    for name in wanted(o, all_variants):
+    print(f"{o.model}: {B} x {T} tokens a step, {str(dtype).removeprefix('torch.')}, on {devices.describe(device)}", flush=True)
+    with quiet():
+        counter = GPT(GPTConfig(**config))  # counts the FLOPs of either side
+
+    def timed(samples):
+        seconds = statistics.median(samples) / steps
+        return dict(samples=[value / steps for value in samples], tokens_per_s=B * T / seconds,
+                    mfu=counter.estimate_hardware_mfu(B, seconds, device))
+
+    def write(found):
+        record(o, "train", device, shape=dict(config, batch_size=B), dtype=str(dtype).removeprefix("torch."), variants=found)
+
+    def runner(name):
+        return (Worker if apart else Runner)(o, name, all_variants[name], config, B, device, dtype, steps)
+
+    names = wanted(o, all_variants)
+    if apart and not on_cpu:
+        found = one_after_the_other(o, names, runner, timed, until, write)
+    else:
+        found = in_turns(o, names, runner, timed, until, apart)
+        write(found)
+    print(table(found))
+
+
+def one_after_the_other(o, names, runner, timed, until, write):
+    """{name: what was found}; what there is so far is written after every variant."""
+    found = {}
+    again = [names[0]] if o.again and len(names) > 2 else []
+    for name in names + again:
+        if found and time.monotonic() > until:
+            found.setdefault(name, dict(error="not measured: out of time"))
+            continue
+        worker, had = None, dict(clocks=[])
+        try:
+            worker = runner(name)
+            had |= worker.first()
+            print(f"{name:<28} first step {had['first_step_s']:6.1f} s", flush=True)
+            worker.several()            # a warm-up
+            samples = []
+            for _ in range(o.rounds):
+                samples.append(worker.timed())
+                had["clocks"].append(measure.nvidia_smi("clocks.sm,power.draw,temperature.gpu"))
+            had |= timed(samples)
+            print(f"{name:<28} {1e3 * statistics.median(had['samples']):8.2f} ms a step, {had['tokens_per_s']:,.0f} tokens/s, "
+                  f"peak {had['peak_memory'] / 2**30:.1f} GiB, {had['clocks'][-1]}", flush=True)
+            if o.profile and name not in found:
+                write(found | {name: had})
+                had["kernels"] = worker.profiled()
+                print(kernel_table(had["kernels"], statistics.median(had["samples"])), flush=True)
+            worker.close()
+        except Exception as error:      # out of memory, a graph that cannot be captured: others can still be timed
+            print(f"{name:<28} {error}", flush=True)
+            had["error"] = str(error)[:3000]
+        finally:
+            if worker is not None:
+                worker.kill()
+        if name in found:
+            had = found[name] | dict(samples_again=had.get("samples"), clocks_again=had["clocks"])
+        found[name] = had
+        write(found)
+    return found
+
+
+def in_turns(o, names, runner, timed, until, apart):
+    """{name: what was found}: builds every variant, takes its first step, then lets them take turns."""
+    runs, found, workers, told_to_end = {}, {}, [], False
+    for name in names:
         if told_to_end or runs and time.monotonic() > until - 20 * o.minutes:
             found[name] = dict(error="not measured: out of time")
             continue
         try:
-            runner = (Worker if apart else Runner)(o, name, all_variants[name], config, B, device, dtype, data, steps)
-            found[name] = runner.first()
+            one = runner(name)
+            found[name] = one.first()
         except Exception as error:  # out of memory, a graph that cannot be captured: others can still be timed
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
             print(f"{name:<28} {type(error).__name__}: {error}", flush=True)
@@ -150,30 +242,24 @@ def run(o, device, dtype):
             found[name], told_to_end = dict(error="not measured: out of time"), True
             continue
         print(f"{name:<28} first step {found[name]['first_step_s']:6.1f} s", flush=True)
-        runs[name] = runner.several
-        workers += [runner] if apart else []
+        runs[name] = one.several
+        workers += [one] if apart else []
 
     samples = measure.interleaved(runs, o.rounds, warmup=1, until=time.monotonic() + 5 if told_to_end else until)
-    with quiet():
-        counter = GPT(GPTConfig(**config))  # counts the FLOPs of either side
     for name, values in samples.items():
-        if not values:
-            found[name] = dict(error="not measured: out of time")
-            continue
-        seconds = statistics.median(values) / steps
-        found[name] |= dict(samples=[value / steps for value in values], tokens_per_s=B * T / seconds,
-                            mfu=counter.estimate_hardware_mfu(B, seconds, device))
+        found[name] |= timed(values) if values else dict(error="not measured: out of time")
     for worker in workers:
         found[worker.name]["peak_memory"] = worker.close()
-    record(o, "train", device, shape=dict(config, batch_size=B), dtype=str(dtype).removeprefix("torch."), variants=found)
-    print(table(found))
+    return found
 
 
 class Runner:
     """A variant in this process."""
 
-    def __init__(self, o, name, variant, config, B, device, dtype, data, steps):
-        self.name, self.batches, self.steps, self.dtype, self.device = name, itertools.cycle(data), steps, dtype, device
+    def __init__(self, o, name, variant, config, B, device, dtype, steps):
+        random = torch.Generator().manual_seed(0)
+        data = [torch.randint(config["vocab_size"], (2, B, config["block_size"]), generator=random).to(device) for _ in range(4)]
+        self.o, self.name, self.batches, self.steps, self.dtype, self.device = o, name, itertools.cycle(data), steps, dtype, device
         self.before = _reset_peak(device)
         self.trainer = Trainer(o, variant, config, B, device, dtype)
 
@@ -194,9 +280,34 @@ class Runner:
         for _ in range(self.steps):
             self.trainer.step(*next(self.batches))
 
+    def timed(self):
+        """Seconds that `several` takes, by the CPU's clock, with the GPU synchronised on both sides."""
+        return measure.interleaved({"": self.several}, 1, warmup=0)[""][0]
+
+    def profiled(self):
+        """[kernel, calls a step, microseconds a step], the longest first: what the GPU did in `o.profile` steps."""
+        from torch.profiler import ProfilerActivity, profile
+        steps = self.o.profile
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+            for _ in range(steps):
+                self.trainer.step(*next(self.batches))
+            torch.cuda.synchronize(self.device)
+        kernels = {}
+        for event in found.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                had = kernels.setdefault(event.name, [0, 0.0])
+                had[0] += 1
+                had[1] += event.device_time_total
+        if self.o.traces:
+            os.makedirs(self.o.traces, exist_ok=True)
+            name = "".join(c if c.isalnum() else "-" for c in self.name)
+            found.export_chrome_trace(os.path.join(self.o.traces, f"{name}-{self.o.model}-{self.o.batch_size or 0}.json.gz"))
+        rows = [[name, calls / steps, micros / steps] for name, (calls, micros) in kernels.items()]
+        return sorted(rows, key=lambda row: -row[2])
+
 
 class Worker:
-    """A variant in a process of its own, which does nothing unless it is asked: the same `first` and `several`."""
+    """A variant in a process of its own, which does nothing unless it is asked: the same `first`, `several`, `timed`, `profiled`."""
 
     def __init__(self, o, name, *rest):
         self.name = name
@@ -223,6 +334,17 @@ class Worker:
     def several(self):
         self.ask("several")
 
+    def timed(self):
+        return self.ask("timed")
+
+    def profiled(self):
+        return self.ask("profiled")
+
+    def kill(self):
+        """End the process, however it stands."""
+        self.process.kill()
+        self.process.join()
+
     def close(self):
         """End the process; returns the most memory that it ever held, in bytes."""
         peak = self.ask("close")
@@ -235,6 +357,8 @@ def _work(pipe, threads, o, name, variant, *rest):
     import resource  # here: Windows has neither, and `apart` is off there
     os.setsid()  # what is sent to the parent's group, as `timeout` sends SIGTERM, is for the parent to heed
     torch.set_num_threads(threads)
+    if torch.cuda.is_available():  # as the parent has set it, and nanoGPT's train.py
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     runner = None
     with cpu.keep_freed_memory(not variant.logits):
         while True:
@@ -250,7 +374,8 @@ def _work(pipe, threads, o, name, variant, *rest):
                 runner = runner or Runner(o, name, variant, *rest)
                 pipe.send(getattr(runner, what)())
             except Exception as error:
-                pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
+                where = "" if isinstance(error, torch.OutOfMemoryError) else "\n" + traceback.format_exc()[-2500:]
+                pipe.send(RuntimeError(f"{type(error).__name__}: {error}"[:500] + where * (rest[-3].type == "cuda")))
 
 
 def table(found):
@@ -269,6 +394,15 @@ def table(found):
         lines.append(f"{name:<28} {row['tokens_per_s']:>10,.0f} {ratios[0]:>14} {ratios[1]:>14} {mfu:>7} {memory:>12} "
                      f"{row['first_step_s']:>9.1f} s")
     return "\n".join(lines) + "\n(times nanoGPT: as it is shipped; its strongest: the fastest of its rows)"
+
+
+def kernel_table(kernels, step_s, most=30):
+    """Where a step's time goes, as text."""
+    total = sum(micros for _, _, micros in kernels)
+    lines = [f"  {total / 1e3:.2f} ms of kernels in a step of {1e3 * step_s:.2f} ms, {sum(calls for _, calls, _ in kernels):.0f} launches"]
+    lines += [f"  {micros:>9.1f} us {100 * micros / total:>5.1f} % {calls:>6.1f} x {micros / calls:>8.1f} us  {name[:110]}"
+              for name, calls, micros in kernels[:most]]
+    return "\n".join(lines)
 
 
 def strongest_of(found):

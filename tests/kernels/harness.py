@@ -20,6 +20,7 @@ Everything about the interpreter is an attribute of Triton's own module that exi
 import contextlib
 import importlib.util
 import itertools
+import os
 import re
 import sys
 import tempfile
@@ -36,6 +37,12 @@ from nanogpt_fast.kernels.interpreter import (  # noqa: F401 (tests and conftest
     INTERPRETED, before_patches, bf16_to_fp32, fp32_to_bf16, install_interpreter_patches, interpreter_patches, interpreter_problem)
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+
+def examples(on_gpu, interpreted):
+    """How many a hypothesis test draws. On a GPU a head size or a width is a constant of its kernel, so an example compiles one:
+    NANOGPT_FAST_EXAMPLES asks for few where minutes count."""
+    return interpreted if INTERPRETED else int(os.environ.get("NANOGPT_FAST_EXAMPLES", on_gpu))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def test_agrees_with_fp64_on_the_full_product(T, D, B, dtype):
         Problem(B, 2, T, D=D, dtype=dtype, p=p).check(orders=4 if dtype == f32 else 1)
 
 
-@settings(max_examples=100 if ON_GPU else 6, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=harness.examples(100, 6), deadline=None, suppress_health_check=list(HealthCheck))
 @given(B=st.integers(1, 2), H=st.integers(1, 3), Tq=st.integers(1, 80), more=st.integers(0, 70), D=st.integers(1, 128),
        dtype=st.sampled_from(DTYPES), p=st.sampled_from([0.0, 0.1, 0.5]), scale=st.floats(0.01, 2.0), seed=st.integers(0, 2**31))
 def test_agrees_with_fp64_for_any_shape(B, H, Tq, more, D, dtype, p, scale, seed):

@@ -82,7 +82,7 @@ def test_losses_and_dlogits_hold_over_many_rows_and_scales(V, rows, dtype, scale
     check_rows(*draw(rows * 20, V, dtype, scale=scale))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=harness.examples(15, 15), deadline=None)
 @given(V=st.integers(1, 3000), rows=st.integers(1, 4), dtype=st.sampled_from(DTYPES), scale=st.sampled_from((0.01, 1.0, 30.0)),
        ignore_index=st.sampled_from((-100, -1, 0)))
 def test_any_number_of_columns_is_right(V, rows, dtype, scale, ignore_index):

@@ -104,7 +104,7 @@ def test_every_output_is_close_to_fp64_in_all_combinations(C, dtypes, bias, p):
 
 @given(N=st.integers(0, 40), C=st.integers(1, 300), dtypes=st.sampled_from(DTYPES), bias=st.booleans(),
        p=st.sampled_from([0.0, 0.1, 0.5]), eps=st.sampled_from([1e-5, 1e-6, 1e-3]), ds=st.booleans())
-@settings(max_examples=200 if ON_GPU else 20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=harness.examples(200, 20), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_shape_is_close_to_fp64(N, C, dtypes, bias, p, eps, ds):
     Problem(N, C, dtypes, bias, p, eps=eps, ds=ds).check()
 

@@ -131,7 +131,7 @@ def test_the_widths_of_gpt2(C, dtype):
     check_dact(M, C, 4 * C, "gelu", dtype, torch.float32)
 
 
-@settings(max_examples=8 if harness.INTERPRETED else 100, deadline=None, derandomize=False,
+@settings(max_examples=harness.examples(100, 8), deadline=None, derandomize=False,
           suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 150), st.integers(1, 70), st.integers(1, 150), st.sampled_from(ACTIVATIONS), st.sampled_from(DTYPES),
        st.sampled_from(BIASES), st.sampled_from((None, SMALL_TILE)))

@@ -1,0 +1,127 @@
+"""The stages, in the order of value: right; the training step beside compiled nanoGPT; where its time goes; the sweep; the rest.
+
+    python -m benchmarks.gpu DIR [all|first|second] [MINUTES] [--upstream DIR] [--more DIR] [--only NAME,NAME]
+
+DIR gets log.txt (what all stages print, as it comes), results.jsonl (every result when it is had), failures.txt (every failed
+test), stages.jsonl, summary.txt, and more.tar.gz of what is large (traces, tables). NANOGPT_FAST_COMMIT names the commit where
+the tree came without its history; NANOGPT_FAST_DRY_RUN=1 goes the same way on a CPU: it tries the machinery and measures nothing.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from benchmarks.gpu.lease import Lease, Stage
+
+PYTHON = sys.executable
+OURS = "our trainer compiled"
+
+
+def stages(part, folder, more, upstream, dry):
+    """The Stages of a part. A dry run has the same names and order, and does of each what a CPU can."""
+    results = folder / "results.jsonl"
+    device = ["--device=cpu"] if dry else []
+    upstream = [f"--upstream={upstream}"] if upstream else []
+    architecture = "90" if dry else subprocess.run(
+        [PYTHON, "-c", 'import torch; print("".join(map(str, torch.cuda.get_device_capability())))'], capture_output=True,
+        text=True).stdout.strip()
+
+    def module(name, *words):
+        return [PYTHON, "-m", name, *words]
+
+    def smoke(part):
+        words = ["--device", "cpu"] if dry else []
+        return module("benchmarks.gpu.smoke", part, "--json", results, *words)
+
+    def train(B, only, *words):
+        shape = ["--model=tiny", "--rounds=1", "--steps=1", "--apart=False"] if dry else ["--model=gpt2", f"--batch_size={B}"]
+        return module("nanogpt_fast", "bench", "train", *shape, f"--only={only}", *([] if dry else words), *upstream, *device)
+
+    def warm(B, only):
+        return train(B, only, "--rounds=1", "--steps=1", "--again=False")
+
+    def verify(*only):
+        return module("nanogpt_fast", "verify", "--quick", f"--only={','.join(only)}",
+                      f"--json={more / ('verify-' + only[0] + '.json')}")
+
+    def tests(*paths, workers=8):
+        if dry:
+            paths, workers = ("tests/test_devices.py",), 2
+        return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.failures", "-n", str(workers), *paths]
+
+    environment = {"NANOGPT_FAST_EXAMPLES": "3", "NANOGPT_FAST_FAILURES": str(folder / "failures.txt"), "OMP_NUM_THREADS": "1"}
+    one = {"OMP_NUM_THREADS": "2"}
+    first = [
+        Stage("machine", smoke("machine"), 60),
+        Stage("build", module("nanogpt_fast", "doctor") if dry else ["env", "NANOGPT_FAST_CUDA=1",
+              f"NANOGPT_FAST_CUDA_ARCHS={architecture}", PYTHON, "setup.py", "build_ext", "--inplace"], 90),
+        Stage("warm nanoGPT, 64", warm(64, "nanoGPT compiled"), 110, after=("machine",), environment=one),
+        Stage("ops", smoke("ops"), 90, after=("machine", "build"), environment=one),
+        Stage("verify attention", verify("attention", "layer_norm"), 90, after=("build", "machine"), environment=one),
+        Stage("verify mlp", verify("mlp"), 90, after=("build", "machine"), environment=one),
+        Stage("tests", tests("tests/kernels"), 120, after=("build", "machine"), environment=environment),
+        Stage("warm nanoGPT, 12", warm(12, "nanoGPT compiled"), 110, after=("build", "machine"), environment=one),
+        Stage("warm ours, 64", warm(64, OURS), 110, after=("warm nanoGPT, 64", "ops"), environment=one),
+        Stage("warm ours, 12", warm(12, OURS), 110, after=("warm nanoGPT, 12", "ops"), environment=one),
+        Stage("verify loss", verify("cross_entropy", "sample", "gpt"), 90, after=("warm nanoGPT, 64", "build"), environment=one),
+        Stage("model", smoke("model"), 90, after=("warm nanoGPT, 64", "ops"), environment=one),
+        Stage("train 64", train(64, f"nanoGPT compiled,{OURS},our trainer,one import", "--rounds=4", "--steps=8", "--profile=3",
+                                "--again=False", f"--traces={more}", f"--json={results}"), 170, alone=True),
+        Stage("train 12", train(12, f"nanoGPT compiled,{OURS},our trainer", "--rounds=5", "--steps=20", "--profile=3",
+                                "--again=False", f"--traces={more}", f"--json={results}"), 100, alone=True),
+        Stage("captured", tests("tests/test_captured.py", "tests/test_sample.py", workers=6), 60, alone=True,
+              environment=environment),
+    ]
+    variations = "our trainer,trainer, PyTorch's attention,trainer, MLP epilogue,trainer, recompute off"
+    second = [
+        Stage("build", first[1].command, 90),
+        Stage("sweep", module("benchmarks.gpu.sweep", "--json", results, *(["--device", "cpu"] if dry else [])), 150, alone=True),
+        Stage("train 64, variations", train(64, variations, "--rounds=4", "--steps=8", f"--json={results}"), 120, alone=True),
+        Stage("generate", module("nanogpt_fast", "bench", "generate", "--rounds=3", f"--json={results}", *upstream, *(
+            ["--model=tiny", "--device=cpu", "--batch_sizes=1", "--prompt=4", "--tokens=8"] if dry else [])), 60, alone=True),
+        Stage("kernels", module("benchmarks.run", "--rounds", "20", "--without", "compile max-autotune", "--json", results, *(
+            ["--device", "cpu", "--quick"] if dry else [])), 90, alone=True),
+    ]
+    return {"first": first, "second": second, "all": first + second[1:]}[part]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("part", nargs="?", default="all", choices=("all", "first", "second"))
+    parser.add_argument("minutes", nargs="?", type=float, help="all must be over by then; none: no limit")
+    parser.add_argument("--upstream", default="", help="a nanoGPT checkout to run beside ours")
+    parser.add_argument("--more", type=Path, help="where large files go first; default: DIR/more")
+    parser.add_argument("--only", default="", help="stages whose name contains one of these words, separated by commas")
+    args = parser.parse_args(argv)
+    folder, more = args.folder.resolve(), (args.more or args.folder / "more").resolve()
+    for path in (folder, more):
+        path.mkdir(parents=True, exist_ok=True)
+    lease = Lease(folder, None if args.minutes is None else 60 * args.minutes)
+    listed = stages(args.part, folder, more, args.upstream, bool(os.environ.get("NANOGPT_FAST_DRY_RUN")))
+    words = [word for word in args.only.split(",") if word]
+    listed = [stage for stage in listed if not words or any(word in stage.name for word in words)]
+    names = {stage.name for stage in listed}
+    for stage in listed:
+        stage.after, stage.needs = (tuple(name for name in wanted if name in names) for wanted in (stage.after, stage.needs))
+        if args.minutes is None:
+            stage.seconds *= 10
+    ended = lease.run(listed)
+    with tarfile.open(folder / "more.tar.gz", "w:gz", compresslevel=3) as archive:
+        archive.add(more, arcname="more")
+    lines = [f"{name:<24} {how}" for name, how in ended.items()]
+    results = folder / "results.jsonl"
+    if results.exists():
+        checks = [record for record in map(json.loads, results.read_text().splitlines()) if record["benchmark"] == "smoke"]
+        lines += [f"{record['part']}: {record['check']:<40} {'FAILED' if record['failed'] else 'right'}" for record in checks]
+    (folder / "summary.txt").write_text("\n".join(lines) + "\n")
+    print("\n== summary\n" + "\n".join(lines))
+    return 0 if all(how == "passed" for how in ended.values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

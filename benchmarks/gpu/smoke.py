@@ -1,0 +1,298 @@
+"""The first seconds on a GPU: what could break everything, tried one by one; then GPT-2 124M on the kernels.
+
+    python -m benchmarks.gpu.smoke machine|ops|model [--json FILE] [--device cpu]
+
+machine: the card, versions, which attention PyTorch takes, the products that our code counts on, and the limits of this card.
+ops: each kernel launched once and held to plain PyTorch; early launches; a captured step. model: losses and gradients of GPT-2
+124M beside the reference path, and captured steps beside others. Every check is a record of its own, written when it is had, with
+the traceback where it failed; the exit status is 1 if any did.
+"""
+import argparse
+import contextlib
+import io
+import time
+import traceback
+
+import torch
+
+from nanogpt_fast import GPT, GPTConfig, captured, measure
+from nanogpt_fast.bench.common import GPT2
+from nanogpt_fast.half_weights import HalfWeights
+from nanogpt_fast.ops import attention, cross_entropy, layer_norm, mlp
+
+BF16 = torch.bfloat16
+
+
+def relative(a, b):
+    """L2 distance over the norm of b."""
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+
+
+# ------------------------------------------------------------------------------------------------------------- the machine
+
+
+def card(device):
+    return measure.environment() | {"query": measure.nvidia_smi(
+        "name,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,memory.total")}
+
+
+def versions(device):
+    found = dict(cudnn=torch.backends.cudnn.version(), cuda=torch.version.cuda, fp_fusion=None)
+    if device.type == "cuda":
+        q = torch.randn(12, 12, 1024, 64, device=device, dtype=BF16, requires_grad=True)
+        choice = torch._fused_sdp_choice(q, q, q, is_causal=True)
+        found["sdpa"] = {0: "math", 1: "flash", 2: "efficient", 3: "cuDNN"}.get(int(choice), str(choice))
+    return found
+
+
+def half_products_into_fp32(device):
+    """The products of mlp.py and cross_entropy.py: half operands, an fp32 result, written and added to."""
+    a, b = (torch.randn(256, 512, device=device, dtype=BF16) for _ in range(2))
+    exact = a.double().t() @ b.double()
+    out = torch.empty(512, 512, device=device)
+    found = {"mm": relative(torch.mm(a.t(), b, out_dtype=torch.float32), exact)}
+    torch.mm(a.t(), b, out_dtype=torch.float32, out=out)
+    found["mm out="] = relative(out, exact)
+    torch.addmm(out, a.t(), b, out_dtype=torch.float32, out=out)
+    found["addmm out= itself"] = relative(out, 2 * exact)
+    assert max(found.values()) < 1e-5, found
+    return found
+
+
+def limits(device):
+    return measure.limits(device)
+
+
+# --------------------------------------------------------------------------------------------------------------------- ops
+
+
+def compared(fused, plain, exact):
+    """{name: (our relative error, plain PyTorch's)}; ours at most three times as large."""
+    errors = {name: (relative(fused[name], exact[name]), relative(plain[name], exact[name])) for name in exact}
+    assert all(ours <= 3 * theirs + 1e-6 for ours, theirs in errors.values()), errors
+    return errors
+
+
+def three_ways(call, inputs, differentiate=0):
+    """`compared` for call(inputs, backend) -> tensor or tuple, with the gradients of the inputs that require one."""
+    found = []
+    for backend, cast in (("fused", lambda t: t), ("reference", lambda t: t),
+                          ("reference", lambda t: t.double() if t.is_floating_point() else t)):
+        leaves = {name: cast(t.detach().clone()).requires_grad_(t.requires_grad) for name, t in inputs.items()}
+        with torch.autocast(next(iter(inputs.values())).device.type, BF16, enabled=cast(torch.zeros(1)).dtype != torch.float64):
+            results = call(leaves, backend)
+        results = results if isinstance(results, tuple) else (results,)
+        result = results[differentiate]
+        torch.manual_seed(7)
+        cotangent = torch.randn(result.shape, device=result.device).to(BF16).to(result.dtype)
+        wanted = {name: t for name, t in leaves.items() if t.requires_grad}
+        gradients = torch.autograd.grad(result, list(wanted.values()), cotangent)
+        found.append({"out": result.detach()} | {f"d {name}": g for name, g in zip(wanted, gradients)})
+    return compared(*found)
+
+
+def leaf(device, *shape, dtype=BF16, scale=1.0):
+    return (torch.randn(*shape, device=device) * scale).to(dtype).requires_grad_()
+
+
+def parsed(call):
+    from nanogpt_fast import backend
+    return lambda t, name: call(t, backend.parse(name))
+
+
+def attention_of(B, T, H, D, dropout_p=0.0):
+    def run(device):
+        if dropout_p:       # nothing to compare with: the masks differ; the same seed gives the same bits
+            from nanogpt_fast import backend
+            qkv, found = leaf(device, B, T, 3 * H * D), []
+            for _ in range(2):
+                torch.manual_seed(3)
+                out = attention.causal_attention_qkvpacked(qkv, H, dropout_p=dropout_p, backend=backend.parse("fused"))
+                found.append((out, *torch.autograd.grad(out, qkv, torch.ones_like(out))))
+            assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*found))
+            return "the same bits"
+        call = parsed(lambda t, b: attention.causal_attention_qkvpacked(t["qkv"], H, backend=b))
+        return three_ways(call, {"qkv": leaf(device, B, T, 3 * H * D)})
+    return run
+
+
+def norm(device):
+    call = parsed(lambda t, b: layer_norm.add_layer_norm(
+        t["x"], t["branch"], t["w"], t["b"], backend=b, out_dtype=BF16 if t["x"].dtype == torch.float32 else None))
+    fp32 = torch.float32
+    return three_ways(call, {"x": leaf(device, 512, 768, dtype=fp32), "branch": leaf(device, 512, 768),
+                             "w": leaf(device, 768, dtype=fp32), "b": leaf(device, 768, dtype=fp32)}, differentiate=1)
+
+
+def mlp_form(form):
+    def run(device):
+        call = parsed(lambda t, b: mlp.gelu_mlp(**t, form=form, backend=b))
+        return three_ways(call, {"x": leaf(device, 512, 768), "w_fc": leaf(device, 3072, 768, dtype=torch.float32, scale=0.03),
+                                 "b_fc": leaf(device, 3072, dtype=torch.float32),
+                                 "w_proj": leaf(device, 768, 3072, dtype=torch.float32, scale=0.02),
+                                 "b_proj": leaf(device, 768, dtype=torch.float32)})
+    return run
+
+
+def loss(return_logits):
+    def run(device):
+        targets = torch.randint(0, 50304, (2048,), device=device)
+        call = parsed(lambda t, b: cross_entropy.linear_cross_entropy(t["x"], t["w"], targets, return_logits=return_logits,
+                                                                      backend=b)[0])
+        return three_ways(call, {"x": leaf(device, 2048, 768), "w": leaf(device, 50304, 768, dtype=torch.float32, scale=0.03)})
+    return run
+
+
+def quiet_gpt(device, backend, seed=0, **changes):
+    torch.manual_seed(seed)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return GPT(GPTConfig(**{**GPT2, **changes}), backend=backend).to(device)
+
+
+SMALL = dict(n_layer=2, n_head=4, n_embd=256, vocab_size=1024, block_size=256)
+
+
+def greedy_text(device):
+    """200 greedy tokens by the cached decode kernels, captured, early launches and all, beside the reference."""
+    model = quiet_gpt(device, "auto", **SMALL).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    idx = torch.randint(1024, (2, 8), device=device)
+    ours = model.generate(idx, 200, temperature=0)
+    again = model.generate(idx, 200, temperature=0)
+    assert torch.equal(ours, again), "two runs differ"
+    model.set_backend("reference")
+    plain = model.generate(idx, 200, temperature=0, use_cache=False)
+    equal = int((ours == plain).all(0).cumprod(0).sum()) - 8
+    assert equal >= 100, f"{equal} of 200 tokens are the reference's"
+    return f"{equal} of 200 tokens are the reference's"
+
+
+def steps(model, device, B, T, V, take, capture, dtype=BF16):
+    """The losses of `take` training steps, as bench train takes them: trainer's way, captured or not."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
+    weights = HalfWeights(model, dtype)
+    x, y = torch.randint(V, (2, B, T), device=device, generator=torch.Generator(device).manual_seed(5))
+
+    def forward_backward(x, y):
+        with weights.in_use():
+            with torch.autocast(device.type, dtype):
+                found = model(x, y, return_logits=False)[1]
+            found.backward()
+        return found.detach()
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        weights.refresh()
+
+    step = captured.CapturedStep(forward_backward, update, optimizer, (B, T), device)
+    if not capture:
+        step.recorder = None
+    losses = []
+    for _ in range(take):
+        step.micro_step(x, y, first=True)
+        step.update()
+        losses.append(step.loss.item())
+        if not capture:
+            optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
+def captured_steps(device):
+    found = []
+    for capture in (False, True):
+        found.append(steps(quiet_gpt(device, "auto", **SMALL), device, 4, 256, 1024, 8, capture))
+    assert max(abs(a - b) for a, b in zip(*found)) < 2e-3, found
+    return dict(ordinary=found[0], captured=found[1], same_bits=found[0] == found[1])
+
+
+# ------------------------------------------------------------------------------------------------------------------- model
+
+
+def gradients(model, x, y, dtype):
+    model.zero_grad(set_to_none=True)
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        found = model(x, y, return_logits=False)[1]
+    found.backward()
+    return {"loss": found.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def whole_model(B):
+    """GPT-2 124M: loss and all gradients of the kernels in bf16 beside the reference path's, by their distance from fp32."""
+    def run(device):
+        x, y = torch.randint(50304, (2, B, 1024), device=device)
+        model = quiet_gpt(device, "reference")
+        with torch.no_grad():       # the residual branches are tiny at first: make a mix-up visible
+            for p in model.parameters():
+                p.add_(0.02 * torch.randn_like(p))
+        exact = gradients(model, x, y, torch.float32)
+        plain = gradients(model, x, y, BF16)
+        model.set_backend("auto")
+        ours = gradients(model, x, y, BF16)
+        again = gradients(model, x, y, BF16)
+        errors = {name: (relative(ours[name], exact[name]), relative(plain[name], exact[name])) for name in exact}
+        worst = sorted(errors, key=lambda name: -errors[name][0] / max(errors[name][1], 1e-9))[:6]
+        found = dict(loss=[t["loss"].item() for t in (ours, plain, exact)], worst={name: errors[name] for name in worst},
+                     same_bits_again=all(torch.equal(ours[name], again[name]) for name in ours))
+        assert all(a <= 2 * b + 1e-6 for name, (a, b) in errors.items() if name != "loss"), found
+        return found
+    return run
+
+
+def whole_steps(B):
+    def run(device):
+        found = [steps(quiet_gpt(device, "auto"), device, B, 1024, 50304, 8, capture) for capture in (False, True)]
+        found.append(steps(quiet_gpt(device, "reference"), device, B, 1024, 50304, 8, False))
+        assert max(abs(a - b) for a, b in zip(found[0], found[1])) < 2e-2, found
+        assert max(abs(a - b) for a, b in zip(found[0], found[2])) < 5e-2, found
+        return dict(ordinary=found[0], captured=found[1], reference=found[2], same_bits=found[0] == found[1])
+    return run
+
+
+CHECKS = {
+    "machine": {"card": card, "versions": versions, "half products into fp32": half_products_into_fp32, "limits": limits},
+    "ops": {"attention, head form": attention_of(36, 512, 4, 64), "attention, split form": attention_of(2, 777, 4, 64),
+            "attention, head size 128": attention_of(2, 300, 4, 128), "attention, dropout": attention_of(40, 256, 4, 64, 0.2),
+            "add + LayerNorm": norm, "MLP, pointwise": mlp_form("pointwise"), "MLP, epilogue": mlp_form("epilogue"),
+            "loss": loss(False), "loss with logits": loss(True), "captured steps": captured_steps,
+            "greedy text": greedy_text},
+    "model": {"GPT-2 124M, B=2": whole_model(2), "GPT-2 124M, B=12": whole_model(12), "GPT-2 124M steps, B=12": whole_steps(12)},
+}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=CHECKS)
+    parser.add_argument("--json", default="smoke.jsonl")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", default="", help="checks whose name contains one of these words, separated by commas")
+    args = parser.parse_args(argv)
+    device, failed = torch.device(args.device), []
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+    words = [word for word in args.only.split(",") if word]
+    for name, check in CHECKS[args.part].items():
+        if words and not any(word in name for word in words):
+            continue
+        start, found, trace = time.perf_counter(), None, None
+        torch.manual_seed(1)
+        try:
+            found = check(device)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        except Exception:
+            trace = traceback.format_exc()
+            failed.append(name)
+        seconds = time.perf_counter() - start
+        print(f"{name}: {'FAILED' if trace else 'right'}, {seconds:.1f} s: {trace or found}", flush=True)
+        measure.append(args.json, "smoke", part=args.part, check=name, failed=trace, found=found, seconds=seconds)
+        if trace and device.type == "cuda" and "CUDA error" in trace:      # this process's context is gone
+            break
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

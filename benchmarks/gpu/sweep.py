@@ -1,0 +1,263 @@
+"""Forms and tiles of the kernels of GPT-2 124M's step beside cuBLAS, cuDNN and FlashAttention, forward and backward apart.
+
+    python -m benchmarks.gpu.sweep [--json FILE] [--only WORD,WORD] [--rounds N] [--workers N] [--device cpu]
+
+All configurations are compiled first, by several processes side by side, then each group is timed in turns with cold caches. A result
+that is not plain PyTorch's is reported and never counts; what cannot be compiled or launched is a row that says why. One record a group.
+"""
+import argparse
+import functools
+import itertools
+import multiprocessing
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.gpu.smoke import relative
+from nanogpt_fast import measure, reference
+from nanogpt_fast.kernels import attention_backward, attention_forward, cross_entropy, layer_norm, mlp
+from nanogpt_fast.kernels.attention_common import Tile
+
+BF16 = torch.bfloat16
+
+
+@dataclass
+class Group:
+    """What is timed together: `make(device)` gives the inputs, `rows[name](inputs)` runs one configuration and returns what is checked
+    against `rows[first]`. least: bytes that must move, FLOPs that must be done."""
+    name: str
+    make: object
+    rows: dict
+    bytes: int = 0
+    flops: int = 0
+    tolerance: float = 0.02
+    unchecked: tuple = field(default=())
+
+
+def tiles(*rows):
+    return [Tile(*row) for row in rows]
+
+
+FORWARD = tiles((128, 64, 4, 3), (128, 64, 4, 2), (128, 64, 4, 4), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3),
+                (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 4, 3), (64, 128, 4, 2), (256, 64, 8, 2), (64, 32, 4, 3))
+HEAD = tiles((64, 128, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3), (32, 128, 8, 3),
+             (128, 128, 8, 2), (64, 64, 4, 3))
+DKDV = tiles((64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 128, 8, 3), (32, 64, 4, 3),
+             (128, 64, 8, 2), (32, 128, 4, 2), (64, 128, 4, 2))
+DQ = tiles((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 4, 3), (128, 32, 4, 2), (128, 64, 4, 2),
+           (64, 128, 8, 2))
+MATMUL = ((128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 32, 4, 4),
+          (256, 128, 64, 8, 3), (128, 128, 64, 4, 4), (64, 128, 64, 4, 4))
+
+
+def named(tile):
+    return "{}x{} w{} s{}".format(*tile) if len(tile) == 4 else "{}x{}x{} w{} s{}".format(*tile)
+
+
+def attention(B, T, H, D, small=False):
+    """Two groups: forward and backward of the packed projection."""
+    def make(device):
+        torch.manual_seed(0)
+        qkv = torch.randn(B, T, 3 * H * D, device=device, dtype=BF16, requires_grad=True)
+        do = torch.randn(B, T, H * D, device=device, dtype=BF16)
+        out, lse = attention_forward.launch_forward_qkvpacked(qkv.detach(), None, H, None, 0.0)
+        return dict(qkv=qkv, do=do, out=out, lse=lse, graphs={})
+
+    def by(backend):
+        def run(t):
+            with sdpa_kernel(backend), torch.no_grad():
+                return reference.causal_attention_qkvpacked(t["qkv"], H)
+        return run
+
+    def back(backend):
+        def run(t):
+            if backend not in t["graphs"]:
+                with sdpa_kernel(backend):
+                    t["graphs"][backend] = reference.causal_attention_qkvpacked(t["qkv"], H)
+            return torch.autograd.grad(t["graphs"][backend], t["qkv"], t["do"], retain_graph=True)[0]
+        return run
+
+    def forward(tile):
+        return lambda t: attention_forward.launch_forward_qkvpacked(t["qkv"].detach(), None, H, None, 0.0, tile)[0]
+
+    def backward(form, **given):
+        return lambda t: attention_backward.launch_backward_qkvpacked(
+            t["do"], t["qkv"].detach(), t["out"], t["lse"], None, H, None, 0.0, form, given or None)
+
+    peers = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+    shape, few = f"B={B} T={T} H={H} D={D}", 3 if small else None
+    tensor, matmul = B * T * H * D * 2, 2 * B * H * T * T * D // 2
+    yield Group(f"attention forward {shape}", make, {name: by(backend) for name, backend in peers.items()}
+                | {named(tile): forward(tile) for tile in FORWARD[:few]}, 4 * tensor, 2 * matmul)
+    yield Group(f"attention backward {shape}", make, {name: back(backend) for name, backend in peers.items()}
+                | {f"head {named(tile)}": backward("head", head=tile) for tile in HEAD[:few]}
+                | {f"split dq {named(dq)}, dkdv {named(dkdv)}": backward("split", dq=dq, dkdv=dkdv)
+                   for dq, dkdv in dict.fromkeys([(DQ[0], row) for row in DKDV[:few]] + [(row, DKDV[0]) for row in DQ[:few]])},
+                8 * tensor, 5 * matmul)
+
+
+def gelu_mlp(rows, C):
+    """Four groups: the first product with its activation, and the gradient through it; as the trainer calls them, without biases."""
+    def make(device):
+        torch.manual_seed(0)
+        new = functools.partial(torch.randn, device=device)
+        x, dy = (new(rows, C).to(BF16) for _ in range(2))
+        w_fc, w_proj = new(4 * C, C).mul_(C ** -0.5).to(BF16), new(C, 4 * C).mul_(C ** -0.5 / 2).to(BF16)
+        return dict(x=x, dy=dy, w_fc=w_fc, w_proj=w_proj, h=x @ w_fc.t())
+
+    def pointwise_back(want_post):
+        return lambda t: mlp.dact(t["dy"] @ t["w_proj"], t["h"], want_post=want_post, want_db=False)[0]
+
+    def epilogue_back(tile, want_post):
+        return lambda t: mlp.linear_dact(t["dy"], t["w_proj"], t["h"], want_post=want_post, want_db=False, tile=tile)[0]
+
+    h, flops = rows * 4 * C * 2, 2 * rows * C * 4 * C
+    yield Group(f"MLP forward rows={rows} C={C}", make, {
+        "pointwise": lambda t: mlp.act(t["x"] @ t["w_fc"].t()),
+        "PyTorch": lambda t: F.gelu(t["x"] @ t["w_fc"].t()),
+        "the product alone": lambda t: t["x"] @ t["w_fc"].t(),
+        **{f"epilogue {named(tile)}": lambda t, tile=tile: mlp.linear_act(t["x"], t["w_fc"], tile=tile)[0] for tile in MATMUL}},
+        2 * h, flops, unchecked=("the product alone",))
+    for post in (True, False):
+        yield Group(f"MLP backward rows={rows} C={C}" + " recompute" * post, make, {
+            "pointwise": pointwise_back(post),
+            "the product alone": lambda t: t["dy"] @ t["w_proj"],
+            **{f"epilogue {named(tile)}": epilogue_back(tile, post) for tile in MATMUL}},
+            (2 + post) * h, flops, unchecked=("the product alone",))
+
+
+def loss(rows, C, V):
+    """The loss kernel alone by tiles, and loss and gradients together by chunks."""
+    def make(device):
+        torch.manual_seed(0)
+        x = torch.randn(rows, C, device=device).to(BF16)
+        weight = torch.randn(V, C, device=device).mul_(C ** -0.5).to(BF16)
+        return dict(x=x, weight=weight, targets=torch.randint(0, V, (rows,), device=device), logits=x[:8192] @ weight.t())
+
+    def kernel(block, warps):
+        def run(t):
+            before, cross_entropy.TILES = cross_entropy.TILES, ((2 ** 31 - 1, block, warps),)
+            try:
+                return cross_entropy.row_losses(t["logits"], t["targets"][:8192], -1, gradient=True)[0]
+            finally:
+                cross_entropy.TILES = before
+        return run
+
+    def whole(chunks):
+        def run(t):
+            before, cross_entropy.chunk_rows = cross_entropy.chunk_rows, lambda N: -(-N // chunks)
+            try:
+                return cross_entropy.forward_backward(t["x"], t["weight"], t["targets"], -1, True, True)[1]
+            finally:
+                cross_entropy.chunk_rows = before
+        return run
+
+    blocks = ((8192, 16), (4096, 8), (4096, 16), (8192, 8), (16384, 16), (2048, 8), (2048, 4), (1024, 4), (16384, 32))
+    yield Group(f"loss kernel rows=8192 V={V}", make, {f"{block} w{warps}": kernel(block, warps) for block, warps in blocks},
+                2 * 8192 * V * 2, unchecked=tuple(f"{block} w{warps}" for block, warps in blocks))
+    yield Group(f"loss rows={rows} V={V}", make, {f"{chunks} chunks": whole(chunks) for chunks in (8, 4, 16, 2, 1)},
+                4 * rows * V, 6 * rows * C * V)
+
+
+def norm(rows, C):
+    def make(device):
+        torch.manual_seed(0)
+        new = functools.partial(torch.randn, device=device)
+        t = dict(x=new(rows, C), branch=new(rows, C).to(BF16), weight=new(C), dy=new(rows, C).to(BF16), ds=new(rows, C))
+        t["s"], _, t["statistics"] = layer_norm.launch_forward(t["x"], t["branch"], t["weight"], None, None, 0.0, 1e-5, BF16)
+        return t
+
+    def plain(x, branch, weight):
+        s = x + branch
+        return s, F.layer_norm(s, weight.shape, weight).to(BF16)
+
+    fused = torch.compile(plain, fullgraph=True, dynamic=False)
+    yield Group(f"add + LayerNorm forward rows={rows} C={C}", make, {
+        "compile": lambda t: fused(t["x"], t["branch"], t["weight"])[1],
+        "ours": lambda t: layer_norm.launch_forward(t["x"], t["branch"], t["weight"], None, None, 0.0, 1e-5, BF16)[1]}, 12 * rows * C)
+    yield Group(f"add + LayerNorm backward rows={rows} C={C}", make, {
+        "ours": lambda t: layer_norm.launch_backward(t["dy"], t["ds"], t["s"], t["weight"], t["statistics"], None, 0.0, BF16,
+                                                     torch.float32, None)[0]}, 16 * rows * C)
+
+
+def groups(dry):
+    if dry:
+        return []
+    heads = [attention(64, 1024, 12, 64), attention(12, 1024, 12, 64)]
+    more = [attention(B, 1024, 12, 64, small=True) for B in (16, 22, 32)]
+    return [*itertools.chain(*heads, gelu_mlp(65536, 768), gelu_mlp(12288, 768), loss(65536, 768, 50304), norm(65536, 768), *more)]
+
+
+def compile_one(job):
+    """In a process of its own: run one configuration once, so that the cache on disk has it. Returns why not, or None."""
+    number, name = job
+    group = groups(False)[number]
+    device = torch.device("cuda")
+    key = number
+    if compile_one.inputs[0] != key:
+        compile_one.inputs = key, group.make(device)
+    try:
+        group.rows[name](compile_one.inputs[1])
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:300]
+    return None
+
+
+compile_one.inputs = None, None
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", default="sweep.jsonl")
+    parser.add_argument("--only", default="", help="groups whose name contains one of these words, separated by commas")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--workers", type=int, default=10)
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args(argv)
+    words = [word for word in args.only.split(",") if word]
+    all_groups = list(enumerate(groups(args.device == "cpu")))
+    listed = [(i, group) for i, group in all_groups if not words or any(word in group.name for word in words)]
+    jobs = [(i, name) for i, group in listed for name in group.rows if name not in ("flash", "cuDNN", "PyTorch")]
+    start = time.perf_counter()
+    if jobs and args.workers:
+        with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+            broken = {job: why for job, why in zip(jobs, pool.map(compile_one, jobs, chunksize=2)) if why}
+        print(f"compiled {len(jobs)} configurations in {time.perf_counter() - start:.0f} s, {len(broken)} cannot be", flush=True)
+    for _, group in listed:
+        time_group(group, torch.device(args.device), args)
+
+
+def time_group(group, device, args):
+    inputs, expected = group.make(device), None
+    runs, failed = {}, {}
+    for name, run in group.rows.items():
+        try:
+            found = run(inputs)
+            torch.cuda.synchronize()
+            if name not in group.unchecked:
+                expected = found if expected is None else expected
+                if not (error := relative(found.detach(), expected.detach())) < group.tolerance:
+                    failed[name] = f"WRONG: relative error {error:.3g}"
+                    continue
+            runs[name] = functools.partial(run, inputs)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"[:300]
+    samples = measure.interleaved_on_gpu(runs, args.rounds, warmup=1)
+    median = measure.medians(samples)
+    print(group.name)
+    for name, seconds in sorted(median.items(), key=lambda item: item[1]):
+        rate = f"{group.bytes / seconds / 1e9:>7,.0f} GB/s" + (f" {group.flops / seconds / 1e12:>6.0f} TFLOP/s" if group.flops else "")
+        print(f"  {1e6 * seconds:>9.1f} us {rate}  {name}")
+    for name, why in failed.items():
+        print(f"  {name}: {why}")
+    print(end="", flush=True)
+    measure.append(args.json, "sweep", device=device.type, group=group.name, bytes=group.bytes, flops=group.flops, samples=samples,
+                   failed=failed)
+
+
+if __name__ == "__main__":
+    main()
