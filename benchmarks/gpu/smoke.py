@@ -10,6 +10,8 @@ the traceback where it failed; the exit status is 1 if any did.
 import argparse
 import contextlib
 import io
+import os
+import sys
 import time
 import traceback
 
@@ -169,7 +171,28 @@ def greedy_text(device):
     return f"{equal} of 200 tokens are the reference's"
 
 
-def steps(model, device, B, T, V, take, capture, dtype=BF16):
+def early_launches(device):
+    """One decoding step with and without early launches: the same bits, 300 times."""
+    from nanogpt_fast import generation
+    from nanogpt_fast.kernels import decode
+    model = quiet_gpt(device, "auto", **SMALL).eval()
+    with torch.no_grad():
+        model.generate(torch.randint(1024, (1, 60), device=device), 20, temperature=0, rng="philox")
+        step = generation.session_of(model, 1).native
+        assert isinstance(step, decode.Decoder), f"no decoder: {step}"
+        token, position = (torch.tensor([n], device=device) for n in (3, 70))
+        expected = step(token, position).clone()
+        equal = sum(torch.equal(step(token, position), expected) for _ in range(300))
+        before, decode.launch_options = decode.launch_options, lambda x, early=True: {"DEPENDENT": True, "launch_pdl": False}
+        try:
+            late = torch.equal(step(token, position), expected)
+        finally:
+            decode.launch_options = before
+    assert equal == 300 and late, (equal, late)
+    return "the same bits"
+
+
+def steps(model, device, B, T, V, take, capture, dtype=BF16, network=None, accumulation=1):
     """The losses of `take` training steps, as bench train takes them: trainer's way, captured or not."""
     with contextlib.redirect_stdout(io.StringIO()):
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
@@ -179,7 +202,7 @@ def steps(model, device, B, T, V, take, capture, dtype=BF16):
     def forward_backward(x, y):
         with weights.in_use():
             with torch.autocast(device.type, dtype):
-                found = model(x, y, return_logits=False)[1]
+                found = (model if network is None else network)(x, y, return_logits=False)[1] / accumulation
             found.backward()
         return found.detach()
 
@@ -193,7 +216,8 @@ def steps(model, device, B, T, V, take, capture, dtype=BF16):
         step.recorder = None
     losses = []
     for _ in range(take):
-        step.micro_step(x, y, first=True)
+        for i in range(accumulation):
+            step.micro_step(x, y, first=i == 0)
         step.update()
         losses.append(step.loss.item())
         if not capture:
@@ -204,9 +228,18 @@ def steps(model, device, B, T, V, take, capture, dtype=BF16):
 def captured_steps(device):
     found = []
     for capture in (False, True):
-        found.append(steps(quiet_gpt(device, "auto", **SMALL), device, 4, 256, 1024, 8, capture))
+        found.append(steps(quiet_gpt(device, "auto", **SMALL), device, 40, 256, 1024, 8, capture, accumulation=2))
     assert max(abs(a - b) for a, b in zip(*found)) < 2e-3, found
     return dict(ordinary=found[0], captured=found[1], same_bits=found[0] == found[1])
+
+
+def compiled_steps(device):
+    """The trainer's default: compiled and captured."""
+    plain = steps(quiet_gpt(device, "auto", **SMALL), device, 8, 256, 1024, 8, False)
+    model = quiet_gpt(device, "auto", **SMALL)
+    found = steps(model, device, 8, 256, 1024, 8, True, network=torch.compile(model))
+    assert max(abs(a - b) for a, b in zip(plain, found)) < 5e-3, (plain, found)
+    return dict(ordinary=plain, compiled=found)
 
 
 # ------------------------------------------------------------------------------------------------------------------- model
@@ -258,7 +291,7 @@ CHECKS = {
             "attention, head size 128": attention_of(2, 300, 4, 128), "attention, dropout": attention_of(40, 256, 4, 64, 0.2),
             "add + LayerNorm": norm, "MLP, pointwise": mlp_form("pointwise"), "MLP, epilogue": mlp_form("epilogue"),
             "loss": loss(False), "loss with logits": loss(True), "captured steps": captured_steps,
-            "greedy text": greedy_text},
+            "greedy text": greedy_text, "early launches": early_launches, "compiled steps": compiled_steps},
     "model": {"GPT-2 124M, B=2": whole_model(2), "GPT-2 124M, B=12": whole_model(12), "GPT-2 124M steps, B=12": whole_steps(12)},
 }
 
@@ -269,13 +302,14 @@ def main(argv=None):
     parser.add_argument("--json", default="smoke.jsonl")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", default="", help="checks whose name contains one of these words, separated by commas")
+    parser.add_argument("--skip", type=int, default=0, help="not the first so many")
     args = parser.parse_args(argv)
     device, failed = torch.device(args.device), []
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
     words = [word for word in args.only.split(",") if word]
-    for name, check in CHECKS[args.part].items():
-        if words and not any(word in name for word in words):
+    for number, (name, check) in enumerate(CHECKS[args.part].items()):
+        if number < args.skip or words and not any(word in name for word in words):
             continue
         start, found, trace = time.perf_counter(), None, None
         torch.manual_seed(1)
@@ -289,8 +323,10 @@ def main(argv=None):
         seconds = time.perf_counter() - start
         print(f"{name}: {'FAILED' if trace else 'right'}, {seconds:.1f} s: {trace or found}", flush=True)
         measure.append(args.json, "smoke", part=args.part, check=name, failed=trace, found=found, seconds=seconds)
-        if trace and device.type == "cuda" and "CUDA error" in trace:      # this process's context is gone
-            break
+        if trace and device.type == "cuda" and ("CUDA error" in trace or "Triton Error [CUDA]" in trace):
+            # An error of a kernel ends this process's use of the GPU: a new one takes the rest.
+            again = [word for word in sys.argv[1:] if not word.startswith("--skip")]
+            os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu.smoke", *again, f"--skip={number + 1}"])
     return 1 if failed else 0
 
 
