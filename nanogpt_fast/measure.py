@@ -160,19 +160,19 @@ def cpu_name():
 
 @functools.cache
 def commit():
-    """The commit that was measured, with "+" behind it where the tree had changes; else what NANOGPT_FAST_COMMIT says, for a
-    copy of the tree without its history; else "unknown"."""
-    told = os.environ.get("NANOGPT_FAST_COMMIT", "unknown")
+    """The commit that was measured: what NANOGPT_FAST_COMMIT says, for a copy of the tree without its history or with another; else
+    the checkout's, with "+" behind it where the tree had changes; else "unknown"."""
+    told = os.environ.get("NANOGPT_FAST_COMMIT")
     root = Path(__file__).parent.parent
-    if not (root / "kernels" / "gate.py").exists():  # installed: the folder around it may be somebody else's checkout
-        return told
+    if told or not (root / "kernels" / "gate.py").exists():  # installed: the folder around it may be somebody else's checkout
+        return told or "unknown"
 
     def git(*words):
         return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return told
+        return "unknown"
 
 
 def nvidia_smi(query):

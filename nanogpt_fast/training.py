@@ -95,7 +95,8 @@ class TrainOptions:
                              "say why not and leave)", choices=("auto", "on", "off"))
     malloc: str = option("auto", "on a CPU keep freed memory in the process (glibc): a step need not map it anew (auto, off)",
                          choices=("auto", "off"))
-    recompute: bool = option(True, "the fused MLP computes its GELU twice and a block keeps a fifth less for the backward")
+    recompute: bool | str = option("auto", "the fused MLP computes its GELU again in the backward and a block keeps a fifth less for "
+                                   "it, 1 % slower (auto: where memory is short)", choices=("auto", True, False))
     seed: int = option(1337, "of weights, batches and dropout; rank r takes seed + r", minimum=0)
 
     def __post_init__(self):
@@ -174,8 +175,9 @@ def _train(o, ranks, device, ops, malloc):
     T = min(o.block_size, model.config.block_size)
     if T < model.config.block_size:
         model.crop_block_size(T)
+    recompute = o.recompute if o.recompute != "auto" else _memory_is_short(model, device, o.batch_size * T)
     for block in model.transformer.h:
-        block.mlp.recompute = o.recompute
+        block.mlp.recompute = recompute
 
     def batches(split, generator=None):
         return Batches(folder, split, o.batch_size, T, device=device, generator=generator, vocab_size=model.config.vocab_size)
@@ -492,6 +494,10 @@ def _banner(o, model, device, dtype, compiled, weights, not_captured, malloc, ra
     if device.type == "cpu":
         print("memory  " + (f"as malloc has it: {malloc}" if malloc else
                             "what is freed stays in this process; --malloc=off gives it back"))
+    elif device.type == "cuda":
+        again = any(block.mlp.recompute for block in model.transformer.h)
+        print(f"memory  GELU's results are {'computed again in' if again else 'kept for'} the backward"
+              + (" (auto: by the GPU's free memory)" if o.recompute == "auto" else ""))
     print(f"model   {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, vocabulary {c.vocab_size}: "
           f"{model.get_num_params():,} parameters")
     print(f"step    {o.gradient_accumulation_steps} x {o.batch_size} x {c.block_size} = {tokens:,} tokens; {o.max_iters:,}"
@@ -508,6 +514,16 @@ def _banner(o, model, device, dtype, compiled, weights, not_captured, malloc, ra
     for i, line in enumerate(str(explain(model, dtype=dtype, return_logits=False)).splitlines()):
         print(f"{'ops' if i == 0 else '':<7} {line}")
     print(f"writes  {o.out_dir}", flush=True)
+
+
+def _memory_is_short(model, device, tokens):
+    """Whether a step of so many tokens would take more than nine tenths of the GPU's free memory, if GELU's results were kept."""
+    if device.type != "cuda":
+        return False
+    c = model.config
+    parameters = 14 * sum(p.numel() for p in model.parameters())        # gradients, two moments, copies in half precision
+    activations = tokens * (36 * c.n_embd * c.n_layer + 16 * c.n_embd + c.vocab_size // 4)
+    return parameters + activations > 0.9 * torch.cuda.mem_get_info(device)[0]
 
 
 def _advice(o, step, loss, dtype, batch):

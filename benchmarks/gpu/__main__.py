@@ -1,6 +1,6 @@
 """The stages, in the order of value: right; the training step beside compiled nanoGPT; where its time goes; the sweep; the rest.
 
-    python -m benchmarks.gpu DIR [all|first|second] [MINUTES] [--upstream DIR] [--more DIR] [--only NAME,NAME]
+    python -m benchmarks.gpu DIR [all|first|second|rest] [MINUTES] [--upstream DIR] [--more DIR] [--only NAME,NAME]
 
 DIR gets log.txt (what all stages print, as it comes), results.jsonl (every result when it is had), failures.txt (every failed
 test), stages.jsonl, summary.txt, and more.tar.gz of what is large (traces, tables). NANOGPT_FAST_COMMIT names the commit where
@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.gpu.lease import Lease, Stage
@@ -79,24 +80,40 @@ def stages(part, folder, more, upstream, dry):
         Stage("captured", tests("tests/test_captured.py", "tests/test_sample.py", workers=6), 60, alone=True,
               environment=environment),
     ]
-    variations = "our trainer,trainer, PyTorch's attention,trainer, MLP epilogue,trainer, recompute off"
-    second = [
-        Stage("build", first[1].command, 90),
-        Stage("sweep", module("benchmarks.gpu.sweep", "--json", results, *(["--device", "cpu"] if dry else [])), 150, alone=True),
-        Stage("train 64, variations", train(64, variations, "--rounds=4", "--steps=8", f"--json={results}"), 120, alone=True),
+    sweep = module("benchmarks.gpu.sweep", "--json", results, *(["--device", "cpu"] if dry else []))
+    trained = f"nanoGPT compiled,{OURS},our trainer"
+    by_name = {stage.name: stage for stage in first}
+    second = [by_name["build"], replace(by_name["warm nanoGPT, 64"], after=()), replace(by_name["warm nanoGPT, 12"], after=()),
+        Stage("sweep compiles", [*sweep, "--compile_only"], 100, environment=one),
+        *(replace(by_name[f"verify {name}"], after=("build",)) for name in ("attention", "mlp", "loss")),
+        Stage("more tests", tests("tests/test_captured.py", *KERNEL_TESTS[::-1], workers=6), 75, after=("build",),
+              environment=environment),
+        replace(by_name["warm ours, 64"], after=("warm nanoGPT, 64",)), replace(by_name["warm ours, 12"], after=("warm nanoGPT, 12",)),
+        Stage("sweep", [*sweep, "--workers", "0"], 60, alone=True),
+        Stage("train 64 again", train(64, trained, "--rounds=4", "--steps=8", "--again=False", "--profile=3", f"--json={results}"), 80,
+              alone=True),
+        Stage("train 12 again", train(12, trained, "--rounds=5", "--steps=20", "--again=False", "--profile=3", f"--json={results}"), 60,
+              alone=True),
+    ]
+    rest = [
+        Stage("variations", train(64, "our trainer,trainer, our attention,trainer, MLP epilogue,trainer, recompute", "--rounds=4",
+                                  "--steps=8", f"--json={results}"), 120, alone=True),
         Stage("generate", module("nanogpt_fast", "bench", "generate", "--rounds=3", f"--json={results}", *upstream, *(
             ["--model=tiny", "--device=cpu", "--batch_sizes=1", "--prompt=4", "--tokens=8"] if dry else [])), 60, alone=True),
+        Stage("baby", train(64, trained, "--rounds=5", "--steps=50", f"--json={results}") + ([] if dry else ["--model=baby"]), 60,
+              alone=True),
         Stage("kernels", module("benchmarks.run", "--rounds", "20", "--without", "compile max-autotune", "--json", results, *(
             ["--device", "cpu", "--quick"] if dry else [])), 90, alone=True),
     ]
-    return {"first": first, "second": second, "all": first + second[1:]}[part]
+    every = {stage.name: stage for stage in [*first, *second, *rest]}
+    return {"first": first, "second": second, "rest": [by_name["build"], *rest], "all": list(every.values())}[part]
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("part", nargs="?", default="all", choices=("all", "first", "second"))
+    parser.add_argument("part", nargs="?", default="all", choices=("all", "first", "second", "rest"))
     parser.add_argument("minutes", nargs="?", type=float, help="all must be over by then; none: no limit")
     parser.add_argument("--upstream", default="", help="a nanoGPT checkout to run beside ours")
     parser.add_argument("--more", type=Path, help="where large files go first; default: DIR/more")

@@ -16,12 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.gpu import candidates
 from benchmarks.gpu.smoke import relative
-from nanogpt_fast import measure, reference
+from nanogpt_fast import backend, measure, reference
 from nanogpt_fast.kernels import attention_backward, attention_forward, cross_entropy, layer_norm, mlp
 from nanogpt_fast.kernels.attention_common import Tile
+from nanogpt_fast.ops import attention as attention_op
 
 BF16 = torch.bfloat16
+FUSED = backend.parse("fused")
 
 
 @dataclass
@@ -55,6 +58,36 @@ MATMUL = ((128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128
 
 def named(tile):
     return "{}x{} w{} s{}".format(*tile) if len(tile) == 4 else "{}x{}x{} w{} s{}".format(*tile)
+
+
+def specialised(H, BM, BN, stages):
+    """The Gluon candidate; imported where it is run, since Gluon's names change from version to version."""
+    def run(t):
+        from benchmarks.gpu import candidates_attention
+        return candidates_attention.forward(t["qkv"].detach(), H, BM, BN, stages)[0]
+    return run
+
+
+def with_dropout(B, T, H, D, p):
+    """Forward and backward under dropout; masks differ, so only times are compared."""
+    def make(device):
+        torch.manual_seed(0)
+        return dict(qkv=torch.randn(B, T, 3 * H * D, device=device, dtype=BF16, requires_grad=True),
+                    do=torch.randn(B, T, H * D, device=device, dtype=BF16))
+
+    def run(call, both):
+        def once(t):
+            if not both:
+                with torch.no_grad():
+                    return call(t)
+            return torch.autograd.grad(call(t), t["qkv"], t["do"])[0]
+        return once
+
+    calls = {"ours": lambda t: attention_op.causal_attention_qkvpacked(t["qkv"], H, dropout_p=p, backend=FUSED),
+             "PyTorch": lambda t: reference.causal_attention_qkvpacked(t["qkv"], H, dropout_p=p)}
+    for both in (False, True):
+        yield Group(f"attention {'forward + backward' if both else 'forward'} B={B} T={T} H={H} D={D} dropout={p}", make,
+                    {name: run(call, both) for name, call in calls.items()}, unchecked=tuple(calls))
 
 
 def attention(B, T, H, D, small=False):
@@ -91,7 +124,10 @@ def attention(B, T, H, D, small=False):
     shape, few = f"B={B} T={T} H={H} D={D}", 3 if small else None
     tensor, matmul = B * T * H * D * 2, 2 * B * H * T * T * D // 2
     yield Group(f"attention forward {shape}", make, {name: by(backend) for name, backend in peers.items()}
-                | {named(tile): forward(tile) for tile in FORWARD[:few]}, 4 * tensor, 2 * matmul)
+                | {named(tile): forward(tile) for tile in FORWARD[:few] if D <= 64 or not small}
+                | ({f"specialised {BM}x{BN} s{stages}": specialised(H, BM, BN, stages)
+                    for BM, BN, stages in ((64, 128, 2), (64, 128, 3), (64, 64, 4))} if D == 64 and T % 128 == 0 else {}),
+                4 * tensor, 2 * matmul)
     yield Group(f"attention backward {shape}", make, {name: back(backend) for name, backend in peers.items()}
                 | {f"head {named(tile)}": backward("head", head=tile) for tile in HEAD[:few]}
                 | {f"split dq {named(dq)}, dkdv {named(dkdv)}": backward("split", dq=dq, dkdv=dkdv)
@@ -119,13 +155,17 @@ def gelu_mlp(rows, C):
         "pointwise": lambda t: mlp.act(t["x"] @ t["w_fc"].t()),
         "PyTorch": lambda t: F.gelu(t["x"] @ t["w_fc"].t()),
         "the product alone": lambda t: t["x"] @ t["w_fc"].t(),
-        **{f"epilogue {named(tile)}": lambda t, tile=tile: mlp.linear_act(t["x"], t["w_fc"], tile=tile)[0] for tile in MATMUL}},
+        **{f"epilogue {named(tile)}": lambda t, tile=tile: mlp.linear_act(t["x"], t["w_fc"], tile=tile)[0] for tile in MATMUL},
+        **{f"TMA {named(tile)} g{group}": lambda t, tile=tile, group=group: candidates.linear_act(t["x"], t["w_fc"], tile, group)[0]
+           for tile in candidates.TILES for group in ((8,) if tile != candidates.TILES[0] else (8, 1, 16))}},
         2 * h, flops, unchecked=("the product alone",))
-    for post in (True, False):
+    for post in (False,):
         yield Group(f"MLP backward rows={rows} C={C}" + " recompute" * post, make, {
             "pointwise": pointwise_back(post),
             "the product alone": lambda t: t["dy"] @ t["w_proj"],
-            **{f"epilogue {named(tile)}": epilogue_back(tile, post) for tile in MATMUL}},
+            **{f"epilogue {named(tile)}": epilogue_back(tile, post) for tile in MATMUL},
+            **{f"TMA {named(tile)}": lambda t, tile=tile, post=post: candidates.linear_dact(
+                t["dy"], t["w_proj"], t["h"], tile, 8, post)[0] for tile in candidates.TILES}},
             (2 + post) * h, flops, unchecked=("the product alone",))
 
 
@@ -183,18 +223,25 @@ def norm(rows, C):
                                                      torch.float32, None)[0]}, 16 * rows * C)
 
 
-def groups(dry):
-    if dry:
-        return []
-    heads = [attention(64, 1024, 12, 64), attention(12, 1024, 12, 64)]
-    more = [attention(B, 1024, 12, 64, small=True) for B in (16, 22, 32)]
-    return [*itertools.chain(*heads, gelu_mlp(65536, 768), gelu_mlp(12288, 768), loss(65536, 768, 50304), norm(65536, 768), *more)]
+def groups(small=False):
+    """All groups, in the order of value. small: the same kernels on little memory, for compiling them."""
+    def size(n):
+        return 1 if small else n
+    return [*itertools.chain(
+        attention(size(64), 1024, 12, 64), gelu_mlp(1024 * size(64), 768), loss(1024 * size(64), 768, 50304),
+        norm(1024 * size(64), 768), attention(size(12), 1024, 12, 64), gelu_mlp(1024 * size(12), 768),
+        with_dropout(size(64), 256, 6, 64, 0.2), *(attention(size(B), 1024, 12, 64, small=True) for B in (16, 32)))]
+
+
+def kind(group):
+    """Groups of one kind run the same kernels, on other sizes."""
+    return group.name.split(" B=")[0].split(" rows=")[0] + group.name[group.name.find("dropout"):] * ("dropout" in group.name)
 
 
 def compile_one(job):
     """In a process of its own: run one configuration once, so that the cache on disk has it. Returns why not, or None."""
     number, name = job
-    group = groups(False)[number]
+    group = groups(small=True)[number]
     device = torch.device("cuda")
     key = number
     if compile_one.inputs[0] != key:
@@ -217,16 +264,22 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--workers", type=int, default=10)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--compile_only", action="store_true", help="fill the cache on disk")
     args = parser.parse_args(argv)
     words = [word for word in args.only.split(",") if word]
-    all_groups = list(enumerate(groups(args.device == "cpu")))
-    listed = [(i, group) for i, group in all_groups if not words or any(word in group.name for word in words)]
-    jobs = [(i, name) for i, group in listed for name in group.rows if name not in ("flash", "cuDNN", "PyTorch")]
+    listed = [(i, group) for i, group in enumerate(groups()) if not words or any(word in group.name for word in words)]
+    if args.device == "cpu":    # nothing to time
+        listed = []
+    jobs = {(kind(group), name): (i, name) for i, group in reversed(listed) for name in group.rows
+            if name not in ("flash", "cuDNN", "PyTorch", "compile")}
+    jobs = sorted(jobs.values())
     start = time.perf_counter()
     if jobs and args.workers:
         with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
             broken = {job: why for job, why in zip(jobs, pool.map(compile_one, jobs, chunksize=2)) if why}
         print(f"compiled {len(jobs)} configurations in {time.perf_counter() - start:.0f} s, {len(broken)} cannot be", flush=True)
+    if args.compile_only:
+        return
     for _, group in listed:
         time_group(group, torch.device(args.device), args)
 

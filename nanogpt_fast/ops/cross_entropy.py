@@ -47,8 +47,10 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
         return loss, logits if return_logits else None
     grad = torch.is_grad_enabled()
     need_dx, need_dw = grad and x.requires_grad, grad and weight.requires_grad
-    ops = {"triton": (_Loss, _LossAndLogits), "cpp": (_CPULoss, _CPULossAndLogits)}
-    op = ops[name][return_logits]
+    if name == "triton":  # spelled out: Dynamo of torch 2.11 indexes no tuple with a bool
+        op = _LossAndLogits if return_logits else _Loss
+    else:
+        op = _CPULossAndLogits if return_logits else _CPULoss
     if copied_from is not None and name == "cpp" and not return_logits and weight.dtype == _dtype(x):
         return op.apply(x, copied_from, targets, _dtype(x), ignore_index, reduction, need_dx, need_dw, weight.detach())
     return op.apply(x, weight, targets, _dtype(x), ignore_index, reduction, need_dx, need_dw)
