@@ -83,17 +83,17 @@ def stages(part, folder, more, upstream, dry):
     sweep = module("benchmarks.gpu.sweep", "--json", results, *(["--device", "cpu"] if dry else []))
     trained = f"nanoGPT compiled,{OURS},our trainer"
     by_name = {stage.name: stage for stage in first}
-    second = [by_name["build"], replace(by_name["warm nanoGPT, 64"], after=()), replace(by_name["warm nanoGPT, 12"], after=()),
+    second = [
+        by_name["build"], replace(by_name["warm nanoGPT, 64"], after=()), replace(by_name["warm nanoGPT, 12"], after=()),
         Stage("sweep compiles", [*sweep, "--compile_only"], 100, environment=one),
-        *(replace(by_name[f"verify {name}"], after=("build",)) for name in ("attention", "mlp", "loss")),
         Stage("more tests", tests("tests/test_captured.py", *KERNEL_TESTS[::-1], workers=6), 75, after=("build",),
               environment=environment),
         replace(by_name["warm ours, 64"], after=("warm nanoGPT, 64",)), replace(by_name["warm ours, 12"], after=("warm nanoGPT, 12",)),
         Stage("sweep", [*sweep, "--workers", "0"], 60, alone=True),
         Stage("train 64 again", train(64, trained, "--rounds=4", "--steps=8", "--again=False", "--profile=3", f"--json={results}"), 80,
               alone=True),
-        Stage("train 12 again", train(12, trained, "--rounds=5", "--steps=20", "--again=False", "--profile=3", f"--json={results}"), 60,
-              alone=True),
+        Stage("train 12 again", train(12, f"nanoGPT compiled,{OURS}", "--rounds=5", "--steps=20", "--again=False", f"--json={results}"),
+              60, alone=True),
     ]
     rest = [
         Stage("variations", train(64, "our trainer,trainer, our attention,trainer, MLP epilogue,trainer, recompute", "--rounds=4",

@@ -68,6 +68,18 @@ def specialised(H, BM, BN, stages):
     return run
 
 
+def packed(H, deterministic=None):
+    """cuDNN by its own front end; None: the forward."""
+    def run(t):
+        from benchmarks.gpu import candidates_cudnn
+        if "cudnn" not in t:
+            t["cudnn"] = candidates_cudnn.forward(t["qkv"].detach(), H)
+        if deterministic is None:
+            return candidates_cudnn.forward(t["qkv"].detach(), H)[0]
+        return candidates_cudnn.backward(t["do"], t["qkv"].detach(), *t["cudnn"], H, deterministic)
+    return run
+
+
 def with_dropout(B, T, H, D, p):
     """Forward and backward under dropout; masks differ, so only times are compared."""
     def make(device):
@@ -124,11 +136,13 @@ def attention(B, T, H, D, small=False):
     shape, few = f"B={B} T={T} H={H} D={D}", 3 if small else None
     tensor, matmul = B * T * H * D * 2, 2 * B * H * T * T * D // 2
     yield Group(f"attention forward {shape}", make, {name: by(backend) for name, backend in peers.items()}
+                | {"cuDNN packed": packed(H)}
                 | {named(tile): forward(tile) for tile in FORWARD[:few] if D <= 64 or not small}
                 | ({f"specialised {BM}x{BN} s{stages}": specialised(H, BM, BN, stages)
                     for BM, BN, stages in ((64, 128, 2), (64, 128, 3), (64, 64, 4))} if D == 64 and T % 128 == 0 else {}),
                 4 * tensor, 2 * matmul)
     yield Group(f"attention backward {shape}", make, {name: back(backend) for name, backend in peers.items()}
+                | {"cuDNN packed": packed(H, False), "cuDNN packed deterministic": packed(H, True)}
                 | {f"head {named(tile)}": backward("head", head=tile) for tile in HEAD[:few]}
                 | {f"split dq {named(dq)}, dkdv {named(dkdv)}": backward("split", dq=dq, dkdv=dkdv)
                    for dq, dkdv in dict.fromkeys([(DQ[0], row) for row in DKDV[:few]] + [(row, DKDV[0]) for row in DQ[:few]])},
@@ -271,7 +285,7 @@ def main(argv=None):
     if args.device == "cpu":    # nothing to time
         listed = []
     jobs = {(kind(group), name): (i, name) for i, group in reversed(listed) for name in group.rows
-            if name not in ("flash", "cuDNN", "PyTorch", "compile")}
+            if not name.startswith(("flash", "cuDNN", "PyTorch", "compile"))}
     jobs = sorted(jobs.values())
     start = time.perf_counter()
     if jobs and args.workers:

@@ -187,14 +187,17 @@ def run(o, device, dtype):
 def one_after_the_other(o, names, runner, timed, until, write):
     """{name: what was found}; what there is so far is written after every variant."""
     found = {}
-    again = [names[0]] if o.again and len(names) > 2 else []
-    for name in names + again:
+    order = names + ([names[0]] if o.again and len(names) > 2 else [])
+    ready = [runner(name) for name in order[:1]]    # a process imports PyTorch while the one before it is timed
+    for i, name in enumerate(order):
         if found and time.monotonic() > until:
             found.setdefault(name, dict(error="not measured: out of time"))
+            if ready:
+                ready.pop().kill()
             continue
-        worker, had = None, dict(clocks=[])
+        worker, had = ready.pop(0), dict(clocks=[])
         try:
-            worker = runner(name)
+            ready += [runner(name) for name in order[i + 1:i + 2]]
             had |= worker.first()
             print(f"{name:<28} first step {had['first_step_s']:6.1f} s", flush=True)
             worker.several()            # a warm-up
@@ -213,9 +216,12 @@ def one_after_the_other(o, names, runner, timed, until, write):
         except Exception as error:      # out of memory, a graph that cannot be captured: others can still be timed
             print(f"{name:<28} {error}", flush=True)
             had["error"] = str(error)[:3000]
+        except BaseException:           # told to end
+            for one in ready:
+                one.kill()
+            raise
         finally:
-            if worker is not None:
-                worker.kill()
+            worker.kill()
         if name in found:
             had = found[name] | dict(samples_again=had.get("samples"), clocks_again=had["clocks"])
         found[name] = had
