@@ -257,21 +257,27 @@ def backward_dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, terms_ptr,
     store_tile(dq_ptr + batch * Tq * stride_gt + column, dq * scale, m, stride_gt, Tq, D, BLOCK_M, HEAD)
 
 
-# {column: {architecture: {HEAD: Tile}}} as in attention_forward, chosen the same way; none is timed yet. What decided:
+# {column: {architecture: {HEAD: Tile}}} as in attention_forward, chosen the same way. Timed are sm_90's rows of 64 in half precision,
+# on an H100 (us, 64 x 1024 tokens of 12 heads; with 12, 16 and 32 sequences the order is the same):
+#   split    dq 64x32 in 4 warps and dkdv 32x64 in 4: small tiles, many programs a multiprocessor, so that one's exponentials run beside
+#            another's matmuls. dkdv 32x64 1,129, 64x64 1,181, 64x128 in 8 warps 1,452; dq 64x32 56 less than 64x64.
+#   head     1,837 at best (64x128): one program a multiprocessor waits for dq's sum at every tile. So no row.
+#   cuDNN    1,314 with the `cat` of its three gradients; 1,104 where it writes the packed one (its own front end).
+# What decided the others:
 #   head     no row: the form is not taken. 128: dk and dv alone are 64 registers a thread in 8 warps; it spills 480 bytes and
-#            more. 64 on sm_90: 64x128 halves what 64x64 moves of dq's sum, and holds k and v of 128 keys. 8 warps, one program
-#            a multiprocessor. 32 with dropout: 64x128 spills 24 bytes on sm_80 by Triton 3.6; 32x128 moves as much.
-#   dkdv     128 keys where they fit, for the same reason.
-#   dq       as the forward; 64 on sm_90: 128x64 spills 16 bytes, 64x64 leaves room for three programs a multiprocessor.
+#            more. 32 with dropout: 64x128 spills 24 bytes on sm_80 by Triton 3.6; 32x128 moves as much.
+#   dkdv     128 keys where they fit: what moves of q and do is halved.
+#   dq       as the forward.
 _HEAD_MMA_SYNC = {32: Tile(64, 128, 8, 3), 64: Tile(32, 128, 8, 2)}
 _HEAD_MMA_SYNC_DROPOUT = {32: Tile(32, 128, 8, 3), 64: Tile(32, 64, 8, 2)}
-_HEAD_90 = {32: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 3)}
+_HEAD_90 = {32: Tile(64, 128, 8, 3)}
+_HEAD_90_DROPOUT = {32: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 3)}
 _DKDV_MMA_SYNC = {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 1)}
 _DKDV_MMA_SYNC_DROPOUT = {32: Tile(64, 128, 8, 2), 64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 8, 1)}
-_DKDV_90 = {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)}
+_DKDV_90 = {32: Tile(64, 128, 8, 2), 64: Tile(32, 64, 4, 3), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)}
 _DKDV_90_DROPOUT = {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(16, 64, 8, 1)}
 _DQ_MMA_SYNC = {32: Tile(64, 64, 4, 2), 64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)}
-_DQ_90 = {32: Tile(128, 64, 4, 3), 64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)}
+_DQ_90 = {32: Tile(128, 64, 4, 3), 64: Tile(64, 32, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)}
 _DQ_90_DROPOUT = {32: Tile(128, 64, 8, 2), 64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 16, 4, 2)}
 _FLOAT32 = {32: Tile(32, 32, 8, 2), 64: Tile(32, 32, 8, 2), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
 
@@ -282,7 +288,7 @@ def _table(mma_sync, mma_sync_dropout, hopper, hopper_dropout, float32=_FLOAT32)
             "float32": dict.fromkeys((80, 86, 89, 90, 100), float32)}
 
 
-HEAD_TILES = _table(_HEAD_MMA_SYNC, _HEAD_MMA_SYNC_DROPOUT, _HEAD_90, _HEAD_90, {32: _FLOAT32[32], 64: _FLOAT32[64]})
+HEAD_TILES = _table(_HEAD_MMA_SYNC, _HEAD_MMA_SYNC_DROPOUT, _HEAD_90, _HEAD_90_DROPOUT, {32: _FLOAT32[32], 64: _FLOAT32[64]})
 DKDV_TILES = _table(_DKDV_MMA_SYNC, _DKDV_MMA_SYNC_DROPOUT, _DKDV_90, _DKDV_90_DROPOUT)
 DQ_TILES = _table(_DQ_MMA_SYNC, _DQ_MMA_SYNC, _DQ_90, _DQ_90_DROPOUT)
 # {(kernel, form, HEAD): {architecture: bytes a thread}, why}: the rows that spill; of Triton 3.6 and 3.9, packed and apart, the most.

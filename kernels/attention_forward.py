@@ -84,21 +84,21 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr,
     store_tile(out_ptr, acc / total[:, None], m, H * D, Tq, D, BLOCK_M, HEAD)
 
 
-# {column: {architecture: {HEAD: Tile}}}; the row of HEAD 32 also serves 16. How each was chosen: of a list from large to small,
-# the first that compiles for the architecture without a spill, within its shared memory and, on sm_90, with asynchronous wgmma
-# (ptxas says where it serialises them: note C7515). None is timed yet. 80, 86, 89 share the instructions (mma.sync, cp.async)
-# and so the rows; the 99 KB of 86 and 89 bound them all. What decided:
-#   half     32, 64 on sm_90: 128x64 in 4 warps takes 187 and 233 registers: two programs a multiprocessor, so one's
-#            exponentials run beside the other's matmuls. 128x128 spills 112 and 360 bytes. 128: 128x64 in 8 warps; 128x128
-#            spills 72.
+# {column: {architecture: {HEAD: Tile}}}; the row of HEAD 32 also serves 16. Timed is one row, sm_90's 64 in half precision (of twelve
+# tiles on an H100, at 12 and 64 x 1024 tokens; `python -m benchmarks.gpu.sweep`). How the others were chosen: of a list from large to
+# small, the first that compiles for the architecture without a spill, within its shared memory and, on sm_90, with asynchronous wgmma
+# (ptxas says where it serialises them: note C7515). 80, 86, 89 share the instructions (mma.sync, cp.async) and so the rows; the 99 KB
+# of 86 and 89 bound them all. What decided:
+#   half     64 on sm_90: 128x64 takes 359 us in 8 warps, 369 in 4; cuDNN 297. 32: 4 warps take 187 registers: two programs a
+#            multiprocessor, so one's exponentials run beside the other's matmuls. 128: 128x64 in 8 warps; 128x128 spills 72.
 #   dropout  as half, but Philox's words take 32 bytes too many in 4 warps at 64: 8 warps.
 #   float32  without tensor cores a thread keeps whole rows of both factors in registers, so tiles are small.
 _MMA_SYNC = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)}
-_HALF_90 = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)}
+_HALF_90 = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)}
 _DROPOUT_90 = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)}
 _FLOAT32 = {32: Tile(64, 32, 8, 2), 64: Tile(64, 32, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(16, 16, 8, 1)}
 TILES = {
-    "half": {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _HALF_90, 100: _HALF_90 | {256: Tile(64, 32, 8, 2)}},
+    "half": {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _HALF_90, 100: _HALF_90 | {64: Tile(128, 64, 4, 3), 256: Tile(64, 32, 8, 2)}},
     "dropout": {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _DROPOUT_90, 100: _DROPOUT_90 | {32: Tile(128, 64, 8, 3)}},
     "float32": dict.fromkeys((80, 86, 89, 90, 100), _FLOAT32),
 }

@@ -85,7 +85,7 @@ def choose(op, candidates, model_choices=None, args=()):
     """The name of the implementation that `op` takes for these arguments.
 
     candidates: ((name, why_not), ...), fastest first; `why_not(*args)` returns None where the implementation can run and is
-    right, else the reason as text. "reference" is implied at the end. Raises RuntimeError under "fused" when none can run.
+    right, else the reason as text, empty where nobody would expect it. "reference" is implied at the end. Raises RuntimeError under "fused" when none can run.
     """
     wanted = (_local.choices or model_choices or _environment)[op]
     reasons = []
@@ -95,7 +95,8 @@ def choose(op, candidates, model_choices=None, args=()):
             reason = "Triton's interpreter checks kernels, it is not fast; backend='fused' runs it"
         if reason is None:
             break
-        reasons.append(f"{name}: {reason}")
+        if reason:
+            reasons.append(f"{name}: {reason}")
     else:
         name = "reference"
     if _local.record is not None:

@@ -90,7 +90,8 @@ class TrainOptions:
     dtype: str = option("auto", "of the forward pass (auto on GPUs: bfloat16, float16 on old ones; on CPUs with AMX or AVX-512 "
                         "bf16: bfloat16 from 128 channels on; else float32)",
                         choices=("auto", "float32", "bfloat16", "float16"))
-    compile: bool | str = option("auto", "torch.compile the model (auto: on CUDA)", choices=("auto", True, False))
+    compile: bool | str = option("auto", "torch.compile the model (auto: on CUDA, where the step is not captured, see cuda_graph)",
+                                 choices=("auto", True, False))
     cuda_graph: str = option("auto", "replay the step as CUDA graphs, which small models need (auto: where it can be; on: or "
                              "say why not and leave)", choices=("auto", "on", "off"))
     malloc: str = option("auto", "on a CPU keep freed memory in the process (glibc): a step need not map it anew (auto, off)",
@@ -155,7 +156,6 @@ def train(o):
 
 def _train(o, ranks, device, ops, malloc):
     on_cpu = device.type == "cpu"
-    compiled = o.compile if o.compile != "auto" else device.type == "cuda" and ops_backend.triton_import_error() is None
     if o.gradient_accumulation_steps % ranks.size:
         raise ValueError(f"gradient_accumulation_steps is {o.gradient_accumulation_steps}; {ranks.size} ranks share them, so it"
                          f" must be a multiple of {ranks.size}")
@@ -193,6 +193,13 @@ def _train(o, ranks, device, ops, malloc):
         evaluated_at = _continue_exactly(start, optimizer, scaler, train_batches, ranks)
         start = None  # its weights are in the model now: free the memory
 
+    not_captured = "cuda_graph=off" if o.cuda_graph == "off" else captured.why_not(
+        model, optimizer, device, ranks=ranks.size, scaled=scaler.is_enabled())
+    if o.cuda_graph == "on" and not_captured is not None:
+        raise ValueError(f"cuda_graph is 'on', but the step cannot be captured: {not_captured}. cuda_graph=auto trains without")
+    # A captured step of our kernels is as fast eager (H100, GPT-2 124M, 64 x 1024 tokens: 129.8 ms, compiled 130.1) and begins at once.
+    compiled = o.compile if o.compile != "auto" else (
+        device.type == "cuda" and not_captured is not None and ops_backend.triton_import_error() is None)
     network = model
     if compiled:
         print("compiling the model... (takes a ~minute)")
@@ -204,10 +211,6 @@ def _train(o, ranks, device, ops, malloc):
     # copies are no parameters, and all gradients would leave at the end.
     weights = HalfWeights(model, dtype, "DDP cuts a compiled graph by its parameters" if compiled and ranks.size > 1 else None,
                           own_gradients=not compiled)
-    not_captured = "cuda_graph=off" if o.cuda_graph == "off" else captured.why_not(
-        model, optimizer, device, ranks=ranks.size, scaled=scaler.is_enabled())
-    if o.cuda_graph == "on" and not_captured is not None:
-        raise ValueError(f"cuda_graph is 'on', but the step cannot be captured: {not_captured}. cuda_graph=auto trains without")
 
     # what is saved
     def checkpoint(**more):

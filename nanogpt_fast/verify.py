@@ -32,7 +32,7 @@ from .model import GPT
 from .ops import attention, cross_entropy, layer_norm, mlp, sample
 from .options import option
 
-REFERENCE, FUSED = _backend.parse("reference"), _backend.parse("fused")
+REFERENCE, FUSED, AUTO = (_backend.parse(choice) for choice in ("reference", "fused", "auto"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 STEPS = 20
@@ -136,7 +136,8 @@ MODULES = {"attention": attention, "layer_norm": layer_norm, "mlp": mlp, "cross_
 
 def implementations(op, device):
     """The names of those that are checked: of the extension's only where it computes, on a CPU."""
-    return [name for name, _ in MODULES[op].CANDIDATES if name != "cpp" or device.type == "cpu"]
+    elsewhere = "cudnn" if device.type == "cpu" else "cpp"
+    return [name for name, _ in MODULES[op].CANDIDATES if name != elsewhere]
 
 
 @contextlib.contextmanager
@@ -247,13 +248,14 @@ def check_op(case, name, dtype, device):
     autocast = dtype if dtype != torch.float32 else None
     start = dict(op=case.op, dtype=NAMES[dtype], shape=case.shape)
     leaves = {key: t.detach().requires_grad_() for key, t in inputs.items()}
-    implementation, reasons = chosen(case.op, lambda: case.call(leaves, FUSED), device, autocast)
+    ours = AUTO if name == "cudnn" else FUSED   # cuDNN's forward before our backward: `auto` takes it, where nothing else is left
+    implementation, reasons = chosen(case.op, lambda: case.call(leaves, ours), device, autocast, "auto" if name == "cudnn" else "fused")
     if implementation == "reference":
         yield Row(implementation=name, direction="", result="-", why="; ".join(reasons) or "there is no kernel", **start)
         return
     plain, cotangents = evaluate(case, inputs, REFERENCE, device, autocast)
     exact, _ = evaluate(case, {name: t.double() for name, t in inputs.items()}, REFERENCE, device, None, cotangents)
-    found, _ = evaluate(case, inputs, FUSED, device, autocast, cotangents)
+    found, _ = evaluate(case, inputs, ours, device, autocast, cotangents)
     for name in exact:
         mean = dict(dtype=dtype, averaged=inputs["x"].size(0)) if name == "loss" else {}
         kind = "gradient" if name in _gradient_names(inputs) else "forward"
@@ -271,9 +273,9 @@ def _gradient_names(inputs):
     return [f"d {name}" for name in inputs]
 
 
-def chosen(op, call, device, autocast):
-    """(implementation that `call()` would take under "fused", the reasons against the others); nothing is launched."""
-    with _backend.use("fused"), _backend.recording() as record, _autocast(device, autocast):
+def chosen(op, call, device, autocast, choice="fused"):
+    """(implementation that `call()` would take under this choice, the reasons against the others); nothing is launched."""
+    with _backend.use(choice), _backend.recording() as record, _autocast(device, autocast):
         call()
     return next(((name, reasons) for named, _, name, reasons in record if named == op), ("reference", []))
 

@@ -9,6 +9,7 @@ the traceback where it failed; the exit status is 1 if any did.
 """
 import argparse
 import contextlib
+import faulthandler
 import io
 import os
 import sys
@@ -102,8 +103,12 @@ def parsed(call):
     return lambda t, name: call(t, backend.parse(name))
 
 
-def attention_of(B, T, H, D, dropout_p=0.0):
+def attention_of(B, T, H, D, dropout_p=0.0, by=None):
     def run(device):
+        if by:
+            from nanogpt_fast import backend
+            return three_ways(lambda t, name: attention.causal_attention_qkvpacked(
+                t["qkv"], H, backend=backend.parse(by if name == "fused" else name)), {"qkv": leaf(device, B, T, 3 * H * D)})
         if dropout_p:       # nothing to compare with: the masks differ; the same seed gives the same bits
             from nanogpt_fast import backend
             qkv, found = leaf(device, B, T, 3 * H * D), []
@@ -287,7 +292,7 @@ def whole_steps(B):
 
 CHECKS = {
     "machine": {"card": card, "versions": versions, "half products into fp32": half_products_into_fp32, "limits": limits},
-    "ops": {"attention, head form": attention_of(36, 512, 4, 64), "attention, split form": attention_of(2, 777, 4, 64),
+    "ops": {"attention, head form": attention_of(72, 512, 4, 32), "attention, split form": attention_of(2, 777, 4, 64), "attention, auto": attention_of(12, 1024, 12, 64, by="auto"),
             "attention, head size 128": attention_of(2, 300, 4, 128), "attention, dropout": attention_of(40, 256, 4, 64, 0.2),
             "add + LayerNorm": norm, "MLP, pointwise": mlp_form("pointwise"), "MLP, epilogue": mlp_form("epilogue"),
             "loss": loss(False), "loss with logits": loss(True), "captured steps": captured_steps,
@@ -304,6 +309,7 @@ def main(argv=None):
     parser.add_argument("--only", default="", help="checks whose name contains one of these words, separated by commas")
     parser.add_argument("--skip", type=int, default=0, help="not the first so many")
     args = parser.parse_args(argv)
+    faulthandler.dump_traceback_later(45, repeat=True)      # what hangs says where
     device, failed = torch.device(args.device), []
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False

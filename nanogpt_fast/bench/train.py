@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
@@ -300,7 +301,7 @@ class Runner:
             torch.cuda.synchronize(self.device)
         kernels = {}
         for event in found.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
+            if event.device_type == torch.autograd.DeviceType.CUDA and "#" not in event.name:     # Optimizer.step#AdamW.step spans others
                 had = kernels.setdefault(event.name, [0, 0.0])
                 had[0] += 1
                 had[1] += event.device_time_total
@@ -316,7 +317,7 @@ class Worker:
     """A variant in a process of its own, which does nothing unless it is asked: the same `first`, `several`, `timed`, `profiled`."""
 
     def __init__(self, o, name, *rest):
-        self.name = name
+        self.name, self.asked = name, False
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads that do not run there
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=_work, args=(other, torch.get_num_threads(), o, name, *rest), daemon=True)
@@ -326,9 +327,12 @@ class Worker:
     def ask(self, what):
         try:
             self.pipe.send(what)
+            self.asked = True
             answer = self.pipe.recv()
+            self.asked = False
         except (EOFError, BrokenPipeError) as error:
             self.process.join()
+            self.asked = False
             raise RuntimeError(f"its process ended with status {self.process.exitcode}") from error
         if isinstance(answer, Exception):
             raise answer
@@ -347,7 +351,10 @@ class Worker:
         return self.ask("profiled")
 
     def kill(self):
-        """End the process, however it stands."""
+        """End the process, however it stands; if it is at work, it says where."""
+        if self.asked:
+            os.kill(self.process.pid, signal.SIGUSR1)
+            time.sleep(0.2)
         self.process.kill()
         self.process.join()
 
@@ -359,7 +366,9 @@ class Worker:
 
 
 def _work(pipe, threads, o, name, variant, *rest):
-    """The process of a Worker."""
+    """The process of a Worker. SIGUSR1 makes it print where it stands."""
+    import faulthandler
+    faulthandler.register(signal.SIGUSR1)
     import resource  # here: Windows has neither, and `apart` is off there
     os.setsid()  # what is sent to the parent's group, as `timeout` sends SIGTERM, is for the parent to heed
     torch.set_num_threads(threads)

@@ -21,18 +21,22 @@ from .registration import define, raw
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
+LOG2_E = math.log2(math.e)
 
-# Where `auto` leaves a call that the kernels could take to PyTorch: {architecture: (largest head size that is not left, reason)},
-# and for float32 on all. Measured on an H100 at D=64 alone, in GPT-2 124M's step of 64 x 1024 tokens: cuDNN's forward takes 320 us a
-# layer and its backward 1,390 with the `cat` of three gradients, where the kernels take 391 and 1,960. Everything else is an
-# expectation from figures that others published for kernels of this design. `backend="fused"` takes the kernels everywhere.
+# Where `auto` leaves a call that the kernels could take to PyTorch: {(architecture, largest head size from which on): reason},
+# and for float32 on all. NOT MEASURED YET: these are expectations from figures that others published for kernels of this design
+# (H100, forward, T=1024, head size 128, TFLOP/s: Triton 273, cuDNN 410). `backend="fused"` takes the kernels everywhere.
 LEFT_TO_PYTORCH = {
     80: (64, "head sizes over 64 are expected to be slower than FlashAttention 2 here (not measured yet)"),
     86: (64, "head sizes over 64 are expected to be slower than FlashAttention 2 here (not measured yet)"),
     89: (64, "head sizes over 64 are expected to be slower than FlashAttention 2 here (not measured yet)"),
-    90: (0, "cuDNN is faster (measured on an H100 at head size 64: forward 0.82, backward 0.71 of the kernels' time)"),
+    90: (64, "head sizes over 64 are expected to be slower than cuDNN (not measured yet; published: 273 against 410 TFLOP/s)"),
     100: (0, "these kernels are expected to be slower than cuDNN on Blackwell (not measured yet)"),
 }
+# {(architecture, head size)} where `auto` takes cuDNN's forward before the kernels' backward, in half precision and without dropout.
+# H100, 12 heads of 64, us for 64 x 1024 and 12 x 1024 tokens: forward cuDNN 297 and 68, the kernel 359 and 78; backward cuDNN with
+# the `cat` of its three gradients 1,314 and 279, the kernels 1,129 and 225 (python -m benchmarks.gpu.sweep).
+CUDNN_FORWARD = {(90, 64)}
 FLOAT32_LEFT = "IEEE float32 runs without tensor cores and is expected to be slower than PyTorch's kernels (not measured yet)"
 
 
@@ -64,7 +68,7 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backen
     if name == "cpp":
         return attention_cpu.packed(qkv, n_head, scale)
     if qkv.requires_grad and torch.is_grad_enabled():
-        return _PackedAttention.apply(qkv, (n_head, scale, dropout_p))
+        return _PackedAttention.apply(qkv, (n_head, scale, dropout_p), name == "cudnn")
     run = raw.attention_qkvpacked if is_compiling() else _kernels().forward.launch_forward_qkvpacked
     return run(qkv, _seed(qkv, dropout_p), n_head, scale, dropout_p)[0]
 
@@ -140,6 +144,30 @@ def _why_not(x, dtype, D, scale, backend, dropout_p=0.0, left_to_pytorch=True):
     return None
 
 
+def _cudnn_why_not(qkv, dtype, D, scale, backend, dropout_p):
+    """Of cuDNN's forward before the kernels' backward, where both were measured the fastest: `CUDNN_FORWARD`."""
+    if not qkv.is_cuda or _backend.choice("attention", backend) == "fused":
+        return ""
+    arch = _backend.compute_capability(qkv.get_device())
+    if (arch, D) not in CUDNN_FORWARD or dtype == torch.float32 or dtype == torch.float64 or dropout_p > 0:
+        return ""
+    if not (qkv.requires_grad and torch.is_grad_enabled()):
+        return ""       # it makes a plan for each new length, which only training, where all are the same, repays
+    return _why_no_cudnn() or _why_not(qkv, dtype, D, scale, backend)
+
+
+def _why_no_cudnn():
+    """None where PyTorch has cuDNN's attention and it is not switched off."""
+    if not torch.backends.cuda.cudnn_sdp_enabled():
+        return "cuDNN's attention is switched off (torch.backends.cuda.enable_cudnn_sdp)"
+    if not torch.backends.cudnn.is_available() or torch.backends.cudnn.version() < 90100:
+        return "this PyTorch has no cuDNN of 9.1 or later"
+    return None
+
+
+_why_no_cudnn._dynamo_marked_constant = True            # asked once while compiling, as in backend.py
+
+
 def _separate_why_not(q, k, v, dtype, scale, backend, left_to_pytorch=True):
     device, given = q.device, q.dtype
     if k.device != device or v.device != device:
@@ -166,7 +194,7 @@ def _why_left(arch, D, dtype):
     return reason if D > largest else None
 
 
-CANDIDATES = (("triton", _why_not), ("cpp", attention_cpu.why_not))  # args: (qkv, dtype, head size, scale, backend, dropout_p)
+CANDIDATES = (("cudnn", _cudnn_why_not), ("triton", _why_not), ("cpp", attention_cpu.why_not))  # args: (qkv, dtype, head size, scale, backend, dropout_p)
 SEPARATE_CANDIDATES = (("triton", _separate_why_not),)               # args: (q, k, v, dtype, scale, backend)
 _DECODE_CANDIDATES = (("triton", _decode_why_not),)
 
@@ -193,10 +221,13 @@ def _seed(x, dropout_p):
 class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, qkv, options):         # a tuple, since each argument of a Function costs 0.2 us
+    def forward(ctx, qkv, options, by_cudnn):       # a tuple, since each argument of a Function costs 0.2 us
         seed = _seed(qkv, options[2]) if options[2] > 0 else None
-        run = raw.attention_qkvpacked if is_compiling() else _kernels().forward.launch_forward_qkvpacked
-        out, lse = run(qkv, seed, *options)
+        if by_cudnn:
+            out, lse = (raw.attention_qkvpacked_cudnn if is_compiling() else _cudnn_packed)(qkv, options[0], options[1])
+        else:
+            run = raw.attention_qkvpacked if is_compiling() else _kernels().forward.launch_forward_qkvpacked
+            out, lse = run(qkv, seed, *options)
         ctx.save_for_backward(qkv, out, lse, seed)
         ctx.options = options
         return out
@@ -205,7 +236,15 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx, do):
         _refuse_second_derivative()
         run = raw.attention_qkvpacked_backward if is_compiling() else _kernels().backward.launch_backward_qkvpacked
-        return run(do, *ctx.saved_tensors, *ctx.options), None
+        return run(do, *ctx.saved_tensors, *ctx.options), None, None
+
+
+def _cudnn_packed(qkv, n_head, scale):
+    """What `launch_forward_qkvpacked` returns, by cuDNN: (out (B, T, C), lse (B, H, T) fp32, log2 of the sum of exponentials)."""
+    B, T, C3 = qkv.shape
+    q, k, v = reference.split_heads(qkv, n_head)
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)[:2]
+    return out.transpose(1, 2).reshape(B, T, C3 // 3), lse.reshape(B, n_head, T) * LOG2_E      # cuDNN's is the natural logarithm
 
 
 class _Attention(torch.autograd.Function):
@@ -302,6 +341,8 @@ def _scale(scale, q):
 
 define("attention_qkvpacked(Tensor qkv, Tensor? seed, int n_head, float? scale, float dropout_p) -> (Tensor, Tensor)",
         _raw_packed, _fake_packed)
+define("attention_qkvpacked_cudnn(Tensor qkv, int n_head, float? scale) -> (Tensor, Tensor)", _cudnn_packed,
+        lambda qkv, n_head, scale: _fake_packed(qkv, None, n_head, scale, 0.0))
 define("attention_qkvpacked_backward(Tensor do, Tensor qkv, Tensor out, Tensor lse, Tensor? seed, int n_head, float? scale, "
         "float dropout_p) -> Tensor", _raw_packed_backward, lambda do, qkv, *args: qkv.new_empty(qkv.shape))
 define("attention(Tensor q, Tensor k, Tensor v, Tensor? seed, float? scale, float dropout_p) -> (Tensor, Tensor)", _raw, _fake)

@@ -18,8 +18,8 @@ from .registration import define, raw
 
 # {(architecture, C): (forward, backward)}: the time of the pointwise form over that of the epilogue form, measured side by side
 # on a GPU of that compute capability (90: H100, H200) at 64 x 1024 tokens. The epilogue is taken where its ratio is over 1.
-# Nothing is measured yet, so the pointwise form is taken everywhere.
-EPILOGUE_SPEEDUP = {}
+# H100: 703 us against 891 forward, 873 against 822 backward. What is not measured takes the pointwise form.
+EPILOGUE_SPEEDUP = {(90, 768): (0.79, 1.06)}
 
 FORMS = ("epilogue", "pointwise")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -20,7 +20,7 @@ def _why_reference(op, candidates, choices, args):
         return None
     if _backend.choice(op, choices) == "reference":
         return "backend='reference'"
-    return next((reason for reason in (why_not(*args) for _, why_not in candidates) if reason is not None),
+    return next((reason for reason in (why_not(*args) for _, why_not in candidates) if reason),
                 "no kernel was chosen")
 
 

@@ -237,7 +237,7 @@ def head(x, weight, targets):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keep_logits", (False, True), ids=("fused", "from logits"))
 def test_gradients_through_several_chunks_are_as_near_to_fp64_as_pytorch(N, C, V, dtype, keep_logits, monkeypatch):
-    monkeypatch.setattr(ce, "chunk_rows", lambda N: 8)  # 20 rows: two full chunks and one of four rows
+    monkeypatch.setattr(ce, "chunk_rows", lambda *_: 8)  # 20 rows: two full chunks and one of four rows
     x, weight, targets = (with_nan_margins(t) for t in draw_head(N, C, V, dtype))
     with guarded_outputs():
         if keep_logits:
@@ -257,7 +257,7 @@ def test_gradients_through_several_chunks_are_as_near_to_fp64_as_pytorch(N, C, V
 
 def test_dw_is_summed_in_fp32_over_the_chunks(monkeypatch):
     """64 chunks, each of which adds little: a sum kept in bf16 would be rounded 64 times."""
-    monkeypatch.setattr(ce, "chunk_rows", lambda N: 1)
+    monkeypatch.setattr(ce, "chunk_rows", lambda *_: 1)
     x, weight, targets = draw_head(64, 8, 65, torch.bfloat16)
     _, _, dw = ce.forward_backward(x.abs(), weight, torch.zeros_like(targets), IGNORED, False, True)
     oracle = head(x.abs().double(), weight.double(), torch.zeros_like(targets))[2]
@@ -265,13 +265,15 @@ def test_dw_is_summed_in_fp32_over_the_chunks(monkeypatch):
     assert (dw.double() - oracle).norm() / oracle.norm() < 2**-9
 
 
-def test_chunks_have_4096_rows_and_more_and_are_at_most_eight():
+@pytest.mark.parametrize("V", (65, 8192, 50304))
+def test_chunks_have_4096_rows_and_half_a_gigabyte_and_are_at_most_four(V):
     for N in (1, 4095, 4096, 4097, 8191, 8192, 8193, 12289, 32768, 65535, 65536, 100_000, 1_000_000):
-        rows = ce.chunk_rows(N)
+        rows = ce.chunk_rows(N, 2 * V)
         chunks = -(-N // rows)
         last = N - (chunks - 1) * rows
-        assert chunks <= 8 and (chunks == 1 or rows >= 4096 and last > rows - 8), (N, rows)
-        assert rows < 8192 or chunks == 8, "a chunk holds more than it must"
+        assert chunks <= 4 and (chunks == 1 or rows >= 4096 and last > rows - 4), (N, rows)
+        assert chunks == 1 or N * 2 * V > (chunks - 1) * 2**29, "half a gigabyte is cut"
+        assert chunks == 4 or rows < 8192 or rows * 2 * V <= 2**29, "a chunk holds more than it must"
 
 
 @pytest.mark.parametrize("keep_logits", (False, True), ids=("fused", "from logits"))
