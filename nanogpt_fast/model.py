@@ -77,6 +77,7 @@ class MLP(nn.Module):
     # True: the fused op computes GELU again in its backward, and a block keeps 28C bytes a token instead of 36C. On an H100 that costs
     # 1.4 ms of GPT-2 124M's 130 ms step at 64 x 1024 tokens and saves 4.8 GB of what is half of nanoGPT's memory already.
     recompute = False
+    copies = None   # of both weights in half precision, while somebody keeps them (half_weights.py)
 
     def __init__(self, config):
         super().__init__()
@@ -93,7 +94,7 @@ class MLP(nn.Module):
             return self.c_proj(self.gelu(self.c_fc(x)))
         return mlp.gelu_mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias,
                             activation="gelu_tanh" if self.gelu.approximate == "tanh" else "gelu",
-                            recompute=self.recompute, backend=self.backend)
+                            recompute=self.recompute, backend=self.backend, copies=self.copies)
 
     def forward(self, x):
         return self.dropout(self.branch(x))

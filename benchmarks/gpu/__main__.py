@@ -95,18 +95,33 @@ def stages(part, folder, more, upstream, dry):
         Stage("train 12 again", train(12, f"nanoGPT compiled,{OURS}", "--rounds=5", "--steps=20", "--again=False", f"--json={results}"),
               60, alone=True),
     ]
+    sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"] if not dry else []
+    baby = [*train(64, "nanoGPT compiled,our trainer", "--rounds=5", "--steps=50", "--again=False", f"--json={results}"),
+            *([] if dry else ["--model=baby"])]
     rest = [
-        Stage("variations", train(64, "our trainer,trainer, our attention,trainer, MLP epilogue,trainer, recompute", "--rounds=4",
-                                  "--steps=8", f"--json={results}"), 120, alone=True),
+        by_name["build"], replace(by_name["warm nanoGPT, 64"], after=()), replace(by_name["warm nanoGPT, 12"], after=()),
+        Stage("warm baby", [*warm(64, "nanoGPT compiled"), *([] if dry else ["--model=baby"])], 80, environment=one),
+        replace(by_name["ops"], after=("build",)),
+        *(replace(by_name[f"verify {name}"], after=("build",)) for name in ("attention", "mlp")),
+        replace(by_name["verify loss"], after=("build", "warm nanoGPT, 64")),
+        Stage("sanitizer", [*sanitizer, *smoke("small")], 85, after=("build",), environment=one),
+        Stage("tests again", tests(*KERNEL_TESTS[::-1], "tests/test_captured.py", workers=6), 80, after=("build",),
+              environment=environment),
+        Stage("sweep compiles, attention", [*sweep, "--compile_only", "--only", "attention", "--workers", "6"], 60,
+              after=("warm nanoGPT, 12",), environment=one),
+        Stage("train 64 at last", train(64, "nanoGPT compiled,our trainer,one import", "--rounds=4", "--steps=8", "--profile=3",
+                                        f"--json={results}"), 90, alone=True),
+        Stage("train 12 at last", train(12, "nanoGPT compiled,our trainer,one import", "--rounds=5", "--steps=20", "--profile=3",
+                                        "--again=False", f"--json={results}"), 60, alone=True),
         Stage("generate", module("nanogpt_fast", "bench", "generate", "--rounds=3", f"--json={results}", *upstream, *(
-            ["--model=tiny", "--device=cpu", "--batch_sizes=1", "--prompt=4", "--tokens=8"] if dry else [])), 60, alone=True),
-        Stage("baby", train(64, trained, "--rounds=5", "--steps=50", f"--json={results}") + ([] if dry else ["--model=baby"]), 60,
-              alone=True),
-        Stage("kernels", module("benchmarks.run", "--rounds", "20", "--without", "compile max-autotune", "--json", results, *(
-            ["--device", "cpu", "--quick"] if dry else [])), 90, alone=True),
+            ["--model=tiny", "--device=cpu", "--batch_sizes=1", "--prompt=4", "--tokens=8"] if dry else [])), 45, alone=True),
+        Stage("sweep, attention", [*sweep, "--workers", "0", "--only", "attention"], 40, alone=True),
+        Stage("baby", baby, 40, alone=True),
+        Stage("kernels", module("benchmarks.run", "--rounds", "20", "--only", "sampler,decode", "--json", results, *(
+            ["--device", "cpu", "--quick"] if dry else [])), 40, alone=True),
     ]
     every = {stage.name: stage for stage in [*first, *second, *rest]}
-    return {"first": first, "second": second, "rest": [by_name["build"], *rest], "all": list(every.values())}[part]
+    return {"first": first, "second": second, "rest": rest, "all": list(every.values())}[part]
 
 
 def main(argv=None):

@@ -290,7 +290,27 @@ def whole_steps(B):
     return run
 
 
+def small_loss(device):
+    targets = torch.randint(0, 1003, (70,), device=device)
+    call = parsed(lambda t, b: cross_entropy.linear_cross_entropy(t["x"], t["w"], targets, return_logits=False, backend=b)[0])
+    return three_ways(call, {"x": leaf(device, 70, 64), "w": leaf(device, 1003, 64, dtype=torch.float32, scale=0.1)})
+
+
+def small_sampler(device):
+    from nanogpt_fast import backend
+    from nanogpt_fast.ops import sample
+    logits, found = torch.randn(3, 1003, device=device), []
+    for filters in (dict(temperature=0.8), dict(top_k=40), dict(top_p=0.9), dict(temperature=0.0)):
+        ours, theirs = (sample.sample(logits, seed=1, offset=3, backend=backend.parse(choice), **filters)
+                        for choice in ("fused", "reference"))
+        found.append(torch.equal(ours, theirs))
+    assert all(found), found
+    return "the definition's tokens"
+
+
 CHECKS = {
+    "small": {"attention": attention_of(1, 200, 2, 64), "attention, head form": attention_of(70, 100, 2, 32),
+              "loss": small_loss, "sampler": small_sampler, "add + LayerNorm": norm},
     "machine": {"card": card, "versions": versions, "half products into fp32": half_products_into_fp32, "limits": limits},
     "ops": {"attention, head form": attention_of(72, 512, 4, 32), "attention, split form": attention_of(2, 777, 4, 64), "attention, auto": attention_of(12, 1024, 12, 64, by="auto"),
             "attention, head size 128": attention_of(2, 300, 4, 128), "attention, dropout": attention_of(40, 256, 4, 64, 0.2),

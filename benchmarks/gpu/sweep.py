@@ -45,13 +45,13 @@ def tiles(*rows):
 
 
 FORWARD = tiles((128, 64, 4, 3), (128, 64, 4, 2), (128, 64, 4, 4), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3),
-                (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 4, 3), (64, 128, 4, 2), (256, 64, 8, 2), (64, 32, 4, 3))
-HEAD = tiles((64, 128, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3), (32, 128, 8, 3),
-             (128, 128, 8, 2), (64, 64, 4, 3))
-DKDV = tiles((64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 128, 8, 3), (32, 64, 4, 3),
-             (128, 64, 8, 2), (32, 128, 4, 2), (64, 128, 4, 2))
-DQ = tiles((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 4, 3), (128, 32, 4, 2), (128, 64, 4, 2),
-           (64, 128, 8, 2))
+                (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 4, 3), (64, 128, 4, 2), (256, 64, 8, 2), (64, 32, 4, 3), (64, 32, 4, 4),
+                (128, 32, 8, 3), (128, 64, 8, 4), (128, 64, 8, 2))
+HEAD = tiles((64, 128, 8, 3), (128, 128, 8, 2))
+DKDV = tiles((32, 64, 4, 3), (64, 128, 8, 2), (64, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 4), (16, 64, 4, 4), (32, 128, 4, 3), (32, 32, 4, 3),
+             (64, 64, 4, 4), (32, 64, 8, 3), (64, 32, 4, 3))
+DQ = tiles((64, 32, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3), (64, 32, 4, 2), (64, 32, 4, 4), (64, 16, 4, 4), (128, 32, 8, 3), (128, 32, 4, 3),
+           (64, 64, 4, 3), (32, 32, 4, 3))
 MATMUL = ((128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 32, 4, 4),
           (256, 128, 64, 8, 3), (128, 128, 64, 4, 4), (64, 128, 64, 4, 4))
 
@@ -95,6 +95,20 @@ def with_dropout(B, T, H, D, p):
             return torch.autograd.grad(call(t), t["qkv"], t["do"])[0]
         return once
 
+    def backward(form, **given):
+        """Ours with this form and these tiles in the backward, for one launch."""
+        def once(t):
+            if "out" not in t:
+                seed = torch.tensor([5], device=t["qkv"].device)
+                t["seed"], (t["out"], t["lse"]) = seed, attention_forward.launch_forward_qkvpacked(t["qkv"].detach(), seed, H, None, p)
+            return attention_backward.launch_backward_qkvpacked(t["do"], t["qkv"].detach(), t["out"], t["lse"], t["seed"], H, None, p,
+                                                                form, given or None)
+        return once
+
+    forms = {"head": backward("head"), "split": backward("split")}
+    forms |= {f"split dq {named(dq)}, dkdv {named(dkdv)}": backward("split", dq=dq, dkdv=dkdv)
+              for dq, dkdv in ((DQ[0], DKDV[0]), (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)), (Tile(128, 64, 8, 2), Tile(32, 64, 4, 3)))}
+    yield Group(f"attention backward B={B} T={T} H={H} D={D} dropout={p}", make, forms, tolerance=0.02)
     calls = {"ours": lambda t: attention_op.causal_attention_qkvpacked(t["qkv"], H, dropout_p=p, backend=FUSED),
              "PyTorch": lambda t: reference.causal_attention_qkvpacked(t["qkv"], H, dropout_p=p)}
     for both in (False, True):

@@ -51,7 +51,7 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
         op = _LossAndLogits if return_logits else _Loss
     else:
         op = _CPULossAndLogits if return_logits else _CPULoss
-    if copied_from is not None and name == "cpp" and not return_logits and weight.dtype == _dtype(x):
+    if copied_from is not None and not return_logits and weight.dtype == _dtype(x):
         return op.apply(x, copied_from, targets, _dtype(x), ignore_index, reduction, need_dx, need_dw, weight.detach())
     return op.apply(x, weight, targets, _dtype(x), ignore_index, reduction, need_dx, need_dw)
 
@@ -110,10 +110,10 @@ class _Loss(torch.autograd.Function):
     """The loss alone. The forward also makes the gradients of the sum of the losses; the backward scales them."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, dtype, ignore_index, reduction, need_dx, need_dw):
+    def forward(ctx, x, weight, targets, dtype, ignore_index, reduction, need_dx, need_dw, copy=None):
         rows, targets = x.reshape(-1, x.size(-1)).to(dtype), targets.reshape(-1).contiguous()
         run = raw.linear_cross_entropy if torch.compiler.is_compiling() else _kernels().forward_backward
-        losses, dx, dw = run(rows, weight.to(dtype), targets, ignore_index, need_dx, need_dw)
+        losses, dx, dw = run(rows, weight.to(dtype) if copy is None else copy, targets, ignore_index, need_dx, need_dw)
         loss, count = _reduce(losses, targets, ignore_index, reduction, _loss_dtype(x))
         ctx.save_for_backward(dx, dw, count)
         ctx.x_shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype)
@@ -127,7 +127,7 @@ class _Loss(torch.autograd.Function):
         need_dx, need_dw = ctx.needs_input_grad[:2]
         dx = _scaled(dx, scale, ctx.dtypes[0]).view(ctx.x_shape) if need_dx else None
         dw = _scaled(dw, scale, ctx.dtypes[1]) if need_dw else None
-        return dx, dw, None, None, None, None, None, None
+        return dx, dw, None, None, None, None, None, None, None
 
 
 class _LossAndLogits(torch.autograd.Function):

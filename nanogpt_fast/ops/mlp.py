@@ -25,14 +25,16 @@ FORMS = ("epilogue", "pointwise")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0, recompute=False, form=None, backend=None):
+def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0, recompute=False, form=None, backend=None,
+             copies=None):
     """dropout(act(x w_fc^T + b_fc) w_proj^T + b_proj): (..., C) in the autocast dtype where autocast is on, else in x's.
 
     x (..., C), w_fc (F, C), w_proj (C, F), floating point; b_fc (F,), b_proj (C,), or None. F is 4C in a GPT.
     activation: "gelu" (erf), "gelu_tanh", "relu". dropout_p: 0 when not training; the mask's seed comes from the generator of
     x's device. recompute: keep 10C instead of 18C bytes a token for the backward (half precision), which computes post again.
     form: "epilogue" or "pointwise" forces where the kernels compute the activation; None takes what was measured faster.
-    backend: a choice for each op as `backend.parse` gives it, or None.
+    backend: a choice for each op as `backend.parse` gives it, or None. copies: both weights in the dtype to compute in, where somebody
+    keeps them (half_weights.py): the kernels take them instead of casting, and the weights' gradients are not rounded to it.
 
     Raises ValueError (shapes, options), RuntimeError (backend "fused" where no kernel can run; a second derivative, which only
     the reference has). Source: kernels/mlp.py.
@@ -47,7 +49,7 @@ def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0,
     if _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj)) == "reference":
         return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, activation_name=activation, dropout_p=dropout_p)
     forms = (form, form) if form else _faster_forms(x)
-    return _GeluMLP.apply(x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p, recompute, forms, torch.is_grad_enabled())
+    return _GeluMLP.apply(x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p, recompute, forms, torch.is_grad_enabled(), copies)
 
 
 def implementation(x, w_fc, b_fc, w_proj, b_proj, *, backend=None):
@@ -98,7 +100,7 @@ def _faster_forms(x):
     return tuple("epilogue" if ratio > 1 else "pointwise" for ratio in ratios)
 
 
-def _operands(x, w_fc, w_proj, dropout_p):
+def _operands(x, w_fc, w_proj, dropout_p, copies):
     """x as rows and the weights, in the dtype to compute in, as the kernels take them; and a seed where there is dropout.
 
     Biases stay as they are: kernels add them in fp32. What is right isn't touched: a `.to` that does nothing takes 0.7 us.
@@ -109,6 +111,8 @@ def _operands(x, w_fc, w_proj, dropout_p):
     if rows.dtype != dtype or rows.stride(1) != 1:
         rows = rows.to(dtype).contiguous()
     seed = torch.randint(2**31 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_p > 0 else None
+    if copies is not None and copies[0].dtype == dtype:
+        return rows, *copies, seed
     if w_fc.dtype != dtype or not w_fc.is_contiguous():
         w_fc = w_fc.to(dtype).contiguous()
     if w_proj.dtype != dtype or not w_proj.is_contiguous():
@@ -119,10 +123,10 @@ def _operands(x, w_fc, w_proj, dropout_p):
 class _GeluMLP(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p, recompute, forms, grad_enabled):
+    def forward(ctx, x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p, recompute, forms, grad_enabled, copies):
         # What needs a gradient decides what is kept; under no_grad needs_input_grad still says what would.
         needs = ctx.needs_input_grad[:5] if grad_enabled else (False,) * 5
-        rows, fc, proj, seed = _operands(x, w_fc, w_proj, dropout_p)
+        rows, fc, proj, seed = _operands(x, w_fc, w_proj, dropout_p, copies)
         need_x, need_w_fc, need_b_fc, need_w_proj, _ = needs
         need_dh = need_x or need_w_fc or need_b_fc
         keep_h, keep_post = need_dh or need_w_proj and recompute, need_w_proj and not recompute
@@ -147,7 +151,7 @@ class _GeluMLP(torch.autograd.Function):
             gradients = run(dy, rows, fc, b_fc, proj, h, post, seed, *options, *needs)
             dx, *others = (gradient.to(dtype) if need else None
                            for gradient, dtype, need in zip(gradients, dtypes, needs, strict=True))
-        return dx if dx is None else dx.view(shape), *others, None, None, None, None, None
+        return dx if dx is None else dx.view(shape), *others, None, None, None, None, None, None
 
 
 def _no_autocast(device_type):

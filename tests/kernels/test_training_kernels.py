@@ -38,6 +38,29 @@ def test_no_fp32_tensor_of_the_size_of_the_logits_is_made_in_a_whole_step(device
     assert (large == []) == (backend == "fused"), large
 
 
+def test_the_mlps_and_the_heads_weights_get_gradients_that_were_never_rounded(device):
+    """own_gradients: as near to fp64 as the same products summed in fp32, where a gradient that passes through a copy is rounded."""
+    model, (x, y) = model_of(device, vocab_size=300), batch(device, B=1, T=20, V=300)
+    rounded, gradients = {}, {}
+    for own in (False, True):
+        model.zero_grad(set_to_none=True)
+        weights = HalfWeights(model, torch.bfloat16, own_gradients=own)
+        with weights.in_use(), autocast(device, torch.bfloat16):
+            model(x, y, return_logits=False)[1].backward()
+        assert not any("copies" in block.mlp.__dict__ for block in model.transformer.h) and "head_copied_from" not in model.__dict__
+        for name, p in model.named_parameters():
+            rounded[own, name] = torch.equal(p.grad, p.grad.bfloat16().float())
+            gradients[own, name] = p.grad
+    for i in range(2):
+        for matrix in ("c_fc", "c_proj"):
+            name = f"transformer.h.{i}.mlp.{matrix}.weight"
+            assert rounded[False, name] and not rounded[True, name]
+            assert torch.equal(gradients[True, name].bfloat16().float(), gradients[False, name])     # the same sum, rounded or not
+    # The embedding's share of the tied weight is fp32 either way: what is left of their difference is the rounding of the head's.
+    a, b = (gradients[own, "transformer.wte.weight"] for own in (True, False))
+    assert not torch.equal(a, b) and (a - b).norm() < 2 ** -8 * a.norm()
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_copies_of_the_weights_give_the_gradients_of_autocast(device, accumulation):
     plain, (x, y) = model_of(device), batch(device, B=1, T=20)
