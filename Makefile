@@ -46,9 +46,11 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	@$(PIP) install -q -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.torch $(SOURCES)
+# Every version is in the two files of constraints, those that build the extension as well: pip's isolated build would take the newest.
+$(VENV)/.installed-test: $(VENV)/.torch $(SOURCES) constraints-test.txt
 	@echo "Installing nanogpt_fast and what its tests need ..."
-	@$(PIP) install -q -c constraints.txt -e ".[test]"
+	@$(PIP) install -q -c constraints-test.txt setuptools pybind11 ninja
+	@$(PIP) install -q -c constraints.txt -c constraints-test.txt --no-build-isolation -e ".[test]"
 	@touch $@ $(VENV)/.installed
 
 clean:
