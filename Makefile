@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 CPU_WHEELS = https://download.pytorch.org/whl/cpu
+# `make test VENV=.venv-newest TORCH=torch LOCK=` tests the newest of everything instead.
+TORCH = -r constraints.txt
+LOCK = -c constraints.txt -c constraints-test.txt
 
 .PHONY: demo test test-all gate clean
 .DELETE_ON_ERROR:
@@ -31,11 +34,11 @@ $(VENV)/.torch: constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@if [ -e /proc/driver/nvidia/version ] || command -v nvidia-smi >/dev/null 2>&1; then \
 	  echo "Installing torch (CUDA build: there is an NVIDIA driver) ..."; \
-	  $(PIP) install -q -r constraints.txt; \
+	  $(PIP) install -q $(TORCH); \
 	else \
 	  echo "Installing torch (CPU build: no NVIDIA driver) ..."; \
-	  $(PIP) --retries 0 --timeout 5 install -q --index-url $(CPU_WHEELS) --extra-index-url $(CPU_WHEELS) -r constraints.txt 2>/dev/null \
-	  || { echo "PyTorch's CPU wheel index cannot be reached; taking the default index."; $(PIP) install -q -r constraints.txt; }; \
+	  $(PIP) --retries 0 --timeout 5 install -q --index-url $(CPU_WHEELS) --extra-index-url $(CPU_WHEELS) $(TORCH) 2>/dev/null \
+	  || { echo "PyTorch's CPU wheel index cannot be reached; taking the default index."; $(PIP) install -q $(TORCH); }; \
 	fi
 	@touch $@
 
@@ -46,10 +49,12 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	@$(PIP) install -q -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.torch $(SOURCES)
+# Every version is in the two files of constraints, those that build the extension as well: pip's isolated build would take the newest.
+$(VENV)/.installed-test: $(VENV)/.torch $(SOURCES) constraints-test.txt
 	@echo "Installing nanogpt_fast and what its tests need ..."
-	@$(PIP) install -q -c constraints.txt -e ".[test]"
+	@$(PIP) install -q $(LOCK) setuptools pybind11 ninja
+	@$(PIP) install -q $(LOCK) --no-build-isolation -e ".[test]"
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-newest build *.egg-info

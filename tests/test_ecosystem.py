@@ -5,6 +5,8 @@ makes the swapped modules take their own formulas all the same, so that what a l
 """
 import contextlib
 import copy
+import functools
+import inspect
 import os
 import pickle
 import socket
@@ -16,6 +18,7 @@ import torch.nn as nn
 import nanogpt_fast
 from forks import fork
 from nanogpt_fast import GPT, GPTConfig
+from nanogpt_fast.swap import gpt2 as gpt2_parts
 from nanogpt_fast.swap import parts
 
 
@@ -71,12 +74,18 @@ def test_gpt2_logits_loss_gradients_and_greedy_text_are_the_same(activation, mon
     assert_same(step(model.train()), before)
 
 
+def cached(model, x):
+    """The cache after x, and the keyword under which the model takes it: its name changed in 5.24."""
+    name = next(name for name in ("cache", "past_key_values") if name in inspect.signature(model.forward).parameters)
+    return {name: getattr(model(x, use_cache=True), name)}
+
+
 def test_gpt2_model_masks_caches_and_counts(on_ops):
     model = gpt2(lm=False).eval()
     x, mask = tokens(), torch.ones(2, 11, dtype=torch.long)
     mask[0, :4] = 0
     with torch.no_grad():
-        calls = (lambda: model(x)), (lambda: model(x, attention_mask=mask)), (lambda: model(x, past_key_values=model(x[:, :0 + 3]).past_key_values))
+        calls = (lambda: model(x)), (lambda: model(x, attention_mask=mask)), (lambda: model(x, **cached(model, x[:, :3])))
         before = [call().last_hidden_state for call in calls]
         report = nanogpt_fast.accelerate(model)
         assert_same([call().last_hidden_state for call in calls], before, exact=False)
@@ -101,6 +110,165 @@ def test_the_scale_by_layer_is_honoured(on_ops):
     before = step(model)
     assert nanogpt_fast.accelerate(model).left == []
     assert_same(step(model), before, exact=False)
+
+
+def flat(result):
+    """(form, tensors) of nested tuples, dicts and caches, so that results are compared whole."""
+    if torch.is_tensor(result):
+        return "tensor", [result]
+    if isinstance(result, (tuple, list)):
+        parts = [flat(item) for item in result]
+        return (type(result).__name__, *(form for form, _ in parts)), [t for _, ts in parts for t in ts]
+    if hasattr(result, "items"):
+        form, ts = flat(tuple(result.values()))
+        return (type(result).__name__, tuple(result.keys()), form), ts
+    if hasattr(result, "update") and hasattr(result, "get_seq_length"):
+        first = result.layers[0].keys if hasattr(result, "layers") else result.key_cache[0]                 # (B, H, T, D)
+        form, ts = flat(tuple(result.update(*[first[..., :1, :]] * 2, layer) for layer in range(2)))        # what is in it, too
+        return (type(result).__name__, form), ts
+    assert result is None or isinstance(result, (int, float, str)), type(result)
+    return type(result).__name__, []
+
+
+def padding():
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[0, :4] = 0
+    return mask
+
+
+CALLS = {
+    "plain": lambda m: m(tokens()), "no cache": lambda m: m(tokens(), use_cache=False),
+    "a cache": lambda m: m(tokens(), **cached(m, tokens()[:, :3])), "one token": lambda m: m(tokens()[:, :1]),
+    "a tuple": lambda m: m(tokens(), return_dict=False), "padding": lambda m: m(tokens(), attention_mask=padding()),
+    "hidden states": lambda m: m(tokens(), output_hidden_states=True, use_cache=False),
+    "attentions": lambda m: m(tokens(), output_attentions=True, use_cache=False),
+    "attentions and cache": lambda m: m(tokens(), output_attentions=True, use_cache=True),
+    "embeddings": lambda m: m(inputs_embeds=torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3))),
+    "positions": lambda m: m(tokens(), position_ids=torch.arange(11).flip(0)[None]),
+    "greedy": lambda m: m.generate(tokens(), max_new_tokens=6, do_sample=False),
+    "padded greedy": lambda m: m.generate(tokens(), attention_mask=padding(), max_new_tokens=6, do_sample=False),
+    "beams": lambda m: m.generate(tokens(), max_new_tokens=6, num_beams=3, do_sample=False),
+    "without cache": lambda m: m.generate(tokens(), max_new_tokens=6, do_sample=False, use_cache=False),
+    "sampled": lambda m: (torch.manual_seed(4), m.generate(tokens(), max_new_tokens=6, do_sample=True, top_k=5))[1],
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("ops", [False, True], ids=["own path", "ops"])
+def test_a_call_returns_what_it_returned_in_form_and_value(call, ops, monkeypatch):
+    model = gpt2().eval()
+    with torch.no_grad():
+        expected = flat(CALLS[call](model))
+        assert nanogpt_fast.accelerate(model).left == []
+        if ops:
+            monkeypatch.setattr(parts, "_why_reference", lambda *args: None)
+        found = flat(CALLS[call](model))
+    assert found[0] == expected[0]
+    assert_same(found[1], expected[1], exact=not ops)
+
+
+@pytest.mark.parametrize("ops", [False, True], ids=["own path", "ops"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("options", [None, dict(use_reentrant=False), dict(use_reentrant=True)],
+                         ids=["whole", "checkpointed", "checkpointed, reentrant"])
+def test_a_training_step_in_bf16_and_under_checkpointing_is_the_same(options, autocast, ops, monkeypatch):
+    model = gpt2(resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0).train()
+    if options is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return step(model)
+    expected = run()
+    assert nanogpt_fast.accelerate(model, backend="reference").left == []
+    if ops:
+        monkeypatch.setattr(parts, "_why_reference", lambda *args: None)
+    found = run()
+    assert len(found) == len(expected) == 2 + sum(1 for _ in model.parameters())
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=0, atol=(5e-2 if autocast else 1e-4) * float(b.abs().max()) if ops else 0)
+
+
+@pytest.mark.parametrize("part", ["attention", "block"])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_part_called_alone_takes_its_cache_under_each_of_its_names_and_by_position(part, use_cache, on_ops):
+    """transformers renames older names by decorators, for some releases."""
+    transformers = pytest.importorskip("transformers")
+    model = gpt2().eval()
+    block = model.transformer.h[0]
+    module = block.attn if part == "attention" else block
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    legacy = "layer_past" in gpt2_parts.parameters(type(module).forward)
+    def call(name):
+        cache = None if legacy else transformers.DynamicCache()
+        result = module(x, cache, use_cache=use_cache) if name is None else module(x, use_cache=use_cache, **{name: cache})
+        return flat((result, () if cache is None or cache.get_seq_length(0) == 0 else cache))
+    def known(name):
+        """A name that the release does not know is refused, or passed on, and then the cache stays empty."""
+        try:
+            return len(call(name)[1]) > 1 or legacy
+        except TypeError:
+            return False
+    with torch.no_grad():
+        names = [name for name in (None, *gpt2_parts.CACHES) if known(name)]
+        expected = [call(name) for name in names]
+        assert len(names) >= 2
+        report = nanogpt_fast.accelerate(model)
+        for name, (form, values) in zip(names, expected):
+            found = call(name)
+            assert found[0] == form, name
+            assert_same(found[1], values, exact=False)
+    assert report.calls[part, "kernels"] == len(names)
+
+
+def test_arguments_that_the_attention_function_reads_take_the_own_path(on_ops):
+    model = gpt2(attn_pdrop=0.0).eval()
+    attn, x = model.transformer.h[0].attn, torch.randn(1, 5, 32)
+    def call():
+        try:
+            with torch.no_grad():
+                return flat(attn(x, is_causal=False))[1][0]
+        except TypeError as error:  # up to 4.57 the attention passes is_causal itself
+            return str(error)
+    expected = call()
+    report = nanogpt_fast.accelerate(model)
+    found = call()
+    assert torch.equal(found, expected) if torch.is_tensor(expected) else found == expected
+    assert not report.calls.get(("attention", "kernels"))
+
+
+def test_every_argument_that_transformers_own_attention_function_reads_is_known():
+    sdpa = pytest.importorskip("transformers.integrations.sdpa_attention")
+    names = set(inspect.signature(sdpa.sdpa_attention_forward).parameters)
+    assert names - {"module", "query", "key", "value", "attention_mask", "kwargs"} <= set(gpt2_parts.READ_BY_SDPA)
+
+
+def test_a_subclass_that_returns_something_else_or_takes_no_cache_is_named():
+    model = gpt2(n_layer=3).eval()
+    listed, attn, block = model.transformer.h[0], model.transformer.h[1].attn, model.transformer.h[2]
+    class Listed(type(listed)):
+        @functools.wraps(type(listed).forward)
+        def forward(self, *args, **kwargs):
+            return [super().forward(*args, **kwargs)]
+    def bare(own):
+        return type("Bare", (own,), {"forward": lambda self, hidden_states, **kwargs: own.forward(self, hidden_states, **kwargs)})
+    listed.__class__, attn.__class__, block.__class__ = Listed, bare(type(attn)), bare(type(block))
+    left = {row.path: row.reason for row in nanogpt_fast.accelerate(model).left}
+    assert left.keys() == {"transformer.h.0", "transformer.h.1.attn", "transformer.h.2"}
+    assert "it returns a list" in left["transformer.h.0"]
+    assert left["transformer.h.1.attn"].startswith("its forward takes no cache")
+    assert left["transformer.h.2"].startswith("its forward takes no cache")
+
+
+def test_torch_compile_traces_gpt2_whole(on_ops):
+    model = gpt2(resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0)
+    body = model.transformer.h[0]
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    expected = flat(body(x))
+    nanogpt_fast.accelerate(model)
+    torch._dynamo.reset()
+    found = flat(torch.compile(body, backend="eager", fullgraph=True)(x))
+    assert found[0] == expected[0]
+    assert_same(found[1], expected[1], exact=False)
 
 
 def test_hidden_states_and_save_pretrained_work(on_ops, tmp_path):

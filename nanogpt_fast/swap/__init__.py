@@ -27,8 +27,8 @@ What keeps it from changing results:
 
 B batch, T sequence, C = n_embd, H = n_head, D = C / H head size.
 
-Here are the public functions and the report; swapped.py makes a module's new class, parts.py has the formulas, recognise.py
-says what is a candidate, trial.py runs it.
+Here are the public functions and the report; swapped.py makes a module's new class, parts.py has the formulas (gpt2.py those for
+transformers' GPT-2, with a table of its releases), recognise.py says what is a candidate, trial.py runs it.
 """
 import collections
 from typing import NamedTuple

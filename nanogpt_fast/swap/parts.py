@@ -1,4 +1,4 @@
-"""The parts of a GPT on the ops: a class a part and a layout (nanoGPT's, separate q, k and v, transformers' GPT-2).
+"""The parts of a GPT on the ops: a class a part and a layout (nanoGPT's, separate q, k and v; transformers' are in gpt2.py).
 
 Each says `why_own`, why a call has to take the module's own forward, and `fast`, the formula that takes its place. swapped.py
 makes of such a class and a module's own class the one that the module gets.
@@ -9,7 +9,6 @@ import torch.nn as nn
 
 from .. import backend as _backend
 from .. import model as nano
-from .. import reference
 from ..ops import attention, cross_entropy, layer_norm, mlp
 from .swapped import Swapped
 
@@ -86,36 +85,6 @@ class SeparateAttention(Swapped):
         return self.resid_drop(self.proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
-class GPT2Attention(Swapped):
-    """transformers' GPT2Attention: c_attn is a Conv1D, keys and values may go into a cache. Returns (out, None), as SDPA."""
-
-    part = "attention"
-
-    def why_own(self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None,
-                encoder_attention_mask=None, output_attentions=False, **more):
-        if attention_mask is not None:
-            return "an attention mask"
-        if encoder_hidden_states is not None or output_attentions:
-            return "cross-attention or output_attentions"
-        if self.config._attn_implementation != "sdpa":
-            return f"attn_implementation={self.config._attn_implementation!r}"
-        if past_key_values is not None:
-            if type(past_key_values).__name__ != "DynamicCache":
-                return f"a {type(past_key_values).__name__}"
-            if past_key_values.get_seq_length(self.layer_idx) > 0:
-                return "past key values"
-        return _why_own_packed(hidden_states, self.head_dim, self.scaling, self.backend, nano._p(self.attn_dropout))
-
-    def fast(self, hidden_states, past_key_values=None, attention_mask=None, **more):
-        qkv = self.c_attn(hidden_states)                                            # (B, T, 3C)
-        p = nano._p(self.attn_dropout)
-        if past_key_values is not None:                                             # empty: this is the prompt
-            _, k, v = reference.split_heads(qkv, self.num_heads)
-            past_key_values.update(k, v, self.layer_idx)
-        y = attention.causal_attention_qkvpacked(qkv, self.num_heads, dropout_p=p, scale=self.scaling, backend=self.backend)
-        return self.resid_dropout(self.c_proj(y)), None
-
-
 # MLP
 
 class Mlp(Swapped):
@@ -156,30 +125,6 @@ class SequentialMlp(Mlp):
                             backend=self.backend)
 
 
-class GPT2Mlp(Mlp):
-    """transformers' GPT2MLP. A Conv1D's weight is (in, out), the op's (out, in): a view, made contiguous by the cast."""
-
-    def unfused_reason(self):
-        conv = _conv1d()
-        return (nano.touched(self.c_fc, conv) or nano.touched(self.c_proj, conv) or nano.touched(self.act, type(self.act))
-                or nano.touched(self.dropout, nn.Dropout))
-
-    def weights(self):
-        return self.c_fc.weight.t(), self.c_fc.bias, self.c_proj.weight.t(), self.c_proj.bias
-
-    def fast(self, hidden_states):
-        return mlp.gelu_mlp(hidden_states, *self.weights(), activation=activation_name(self.act),
-                            dropout_p=nano._p(self.dropout), backend=self.backend)
-
-
-def _conv1d():
-    from transformers.pytorch_utils import Conv1D
-    return Conv1D
-
-
-_conv1d._dynamo_marked_constant = True      # torch.compile keeps the answer instead of tracing the import
-
-
 def activation_name(module):
     """The name of a module's activation function by its class, or None where it is none of the op's."""
     if isinstance(module, nn.GELU):
@@ -187,8 +132,9 @@ def activation_name(module):
     return _ACTIVATIONS.get(type(module).__name__)
 
 
-_ACTIVATIONS = {"ReLU": "relu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh",
-                "FastGELUActivation": "gelu_tanh"}      # the last four are transformers'; `_tried` checks what they compute
+_ACTIVATIONS = {"ReLU": "relu",     # the others are transformers'; `_tried` checks what they compute
+                "GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh",
+                "FastGELUActivation": "gelu_tanh"}
 
 
 # Block: the residual add behind the attention and the LayerNorm behind it are one kernel
@@ -228,27 +174,6 @@ class SeparateBlock(Block):
         x, h = layer_norm.add_layer_norm(x, self.sa(self.ln1(x)), self.ln2.weight, self.ln2.bias, eps=self.ln2.eps,
                                          backend=self.backend)
         return x + self.ff(h)
-
-
-class GPT2Block(Block):
-    """transformers' GPT2Block, without cross-attention."""
-
-    def norms(self):
-        return self.ln_1, self.ln_2
-
-    def unfused_reason(self):
-        return _norm_touched(self.ln_2)
-
-    def why_own(self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None, **more):
-        return "cross-attention" if encoder_hidden_states is not None else super().why_own(hidden_states)
-
-    def fast(self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None,
-             encoder_attention_mask=None, use_cache=False, **more):
-        branch, _ = self.attn(self.ln_1(hidden_states), past_key_values=past_key_values, attention_mask=attention_mask,
-                              use_cache=use_cache, **more)
-        x, h = layer_norm.add_layer_norm(hidden_states, branch, self.ln_2.weight, self.ln_2.bias, eps=self.ln_2.eps,
-                                         backend=self.backend)
-        return x + self.mlp(h)
 
 
 def _norm_touched(module):

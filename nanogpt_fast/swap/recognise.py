@@ -7,7 +7,7 @@ import inspect
 import torch.nn as nn
 
 from .. import model as nano
-from . import parts
+from . import gpt2, parts
 from .swapped import TAKEN
 
 
@@ -19,12 +19,12 @@ def candidate(module):
     from_transformers = any(base.__module__.startswith("transformers.models.gpt2") for base in type(module).__mro__)
     found = None
     if from_transformers and {"c_attn", "c_proj"} <= children.keys():
-        found = "attention", parts.GPT2Attention, _gpt2_attention_why_not(module, children)
+        found = "attention", gpt2.GPT2Attention, _gpt2_attention_why_not(module, children)
     elif from_transformers and {"c_fc", "act", "c_proj", "dropout"} <= children.keys():
-        found = "mlp", parts.GPT2Mlp, _extra(module, children, {"c_fc", "act", "c_proj", "dropout"}) or _odd(module.act)
+        found = "mlp", gpt2.GPT2Mlp, _extra(module, children, {"c_fc", "act", "c_proj", "dropout"}) or _odd(module.act)
     elif from_transformers and {"ln_1", "attn", "ln_2", "mlp"} <= children.keys():
-        found = "block", parts.GPT2Block, (_extra(module, children, {"ln_1", "attn", "ln_2", "mlp"})
-                                           or _norms_why_not(module.ln_2))
+        found = "block", gpt2.GPT2Block, (_no_cache(module) or _extra(module, children, {"ln_1", "attn", "ln_2", "mlp"})
+                                          or _norms_why_not(module.ln_2))
     elif from_transformers:
         return None
     elif {"c_attn", "c_proj"} <= children.keys():
@@ -91,14 +91,20 @@ def _separate_attention_why_not(module, children):
     return reason or (None if "n_head" in module.__dict__ else "it has no n_head")
 
 
+def _no_cache(module):
+    if gpt2.cache_name(type(module).forward) is None:
+        return f"its forward takes no {' or '.join(gpt2.CACHES)}"
+    return None
+
+
 def _gpt2_attention_why_not(module, children):
-    if "past_key_values" not in inspect.signature(type(module).forward).parameters:
-        return "this version of transformers passes keys and values in another way"
+    if reason := _no_cache(module):
+        return reason
     if module.is_cross_attention or module.reorder_and_upcast_attn:
         return "cross-attention" if module.is_cross_attention else "reorder_and_upcast_attn"
     if module.config._attn_implementation == "eager":
         return "attn_implementation='eager' writes its mask out; load the model with 'sdpa'"
-    return _extra(module, children, {"c_attn", "c_proj", "attn_dropout", "resid_dropout"})
+    return _extra(module, children, {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}, buffers=gpt2.MASK_BUFFERS)
 
 
 def _nano_mlp_why_not(module, children):

@@ -13,11 +13,13 @@ from .. import model as nano
 
 
 class State:
-    """What the swapped modules of one `accelerate` share: the choice of implementations, and the count of their calls."""
+    """What the swapped modules of one `accelerate` share: the choice of implementations, the count of their calls, and the
+    form of what transformers' own forwards return: {class: {use_cache: form}}, see gpt2.form."""
 
     def __init__(self, choices):
         self.choices = choices
         self.calls = collections.Counter()
+        self.forms = {}
 
 
 class Swapped:

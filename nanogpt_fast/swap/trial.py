@@ -2,11 +2,13 @@
 
 A fork that keeps nanoGPT's names and computes something else is found out here, and by how much it differs.
 """
+import functools
+
 import torch
 import torch.nn as nn
 
 from .. import backend as _backend
-from . import parts
+from . import gpt2, parts
 from .swapped import swapped_class
 
 # What ours may differ from the module's own, relative to the largest value: both are float64 except attention (float32, since
@@ -20,14 +22,16 @@ def swap(module, mixin, state, tried, context):
     own = type(module)
     cls = swapped_class(own, mixin)
     # Modules of one class whose plain attributes and shapes are equal compute the same function of their weights: one is tried.
-    # transformers' code is known: layer_idx there numbers the cache, and enters the scale, which is an attribute of its own.
+    # transformers' code is known: layer_idx there numbers the cache, and may enter the scale; the mask buffers are not read.
+    known = issubclass(mixin, gpt2.FromTransformers)
+    by_layer = getattr(module, "scale_attn_by_inverse_layer_idx", False)
     plain = {name: value for name, value in module.__dict__.items()
-             if isinstance(value, (int, float, str, type(None)))
-             and (name != "layer_idx" or mixin not in (parts.GPT2Attention, parts.GPT2Mlp, parts.GPT2Block))}
+             if isinstance(value, (int, float, str, type(None))) and (name != "layer_idx" or not known or by_layer)}
     inner = tuple((name, type(child), tuple(sorted((k, v) for k, v in vars(child).items() if isinstance(v, (int, float, str)))))
                   for name, child in module.named_modules() if child is not module and mixin is not parts.NanoGPT)
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
-    fixed = tuple((name, id(buffer)) for name, buffer in module.named_buffers())
+    fixed = tuple((name, id(buffer)) for name, buffer in module.named_buffers()
+                  if not (known and name.rpartition(".")[2] in gpt2.MASK_BUFFERS))
     key = (own, mixin, tuple(sorted(plain.items(), key=str)), inner, shapes, fixed)
     module.__dict__["_swap_state"] = state
     try:
@@ -77,7 +81,7 @@ class _Call(nn.Module):
 
 def _probe(module, context):
     """(own, ours): two functions without arguments that run a part on the same random weights and inputs, on the CPU."""
-    attends = isinstance(module, (parts.NanoAttention, parts.SeparateAttention, parts.GPT2Attention))
+    attends = isinstance(module, (parts.NanoAttention, parts.SeparateAttention, gpt2.GPT2Attention))
     dtype = torch.float32 if attends else torch.float64
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -88,8 +92,32 @@ def _probe(module, context):
         tensors[f"module.{name}"] = buffer.detach().to("cpu", dtype if buffer.is_floating_point() else buffer.dtype)
     T = min(context, LONGEST_PROBE if attends else 16)
     x = torch.randn(1, T, _width(module), generator=generator, dtype=dtype)
-    run = lambda method: torch.func.functional_call(_Call(module), tensors, (method, x))
+    call = _with_and_without_cache if isinstance(module, gpt2.FromTransformers) else (lambda method, module, x: method(module, x))
+    run = lambda method: torch.func.functional_call(_Call(module), tensors, (functools.partial(call, method), x))
     return lambda: run(type(module)._own.forward), lambda: run(type(module).fast)
+
+
+def _with_and_without_cache(method, module, x):
+    """The tensors that two calls of a part of transformers' GPT-2 return, and what is in the cache then; records the forms."""
+    plain = method(module, x)
+    name = gpt2.cache_name(module._own.forward)
+    if name == "layer_past":
+        cached, kept = method(module, x, use_cache=True), ()
+    else:
+        from transformers import DynamicCache
+        cache = DynamicCache()
+        cached = method(module, x, use_cache=True, **{name: cache})
+        attn = getattr(module, "attn", module)
+        heads = x.new_zeros(1, attn.num_heads, 1, attn.head_dim)
+        kept = cache.update(heads, heads, attn.layer_idx)                           # returns what is in it, and the new
+    # The own forward is called first; ours returns by these.
+    module._swap_state.forms.setdefault(module._own, {False: gpt2.form(plain), True: gpt2.form(cached)})
+    return tuple(_tensors((plain, cached, kept)))
+
+
+def _tensors(result):
+    """The tensors of nested tuples, in order."""
+    return [result] if torch.is_tensor(result) else [t for item in result or () for t in _tensors(item)]
 
 
 def _model_probe(module):

