@@ -204,27 +204,3 @@ def test_the_summary_is_one_screen():
     text = report.summary([train_record(1000), *[kernel_record()] * 40])
     assert "one import" in text and "1.50 x nanoGPT" in text and len(text.splitlines()) <= 40
     assert report.summary([]) == "nothing was measured"
-
-
-# --------------------------------------------------------------------------------------------------------- the GPU's command
-
-def test_the_gpu_command_runs_dry_on_a_cpu(tmp_path):
-    done = subprocess.run(["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out"), "10"],
-                          env={**os.environ, "NANOGPT_FAST_DRY_RUN": "1", "PYTHON": sys.executable},
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["measured.txt", "results.jsonl", "summary.txt", "tests.txt"]
-    kinds = [json.loads(line)["benchmark"] for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert set(kinds) == {"train", "generate", "kernel"}
-    summary = (tmp_path / "out" / "summary.txt").read_text()
-    assert done.stdout.rstrip().endswith(summary.rstrip()) and len(summary.splitlines()) < 40  # one screen, and the last lines
-    assert all(f"{stage}: passed" in summary for stage in ("tests", "train", "generate", "kernels"))
-    assert not (ROOT / "nanogpt_fast" / "kernels").is_symlink()
-
-
-@pytest.mark.slow
-def test_the_gpu_command_begins_nothing_when_no_time_is_left(tmp_path):
-    done = subprocess.run(["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path), "0"], capture_output=True, text=True,
-                          env={**os.environ, "NANOGPT_FAST_DRY_RUN": "1", "PYTHON": sys.executable})
-    assert done.returncode == 0 and done.stdout.count("not begun, no time is left") >= 4

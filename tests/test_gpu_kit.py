@@ -1,0 +1,140 @@
+"""The kit for a GPU machine (benchmarks/gpu) against an imitated lease: what hangs, crashes or is killed loses nothing that was had."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package
+from benchmarks.gpu import __main__ as kit  # noqa: E402
+from benchmarks.gpu.lease import Lease, Stage  # noqa: E402
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups and signals")
+
+
+def python(text, *words):
+    return [sys.executable, "-c", textwrap.dedent(text), *map(str, words)]
+
+
+def writes(path, text, then=""):
+    """A stage's command that writes a line, as a measurement is written, and goes on with `then`."""
+    return python(f"""
+        import os, signal, sys, time
+        with open({str(path)!r}, "a") as f:
+            f.write({text!r} + "\\n")
+        print("had {text}", flush=True)
+        {then}
+    """)
+
+
+HANG = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+CRASH = "os.kill(os.getpid(), signal.SIGSEGV)"
+
+
+def test_a_stage_that_hangs_or_crashes_costs_its_own_seconds_and_nothing_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.gpu.lease.GRACE", 0.3)
+    results = tmp_path / "had"
+    start = time.monotonic()
+    ended = Lease(tmp_path).run([
+        Stage("first", writes(results, "one"), 20),
+        Stage("hangs", writes(results, "two", HANG), 1.5, after=("first",)),
+        Stage("crashes", writes(results, "three", CRASH), 20, after=("first",)),
+        Stage("needs it", writes(results, "never"), 20, needs=("crashes",)),
+        Stage("not there", ["/no/such/program"], 20),
+        Stage("last", writes(results, "four"), 20, after=("hangs", "crashes"), alone=True)])
+    assert time.monotonic() - start < 30
+    assert ended["first"] == ended["last"] == "passed"
+    assert ended["hangs"].startswith("ended after") and ended["crashes"] == "FAILED: ended by signal 11"
+    assert ended["needs it"].startswith("not begun: crashes FAILED") and ended["not there"].startswith("FAILED: ")
+    assert sorted(results.read_text().split()) == ["four", "one", "three", "two"]
+    log = (tmp_path / "log.txt").read_text()
+    assert all(f"{name}| had {text}" in log for name, text in (("first", "one"), ("hangs", "two"), ("crashes", "three")))
+    noted = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
+    assert {row["stage"]: row["how"] for row in noted} == ended
+    capsys.readouterr()
+
+
+def test_timed_stages_run_alone_and_others_side_by_side(tmp_path, capsys):
+    order = tmp_path / "order"
+    note = f"open({str(order)!r}, 'a').write"
+    command = {name: python(f"import time; {note}('{name}+ '); time.sleep(0.5); {note}('{name}- ')") for name in "abcd"}
+    Lease(tmp_path).run([Stage("a", command["a"], 9), Stage("b", command["b"], 9), Stage("c", command["c"], 9, alone=True),
+                         Stage("d", command["d"], 9, alone=True)])
+    events = order.read_text().split()
+    assert set(events[:2]) == {"a+", "b+"} and events[4:] == ["c+", "c-", "d+", "d-"]
+    capsys.readouterr()
+
+
+def test_when_the_time_is_over_what_runs_is_ended_and_the_rest_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.gpu.lease.GRACE", 0.3)
+    results = tmp_path / "had"
+    start = time.monotonic()
+    ended = Lease(tmp_path, seconds=9, reserve=1).run([
+        Stage("long", writes(results, "one", "time.sleep(600)"), 100), Stage("later", writes(results, "two"), 100, alone=True)])
+    assert time.monotonic() - start < 15
+    assert ended["long"].startswith("ended after") and ended["later"] == "not begun: no time is left"
+    assert results.read_text().split() == ["one"]
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGKILL), ids=("SIGTERM", "SIGKILL"))
+def test_killed_in_the_middle_it_keeps_what_was_had(number, tmp_path):
+    results = tmp_path / "had"
+    program = tmp_path / "program.py"
+    program.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+                       "from benchmarks.gpu.lease import Lease, Stage\n"
+                       f"Lease({str(tmp_path)!r}).run([Stage('one', {writes(results, 'one')!r}, 60),\n"
+                       f"  Stage('two', {writes(results, 'two', 'time.sleep(600)')!r}, 60, after=('one',)),\n"
+                       "  Stage('three', ['true'], 60, after=('two',))])\n")
+    process = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(300):
+        if results.exists() and results.read_text().split() == ["one", "two"] and "had two" in (tmp_path / "log.txt").read_text():
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    process.wait(30)
+    assert results.read_text().split() == ["one", "two"]
+    log = (tmp_path / "log.txt").read_text()
+    assert "one| had one" in log and "two| had two" in log and "lease| one: passed" in log
+    if number == signal.SIGTERM:
+        assert "three: not begun: told to end" in log and "two: ended after" in log
+
+
+def test_a_failing_tests_traceback_is_on_disk_before_the_run_is_over(tmp_path):
+    (tmp_path / "test_it.py").write_text("import os, signal\n"
+                                         "def test_a():\n    assert 1 == 2, 'the first failure'\n"
+                                         "def test_b():\n    os.kill(os.getpid(), signal.SIGKILL)\n")
+    failures = tmp_path / "failures.txt"
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.failures", "test_it.py"],
+                   cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "NANOGPT_FAST_FAILURES": str(failures)}, capture_output=True)
+    assert "test_a" in failures.read_text() and "the first failure" in failures.read_text()
+
+
+def test_every_stage_waits_only_for_stages_of_its_part_and_what_is_timed_runs_alone(tmp_path):
+    for part in ("first", "second", "rest", "all"):
+        for dry in (True, False) if part == "first" else (True,):
+            listed = kit.stages(part, tmp_path, tmp_path, "", dry)
+            names = [stage.name for stage in listed]
+            assert len(set(names)) == len(names)
+            for i, stage in enumerate(listed):
+                assert set((*stage.after, *stage.needs)) <= set(names[:i]), (part, stage.name)
+                timed = stage.name.startswith(("train", "sweep", "generate", "kernels", "baby", "variations"))
+                assert stage.alone == (timed and "compiles" not in stage.name) or stage.name == "captured", stage.name
+
+
+@pytest.mark.slow
+def test_the_whole_kit_runs_dry_on_a_cpu(tmp_path):
+    """Each stage as far as a CPU goes: what fails there for want of a GPU is a record that says so, and nothing is lost."""
+    done = subprocess.run(["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out"), "first", "8"], capture_output=True, text=True,
+                          env={**os.environ, "NANOGPT_FAST_DRY_RUN": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"})
+    out = tmp_path / "out"
+    assert {"log.txt", "results.jsonl", "stages.jsonl", "summary.txt", "more.tar.gz"} <= {path.name for path in out.iterdir()}, done.stdout
+    ended = {row["stage"]: row["how"] for row in map(json.loads, (out / "stages.jsonl").read_text().splitlines())}
+    assert ended["build"] == ended["warm nanoGPT, 64"] == ended["tests"] == "passed"
+    assert "== summary" in done.stdout
