@@ -72,7 +72,9 @@ TRAIN_ROWS = ("nanoGPT", "nanoGPT compiled", "nanoGPT bf16 fused", "nanoGPT bf16
               "one import bf16", "our trainer", "our trainer compiled", "our trainer bf16", "our trainer bf16 compiled")
 
 
-def train(records, device, model, title):
+def train(records, device, model, title, batch_size=None):
+    if batch_size is not None:
+        records = [record for record in records if record["benchmark"] == "train" and record["shape"]["batch_size"] == batch_size]
     record = last(records, "train", device, model=model)
     if record is None:
         return f"**{title}**: {MISSING} (nanoGPT, one import, our trainer; each eager and compiled)"
@@ -81,6 +83,8 @@ def train(records, device, model, title):
     rivals, rows = [rival_of(found)] if gpu else [found.get("nanoGPT"), strongest_of(found)], []
     for name in [name for name in TRAIN_ROWS if not gpu or name in TRAIN_VARIANTS]:
         row = found.get(name, {})
+        if batch_size is not None and not row:
+            continue        # a table of one batch size has what was run
         if "tokens_per_s" not in row:
             rows.append([name, row.get("error", MISSING)] + [""] * 5)
             continue
@@ -96,6 +100,83 @@ def train(records, device, model, title):
     return f"**{title}**\n\n" + table(head, rows) + small(record, lambda r: (
         f"{r['shape']['batch_size']} x {r['shape']['block_size']} tokens a step, {r['dtype']} unless said; nanoGPT is "
         f"{r['against']}; spread: half the width of the middle half of the samples"))
+
+
+def trained_on_a_gpu(records):
+    """GPT-2 124M at each batch size that was measured, the largest first; then the other models."""
+    sizes = {record["shape"]["batch_size"] for record in records
+             if record["benchmark"] == "train" and device_of(record) == "cuda" and record["options"]["model"] == "gpt2"}
+    first = [train(records, "cuda", "gpt2", "GPT-2 124M", B) for B in sorted(sizes, reverse=True)]
+    return first or [train(records, "cuda", "gpt2", "GPT-2 124M")]
+
+
+# What GPT-2 124M's step takes on an H100 of the sweep's rows: {start of a group's name: row}. The others stand beside it.
+SHIPPED = {"attention forward": "cuDNN", "attention backward": "split dq 64x32 w4 s3, dkdv 32x64 w4 s3", "MLP forward": "pointwise",
+           "MLP backward": "epilogue 128x128x64 w8 s3", "loss rows": "4 chunks", "add + LayerNorm": "ours"}
+SWEPT_PEERS = ("cuDNN", "cuDNN packed", "flash", "PyTorch", "compile")
+
+
+def swept(records):
+    """Forms and tiles of the sweep: what the step takes, the fastest and the slowest of ours, PyTorch's."""
+    newest, rows = {}, []
+    for record in records:
+        if record["benchmark"] == "sweep" and "dropout" not in record["group"]:
+            newest[record["group"]] = record
+    for name, record in newest.items():
+        key = next((start for start in SHIPPED if name.startswith(start)), None)
+        if key is None:
+            continue
+        median = {row: 1e6 * statistics.median(samples) for row, samples in record["samples"].items()}
+        ours = {row: us for row, us in median.items() if row not in SWEPT_PEERS and row != "the product alone"
+                and not row.startswith(("cuDNN", "TMA", "specialised"))}
+        row = SHIPPED[key]
+        fastest = min(ours, key=ours.get) if ours else None
+        best = f"{ours[fastest]:,.0f} ({fastest})" if fastest else ""
+        peers = [f"{median[peer]:,.0f}" if peer in median else "" for peer in ("cuDNN", "cuDNN packed", "flash")]
+        plain = next((f"{median[peer]:,.0f}" for peer in ("PyTorch", "compile") if peer in median), "")
+        taken = f"{median[row]:,.0f}" if row in median else ""
+        rows.append([name, f"{taken} ({row})", best, *peers, plain])
+    if not rows:
+        return MISSING
+    head = ["us", "the step takes", "our fastest", "cuDNN", "cuDNN, packed gradient", "flash", "PyTorch or torch.compile"]
+    last_one = list(newest.values())[-1]
+    return table(head, rows) + small(last_one, lambda r: "medians, cold caches, in turns; python -m benchmarks.gpu.sweep")
+
+
+def predicted(records):
+    """What was written down before the first run, beside what was measured."""
+    path = RESULTS / "predictions.json"
+    if not path.exists():
+        return MISSING
+    said = json.loads(path.read_text(encoding="utf-8"))
+    rows = [[what, f"{value:,g}", "" if (found := _measured(records, what)) is None else f"{found:,.3g}" if found < 10 else f"{found:,.0f}",
+             unit, why] for what, value, unit, why in said["rows"]]
+    return table(["", "predicted", "measured", "", "predicted from"], rows) + f"\n\n<sub>{said['written']}; {said['card']}</sub>"
+
+
+def _measured(records, what):
+    """The figure that a prediction's name stands for, or None."""
+    words, _, row = what.rpartition(", ")
+    if what.startswith("train gpt2 "):
+        B = int(what.split()[2].split("x")[0])
+        # the first that has both: what was predicted is the code as it was
+        record = next((r for r in records if r["benchmark"] == "train" and device_of(r) == "cuda" and r["options"]["model"] == "gpt2"
+                       and r["shape"]["batch_size"] == B and "samples" in r["variants"].get("our trainer", ())), None)
+        ms = {name: 1e3 * statistics.median(found["samples"]) for name, found in (record["variants"] if record else {}).items()
+              if "samples" in found}
+        if row == "our trainer over nanoGPT compiled":
+            return ms["nanoGPT compiled"] / ms["our trainer"] if {"our trainer", "nanoGPT compiled"} <= ms.keys() else None
+        return ms.get(row)
+    group = what if what.startswith("loss kernel") else words
+    record = next((r for r in reversed(records) if r["benchmark"] == "sweep" and r["group"] == group), None)
+    if record is None:
+        return None
+    us = {name: 1e6 * statistics.median(samples) for name, samples in record["samples"].items()}
+    if row in us:
+        return us[row]
+    rival = ("cuDNN", "flash", "PyTorch", "the product alone", "pointwise", "compile")
+    ours = [value for name, value in us.items() if not name.startswith((*rival, "TMA", "specialised")) and (row != "epilogue" or "epilogue" in name)]
+    return min(ours, default=None)
 
 
 def spread(samples):
@@ -269,8 +350,10 @@ def shorten(text, head=30, tail=8, width=150):
 def sections(records):
     """{name: markdown} of the README's generated sections."""
     return {
-        "train on a GPU": "\n\n".join(train(records, "cuda", model, title) for model, title in (
-            ("gpt2", "GPT-2 124M"), ("gpt2-medium", "GPT-2 350M"), ("baby", "baby character GPT"))),
+        "train on a GPU": "\n\n".join([*trained_on_a_gpu(records), *(train(records, "cuda", model, title) for model, title in (
+            ("gpt2-medium", "GPT-2 350M"), ("baby", "baby character GPT")))]),
+        "predicted and measured": predicted(records),
+        "forms and tiles on a GPU": swept(records),
         "generate on a GPU": generate(records, "cuda"),
         "kernels on a GPU": kernels(records) + image("bars") + image("roofline") + image("scaling"),
         "train on a CPU": "\n\n".join(train(records, "cpu", model, title) for model, title in (
