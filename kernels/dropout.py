@@ -98,7 +98,8 @@ def philox(key, c0, c1, c2, c3, rounds=ROUNDS.value):
     """Philox-4x32: four int64 tensors that hold 32-bit words, from a 64-bit key and counters (ints or int64 tensors)."""
     mask = 0xFFFFFFFF
     k0, k1 = key & mask, key >> 32 & mask
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c) for c in (c0, c1, c2, c3)))
+    device = next((c.device for c in (c0, c1, c2, c3) if isinstance(c, torch.Tensor)), None)
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, device=device) for c in (c0, c1, c2, c3)))
     for _ in range(rounds):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57        # 64-bit products; their bits are right although int64 wraps around
         c0, c1, c2, c3 = (b >> 32 & mask) ^ c1 ^ k0, b & mask, (a >> 32 & mask) ^ c3 ^ k1, a & mask
