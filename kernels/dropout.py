@@ -67,7 +67,11 @@ def keep_scores(seed, matrix, m0, n0, p, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 def keep_scale(p):
     """1 / (1 - p), what a kept element is multiplied by; 0 for p = 1."""
     p = tl.cast(p, tl.float32)
-    return tl.where(p < 1.0, 1.0 / tl.maximum(1.0 - p, 1e-9), 0.0)
+    kept = tl.maximum(1.0 - p, 1e-9)
+    scale = 1.0 / kept
+    # By 2 units in the last place a GPU's division may be off, and all elements with it: one step of Newton's method rounds it
+    # right. (`tl.div_rn` would, too, in more registers than attention's loops have.)
+    return tl.where(p < 1.0, tl.fma(scale, tl.fma(-kept, scale, 1.0), scale), 0.0)
 
 
 @triton.jit
