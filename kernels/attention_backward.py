@@ -40,6 +40,7 @@ import triton.language as tl
 from .attention_common import (APART, FORMS, LARGEST_STRIDE, LOG2_E, OCCUPANCY, Program, Tile, check_inputs, head_offset, in_place,
                                keys_of_head, load_tile, machine, model_case, padded_head, program, rows_are_contiguous, rows_in_place,
                                scheduled_tile, store_tile, table_rows)
+from .dot import add_dot
 from .dropout import keep_scale, keep_scores
 from .host import elsewhere
 
@@ -94,16 +95,16 @@ def _walk_queries(dk, dv, k, v, q_ptr, do_ptr, terms_ptr, dq_sum_ptr, stride_qt,
         dp = tl.dot(v, tl.trans(do), tl.broadcast_to(minus_delta, (BLOCK_N, BLOCK_M)), input_precision="ieee")
         if DROPOUT:
             keep = keep_scores(seed, head, m, n, dropout_p, BLOCK_M, BLOCK_N, TRANSPOSED=True)
-            dv = tl.dot(tl.where(keep, p, 0.0).to(do.dtype), do, dv, input_precision="ieee")    # scaled at the end
+            dv = add_dot(tl.where(keep, p, 0.0).to(do.dtype), do, dv)                           # scaled at the end
             dp = tl.where(keep, dp, minus_delta) * keep_scale(dropout_p)
         else:
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+            dv = add_dot(p.to(do.dtype), do, dv)
         ds = (p * dp).to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision="ieee")
+        dk = add_dot(ds, q, dk)
         if WITH_DQ:
             # The first tile of keys starts the sum: it loads nothing.
             dq = load_tile(dq_sum_ptr, m, D, Tq * (n > 0), D, BLOCK_M, HEAD, True)
-            dq = tl.dot(tl.trans(ds), k, dq, input_precision="ieee")                        # [BLOCK_M, HEAD]
+            dq = add_dot(tl.trans(ds), k, dq)                                               # [BLOCK_M, HEAD]
             store_tile(dq_sum_ptr, dq, m, D, Tq, D, BLOCK_M, HEAD)
     return dk, dv
 
@@ -218,7 +219,7 @@ def _walk_keys(dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, start, stop, m, s
             keep = keep_scores(seed, head, m, n, dropout_p, BLOCK_M, BLOCK_N)
             dp = tl.where(keep, dp * keep_scale(dropout_p), 0.0)
         ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dq = add_dot(ds.to(k.dtype), k, dq)
     return dq
 
 
@@ -268,6 +269,7 @@ def backward_dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, terms_ptr,
 #            more. 32 with dropout: 64x128 spills 24 bytes on sm_80 by Triton 3.6; 32x128 moves as much.
 #   dkdv     128 keys where they fit: what moves of q and do is halved.
 #   dq       as the forward.
+#   float32  `add_dot` holds a tile's products beside their sum, so tiles are smaller than in the forward.
 _HEAD_MMA_SYNC = {32: Tile(64, 128, 8, 3), 64: Tile(32, 128, 8, 2)}
 _HEAD_MMA_SYNC_DROPOUT = {32: Tile(32, 128, 8, 3), 64: Tile(32, 64, 8, 2)}
 _HEAD_90 = {32: Tile(64, 128, 8, 3)}
@@ -279,28 +281,26 @@ _DKDV_90_DROPOUT = {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(
 _DQ_MMA_SYNC = {32: Tile(64, 64, 4, 2), 64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)}
 _DQ_90 = {32: Tile(128, 64, 4, 3), 64: Tile(64, 32, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)}
 _DQ_90_DROPOUT = {32: Tile(128, 64, 8, 2), 64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 16, 4, 2)}
-_FLOAT32 = {32: Tile(32, 32, 8, 2), 64: Tile(32, 32, 8, 2), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
+_HEAD_FLOAT32 = {32: Tile(32, 16, 4, 2), 64: Tile(32, 16, 8, 2)}
+_DKDV_FLOAT32 = {32: Tile(32, 32, 8, 2), 64: Tile(32, 16, 8, 2), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
+_DQ_FLOAT32 = {32: Tile(32, 32, 8, 2), 64: Tile(64, 32, 8, 2), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
 
 
-def _table(mma_sync, mma_sync_dropout, hopper, hopper_dropout, float32=_FLOAT32):
+def _table(mma_sync, mma_sync_dropout, hopper, hopper_dropout, float32):
     return {"half": dict.fromkeys((80, 86, 89), mma_sync) | dict.fromkeys((90, 100), hopper),
             "dropout": dict.fromkeys((80, 86, 89), mma_sync_dropout) | dict.fromkeys((90, 100), hopper_dropout),
             "float32": dict.fromkeys((80, 86, 89, 90, 100), float32)}
 
 
-HEAD_TILES = _table(_HEAD_MMA_SYNC, _HEAD_MMA_SYNC_DROPOUT, _HEAD_90, _HEAD_90_DROPOUT, {32: _FLOAT32[32], 64: _FLOAT32[64]})
-DKDV_TILES = _table(_DKDV_MMA_SYNC, _DKDV_MMA_SYNC_DROPOUT, _DKDV_90, _DKDV_90_DROPOUT)
-DQ_TILES = _table(_DQ_MMA_SYNC, _DQ_MMA_SYNC, _DQ_90, _DQ_90_DROPOUT)
+HEAD_TILES = _table(_HEAD_MMA_SYNC, _HEAD_MMA_SYNC_DROPOUT, _HEAD_90, _HEAD_90_DROPOUT, _HEAD_FLOAT32)
+DKDV_TILES = _table(_DKDV_MMA_SYNC, _DKDV_MMA_SYNC_DROPOUT, _DKDV_90, _DKDV_90_DROPOUT, _DKDV_FLOAT32)
+DQ_TILES = _table(_DQ_MMA_SYNC, _DQ_MMA_SYNC, _DQ_90, _DQ_90_DROPOUT, _DQ_FLOAT32)
 # {(kernel, form, HEAD): {architecture: bytes a thread}, why}: the rows that spill; of Triton 3.6 and 3.9, packed and apart, the most.
 _PHILOX = "Philox's words beside five tiles. 64x64 computes each exponential twice, and the split form draws the mask twice"
 _WHOLE_ROWS = "without tensor cores a thread keeps whole rows of both factors in registers, and no tile is smaller than 16x16"
 SPILLS = {
     ("head", "bf16", 32): ({80: 16}, "a few registers too many"),
     ("head", "dropout", 64): ({86: 24, 89: 24, 90: 64, 100: 72}, _PHILOX),
-    ("head", "float32", 32): ({80: 8, 86: 16, 89: 16, 100: 16}, OCCUPANCY),
-    ("head", "float32", 64): ({80: 32, 86: 32, 89: 32, 90: 40, 100: 40}, OCCUPANCY),
-    ("head", "float32 dropout", 32): ({80: 24, 86: 8, 89: 8}, OCCUPANCY),
-    ("head", "float32 dropout", 64): ({80: 32, 86: 24, 89: 24}, OCCUPANCY),
     ("dkdv", "float32 dropout", 32): ({100: 8}, OCCUPANCY),
     ("dkdv", "float32 dropout", 64): (dict.fromkeys((80, 86, 89, 90, 100), 8), OCCUPANCY),
     ("dq", "bf16", 32): ({100: 8}, OCCUPANCY),

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from .attention_common import (APART, FORMS, LOG2_E, OCCUPANCY, Tile, check_inputs, head_offset, in_place, keys_of_head, load_tile,
                                model_case, padded_head, program, rows_in_place, scheduled_tile, store_tile, table_rows)
+from .dot import add_dot
 from .dropout import keep_scale, keep_scores
 from .host import elsewhere
 
@@ -44,7 +45,7 @@ def _walk_keys(acc, total, top, q, k_ptr, v_ptr, stride_kt, start, stop, m, scal
         if DROPOUT:
             p = tl.where(keep_scores(seed, head, m, n, dropout_p, BLOCK_M, BLOCK_N), p, 0.0)
         v = load_tile(v_ptr, n, stride_kt, Tk, D, BLOCK_N, HEAD, MASKED)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")       # [BLOCK_M, HEAD]
+        acc = add_dot(p.to(v.dtype), v, acc * shrink[:, None])                              # [BLOCK_M, HEAD]
         top = new_top
     return acc, total, top
 
@@ -100,7 +101,7 @@ _FLOAT32 = {32: Tile(64, 32, 8, 2), 64: Tile(64, 32, 8, 2), 128: Tile(32, 16, 8,
 TILES = {
     "half": {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _HALF_90, 100: _HALF_90 | {64: Tile(128, 64, 4, 3), 256: Tile(64, 32, 8, 2)}},
     "dropout": {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _DROPOUT_90, 100: _DROPOUT_90 | {32: Tile(128, 64, 8, 3)}},
-    "float32": dict.fromkeys((80, 86, 89, 90, 100), _FLOAT32),
+    "float32": dict.fromkeys((80, 86, 89, 90), _FLOAT32) | {100: _FLOAT32 | {256: Tile(32, 16, 8, 1)}},
 }
 # {(form, HEAD): {architecture: bytes a thread}, why}: the rows that spill; of Triton 3.6 and 3.9, packed and apart, the most.
 SPILLS = {("float32", 256): ({86: 16, 89: 16}, OCCUPANCY), ("float32 dropout", 32): ({86: 16, 89: 16}, OCCUPANCY),

@@ -43,6 +43,7 @@ from .attention_decode import CHUNK_ELEMENTS, WARPS as ATTEND_WARPS, decode_kern
 from .dependent_launch import launch_dependents, options as launch_options, wait_for_predecessor
 from .gate_case import Case
 from .host import multiprocessors
+from .layer_norm import row_mean
 from .mlp import ACTIVATIONS, _act
 
 LARGEST_K = 8192                # inputs of a matrix: C, F or H heads of padded size; the largest row of TILES
@@ -72,10 +73,10 @@ def vector(ptr, first, N, SIZE: tl.constexpr):
 def normed(x, ln_weight, ln_bias, eps, C: tl.constexpr, BLOCK_K: tl.constexpr):
     """LayerNorm of the row x [BLOCK_K], of which C are inside; zeros outside. From centred values, as in layer_norm.py."""
     inside = tl.arange(0, BLOCK_K) < C
-    mean = tl.sum(x, 0) / C
+    mean = row_mean(x, C, 0)
     centred = tl.where(inside, x - mean, 0.0)
-    centred = tl.where(inside, centred - tl.sum(centred, 0) / C, 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 0) / C + eps)
+    centred = tl.where(inside, centred - row_mean(centred, C, 0), 0.0)
+    rstd = 1.0 / tl.sqrt_rn(row_mean(centred * centred, C, 0) + eps)
     return centred * rstd * ln_weight + ln_bias
 
 

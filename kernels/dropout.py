@@ -67,7 +67,11 @@ def keep_scores(seed, matrix, m0, n0, p, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 def keep_scale(p):
     """1 / (1 - p), what a kept element is multiplied by; 0 for p = 1."""
     p = tl.cast(p, tl.float32)
-    return tl.where(p < 1.0, 1.0 / tl.maximum(1.0 - p, 1e-9), 0.0)
+    kept = tl.maximum(1.0 - p, 1e-9)
+    scale = 1.0 / kept
+    # By 2 units in the last place a GPU's division may be off, and all elements with it: one step of Newton's method rounds it
+    # right. (`tl.div_rn` would, too, in more registers than attention's loops have.)
+    return tl.where(p < 1.0, tl.fma(scale, tl.fma(-kept, scale, 1.0), scale), 0.0)
 
 
 @triton.jit
@@ -98,7 +102,8 @@ def philox(key, c0, c1, c2, c3, rounds=ROUNDS.value):
     """Philox-4x32: four int64 tensors that hold 32-bit words, from a 64-bit key and counters (ints or int64 tensors)."""
     mask = 0xFFFFFFFF
     k0, k1 = key & mask, key >> 32 & mask
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c) for c in (c0, c1, c2, c3)))
+    device = next((c.device for c in (c0, c1, c2, c3) if isinstance(c, torch.Tensor)), None)
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, device=device) for c in (c0, c1, c2, c3)))
     for _ in range(rounds):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57        # 64-bit products; their bits are right although int64 wraps around
         c0, c1, c2, c3 = (b >> 32 & mask) ^ c1 ^ k0, b & mask, (a >> 32 & mask) ^ c3 ^ k1, a & mask

@@ -36,6 +36,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dot import add_dot
 from .dropout import keep_rows, keep_scale
 from .gate_case import Case
 
@@ -125,7 +126,7 @@ def _matmul(a_ptr, b_ptr, m, n, M, N, K, stride_a, stride_b, B_IS_NK: tl.constex
             b = _load(b_ptr, n, k, N, K, stride_b, BLOCK_N, BLOCK_K).T
         else:
             b = _load(b_ptr, k, n, K, N, stride_b, BLOCK_K, BLOCK_N)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = add_dot(a, b, acc)
     return acc
 
 

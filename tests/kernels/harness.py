@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import triton
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
@@ -311,7 +312,8 @@ def planted_fault(module, pattern, replacement, count=1):
 
     pattern: a regular expression that matches exactly `count` times, else ValueError: a fault that changes nothing proves
     nothing. The mutated source is imported beside the module, so relative imports work, and its functions replace the
-    module's for the duration. Callers that hold a function of the module from before (`from module import f`) do not see it.
+    module's for the duration. Callers that hold a function of the module from before (`from module import f`) do not see it, and
+    a kernel elsewhere that calls one (`module.f`) sees it if it is launched as `fresh(kernel)`.
     """
     source = Path(module.__file__).read_text()
     mutated, found = re.subn(pattern, replacement, source)
@@ -334,6 +336,13 @@ def planted_fault(module, pattern, replacement, count=1):
         finally:
             vars(module).update(before)
             del sys.modules[name]
+
+
+def fresh(kernel):
+    """The kernel as if it were defined here and now. The interpreter looks up what a kernel calls whenever it runs; a GPU gets
+    what was compiled at the first launch, for which Triton does not look again at the functions of other modules.
+    """
+    return triton.jit(kernel.fn)
 
 
 def assert_fault_is_seen(module, pattern, replacement, check, count=1):

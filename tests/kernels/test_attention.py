@@ -116,6 +116,9 @@ class Problem:
         plain = self.pytorch(self.dtype) if orders == 1 else self.unlucky(oracle, orders)
         B, H, Tq, Tk, D = self.shape
         options.setdefault("observations", B * H * Tq * (2 * Tk - Tq + 1) // 2)     # scores: an error of one is that of a whole row
+        # The tables have no head form for some sizes (by the registers it takes): what asks for it there gets the split form.
+        if TILES is None and attention_backward.programs(self.dtype, D, self.p > 0, self.q.get_device()).head is None:
+            forms = ["split"]
         for form in forms:
             got = self.kernels(form)
             for name, out in got.items():
@@ -188,10 +191,11 @@ def test_a_head_size_of_256_is_right(dtype):
 
 
 def test_the_tables_own_tiles_are_right():
-    """Above, small tiles stand in for the tables': here one shape with each row of sm_90's."""
-    for name, tables in (("forward", attention_forward.TILES), ("dq", attention_backward.DQ_TILES), ("dkdv", attention_backward.DKDV_TILES),
-                         ("head", attention_backward.HEAD_TILES)):
-        for HEAD, tile in tables["half"][90].items():
+    """Above, small tiles stand in for the tables': here one shape with each row of this GPU's, in the interpreter of sm_90's."""
+    arch = attention_common.machine(torch.empty(0, device=harness.DEVICE).get_device())[0]
+    split = {"dq": attention_backward.DQ_TILES["half"][arch], "dkdv": attention_backward.DKDV_TILES["half"][arch]}
+    for name, rows in {"forward": attention_forward.TILES["half"][arch], **split, "head": attention_backward.HEAD_TILES["half"][arch]}.items():
+        for HEAD, tile in rows.items():
             if HEAD > 64 and not ON_GPU:
                 continue
             problem = Problem(1, 1, 150, D=HEAD, dtype=f16)
@@ -200,7 +204,8 @@ def test_the_tables_own_tiles_are_right():
             assert_close_to_oracle(out.transpose(1, 2), oracle["out"], plain["out"], "forward", what=f"out, {tile}")
             if name != "forward":
                 form = "head" if name == "head" else "split"
-                gradients = problem.backward(out, lse, form, (TILES or {"dq": tile, "dkdv": tile}) | {name: tile})
+                others = TILES or {half: table[HEAD] for half, table in split.items()}
+                gradients = problem.backward(out, lse, form, others | {name: tile})
                 for gradient, d in zip(gradients, ("dq", "dk", "dv"), strict=True):
                     assert_close_to_oracle(gradient, oracle[d], plain[d], "gradient", what=f"{d}, {name} {tile}")
 

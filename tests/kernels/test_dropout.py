@@ -44,14 +44,16 @@ def _scores_kernel(out_ptr, seed_ptr, M, N, p, BLOCK_M: tl.constexpr, BLOCK_N: t
 def rows_by_kernel(rows, C, p, seed=SEED, block_rows=2, block_c=16):
     out = torch.zeros(len(rows), C, dtype=torch.bool, device=harness.DEVICE)
     grid = (len(rows) // block_rows, triton.cdiv(C, block_c))
-    _rows_kernel[grid](out, torch.tensor([seed], device=out.device), rows.to(out.device), C, p, ROWS=block_rows, BLOCK_C=block_c)
+    harness.fresh(_rows_kernel)[grid](out, torch.tensor([seed], device=out.device), rows.to(out.device), C, p, ROWS=block_rows,
+                                      BLOCK_C=block_c)
     return out.cpu()
 
 
 def scores_by_kernel(matrices, M, N, p, seed=SEED, block_m=16, block_n=32, transposed=False):
     out = torch.zeros(matrices, M, N, dtype=torch.bool, device=harness.DEVICE)
     grid = (triton.cdiv(M, block_m), triton.cdiv(N, block_n), matrices)
-    _scores_kernel[grid](out, torch.tensor([seed], device=out.device), M, N, p, BLOCK_M=block_m, BLOCK_N=block_n, TRANSPOSED=transposed)
+    harness.fresh(_scores_kernel)[grid](out, torch.tensor([seed], device=out.device), M, N, p, BLOCK_M=block_m, BLOCK_N=block_n,
+                                        TRANSPOSED=transposed)
     return out.cpu()
 
 

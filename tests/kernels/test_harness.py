@@ -250,6 +250,36 @@ def test_a_bias_against_that_of_rounding_is_seen():
         harness.assert_close_to_oracle(up, oracle, plain, "forward")
 
 
+@pytest.mark.parametrize("direction, allowed", [("forward", 2), ("gradient", 3)])
+def test_a_bias_that_the_plain_path_has_too_is_allowed_up_to_the_factor(direction, allowed):
+    """As tensor cores make it: every sum is cut off, ours and cuBLAS's, and comes out nearer to 0 than it is."""
+    oracle = torch.randn(64, 768, dtype=torch.float64)
+    off = lambda times: rounded(oracle * (1 - times * 4e-5), torch.float16)     # 4e-5: 50 standard errors of the rounding
+    with pytest.raises(AssertionError, match="biased"):
+        harness.assert_close_to_oracle(off(1), oracle, rounded(oracle, torch.float16), direction)
+    for times in (0, 1, allowed - 0.2):
+        harness.assert_close_to_oracle(off(times), oracle, off(1), direction)
+    for times in (-1, 2 * allowed):
+        with pytest.raises(AssertionError, match="biased"):
+            harness.assert_close_to_oracle(off(times), oracle, off(1), direction)
+
+
+def test_a_mean_error_that_the_plain_path_has_by_chance_excuses_nothing():
+    for _ in range(20):
+        oracle = torch.randn(64, 768, dtype=torch.float64)
+        plain, error = (1e-3 * torch.randn(64, 768, dtype=torch.float64) for _ in range(2))
+        by_chance = plain - plain.mean() + 2 * plain.std() / plain.numel() ** 0.5       # two standard errors, as in one of 20 runs
+        with pytest.raises(AssertionError, match="biased"):
+            harness.assert_close_to_oracle(oracle + error - error.mean() + 5e-5, oracle, oracle + by_chance, "gradient")
+
+
+def test_the_plain_paths_bias_excuses_none_in_another_direction():
+    oracle = torch.randn(64, 768, dtype=torch.float64)
+    plain, up = rounded(oracle * (1 - 4e-5), torch.float16), rounded(oracle + 4e-5, torch.float16)     # towards 0, and all greater
+    with pytest.raises(AssertionError, match="biased"):
+        harness.assert_close_to_oracle(up, oracle, plain, "forward")
+
+
 def test_false_alarms_are_rare():
     for _ in range(200):  # two paths of equal quality and different luck
         oracle = torch.randn(int(torch.randint(1, 40, ())), int(torch.randint(1, 40, ())), dtype=torch.float64)

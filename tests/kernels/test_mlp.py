@@ -52,7 +52,9 @@ def check_linear_act(M, K, N, name, dtype, bias, tile=None):
         y, h = mlp.linear_act(x, w, b, activation=name, tile=tile)
         alone, none = mlp.linear_act(x, w, b, activation=name, keep_h=False, tile=tile)
     assert_close_to_oracle(h, exact, plain, "forward", what="h")
-    assert_close_to_oracle(y, act(exact, name), act(plain, name), "forward", what="act(h)")
+    # PyTorch's sequence rounds h first, and act of a rounded h is biased. The epilogue doesn't, and is held to a path that doesn't.
+    once = act(F.linear(x.float(), w.float(), low(low(b, dtype), torch.float32)), name).to(dtype)
+    assert_close_to_oracle(y, act(exact, name), once, "forward", what="act(h)")
     assert none is None and same_bits(alone, y), "at inference the result differs from training's"
 
     h = with_nan_margins(F.linear(x, w))
@@ -361,7 +363,7 @@ def check_half_backward():
 
 
 def check_rounding():
-    check_linear_act(129, 100, 400, "gelu", torch.bfloat16, None)
+    check_linear_act(257, 100, 400, "gelu", torch.bfloat16, None)      # 10 standard errors: a bias is one from 6 on
 
 
 def check_tanh():
