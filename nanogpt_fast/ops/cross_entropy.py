@@ -51,9 +51,12 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
         op = _LossAndLogits if return_logits else _Loss
     else:
         op = _CPULossAndLogits if return_logits else _CPULoss
-    if copied_from is not None and not return_logits and weight.dtype == _dtype(x):
-        return op.apply(x, copied_from, targets, _dtype(x), ignore_index, reduction, need_dx, need_dw, weight.detach())
-    return op.apply(x, weight, targets, _dtype(x), ignore_index, reduction, need_dx, need_dw)
+    options = targets, _dtype(x), ignore_index, reduction, need_dx, need_dw
+    if return_logits:
+        return op.apply(x, weight, *options)
+    if copied_from is not None and weight.dtype == _dtype(x):
+        return op.apply(x, copied_from, *options, weight.detach()), None
+    return op.apply(x, weight, *options), None
 
 
 def implementation(x, weight, targets, *, return_logits=True, backend=None):
@@ -90,10 +93,16 @@ def _reduce(losses, targets, ignore_index, reduction, dtype):
     """(loss, count): the loss as a scalar of `dtype`, and what the gradient is to be divided by, an fp32 scalar."""
     loss = losses.sum()
     if reduction == "sum":
-        return loss.to(dtype), torch.ones_like(loss)
+        return _to(loss, dtype), torch.ones_like(loss)
     count = (targets != ignore_index).sum().to(torch.float32)
     # Nothing counts: the loss is 0 / 0 = nan, as PyTorch's; the gradient, 0 as PyTorch's too, must not become 0 / 0.
-    return (loss / count).to(dtype), count.clamp(min=1)
+    return _to(loss / count, dtype), count.clamp(min=1)
+
+
+def _to(loss, dtype):
+    """The loss in dtype, by no call where it has it: torch 2.11 compiles a Function whose result went through a `to` that changes
+    nothing without an error, counts it as two results, and sends the gradient to the other one: all gradients are zero."""
+    return loss if loss.dtype == dtype else loss.to(dtype)
 
 
 def _loss_dtype(x):
@@ -117,10 +126,10 @@ class _Loss(torch.autograd.Function):
         loss, count = _reduce(losses, targets, ignore_index, reduction, _loss_dtype(x))
         ctx.save_for_backward(dx, dw, count)
         ctx.x_shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype)
-        return loss, None
+        return loss
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
+    def backward(ctx, grad_loss):
         _no_second_derivative()
         dx, dw, count = ctx.saved_tensors
         scale = grad_loss.to(torch.float32) / count
@@ -176,10 +185,10 @@ class _CPULoss(torch.autograd.Function):
             loss, dx, dw = _cpu.forward_backward(*arguments, dw_dtype=weight.dtype)
         ctx.save_for_backward(dx, dw)
         ctx.x_shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype)
-        return loss.to(_loss_dtype(x)), None
+        return _to(loss, _loss_dtype(x))
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
+    def backward(ctx, grad_loss):
         _no_second_derivative()
         if torch.compiler.is_compiling():
             gradients, saved = [gradient.to(torch.float32) * grad_loss for gradient in ctx.saved_tensors], False
@@ -207,7 +216,7 @@ class _CPULossAndLogits(torch.autograd.Function):
         ctx.options, ctx.dtype, ctx.needs = (ignore_index, reduction == "mean"), dtype, (need_dx, need_dw)
         if not torch.compiler.is_compiling():  # a graph is sent zeros through logits that nothing uses; eager code None
             ctx.set_materialize_grads(False)
-        return loss.to(_loss_dtype(x)), logits
+        return _to(loss, _loss_dtype(x)), logits
 
     @staticmethod
     def backward(ctx, grad_loss, grad_logits):
