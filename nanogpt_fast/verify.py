@@ -170,12 +170,14 @@ class Case:
 
     make(half): {name: tensor}; half(tensor) is what arrives in the low precision, the others are fp32 (parameters, the
     residual). call(inputs, backend): {name: result}. differentiate: which results send a gradient back; None is all.
+    stored(inputs in fp64, dtype): {name: what `error_rule.measure` calls so}, or None.
     """
     op: str
     shape: str
     make: object
     call: object
     differentiate: tuple | None = None
+    stored: object = None
 
 
 def cases(device, quick):
@@ -213,8 +215,16 @@ def cases(device, quick):
         def call(t, backend):
             loss, logits = cross_entropy.linear_cross_entropy(**t, **fixed, backend=backend)
             return {"loss": loss, "logits": logits} if return_logits else {"loss": loss}
+
+        def stored(t, dtype):   # softmax - 1 at the target, unscaled, is what lies in the buffer of the logits
+            dlogits = torch.softmax(t["x"] @ t["weight"].t(), 1)
+            dlogits[torch.arange(rows, device=device), targets.clamp(min=0)] -= 1
+            dlogits[targets < 0] = 0
+            dlogits = dlogits.to(dtype).double() / (targets >= 0).sum()
+            return {"d x": dlogits @ t["weight"], "d weight": dlogits.t() @ t["x"]}
+
         return Case("cross_entropy", f"rows={rows} C={C} V={V}" + " logits" * return_logits, lambda half: {
-            "x": half(randn(rows, C)), "weight": randn(V, C) / C**0.5}, call, ("loss",))
+            "x": half(randn(rows, C)), "weight": randn(V, C) / C**0.5}, call, ("loss",), stored)
 
     if gpu:
         yield from (attention_case(4, 1024, 12, 64), attention_case(2, 777, 4, 128))
@@ -256,10 +266,11 @@ def check_op(case, name, dtype, device):
     plain, cotangents = evaluate(case, inputs, REFERENCE, device, autocast)
     exact, _ = evaluate(case, {name: t.double() for name, t in inputs.items()}, REFERENCE, device, None, cotangents)
     found, _ = evaluate(case, inputs, ours, device, autocast, cotangents)
+    stored = case.stored({name: t.double() for name, t in inputs.items()}, dtype) if case.stored else {}
     for name in exact:
         mean = dict(dtype=dtype, averaged=inputs["x"].size(0)) if name == "loss" else {}
         kind = "gradient" if name in _gradient_names(inputs) else "forward"
-        measured = measure(found[name], exact[name], plain[name], kind, **mean)
+        measured = measure(found[name], exact[name], plain[name], kind, stored=stored.get(name), **mean)
         yield Row(implementation=implementation, direction=name, **_numbers(measured),
                   result="FAIL" if measured.problem else "pass", why=measured.problem or "", **start)
 

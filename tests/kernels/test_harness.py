@@ -280,6 +280,25 @@ def test_the_plain_paths_bias_excuses_none_in_another_direction():
         harness.assert_close_to_oracle(up, oracle, plain, "forward")
 
 
+def test_what_rounding_a_stored_intermediate_once_makes_is_explained_and_no_more():
+    """Cross-entropy's gradient from softmax - 1 in bf16, beside PyTorch's from (softmax - 1) / N, whose bias has the other sign."""
+    rows, V, C, N = 2048, 2003, 64, 1755        # 1/1755 lies where bf16 rounds (softmax - 1) / N towards 0
+    x, weight = torch.randn(rows, C).bfloat16().double(), (torch.randn(V, C) / 8).bfloat16().double()
+    targets = torch.randint(V, (rows,))
+    dlogits = torch.softmax(x @ weight.t(), 1)
+    dlogits[torch.arange(rows), targets] -= 1
+    dlogits[N:] = 0
+    exact = dlogits @ weight / N
+    stored = rounded(dlogits, torch.bfloat16).double() @ weight / N
+    plain = rounded(rounded(dlogits / N, torch.bfloat16).double() @ weight, torch.bfloat16)
+    ours = rounded(stored, torch.bfloat16)
+    with pytest.raises(AssertionError, match="biased"):
+        harness.assert_close_to_oracle(ours, exact, plain, "gradient")
+    harness.assert_close_to_oracle(ours, exact, plain, "gradient", stored=stored)
+    with pytest.raises(AssertionError, match="biased"):
+        harness.assert_close_to_oracle(rounded(stored * (1 + 5e-4), torch.bfloat16), exact, plain, "gradient", stored=stored)
+
+
 def test_false_alarms_are_rare():
     for _ in range(200):  # two paths of equal quality and different luck
         oracle = torch.randn(int(torch.randint(1, 40, ())), int(torch.randint(1, 40, ())), dtype=torch.float64)
