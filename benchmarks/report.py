@@ -1,7 +1,7 @@
-"""Turns benchmarks/results/ into the README's tables and into plots. No figure in the README is typed.
+"""Turns benchmarks/results/ into the tables of README.md and docs/gpu.md and into plots. No figure there is typed.
 
-    python -m benchmarks.report                   print the README's generated sections
-    python -m benchmarks.report --write           put them into README.md, and draw docs/measured/*.png
+    python -m benchmarks.report                   print the generated sections
+    python -m benchmarks.report --write           put them into README.md and docs/gpu.md, and draw docs/measured/*.png
     python -m benchmarks.report --summary FILE    one screen of one results file
 
 Of what was measured more than once the last counts. A row without a measurement says so. tests/test_benchmarks.py holds the
@@ -134,7 +134,7 @@ def swept(records):
         best = f"{ours[fastest]:,.0f} ({fastest})" if fastest else ""
         peers = [f"{median[peer]:,.0f}" if peer in median else "" for peer in ("cuDNN", "cuDNN packed", "flash")]
         plain = next((f"{median[peer]:,.0f}" for peer in ("PyTorch", "compile") if peer in median), "")
-        taken = f"{median[row]:,.0f}" if row in median else ""
+        taken = f"{median[row]:,.0f}" if row in median else "not timed together"
         rows.append([name, f"{taken} ({row})", best, *peers, plain])
     if not rows:
         return MISSING
@@ -350,10 +350,9 @@ def shorten(text, head=30, tail=8, width=150):
 def sections(records):
     """{name: markdown} of the README's generated sections."""
     return {
+        "result": result(records),
         "train on a GPU": "\n\n".join([*trained_on_a_gpu(records), *(train(records, "cuda", model, title) for model, title in (
             ("gpt2-medium", "GPT-2 350M"), ("baby", "baby character GPT")))]),
-        "predicted and measured": predicted(records),
-        "forms and tiles on a GPU": swept(records),
         "generate on a GPU": generate(records, "cuda"),
         "kernels on a GPU": kernels(records) + image("bars") + image("roofline") + image("scaling"),
         "train on a CPU": "\n\n".join(train(records, "cpu", model, title) for model, title in (
@@ -370,6 +369,70 @@ def sections(records):
     }
 
 
+def gpu_sections(records):
+    """{name: markdown} of the generated sections of docs/gpu.md."""
+    return {"predicted": predicted(records), "step": step_times(records), "sweep": swept(records), "checks": checked(records)}
+
+
+DOCUMENTS = {"README.md": sections, "docs/gpu.md": gpu_sections}
+
+
+def result(records):
+    """The first line of the README."""
+    record = next((r for r in reversed(records) if r["benchmark"] == "train" and device_of(r) == "cuda" and "our trainer" in r["variants"]
+                   and r["options"]["model"] == "gpt2" and r["shape"]["batch_size"] == 64), None)
+    if record is None:
+        return f"On a GPU: {MISSING}."
+    rate = {name: row["tokens_per_s"] for name, row in record["variants"].items() if "tokens_per_s" in row}
+    rival, e = rate["nanoGPT compiled"], record["environment"]
+    return (f"**GPT-2 124M on one {e['gpu']}: {rate['our trainer']:,.0f} tokens/s with our trainer, {rate['our trainer'] / rival:.2f} times "
+            f"nanoGPT under torch.compile ({rival:,.0f}); with one import changed and nothing compiled "
+            f"{rate['one import'] / rival:.2f} times.** Same numbers, {record['variants']['our trainer']['peak_memory'] / 2**30:.0f} GiB "
+            f"instead of {record['variants']['nanoGPT compiled']['peak_memory'] / 2**30:.0f} ([docs/gpu.md](docs/gpu.md)).")
+
+
+# What a kernel of a step's profile does, by a part of its name; the first that fits.
+KINDS = (("attention", ("cudnn", "backward_head", "backward_dq", "backward_dkdv", "fort_native_sdpa", "cat_transpose", "unsafe_view_cat")),
+         ("matmuls", ("nvjet", "gemm", "cublasLt", "splitKreduce")), ("MLP's backward, in its matmul", ("_linear_dact", "_linear_act")),
+         ("loss", ("_loss_kernel", "_dlogits", "log_softmax", "nll_loss")), ("GELU", ("_act_kernel", "_dact_kernel", "gelu")),
+         ("residual add and LayerNorm", ("native_layer_norm", "_backward_kernel", "_forward_kernel", "_sum_partials")),
+         ("gradient norm, AdamW, half-precision copies", ("multi_tensor_apply",)))
+
+
+def kind_of(kernel):
+    if kernel == "forward_kernel":
+        return "attention"
+    return next((kind for kind, words in KINDS if any(word in kernel for word in words)), "everything else")
+
+
+def step_times(records):
+    """Where the time of a step of 64 x 1024 tokens goes, by what its kernels do."""
+    record = next((r for r in reversed(records) if r["benchmark"] == "train" and device_of(r) == "cuda"
+                   and r["shape"]["batch_size"] == 64 and any("kernels" in v for v in r["variants"].values())), None)
+    if record is None:
+        return MISSING
+    found = {name: row["kernels"] for name, row in record["variants"].items() if "kernels" in row}
+    kinds = [kind for kind, _ in KINDS] + ["everything else"]
+    spent = {name: {kind: sum(us for kernel, _, us in kernels if kind_of(kernel) == kind) / 1e3 for kind in kinds}
+             for name, kernels in found.items()}
+    rows = [[kind, *(f"{spent[name][kind]:.2f}" for name in found)] for kind in kinds]
+    rows.append(["all kernels", *(f"{sum(spent[name].values()):.2f}" for name in found)])
+    rows.append(["launches", *(f"{sum(calls for _, calls, _ in kernels):.0f}" for kernels in found.values())])
+    rows.append(["a step, timed", *(f"{1e3 * statistics.median(record['variants'][name]['samples']):.2f}" for name in found)])
+    return table(["ms", *found], rows) + small(record, lambda r: (
+        f"{r['shape']['batch_size']} x {r['shape']['block_size']} tokens, {r['dtype']}; PyTorch's profiler over a few steps after the timed "
+        "ones, when the card was cooler: the sums are a little below the timed step"))
+
+
+def checked(records):
+    """The newest outcome of each check of `benchmarks.gpu.smoke`."""
+    newest = {(r["part"], r["check"]): r for r in records if r["benchmark"] == "smoke"}
+    if not newest:
+        return MISSING
+    rows = [[part, check, "right" if r["failed"] is None else "FAILED", r["environment"]["commit"]] for (part, check), r in newest.items()]
+    return table(["", "", "", "commit"], rows)
+
+
 def image(name):
     """A line that shows a plot, where it was drawn."""
     return f"\n\n![{name}](docs/measured/{name}.png)" if (PLOTS / f"{name}.png").exists() else ""
@@ -382,7 +445,7 @@ def fill(text, found):
     """The README's text with its generated sections replaced. Raises ValueError for a marker that nothing fills."""
     def put(match):
         if match[2] not in found:
-            raise ValueError(f"README.md has a section {match[2]!r}; the report has {', '.join(found)}")
+            raise ValueError(f"there is a section {match[2]!r}; the report has {', '.join(found)}")
         return f"{match[1]}\n{found[match[2]]}\n\n{match[3]}"
     return MARKED.sub(put, text)
 
@@ -543,11 +606,13 @@ def main(argv=None):
     records = read()
     if args.write:
         print("drawn: " + (", ".join(draw(records)) or "nothing"))
-        readme = ROOT / "README.md"
-        readme.write_text(fill(readme.read_text(encoding="utf-8"), sections(records)), encoding="utf-8")
+        for name, found in DOCUMENTS.items():
+            document = ROOT / name
+            document.write_text(fill(document.read_text(encoding="utf-8"), found(records)), encoding="utf-8")
         return
-    for name, text in sections(records).items():
-        print(f"<!-- generated: {name} -->\n\n{text}\n\n<!-- end -->\n")
+    for found in DOCUMENTS.values():
+        for name, text in found(records).items():
+            print(f"<!-- generated: {name} -->\n\n{text}\n\n<!-- end -->\n")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,35 @@ def test_auto_leaves_to_pytorch_what_the_table_says(arch, D, dtype, left):
     assert (reason is None) if left is None else (left in reason and "not measured yet" in reason)
 
 
+def test_cudnns_forward_is_taken_where_it_was_measured_faster_and_nowhere_else(monkeypatch):
+    class Packed:       # a projection on an H100
+        is_cuda = requires_grad = True
+        get_device = lambda self: 0
+    monkeypatch.setattr(backend, "compute_capability", lambda device: 90)
+    monkeypatch.setattr(backend, "triton_why_not", lambda x: None)
+    monkeypatch.setattr(op, "_why_no_cudnn", lambda: None)
+
+    def taken(dtype=torch.bfloat16, D=64, choice="auto", dropout_p=0.0, qkv=Packed()):
+        return op._cudnn_why_not(qkv, dtype, D, None, backend.parse(choice), dropout_p) is None
+    assert taken() and taken(torch.float16)
+    assert not any((taken(torch.float32), taken(D=128), taken(D=32), taken(choice="fused"), taken(dropout_p=0.1)))
+    with torch.no_grad():       # prompts of all lengths: a plan for each
+        assert not taken()
+    assert not taken(qkv=torch.zeros(1, requires_grad=True))
+    monkeypatch.setattr(op, "_why_no_cudnn", lambda: "cuDNN's attention is switched off")
+    assert "switched off" in op._cudnn_why_not(Packed(), torch.bfloat16, 64, None, backend.parse("auto"), 0.0)
+    monkeypatch.setattr(backend, "compute_capability", lambda device: 80)
+    assert not taken()
+
+
+def test_without_cudnns_attention_the_reason_is_said(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
+    assert "enable_cudnn_sdp" in op._why_no_cudnn()
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert "no cuDNN" in op._why_no_cudnn()
+
+
 def test_the_choice_on_a_gpu_can_be_traced():
     """`_why_left` decides on CUDA alone, under `auto`: a construct that Dynamo refuses there would show on no CPU."""
     torch._dynamo.reset()

@@ -239,11 +239,14 @@ class _PackedAttention(torch.autograd.Function):
         return run(do, *ctx.saved_tensors, *ctx.options), None, None
 
 
+_cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention
+
+
 def _cudnn_packed(qkv, n_head, scale):
     """What `launch_forward_qkvpacked` returns, by cuDNN: (out (B, T, C), lse (B, H, T) fp32, log2 of the sum of exponentials)."""
     B, T, C3 = qkv.shape
     q, k, v = reference.split_heads(qkv, n_head)
-    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)[:2]
+    out, lse = _cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)[:2]
     return out.transpose(1, 2).reshape(B, T, C3 // 3), lse.reshape(B, n_head, T) * LOG2_E      # cuDNN's is the natural logarithm
 
 

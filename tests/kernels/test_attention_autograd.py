@@ -7,6 +7,7 @@ from harness import assert_close_to_oracle, same_bits
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt_fast import backend, reference
+from nanogpt_fast.ops import attention as op
 from nanogpt_fast.ops.attention import causal_attention, causal_attention_qkvpacked, decode_attention
 
 FUSED = backend.parse("fused")
@@ -36,6 +37,34 @@ def test_output_and_gradient_are_as_near_to_fp64_as_the_reference(dtype, autocas
     assert_close_to_oracle(y, exact, plain, "forward")
     (dqkv,), (plain_dqkv,), (exact_dqkv,) = (torch.autograd.grad(o, i, dy.to(o.dtype)) for o, i in ((y, qkv), (plain, qkv), (exact, exact_qkv)))
     assert dqkv.dtype == qkv.dtype
+    assert_close_to_oracle(dqkv, exact_dqkv, plain_dqkv, "gradient")
+
+
+def by_cudnn(q, k, v, bias, want_lse, dropout_p, causal, debug, *, scale):
+    """What PyTorch's cuDNN operator returns first: (B, H, T, D) over memory that lies as (B, T, H, D), and the natural logarithm of the
+    sum of exponentials, (B, H, T, 1)."""
+    assert bias is None and want_lse and dropout_p == 0 and causal and not debug
+    T, scale = q.size(2), q.size(3) ** -0.5 if scale is None else scale
+    scores = (scale * q.float() @ k.float().transpose(2, 3)).masked_fill(torch.ones(T, T, device=q.device).triu(1).bool(), float("-inf"))
+    out = (scores.softmax(3) @ v.float()).to(q.dtype)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), scores.logsumexp(3, keepdim=True), None, None
+
+
+@pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
+@pytest.mark.parametrize("scale", (None, 0.3))
+def test_cudnns_forward_fits_the_kernels_backward(scale, compiled, monkeypatch):
+    """Its logarithm and its layout, on a stand-in for cuDNN: a GPU takes the operator itself in `verify`."""
+    monkeypatch.setattr(op, "CANDIDATES", (("cudnn", lambda *args: None),))
+    monkeypatch.setattr(op, "_cudnn_attention", by_cudnn)
+    call = lambda qkv: causal_attention_qkvpacked(qkv, H, scale=scale)
+    qkv = draw(dtype=torch.bfloat16, T=70)
+    y = (torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call)(qkv)
+    plain = reference.causal_attention_qkvpacked(qkv, H, scale=scale)
+    exact_qkv = qkv.detach().double().requires_grad_()
+    exact = reference.causal_attention_qkvpacked(exact_qkv, H, scale=scale)
+    dy = torch.randn_like(y)
+    assert_close_to_oracle(y, exact, plain, "forward")
+    (dqkv,), (plain_dqkv,), (exact_dqkv,) = (torch.autograd.grad(o, i, dy.to(o.dtype)) for o, i in ((y, qkv), (plain, qkv), (exact, exact_qkv)))
     assert_close_to_oracle(dqkv, exact_dqkv, plain_dqkv, "gradient")
 
 
