@@ -13,14 +13,14 @@ import re
 import statistics
 from pathlib import Path
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, report_gpu
+from benchmarks.tables import MISSING, device_of, last, read, small, spread, table, where  # noqa: F401 (tests take them from here)
 from nanogpt_fast.bench.common import MODELS
 from nanogpt_fast.bench.generate import percentiles
 from nanogpt_fast.bench.train import TRAIN_VARIANTS, rival_of, strongest_of
 
 ROOT = Path(__file__).parent.parent
 PLOTS = ROOT / "docs" / "measured"
-MISSING = "not measured yet"
 PEERS = ("eager", "compile", "compile max-autotune", "SDPA flash", "SDPA cuDNN", "SDPA efficient", "FlexAttention",
          "flash-attn", "Liger", "quack", "F.linear_cross_entropy")
 # What GPT-2 124M's training step on a GPU is made of, (op, shape); each forward, and forward and backward.
@@ -29,44 +29,7 @@ GPU_KERNELS = (("attention", dict(B=32, T=1024, H=12, D=64)), ("add + LayerNorm"
 GPU_STEPS = (("decode attention", dict(B=1, T=1024, H=12, D=64)), ("sampler", dict(rows=1, V=50304)))
 
 
-def read(*paths):
-    """All records of JSON-lines files, oldest first."""
-    records = []
-    for path in paths or sorted(RESULTS.glob("*.jsonl")):
-        records += [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    return sorted(records, key=lambda record: record["environment"]["time"])
-
-
-def last(records, benchmark, device=None, **fields):
-    """The newest record of this kind, or None. fields: must be equal; `options` may be reached into by name."""
-    def fits(record):
-        if record["benchmark"] != benchmark or device not in (None, device_of(record)):
-            return False
-        return all(record.get(key, record.get("options", {}).get(key)) == value for key, value in fields.items())
-    return next(filter(fits, reversed(records)), None)
-
-
-def device_of(record):
-    return record.get("device") or ("cuda" if "gpu" in record["environment"] else "cpu")
-
-
 # ------------------------------------------------------------------------------------------------------------------ tables
-
-def table(head, rows):
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["--"] * len(head)) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
-
-
-def where(record):
-    """The machine and the versions, as a line of small print."""
-    e = record["environment"]
-    machine = f"{e['cpu']}, {e['threads']} threads"
-    if device_of(record) == "cuda":
-        machine = f"{e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}"
-    triton = f", Triton {e['triton']}" if "triton" in e else ""
-    load = f", load {e['load']:.1f} on {e['cores']} cores" if "load" in e and device_of(record) == "cpu" else ""
-    return f"<sub>{machine}; torch {e['torch']}{triton}; commit {e['commit']}, {e['time'][:10]}{load}</sub>"
-
 
 TRAIN_ROWS = ("nanoGPT", "nanoGPT compiled", "nanoGPT bf16 fused", "nanoGPT bf16 fused compiled", "one import", "one import compiled",
               "one import bf16", "our trainer", "our trainer compiled", "our trainer bf16", "our trainer bf16 compiled")
@@ -108,91 +71,6 @@ def trained_on_a_gpu(records):
              if record["benchmark"] == "train" and device_of(record) == "cuda" and record["options"]["model"] == "gpt2"}
     first = [train(records, "cuda", "gpt2", "GPT-2 124M", B) for B in sorted(sizes, reverse=True)]
     return first or [train(records, "cuda", "gpt2", "GPT-2 124M")]
-
-
-# What GPT-2 124M's step takes on an H100 of the sweep's rows: {start of a group's name: row}. The others stand beside it.
-SHIPPED = {"attention forward": "cuDNN", "attention backward": "split dq 64x32 w4 s3, dkdv 32x64 w4 s3", "MLP forward": "pointwise",
-           "MLP backward": "epilogue 128x128x64 w8 s3", "loss rows": "4 chunks", "add + LayerNorm": "ours"}
-SWEPT_PEERS = ("cuDNN", "cuDNN packed", "flash", "PyTorch", "compile")
-
-
-def swept(records):
-    """Forms and tiles of the sweep: what the step takes, the fastest and the slowest of ours, PyTorch's."""
-    newest, rows = {}, []
-    for record in records:
-        if record["benchmark"] == "sweep" and "dropout" not in record["group"]:
-            newest[record["group"]] = record
-    for name, record in newest.items():
-        key = next((start for start in SHIPPED if name.startswith(start)), None)
-        if key is None:
-            continue
-        median = {row: 1e6 * statistics.median(samples) for row, samples in record["samples"].items()}
-        ours = {row: us for row, us in median.items() if row not in SWEPT_PEERS and row != "the product alone"
-                and not row.startswith(("cuDNN", "TMA", "specialised"))}
-        row = SHIPPED[key]
-        fastest = min(ours, key=ours.get) if ours else None
-        best = f"{ours[fastest]:,.0f} ({fastest})" if fastest else ""
-        peers = [f"{median[peer]:,.0f}" if peer in median else "" for peer in ("cuDNN", "cuDNN packed", "flash")]
-        plain = next((f"{median[peer]:,.0f}" for peer in ("PyTorch", "compile") if peer in median), "")
-        taken = f"{median[row]:,.0f}" if row in median else "not timed together"
-        rows.append([name, f"{taken} ({row})", best, *peers, plain])
-    if not rows:
-        return MISSING
-    head = ["us", "the step takes", "our fastest", "cuDNN", "cuDNN, packed gradient", "flash", "PyTorch or torch.compile"]
-    last_one = list(newest.values())[-1]
-    return table(head, rows) + small(last_one, lambda r: "medians, cold caches, in turns; python -m benchmarks.gpu.sweep")
-
-
-def predicted(records):
-    """What was written down before the first run, beside what was measured."""
-    path = RESULTS / "predictions.json"
-    if not path.exists():
-        return MISSING
-    said = json.loads(path.read_text(encoding="utf-8"))
-    rows = [[what, f"{value:,g}", "" if (found := _measured(records, what)) is None else f"{found:,.3g}" if found < 10 else f"{found:,.0f}",
-             unit, why] for what, value, unit, why in said["rows"]]
-    return table(["", "predicted", "measured", "", "predicted from"], rows) + f"\n\n<sub>{said['written']}; {said['card']}</sub>"
-
-
-def _measured(records, what):
-    """The figure that a prediction's name stands for, or None."""
-    words, _, row = what.rpartition(", ")
-    if what.startswith("train gpt2 "):
-        B = int(what.split()[2].split("x")[0])
-        # the first that has both: what was predicted is the code as it was
-        record = next((r for r in records if r["benchmark"] == "train" and device_of(r) == "cuda" and r["options"]["model"] == "gpt2"
-                       and r["shape"]["batch_size"] == B and "samples" in r["variants"].get("our trainer", ())), None)
-        ms = {name: 1e3 * statistics.median(found["samples"]) for name, found in (record["variants"] if record else {}).items()
-              if "samples" in found}
-        if row == "our trainer over nanoGPT compiled":
-            return ms["nanoGPT compiled"] / ms["our trainer"] if {"our trainer", "nanoGPT compiled"} <= ms.keys() else None
-        return ms.get(row)
-    group = what if what.startswith("loss kernel") else words
-    record = next((r for r in reversed(records) if r["benchmark"] == "sweep" and r["group"] == group), None)
-    if record is None:
-        return None
-    us = {name: 1e6 * statistics.median(samples) for name, samples in record["samples"].items()}
-    if row in us:
-        return us[row]
-    rival = ("cuDNN", "flash", "PyTorch", "the product alone", "pointwise", "compile")
-    ours = [value for name, value in us.items() if not name.startswith((*rival, "TMA", "specialised")) and (row != "epilogue" or "epilogue" in name)]
-    return min(ours, default=None)
-
-
-def spread(samples):
-    """Half the width of the middle half of the samples, as a share of the median."""
-    if len(samples) < 2:
-        return 0.0
-    low, middle, high = statistics.quantiles(samples, n=4)
-    return (high - low) / 2 / middle
-
-
-def small(record, words=lambda record: ""):
-    """The small print under a table."""
-    if record is None:
-        return ""
-    text = words(record)
-    return "\n\n" + where(record).replace("<sub>", f"<sub>{text}. " if text else "<sub>")
 
 
 def generate(records, device, batches=(1, 8, 64)):
@@ -369,12 +247,7 @@ def sections(records):
     }
 
 
-def gpu_sections(records):
-    """{name: markdown} of the generated sections of docs/gpu.md."""
-    return {"predicted": predicted(records), "step": step_times(records), "sweep": swept(records), "checks": checked(records)}
-
-
-DOCUMENTS = {"README.md": sections, "docs/gpu.md": gpu_sections}
+DOCUMENTS = {"README.md": sections, "docs/gpu.md": report_gpu.sections}
 
 
 def result(records):
@@ -389,48 +262,6 @@ def result(records):
             f"nanoGPT under torch.compile ({rival:,.0f}); with one import changed and nothing compiled "
             f"{rate['one import'] / rival:.2f} times.** Same numbers, {record['variants']['our trainer']['peak_memory'] / 2**30:.0f} GiB "
             f"instead of {record['variants']['nanoGPT compiled']['peak_memory'] / 2**30:.0f} ([docs/gpu.md](docs/gpu.md)).")
-
-
-# What a kernel of a step's profile does, by a part of its name; the first that fits.
-KINDS = (("attention", ("cudnn", "backward_head", "backward_dq", "backward_dkdv", "fort_native_sdpa", "cat_transpose", "unsafe_view_cat")),
-         ("matmuls", ("nvjet", "gemm", "cublasLt", "splitKreduce")), ("MLP's backward, in its matmul", ("_linear_dact", "_linear_act")),
-         ("loss", ("_loss_kernel", "_dlogits", "log_softmax", "nll_loss")), ("GELU", ("_act_kernel", "_dact_kernel", "gelu")),
-         ("residual add and LayerNorm", ("native_layer_norm", "_backward_kernel", "_forward_kernel", "_sum_partials")),
-         ("gradient norm, AdamW, half-precision copies", ("multi_tensor_apply",)))
-
-
-def kind_of(kernel):
-    if kernel == "forward_kernel":
-        return "attention"
-    return next((kind for kind, words in KINDS if any(word in kernel for word in words)), "everything else")
-
-
-def step_times(records):
-    """Where the time of a step of 64 x 1024 tokens goes, by what its kernels do."""
-    record = next((r for r in reversed(records) if r["benchmark"] == "train" and device_of(r) == "cuda"
-                   and r["shape"]["batch_size"] == 64 and any("kernels" in v for v in r["variants"].values())), None)
-    if record is None:
-        return MISSING
-    found = {name: row["kernels"] for name, row in record["variants"].items() if "kernels" in row}
-    kinds = [kind for kind, _ in KINDS] + ["everything else"]
-    spent = {name: {kind: sum(us for kernel, _, us in kernels if kind_of(kernel) == kind) / 1e3 for kind in kinds}
-             for name, kernels in found.items()}
-    rows = [[kind, *(f"{spent[name][kind]:.2f}" for name in found)] for kind in kinds]
-    rows.append(["all kernels", *(f"{sum(spent[name].values()):.2f}" for name in found)])
-    rows.append(["launches", *(f"{sum(calls for _, calls, _ in kernels):.0f}" for kernels in found.values())])
-    rows.append(["a step, timed", *(f"{1e3 * statistics.median(record['variants'][name]['samples']):.2f}" for name in found)])
-    return table(["ms", *found], rows) + small(record, lambda r: (
-        f"{r['shape']['batch_size']} x {r['shape']['block_size']} tokens, {r['dtype']}; PyTorch's profiler over a few steps after the timed "
-        "ones, when the card was cooler: the sums are a little below the timed step"))
-
-
-def checked(records):
-    """The newest outcome of each check of `benchmarks.gpu.smoke`."""
-    newest = {(r["part"], r["check"]): r for r in records if r["benchmark"] == "smoke"}
-    if not newest:
-        return MISSING
-    rows = [[part, check, "right" if r["failed"] is None else "FAILED", r["environment"]["commit"]] for (part, check), r in newest.items()]
-    return table(["", "", "", "commit"], rows)
 
 
 def image(name):

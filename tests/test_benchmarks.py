@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package
 
-from benchmarks import cases, overhead, report, run  # noqa: E402
+from benchmarks import cases, overhead, report, report_gpu, run  # noqa: E402
 
 CPU = torch.device("cpu")
 QUICK = cases.cases("cpu", quick=True)
@@ -155,24 +155,24 @@ def test_a_documents_tables_are_what_the_report_prints(document):
 
 
 def test_what_was_not_measured_says_so():
-    for name, text in (report.sections([]) | report.gpu_sections([])).items():
+    for name, text in (report.sections([]) | report_gpu.sections([])).items():
         if name not in ("doctor", "verify", "compile gate", "ladder", "predicted"):  # files of their own, not records
             assert report.MISSING in text, name
     assert report.train([train_record(1000)], "cuda", "gpt2", "GPT-2").count(report.MISSING) == 3  # of the six variants
 
 
 def test_a_prediction_stands_beside_the_first_run_and_no_figure_where_there_is_none(tmp_path, monkeypatch):
-    assert "| 1.08 |  | times |" in report.predicted([])
+    assert "| 1.08 |  | times |" in report_gpu.predicted([])
     def run(ms, time):
         samples = {"nanoGPT compiled": [0.2], "our trainer": [ms / 1e3]}
         return train_record(1000, time=time) | {"device": "cuda", "shape": {"batch_size": 64, "block_size": 1024}, "options": {"model": "gpt2"},
                                                 "variants": {name: {"samples": row} for name, row in samples.items()}}
-    text = report.predicted([run(160, "2026-01-01"), run(100, "2026-02-01")])
+    text = report_gpu.predicted([run(160, "2026-01-01"), run(100, "2026-02-01")])
     assert "| train gpt2 64x1024, our trainer over nanoGPT compiled | 1.08 | 1.25 | times |" in text
 
 
 def test_a_steps_kernels_are_told_apart_by_what_they_do():
-    assert [report.kind_of(name) for name in ("backward_dq_kernel", "forward_kernel", "_forward_kernel", "_linear_dact_kernel", "_dact_kernel",
+    assert [report_gpu.kind_of(name) for name in ("backward_dq_kernel", "forward_kernel", "_forward_kernel", "_linear_dact_kernel", "_dact_kernel",
                                               "nvjet_sm90_tst_192x192", "triton_red_fused__log_softmax_backward", "Memset")] == [
         "attention", "attention", "residual add and LayerNorm", "MLP's backward, in its matmul", "GELU", "matmuls", "loss",
         "everything else"]

@@ -18,7 +18,7 @@ import traceback
 
 import torch
 
-from nanogpt_fast import GPT, GPTConfig, captured, measure
+from nanogpt_fast import GPT, GPTConfig, backend, captured, measure
 from nanogpt_fast.bench.common import GPT2
 from nanogpt_fast.half_weights import HalfWeights
 from nanogpt_fast.ops import attention, cross_entropy, layer_norm, mlp
@@ -79,11 +79,11 @@ def compared(fused, plain, exact):
 def three_ways(call, inputs, differentiate=0):
     """`compared` for call(inputs, backend) -> tensor or tuple, with the gradients of the inputs that require one."""
     found = []
-    for backend, cast in (("fused", lambda t: t), ("reference", lambda t: t),
+    for choice, cast in (("fused", lambda t: t), ("reference", lambda t: t),
                           ("reference", lambda t: t.double() if t.is_floating_point() else t)):
         leaves = {name: cast(t.detach().clone()).requires_grad_(t.requires_grad) for name, t in inputs.items()}
         with torch.autocast(next(iter(inputs.values())).device.type, BF16, enabled=cast(torch.zeros(1)).dtype != torch.float64):
-            results = call(leaves, backend)
+            results = call(leaves, choice)
         results = results if isinstance(results, tuple) else (results,)
         result = results[differentiate]
         torch.manual_seed(7)
@@ -99,18 +99,16 @@ def leaf(device, *shape, dtype=BF16, scale=1.0):
 
 
 def parsed(call):
-    from nanogpt_fast import backend
     return lambda t, name: call(t, backend.parse(name))
 
 
 def attention_of(B, T, H, D, dropout_p=0.0, by=None):
+    """by: the choice whose result is held to the reference, instead of "fused"."""
     def run(device):
         if by:
-            from nanogpt_fast import backend
             return three_ways(lambda t, name: attention.causal_attention_qkvpacked(
                 t["qkv"], H, backend=backend.parse(by if name == "fused" else name)), {"qkv": leaf(device, B, T, 3 * H * D)})
         if dropout_p:       # nothing to compare with: the masks differ; the same seed gives the same bits
-            from nanogpt_fast import backend
             qkv, found = leaf(device, B, T, 3 * H * D), []
             for _ in range(2):
                 torch.manual_seed(3)
@@ -150,10 +148,10 @@ def loss(return_logits):
     return run
 
 
-def quiet_gpt(device, backend, seed=0, **changes):
+def quiet_gpt(device, choice, seed=0, **changes):
     torch.manual_seed(seed)
     with contextlib.redirect_stdout(io.StringIO()):
-        return GPT(GPTConfig(**{**GPT2, **changes}), backend=backend).to(device)
+        return GPT(GPTConfig(**{**GPT2, **changes}), backend=choice).to(device)
 
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=256, vocab_size=1024, block_size=256)
@@ -297,7 +295,6 @@ def small_loss(device):
 
 
 def small_sampler(device):
-    from nanogpt_fast import backend
     from nanogpt_fast.ops import sample
     logits, found = torch.randn(3, 1003, device=device), []
     for filters in (dict(temperature=0.8), dict(top_k=40), dict(top_p=0.9), dict(temperature=0.0)):

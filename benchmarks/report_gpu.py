@@ -1,0 +1,122 @@
+"""The tables of docs/gpu.md: where a step's time goes, what was predicted, the sweep of forms and tiles, the checks."""
+import json
+import statistics
+
+from benchmarks import RESULTS
+from benchmarks.tables import MISSING, device_of, small, table
+
+
+def sections(records):
+    """{name: markdown} of the generated sections of docs/gpu.md."""
+    return {"predicted": predicted(records), "step": step_times(records), "sweep": swept(records), "checks": checked(records)}
+
+
+# What GPT-2 124M's step takes on an H100 of the sweep's rows: {start of a group's name: row}. The others stand beside it.
+SHIPPED = {"attention forward": "cuDNN", "attention backward": "split dq 64x32 w4 s3, dkdv 32x64 w4 s3", "MLP forward": "pointwise",
+           "MLP backward": "epilogue 128x128x64 w8 s3", "loss rows": "4 chunks", "add + LayerNorm": "ours"}
+SWEPT_PEERS = ("cuDNN", "cuDNN packed", "flash", "PyTorch", "compile")
+
+
+def swept(records):
+    """Forms and tiles of the sweep: what the step takes, the fastest and the slowest of ours, PyTorch's."""
+    newest, rows = {}, []
+    for record in records:
+        if record["benchmark"] == "sweep" and "dropout" not in record["group"]:
+            newest[record["group"]] = record
+    for name, record in newest.items():
+        key = next((start for start in SHIPPED if name.startswith(start)), None)
+        if key is None:
+            continue
+        median = {row: 1e6 * statistics.median(samples) for row, samples in record["samples"].items()}
+        ours = {row: us for row, us in median.items() if row not in SWEPT_PEERS and row != "the product alone"
+                and not row.startswith(("cuDNN", "TMA", "specialised"))}
+        row = SHIPPED[key]
+        fastest = min(ours, key=ours.get) if ours else None
+        best = f"{ours[fastest]:,.0f} ({fastest})" if fastest else ""
+        peers = [f"{median[peer]:,.0f}" if peer in median else "" for peer in ("cuDNN", "cuDNN packed", "flash")]
+        plain = next((f"{median[peer]:,.0f}" for peer in ("PyTorch", "compile") if peer in median), "")
+        taken = f"{median[row]:,.0f}" if row in median else "not timed together"
+        rows.append([name, f"{taken} ({row})", best, *peers, plain])
+    if not rows:
+        return MISSING
+    head = ["us", "the step takes", "our fastest", "cuDNN", "cuDNN, packed gradient", "flash", "PyTorch or torch.compile"]
+    last_one = list(newest.values())[-1]
+    return table(head, rows) + small(last_one, lambda r: "medians, cold caches, in turns; python -m benchmarks.gpu.sweep")
+
+
+def predicted(records):
+    """What was written down before the first run, beside what was measured."""
+    path = RESULTS / "predictions.json"
+    if not path.exists():
+        return MISSING
+    said = json.loads(path.read_text(encoding="utf-8"))
+    rows = [[what, f"{value:,g}", "" if (found := _measured(records, what)) is None else f"{found:,.3g}" if found < 10 else f"{found:,.0f}",
+             unit, why] for what, value, unit, why in said["rows"]]
+    return table(["", "predicted", "measured", "", "predicted from"], rows) + f"\n\n<sub>{said['written']}; {said['card']}</sub>"
+
+
+def _measured(records, what):
+    """The figure that a prediction's name stands for, or None."""
+    words, _, row = what.rpartition(", ")
+    if what.startswith("train gpt2 "):
+        B = int(what.split()[2].split("x")[0])
+        # the first that has both: what was predicted is the code as it was
+        record = next((r for r in records if r["benchmark"] == "train" and device_of(r) == "cuda" and r["options"]["model"] == "gpt2"
+                       and r["shape"]["batch_size"] == B and "samples" in r["variants"].get("our trainer", ())), None)
+        ms = {name: 1e3 * statistics.median(found["samples"]) for name, found in (record["variants"] if record else {}).items()
+              if "samples" in found}
+        if row == "our trainer over nanoGPT compiled":
+            return ms["nanoGPT compiled"] / ms["our trainer"] if {"our trainer", "nanoGPT compiled"} <= ms.keys() else None
+        return ms.get(row)
+    group = what if what.startswith("loss kernel") else words
+    record = next((r for r in reversed(records) if r["benchmark"] == "sweep" and r["group"] == group), None)
+    if record is None:
+        return None
+    us = {name: 1e6 * statistics.median(samples) for name, samples in record["samples"].items()}
+    if row in us:
+        return us[row]
+    rival = ("cuDNN", "flash", "PyTorch", "the product alone", "pointwise", "compile")
+    ours = [value for name, value in us.items() if not name.startswith((*rival, "TMA", "specialised")) and (row != "epilogue" or "epilogue" in name)]
+    return min(ours, default=None)
+
+
+# What a kernel of a step's profile does, by a part of its name; the first that fits.
+KINDS = (("attention", ("cudnn", "backward_head", "backward_dq", "backward_dkdv", "fort_native_sdpa", "cat_transpose", "unsafe_view_cat")),
+         ("matmuls", ("nvjet", "gemm", "cublasLt", "splitKreduce")), ("MLP's backward, in its matmul", ("_linear_dact", "_linear_act")),
+         ("loss", ("_loss_kernel", "_dlogits", "log_softmax", "nll_loss")), ("GELU", ("_act_kernel", "_dact_kernel", "gelu")),
+         ("residual add and LayerNorm", ("native_layer_norm", "_backward_kernel", "_forward_kernel", "_sum_partials")),
+         ("gradient norm, AdamW, half-precision copies", ("multi_tensor_apply",)))
+
+
+def kind_of(kernel):
+    if kernel == "forward_kernel":
+        return "attention"
+    return next((kind for kind, words in KINDS if any(word in kernel for word in words)), "everything else")
+
+
+def step_times(records):
+    """Where the time of a step of 64 x 1024 tokens goes, by what its kernels do."""
+    record = next((r for r in reversed(records) if r["benchmark"] == "train" and device_of(r) == "cuda"
+                   and r["shape"]["batch_size"] == 64 and any("kernels" in v for v in r["variants"].values())), None)
+    if record is None:
+        return MISSING
+    found = {name: row["kernels"] for name, row in record["variants"].items() if "kernels" in row}
+    kinds = [kind for kind, _ in KINDS] + ["everything else"]
+    spent = {name: {kind: sum(us for kernel, _, us in kernels if kind_of(kernel) == kind) / 1e3 for kind in kinds}
+             for name, kernels in found.items()}
+    rows = [[kind, *(f"{spent[name][kind]:.2f}" for name in found)] for kind in kinds]
+    rows.append(["all kernels", *(f"{sum(spent[name].values()):.2f}" for name in found)])
+    rows.append(["launches", *(f"{sum(calls for _, calls, _ in kernels):.0f}" for kernels in found.values())])
+    rows.append(["a step, timed", *(f"{1e3 * statistics.median(record['variants'][name]['samples']):.2f}" for name in found)])
+    return table(["ms", *found], rows) + small(record, lambda r: (
+        f"{r['shape']['batch_size']} x {r['shape']['block_size']} tokens, {r['dtype']}; PyTorch's profiler over a few steps after the timed "
+        "ones, when the card was cooler: the sums are a little below the timed step"))
+
+
+def checked(records):
+    """The newest outcome of each check of `benchmarks.gpu.smoke`."""
+    newest = {(r["part"], r["check"]): r for r in records if r["benchmark"] == "smoke"}
+    if not newest:
+        return MISSING
+    rows = [[part, check, "right" if r["failed"] is None else "FAILED", r["environment"]["commit"]] for (part, check), r in newest.items()]
+    return table(["", "", "", "commit"], rows)

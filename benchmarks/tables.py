@@ -1,0 +1,61 @@
+"""Result files and Markdown: what the reports share (report.py for README.md, report_gpu.py for docs/gpu.md)."""
+import json
+import statistics
+from pathlib import Path
+
+from benchmarks import RESULTS
+
+MISSING = "not measured yet"
+
+
+def read(*paths):
+    """All records of JSON-lines files, oldest first."""
+    records = []
+    for path in paths or sorted(RESULTS.glob("*.jsonl")):
+        records += [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return sorted(records, key=lambda record: record["environment"]["time"])
+
+
+def last(records, benchmark, device=None, **fields):
+    """The newest record of this kind, or None. fields: must be equal; `options` may be reached into by name."""
+    def fits(record):
+        if record["benchmark"] != benchmark or device not in (None, device_of(record)):
+            return False
+        return all(record.get(key, record.get("options", {}).get(key)) == value for key, value in fields.items())
+    return next(filter(fits, reversed(records)), None)
+
+
+def device_of(record):
+    return record.get("device") or ("cuda" if "gpu" in record["environment"] else "cpu")
+
+
+def table(head, rows):
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["--"] * len(head)) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def where(record):
+    """The machine and the versions, as a line of small print."""
+    e = record["environment"]
+    machine = f"{e['cpu']}, {e['threads']} threads"
+    if device_of(record) == "cuda":
+        machine = f"{e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}"
+    triton = f", Triton {e['triton']}" if "triton" in e else ""
+    load = f", load {e['load']:.1f} on {e['cores']} cores" if "load" in e and device_of(record) == "cpu" else ""
+    return f"<sub>{machine}; torch {e['torch']}{triton}; commit {e['commit']}, {e['time'][:10]}{load}</sub>"
+
+
+def spread(samples):
+    """Half the width of the middle half of the samples, as a share of the median."""
+    if len(samples) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return (high - low) / 2 / middle
+
+
+def small(record, words=lambda record: ""):
+    """The small print under a table."""
+    if record is None:
+        return ""
+    text = words(record)
+    return "\n\n" + where(record).replace("<sub>", f"<sub>{text}. " if text else "<sub>")
