@@ -19,10 +19,11 @@ from benchmarks.gpu.lease import Lease, Stage
 
 PYTHON = sys.executable
 OURS = "our trainer compiled"
-# What trains comes first: a run that is ended has had it.
-KERNEL_TESTS = [f"tests/kernels/test_{name}.py" for name in (
-    "training_kernels", "model", "decode_kernels", "attention_autograd", "cross_entropy_autograd", "layer_norm_autograd",
-    "mlp_autograd", "dropout", "cross_entropy", "layer_norm", "attention", "mlp", "memory", "swap_kernels")]
+# The first call's: what trains and generates, one case a test, at most 150 kernels to compile (tests/test_gpu_kit.py counts them).
+CORE_TESTS = [f"tests/kernels/test_{name}.py" for name in (
+    "training_kernels", "model", "decode_kernels", "attention_autograd", "cross_entropy_autograd", "mlp_autograd")]
+KERNEL_TESTS = CORE_TESTS + [f"tests/kernels/test_{name}.py" for name in (
+    "layer_norm_autograd", "dropout", "cross_entropy", "layer_norm", "attention", "mlp", "memory", "swap_kernels")]
 
 
 def stages(part, folder, more, upstream, dry):
@@ -57,7 +58,9 @@ def stages(part, folder, more, upstream, dry):
             paths, workers = ("tests/test_devices.py",), 2
         return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.failures", "-n", str(workers), *paths]
 
-    environment = {"NANOGPT_FAST_EXAMPLES": "3", "NANOGPT_FAST_FAILURES": str(folder / "failures.txt"), "OMP_NUM_THREADS": "1"}
+    environment = {"NANOGPT_FAST_FAILURES": str(folder / "failures.txt"), "OMP_NUM_THREADS": "1"}
+    few = {**environment, "NANOGPT_FAST_EXAMPLES": "1"}
+    more_examples = {**environment, "NANOGPT_FAST_EXAMPLES": "8"}
     one = {"OMP_NUM_THREADS": "2"}
     first = [
         Stage("machine", smoke("machine"), 60),
@@ -67,7 +70,7 @@ def stages(part, folder, more, upstream, dry):
         Stage("ops", smoke("ops"), 90, after=("machine", "build"), environment=one),
         Stage("verify attention", verify("attention", "layer_norm"), 90, after=("build", "machine"), environment=one),
         Stage("verify mlp", verify("mlp"), 90, after=("build", "machine"), environment=one),
-        Stage("tests", tests(*KERNEL_TESTS), 120, after=("build", "machine"), environment=environment),
+        Stage("tests", tests(*CORE_TESTS), 90, after=("build", "machine"), environment=few),
         Stage("warm nanoGPT, 12", warm(12, "nanoGPT compiled"), 110, after=("build", "machine"), environment=one),
         Stage("warm ours, 64", warm(64, OURS), 110, after=("warm nanoGPT, 64", "ops"), environment=one),
         Stage("warm ours, 12", warm(12, OURS), 110, after=("warm nanoGPT, 12", "ops"), environment=one),
@@ -78,7 +81,7 @@ def stages(part, folder, more, upstream, dry):
         Stage("train 12", train(12, f"nanoGPT compiled,{OURS},our trainer", "--rounds=5", "--steps=20", "--profile=3",
                                 "--again=False", f"--traces={more}", f"--json={results}"), 100, alone=True),
         Stage("captured", tests("tests/test_captured.py", "tests/test_sample.py", workers=6), 60, alone=True,
-              environment=environment),
+              environment=more_examples),
     ]
     sweep = module("benchmarks.gpu.sweep", "--json", results, *(["--device", "cpu"] if dry else []))
     trained = f"nanoGPT compiled,{OURS},our trainer"
@@ -87,7 +90,7 @@ def stages(part, folder, more, upstream, dry):
         by_name["build"], replace(by_name["warm nanoGPT, 64"], after=()), replace(by_name["warm nanoGPT, 12"], after=()),
         Stage("sweep compiles", [*sweep, "--compile_only"], 100, environment=one),
         Stage("more tests", tests("tests/test_captured.py", *KERNEL_TESTS[::-1], workers=6), 75, after=("build",),
-              environment=environment),
+              environment=more_examples),
         replace(by_name["warm ours, 64"], after=("warm nanoGPT, 64",)), replace(by_name["warm ours, 12"], after=("warm nanoGPT, 12",)),
         Stage("sweep", [*sweep, "--workers", "0"], 60, alone=True),
         Stage("train 64 again", train(64, trained, "--rounds=4", "--steps=8", "--again=False", "--profile=3", f"--json={results}"), 80,
@@ -106,7 +109,7 @@ def stages(part, folder, more, upstream, dry):
         replace(by_name["verify loss"], after=("build", "warm nanoGPT, 64")),
         Stage("sanitizer", [*sanitizer, *smoke("small")], 85, after=("build",), environment=one),
         Stage("tests again", tests(*KERNEL_TESTS[::-1], "tests/test_captured.py", workers=6), 80, after=("build",),
-              environment=environment),
+              environment=more_examples),
         Stage("sweep compiles, attention", [*sweep, "--compile_only", "--only", "attention", "--workers", "6"], 60,
               after=("warm nanoGPT, 12",), environment=one),
         Stage("train 64 at last", train(64, "nanoGPT compiled,our trainer,one import", "--rounds=4", "--steps=8", "--profile=3",
@@ -117,6 +120,8 @@ def stages(part, folder, more, upstream, dry):
             ["--model=tiny", "--device=cpu", "--batch_sizes=1", "--prompt=4", "--tokens=8"] if dry else [])), 45, alone=True),
         Stage("sweep, attention", [*sweep, "--workers", "0", "--only", "attention"], 40, alone=True),
         Stage("baby", baby, 40, alone=True),
+        Stage("ncu", smoke("small") if dry else ["ncu", "--clock-control", "none", "--set", "full", "--launch-count", "12", "--kernel-name",
+              "regex:backward_dq|backward_dkdv|forward_kernel|_loss_kernel|_linear_dact|_act_kernel", *smoke("small")], 60, alone=True),
         Stage("kernels", module("benchmarks.run", "--rounds", "20", "--only", "sampler,decode", "--json", results, *(
             ["--device", "cpu", "--quick"] if dry else [])), 40, alone=True),
     ]

@@ -43,7 +43,7 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 def examples(on_gpu, interpreted):
     """How many a hypothesis test draws. On a GPU a head size or a width is a constant of its kernel, so an example compiles one:
     NANOGPT_FAST_EXAMPLES asks for few where minutes count."""
-    return interpreted if INTERPRETED else int(os.environ.get("NANOGPT_FAST_EXAMPLES", on_gpu))
+    return int(os.environ.get("NANOGPT_FAST_EXAMPLES", interpreted if INTERPRETED else on_gpu))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
