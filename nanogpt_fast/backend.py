@@ -1,6 +1,7 @@
 """Which implementation of an op runs, and why.
 
-Every op has the reference implementation (plain PyTorch, `reference.py`) and may have faster ones: "triton", "cpp".
+Every op has the reference implementation (plain PyTorch, `reference.py`) and may have faster ones: "triton", "cpp", and for
+attention "cudnn" (cuDNN's forward before the kernels' backward).
 A choice is one of
 
     auto       per op, the fastest implementation that is available and right for these arguments

@@ -9,7 +9,7 @@ from .model import GPT, Block
 
 class Row(NamedTuple):
     op: str
-    implementation: str  # "triton", "cpp", "reference", or "error" where backend='fused' would raise
+    implementation: str  # "triton", "cudnn", "cpp", "reference", or "error" where backend='fused' would raise
     reason: str          # why no faster one, or what else there is to know; empty where the fastest runs as it should
 
 
