@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that a GPU machine can tell, in one command:  benchmarks/gpu.sh DIR [all|first|second] [MINUTES] [--upstream CHECKOUT]
+# Everything that a GPU machine can tell, in one command:  benchmarks/gpu.sh DIR [all|first|second|rest] [MINUTES] [--upstream CHECKOUT] [--only WORD,WORD]
 #
 # Builds the extension, checks every kernel, then measures in the order of value. Each result is in DIR when it is had; what hangs or
 # crashes costs its own seconds. Needs no network: torch, triton, pytest, pytest-xdist, hypothesis and, to build, nvcc, setuptools,

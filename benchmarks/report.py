@@ -252,7 +252,9 @@ DOCUMENTS = {"README.md": sections, "docs/gpu.md": report_gpu.sections}
 
 def result(records):
     """The first line of the README."""
-    record = next((r for r in reversed(records) if r["benchmark"] == "train" and device_of(r) == "cuda" and "our trainer" in r["variants"]
+    told = {"nanoGPT compiled", "one import", "our trainer"}
+    record = next((r for r in reversed(records) if r["benchmark"] == "train" and device_of(r) == "cuda"
+                   and told <= {name for name, row in r["variants"].items() if "tokens_per_s" in row}
                    and r["options"]["model"] == "gpt2" and r["shape"]["batch_size"] == 64), None)
     if record is None:
         return f"On a GPU: {MISSING}."
@@ -260,7 +262,7 @@ def result(records):
     rival, e = rate["nanoGPT compiled"], record["environment"]
     return (f"**GPT-2 124M on one {e['gpu']}: {rate['our trainer']:,.0f} tokens/s with our trainer, {rate['our trainer'] / rival:.2f} times "
             f"nanoGPT under torch.compile ({rival:,.0f}); with one import changed and nothing compiled "
-            f"{rate['one import'] / rival:.2f} times.** Same numbers, {record['variants']['our trainer']['peak_memory'] / 2**30:.0f} GiB "
+            f"{rate['one import'] / rival:.2f} times.** In {record['variants']['our trainer']['peak_memory'] / 2**30:.0f} GiB "
             f"instead of {record['variants']['nanoGPT compiled']['peak_memory'] / 2**30:.0f} ([docs/gpu.md](docs/gpu.md)).")
 
 

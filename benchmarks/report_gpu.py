@@ -97,7 +97,7 @@ def kind_of(kernel):
 def step_times(records):
     """Where the time of a step of 64 x 1024 tokens goes, by what its kernels do."""
     record = next((r for r in reversed(records) if r["benchmark"] == "train" and device_of(r) == "cuda"
-                   and r["shape"]["batch_size"] == 64 and any("kernels" in v for v in r["variants"].values())), None)
+                   and r["shape"]["batch_size"] == 64 and r["options"]["model"] == "gpt2" and any("kernels" in v for v in r["variants"].values())), None)
     if record is None:
         return MISSING
     found = {name: row["kernels"] for name, row in record["variants"].items() if "kernels" in row}

@@ -259,7 +259,7 @@ def backward_dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, terms_ptr,
 
 
 # {column: {architecture: {HEAD: Tile}}} as in attention_forward, chosen the same way. Timed are sm_90's rows of 64 in half precision,
-# on an H100 (us, 64 x 1024 tokens of 12 heads; with 12, 16 and 32 sequences the order is the same):
+# on an H100 (us, 64 x 1024 tokens of 12 heads; with 12 sequences the order is the same):
 #   split    dq 64x32 in 4 warps and dkdv 32x64 in 4: small tiles, many programs a multiprocessor, so that one's exponentials run beside
 #            another's matmuls. dkdv 32x64 1,129, 64x64 1,181, 64x128 in 8 warps 1,452; dq 64x32 56 less than 64x64.
 #   head     1,837 at best (64x128): one program a multiprocessor waits for dq's sum at every tile. So no row.

@@ -20,7 +20,8 @@ The plain path has a mean error of its own on a GPU. Tensor cores truncate as th
 with it (bf16 rounds softmax - 1 = -0.99998 to -1, and the gradients of x and weight are too large). So the same two means of
 the plain path's errors on the same numbers are allowed, up to 2 times in results and 3 times in gradients, as for the
 magnitude. They count as far as they are over 2 of their own standard errors: chance excuses nothing. A bias in the other
-direction, or one that the plain path lacks, is still the kernel's.
+direction, or one that the plain path lacks, is still the kernel's. On a CPU, whose sums round to nearest, nothing of this counts,
+nor beside `stored` below: PyTorch's own rounding would hide a division by N + 1 instead of N = 300.
 
 An intermediate that an algorithm stores in half precision is rounded once, too, and its products are off by what that makes. Who
 knows it says so (`stored`). Linear cross-entropy stores softmax - 1 in bf16, where -0.99998 is -1: all gradients are a little too
@@ -55,7 +56,7 @@ class Measurement:
 
 
 def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtype=None, averaged=1, observations=None,
-            cancelled=None, stored=None):
+            cancelled=None, stored=None, tensor_cores=None):
     """Hold `out` to the rule. Returns a Measurement.
 
     out, plain: the kernel's result and the plain path's on the same inputs, any dtype. oracle: fp64. direction: "forward" or
@@ -67,7 +68,8 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
     every element of a row). cancelled: of out's shape, the root mean square error of each element that the formula itself makes
     in fp32 where two equal terms cancel, so that the oracle is 0 and the plain path may hit it by luck (dq and dk of a query
     that sees one key). stored: of out's shape, fp64: the exact result of an intermediate that the algorithm stores in half
-    precision, rounded once. Its mean error is explained.
+    precision, rounded once. Its mean error is explained, and the plain path's is not. tensor_cores: they made the sums, so that
+    the plain path's mean error counts; None: where out is on a GPU.
     """
     if not out.shape == oracle.shape == plain.shape:
         return Measurement(problem=f"shapes out {tuple(out.shape)}, oracle {tuple(oracle.shape)}, plain {tuple(plain.shape)}")
@@ -76,6 +78,7 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
     if out.numel() == 0:
         return Measurement()
     factor = ERROR_FACTOR[direction] if factor is None else factor
+    shared = (out.is_cuda if tensor_cores is None else tensor_cores) and stored is None
     where = out.device if out.is_cuda else "cpu"  # to sort 38 million numbers takes a CPU seconds; MPS has no float64
     expected = oracle.detach().to(out.dtype).to(where).double()  # the correctly rounded answer; its inf and nan are right
     units = torch.finfo(out.dtype), torch.finfo(dtype or out.dtype)
@@ -116,7 +119,7 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
     if check_bias and n >= FEWEST_FOR_BIAS:
         of_stored = torch.zeros_like(exact) if stored is None else torch.where(finite, stored.to(where).double() - oracle, 0.0)
         found.bias, biased = _bias(error, exact, torch.where(finite, expected - oracle, 0.0), of_stored, plain_error,
-                                   ERROR_FACTOR[direction])
+                                   ERROR_FACTOR[direction] * shared)
         found.problem = found.problem or biased
     return found
 

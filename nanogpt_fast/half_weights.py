@@ -3,7 +3,8 @@
 Autocast casts every fp32 weight in every forward pass: 4 bytes read and 2 written a parameter, 0.75 GB a micro-batch of GPT-2
 124M, and the same result 40 times over where 40 micro-batches make a step. Here each matrix that a matmul takes has one copy:
 
-    with weights.in_use():       the Linears hold their copies; what flows back to a copy goes on to its fp32 weight
+    with weights.in_use():       the Linears hold their copies, or an MLP has both beside its weights; what flows back to a copy goes
+                                 on to its fp32 weight
         loss = model(x, y)[1]
         loss.backward()
     optimizer.step()             moves the fp32 weights
@@ -54,12 +55,13 @@ class HalfWeights:
         self.head = next((linear.weight for linear in self.linears if can_head and linear is model.lm_head), None)
         self.weights = [linear.weight for linear in self.linears]
         self.copies = [weight.detach().to(dtype) for weight in self.weights] if cast else []
-        # MLPs whose op takes the copies beside the fp32 weights, and sends these their gradients: {MLP: [copy of c_fc, of c_proj]}
+        # MLPs whose op takes the copies beside the fp32 weights, and sends these their gradients: {MLP: ((c_fc, c_proj), (their copies))}
         self.mlps = {}
         for linear, copy in zip(self.linears, self.copies):     # no copies in float32
             if id(linear) in mlps:
                 self.mlps.setdefault(mlps[id(linear)], []).append(copy)
-        self.mlps = {mlp: tuple(copies) for mlp, copies in self.mlps.items() if len(copies) == 2}
+        self.mlps = {mlp: ((mlp.c_fc.weight, mlp.c_proj.weight), tuple(copies))
+                     for mlp, copies in self.mlps.items() if len(copies) == 2}
         inside = {id(linear) for mlp in self.mlps for linear in (mlp.c_fc, mlp.c_proj)}
         self.beside = [id(linear) in inside for linear in self.linears]
 

@@ -90,7 +90,8 @@ class TrainOptions:
     dtype: str = option("auto", "of the forward pass (auto on GPUs: bfloat16, float16 on old ones; on CPUs with AMX or AVX-512 "
                         "bf16: bfloat16 from 128 channels on; else float32)",
                         choices=("auto", "float32", "bfloat16", "float16"))
-    compile: bool | str = option("auto", "torch.compile the model (auto: on CUDA, where the step is not captured, see cuda_graph)",
+    compile: bool | str = option("auto", "torch.compile the model (auto: on CUDA, but where a step of our kernels is captured, see "
+                                 "cuda_graph)",
                                  choices=("auto", True, False))
     cuda_graph: str = option("auto", "replay the step as CUDA graphs, which small models need (auto: where it can be; on: or "
                              "say why not and leave)", choices=("auto", "on", "off"))
@@ -175,7 +176,7 @@ def _train(o, ranks, device, ops, malloc):
     T = min(o.block_size, model.config.block_size)
     if T < model.config.block_size:
         model.crop_block_size(T)
-    recompute = o.recompute if o.recompute != "auto" else _memory_is_short(model, device, o.batch_size * T)
+    recompute = o.recompute if o.recompute != "auto" else _memory_is_short(model, device, dtype, o.batch_size * T)
     for block in model.transformer.h:
         block.mlp.recompute = recompute
 
@@ -198,8 +199,11 @@ def _train(o, ranks, device, ops, malloc):
     if o.cuda_graph == "on" and not_captured is not None:
         raise ValueError(f"cuda_graph is 'on', but the step cannot be captured: {not_captured}. cuda_graph=auto trains without")
     # A captured step of our kernels is as fast eager (H100, GPT-2 124M, 64 x 1024 tokens: 129.8 ms, compiled 130.1) and begins at once.
+    # What PyTorch computes, compiling fuses.
+    kernels = dtype != torch.float32 and not any(ops_backend.choice(op, model.backend) == "reference"
+                                                 for op in ("attention", "layer_norm", "mlp", "cross_entropy"))
     compiled = o.compile if o.compile != "auto" else (
-        device.type == "cuda" and not_captured is not None and ops_backend.triton_import_error() is None)
+        device.type == "cuda" and not (kernels and not_captured is None) and ops_backend.triton_import_error() is None)
     network = model
     if compiled:
         print("compiling the model... (takes a ~minute)")
@@ -519,13 +523,14 @@ def _banner(o, model, device, dtype, compiled, weights, not_captured, malloc, ra
     print(f"writes  {o.out_dir}", flush=True)
 
 
-def _memory_is_short(model, device, tokens):
+def _memory_is_short(model, device, dtype, tokens):
     """Whether a step of so many tokens would take more than nine tenths of the GPU's free memory, if GELU's results were kept."""
     if device.type != "cuda":
         return False
     c = model.config
     parameters = 14 * sum(p.numel() for p in model.parameters())        # gradients, two moments, copies in half precision
-    activations = tokens * (36 * c.n_embd * c.n_layer + 16 * c.n_embd + c.vocab_size // 4)
+    # Of a token in half precision: 36C a block, a quarter of the logits.
+    activations = tokens * (36 * c.n_embd * c.n_layer + 16 * c.n_embd + c.vocab_size // 2) * dtype.itemsize // 2
     return parameters + activations > 0.9 * torch.cuda.mem_get_info(device)[0]
 
 

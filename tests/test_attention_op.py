@@ -74,6 +74,12 @@ def test_cudnns_forward_is_taken_where_it_was_measured_faster_and_nowhere_else(m
     class Packed:       # a projection on an H100
         is_cuda = requires_grad = True
         get_device = lambda self: 0
+
+        def __init__(self, *shape, column=1):
+            self.shape, self.column = shape or (2, 16, 192), column
+
+        size, stride = lambda self, i: self.shape[i], lambda self, i: self.column
+        numel = lambda self: self.shape[0] * self.shape[1] * self.shape[2]
     monkeypatch.setattr(backend, "compute_capability", lambda device: 90)
     monkeypatch.setattr(backend, "triton_why_not", lambda x: None)
     monkeypatch.setattr(op, "_why_no_cudnn", lambda: None)
@@ -82,6 +88,7 @@ def test_cudnns_forward_is_taken_where_it_was_measured_faster_and_nowhere_else(m
         return op._cudnn_why_not(qkv, dtype, D, None, backend.parse(choice), dropout_p) is None
     assert taken() and taken(torch.float16)
     assert not any((taken(torch.float32), taken(D=128), taken(D=32), taken(choice="fused"), taken(dropout_p=0.1)))
+    assert not any(taken(qkv=qkv) for qkv in (Packed(2, 1, 192), Packed(0, 16, 192), Packed(column=2)))    # what cuDNN does not take
     with torch.no_grad():       # prompts of all lengths: a plan for each
         assert not taken()
     assert not taken(qkv=torch.zeros(1, requires_grad=True))

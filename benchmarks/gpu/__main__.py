@@ -44,7 +44,8 @@ def stages(part, folder, more, upstream, dry):
 
     def train(B, only, *words):
         shape = ["--model=tiny", "--rounds=1", "--steps=1", "--apart=False"] if dry else ["--model=gpt2", f"--batch_size={B}"]
-        return module("nanogpt_fast", "bench", "train", *shape, f"--only={only}", *([] if dry else words), *upstream, *device)
+        words = [word for word in words if not dry or word.startswith("--json=")]
+        return module("nanogpt_fast", "bench", "train", *shape, f"--only={only}", *words, *upstream, *device)
 
     def warm(B, only):
         return train(B, only, "--rounds=1", "--steps=1", "--again=False")

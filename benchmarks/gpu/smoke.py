@@ -199,7 +199,7 @@ def steps(model, device, B, T, V, take, capture, dtype=BF16, network=None, accum
     """The losses of `take` training steps, as bench train takes them: trainer's way, captured or not."""
     with contextlib.redirect_stdout(io.StringIO()):
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
-    weights = HalfWeights(model, dtype)
+    weights = HalfWeights(model, dtype, own_gradients=network is None)
     x, y = torch.randint(V, (2, B, T), device=device, generator=torch.Generator(device).manual_seed(5))
 
     def forward_backward(x, y):
@@ -237,7 +237,7 @@ def captured_steps(device):
 
 
 def compiled_steps(device):
-    """The trainer's default: compiled and captured."""
+    """The trainer with --compile: compiled and captured."""
     plain = steps(quiet_gpt(device, "auto", **SMALL), device, 8, 256, 1024, 8, False)
     model = quiet_gpt(device, "auto", **SMALL)
     found = steps(model, device, 8, 256, 1024, 8, True, network=torch.compile(model))
@@ -310,6 +310,7 @@ CHECKS = {
               "loss": small_loss, "sampler": small_sampler, "add + LayerNorm": norm},
     "machine": {"card": card, "versions": versions, "half products into fp32": half_products_into_fp32, "limits": limits},
     "ops": {"attention, head form": attention_of(72, 512, 4, 32), "attention, split form": attention_of(2, 777, 4, 64), "attention, auto": attention_of(12, 1024, 12, 64, by="auto"),
+            "attention, auto, one token": attention_of(4, 1, 12, 64, by="auto"),
             "attention, head size 128": attention_of(2, 300, 4, 128), "attention, dropout": attention_of(40, 256, 4, 64, 0.2),
             "add + LayerNorm": norm, "MLP, pointwise": mlp_form("pointwise"), "MLP, epilogue": mlp_form("epilogue"),
             "loss": loss(False), "loss with logits": loss(True), "captured steps": captured_steps,

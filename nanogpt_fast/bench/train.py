@@ -177,6 +177,8 @@ def run(o, device, dtype):
         return (Worker if apart else Runner)(o, name, all_variants[name], config, B, device, dtype, steps)
 
     names = wanted(o, all_variants)
+    if not apart and any(all_variants[name].mlp_form for name in names):
+        raise ValueError("the MLP's form is set for a whole process; time it with --apart=True")
     if apart and not on_cpu:
         found = one_after_the_other(o, names, runner, timed, until, write)
     else:
@@ -196,8 +198,9 @@ def one_after_the_other(o, names, runner, timed, until, write):
             if ready:
                 ready.pop().kill()
             continue
-        worker, had = ready.pop(0), dict(clocks=[])
+        worker, had = None, dict(clocks=[])
         try:
+            worker = ready.pop(0) if ready else runner(name)
             ready += [runner(name) for name in order[i + 1:i + 2]]
             had |= worker.first()
             print(f"{name:<28} first step {had['first_step_s']:6.1f} s", flush=True)
@@ -222,10 +225,13 @@ def one_after_the_other(o, names, runner, timed, until, write):
                 one.kill()
             raise
         finally:
-            worker.kill()
+            if worker is not None:
+                worker.kill()
         if name in found:
-            had = found[name] | dict(samples_again=had.get("samples"), clocks_again=had["clocks"])
+            had = found[name] | dict(samples_again=had.get("samples"), clocks_again=had["clocks"], error_again=had.get("error"))
         found[name] = had
+        write(found)
+    if any("error" in row for row in found.values()):
         write(found)
     return found
 
@@ -317,7 +323,7 @@ class Worker:
     """A variant in a process of its own, which does nothing unless it is asked: the same `first`, `several`, `timed`, `profiled`."""
 
     def __init__(self, o, name, *rest):
-        self.name, self.asked = name, False
+        self.name, self.asked, self.limit = name, False, 60 * o.minutes + 300
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads that do not run there
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=_work, args=(other, torch.get_num_threads(), o, name, *rest), daemon=True)
@@ -328,6 +334,8 @@ class Worker:
         try:
             self.pipe.send(what)
             self.asked = True
+            if not self.pipe.poll(self.limit):
+                raise RuntimeError(f"{self.name} has not answered for {self.limit:.0f} s")
             answer = self.pipe.recv()
             self.asked = False
         except (EOFError, BrokenPipeError) as error:

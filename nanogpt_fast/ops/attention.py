@@ -35,7 +35,8 @@ LEFT_TO_PYTORCH = {
 }
 # {(architecture, head size)} where `auto` takes cuDNN's forward before the kernels' backward, in half precision and without dropout.
 # H100, 12 heads of 64, us for 64 x 1024 and 12 x 1024 tokens: forward cuDNN 297 and 68, the kernel 359 and 78; backward cuDNN with
-# the `cat` of its three gradients 1,314 and 279, the kernels 1,129 and 225 (python -m benchmarks.gpu.sweep).
+# the `cat` of its three gradients 1,314 and 279, the kernels 1,129 and 225 with dq in tiles of 64x64, which the table's 64x32 beat by
+# another 56 beside another dkdv (python -m benchmarks.gpu.sweep).
 CUDNN_FORWARD = {(90, 64)}
 FLOAT32_LEFT = "IEEE float32 runs without tensor cores and is expected to be slower than PyTorch's kernels (not measured yet)"
 
@@ -52,7 +53,8 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backen
     `backend.parse` gives it, or None.
 
     Raises ValueError (shapes, dropout_p), RuntimeError (backend "fused" where no kernel can run; a second derivative, which
-    only the reference has). Source: kernels/attention_forward.py and attention_backward.py.
+    only the reference has). Source: kernels/attention_forward.py and attention_backward.py; where `CUDNN_FORWARD` says so, `auto`
+    takes cuDNN's forward before the kernels' backward.
     """
     shape = qkv.shape
     if len(shape) != 3 or n_head < 1 or shape[2] % (3 * n_head):
@@ -152,7 +154,9 @@ def _cudnn_why_not(qkv, dtype, D, scale, backend, dropout_p):
     if (arch, D) not in CUDNN_FORWARD or dtype == torch.float32 or dtype == torch.float64 or dropout_p > 0:
         return ""
     if not (qkv.requires_grad and torch.is_grad_enabled()):
-        return ""       # it makes a plan for each new length, which only training, where all are the same, repays
+        return ""       # it makes a plan for each new shape, which only training repays, where most have few
+    if qkv.size(1) < 2 or qkv.numel() == 0 or qkv.stride(2) != 1:
+        return ""       # what cuDNN's attention does not take
     return _why_no_cudnn() or _why_not(qkv, dtype, D, scale, backend)
 
 

@@ -61,6 +61,17 @@ def test_the_mlps_and_the_heads_weights_get_gradients_that_were_never_rounded(de
     assert not torch.equal(a, b) and (a - b).norm() < 2 ** -8 * a.norm()
 
 
+def test_a_linear_that_is_replaced_meanwhile_is_computed_with_its_own_weight(device):
+    model, (x, y) = model_of(device), batch(device, B=1, T=20)
+    weights = HalfWeights(model, torch.bfloat16, own_gradients=True)
+    mlp = model.transformer.h[0].mlp
+    mlp.c_proj = nn.Linear(mlp.c_proj.in_features, mlp.c_proj.out_features).to(device)
+    with autocast(device, torch.bfloat16):
+        expected = model(x, y, return_logits=False)[1]
+        with weights.in_use():
+            assert torch.equal(model(x, y, return_logits=False)[1], expected)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_copies_of_the_weights_give_the_gradients_of_autocast(device, accumulation):
     plain, (x, y) = model_of(device), batch(device, B=1, T=20)
