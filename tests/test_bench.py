@@ -195,3 +195,11 @@ def test_what_was_timed_is_kept_when_the_process_is_told_to_end():
     with measure.told_to_end():
         assert len(measure.interleaved({"a": work}, rounds=99, warmup=0)["a"]) == 5
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_the_trainers_variations_are_asked_for_by_name():
+    """A comma separates words of --only, so no name has one."""
+    every = train.TRAIN_VARIANTS | train.TRAIN_VARIANTS_GPU | train.TRAIN_VARIANTS_CPU
+    assert not any("," in name for name in every)
+    o = options.parse(train.BenchTrainOptions, ["--only=our trainer,trainer with"], "test")
+    assert common.wanted(o, train.TRAIN_VARIANTS | train.TRAIN_VARIANTS_GPU) == ["our trainer", *train.TRAIN_VARIANTS_GPU]

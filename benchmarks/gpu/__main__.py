@@ -55,20 +55,23 @@ def stages(part, folder, more, upstream, dry):
                       f"--json={more / ('verify-' + only[0] + '.json')}")
 
     def tests(*paths, workers=8):
-        if dry:
-            paths, workers = ("tests/test_devices.py",), 2
+        if dry:     # in the interpreter (`environment`)
+            paths, workers = ("tests/kernels/test_training_kernels.py",), 2
         return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.failures", "-n", str(workers), *paths]
 
     environment = {"NANOGPT_FAST_FAILURES": str(folder / "failures.txt"), "OMP_NUM_THREADS": "1"}
+    if dry:
+        environment |= {"TRITON_INTERPRET": "1", "NANOGPT_FAST_EXAMPLES": "1"}
     few = {**environment, "NANOGPT_FAST_EXAMPLES": "1"}
-    more_examples = {**environment, "NANOGPT_FAST_EXAMPLES": "8"}
+    more_examples = environment if dry else {**environment, "NANOGPT_FAST_EXAMPLES": "8"}
     one = {"OMP_NUM_THREADS": "2"}
+    interpreted = {**one, "TRITON_INTERPRET": "1"} if dry else one
     first = [
         Stage("machine", smoke("machine"), 60),
         Stage("build", module("nanogpt_fast", "doctor") if dry else ["env", "NANOGPT_FAST_CUDA=1",
               f"NANOGPT_FAST_CUDA_ARCHS={architecture}", PYTHON, "setup.py", "build_ext", "--inplace"], 90),
         Stage("warm nanoGPT, 64", warm(64, "nanoGPT compiled"), 110, after=("machine",), environment=one),
-        Stage("ops", smoke("ops"), 90, after=("machine", "build"), environment=one),
+        Stage("ops", smoke("small" if dry else "ops"), 90, after=("machine", "build"), environment=interpreted),
         Stage("verify attention", verify("attention", "layer_norm"), 90, after=("build", "machine"), environment=one),
         Stage("verify mlp", verify("mlp"), 90, after=("build", "machine"), environment=one),
         Stage("tests", tests(*CORE_TESTS), 90, after=("build", "machine"), environment=few),
@@ -102,32 +105,33 @@ def stages(part, folder, more, upstream, dry):
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"] if not dry else []
     baby = [*train(64, "nanoGPT compiled,our trainer", "--rounds=5", "--steps=50", "--again=False", f"--json={results}"),
             *([] if dry else ["--model=baby"])]
+    variations = "our trainer,trainer with"
     rest = [
-        by_name["build"], replace(by_name["warm nanoGPT, 64"], after=()), replace(by_name["warm nanoGPT, 12"], after=()),
-        Stage("warm baby", [*warm(64, "nanoGPT compiled"), *([] if dry else ["--model=baby"])], 80, environment=one),
-        replace(by_name["ops"], after=("build",)),
-        *(replace(by_name[f"verify {name}"], after=("build",)) for name in ("attention", "mlp")),
-        replace(by_name["verify loss"], after=("build", "warm nanoGPT, 64")),
-        Stage("sanitizer", [*sanitizer, *smoke("small")], 85, after=("build",), environment=one),
-        Stage("tests again", tests(*KERNEL_TESTS[::-1], "tests/test_captured.py", workers=6), 80, after=("build",),
+        by_name["build"],
+        Stage("warm baby", [*warm(64, "nanoGPT compiled"), *([] if dry else ["--model=baby"])], 70, environment=one),
+        Stage("sanitizer", [*sanitizer, *smoke("small")], 70, after=("build",), environment=interpreted),
+        Stage("tests again", tests(*KERNEL_TESTS[::-1], "tests/test_captured.py", workers=10), 75, after=("build",),
               environment=more_examples),
-        Stage("sweep compiles, attention", [*sweep, "--compile_only", "--only", "attention", "--workers", "6"], 60,
-              after=("warm nanoGPT, 12",), environment=one),
-        Stage("train 64 at last", train(64, "nanoGPT compiled,our trainer,one import", "--rounds=4", "--steps=8", "--profile=3",
-                                        f"--json={results}"), 90, alone=True),
-        Stage("train 12 at last", train(12, "nanoGPT compiled,our trainer,one import", "--rounds=5", "--steps=20", "--profile=3",
-                                        "--again=False", f"--json={results}"), 60, alone=True),
         Stage("generate", module("nanogpt_fast", "bench", "generate", "--rounds=3", f"--json={results}", *upstream, *(
-            ["--model=tiny", "--device=cpu", "--batch_sizes=1", "--prompt=4", "--tokens=8"] if dry else [])), 45, alone=True),
-        Stage("sweep, attention", [*sweep, "--workers", "0", "--only", "attention"], 40, alone=True),
+            ["--model=tiny", "--device=cpu", "--batch_sizes=1", "--prompt=4", "--tokens=8"] if dry else [])), 50, alone=True),
         Stage("baby", baby, 40, alone=True),
+        Stage("kernels", module("benchmarks.run", "--rounds", "20", "--without", "compile max-autotune", "--json", results, *(
+            ["--device", "cpu", "--quick"] if dry else [])), 60, alone=True),
         Stage("ncu", smoke("small") if dry else ["ncu", "--clock-control", "none", "--set", "full", "--launch-count", "12", "--kernel-name",
-              "regex:backward_dq|backward_dkdv|forward_kernel|_loss_kernel|_linear_dact|_act_kernel", *smoke("small")], 60, alone=True),
-        Stage("kernels", module("benchmarks.run", "--rounds", "20", "--only", "sampler,decode", "--json", results, *(
-            ["--device", "cpu", "--quick"] if dry else [])), 40, alone=True),
+              "regex:backward_dq|backward_dkdv|forward_kernel|_loss_kernel|_act_kernel", *smoke("small")], 40, alone=True),
+        Stage("variations", train(64, variations, "--rounds=3", "--steps=8", "--again=False", f"--json={results}"), 100, alone=True),
     ]
     every = {stage.name: stage for stage in [*first, *second, *rest]}
     return {"first": first, "second": second, "rest": rest, "all": list(every.values())}[part]
+
+
+def keep_code(folder, most=400):
+    """Copy what Triton compiled of our kernels, PTX and machine code, into the folder: the newest `most` files of its cache."""
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    found = [path for path in cache.glob("*/*") if path.suffix in (".ptx", ".cubin")]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(found, key=lambda path: -path.stat().st_mtime)[:most]:
+        (folder / f"{path.parent.name[:8]}-{path.name}").write_bytes(path.read_bytes())
 
 
 def main(argv=None):
@@ -153,6 +157,7 @@ def main(argv=None):
         if args.minutes is None:
             stage.seconds *= 10
     ended = lease.run(listed)
+    keep_code(more / "code")
     with tarfile.open(folder / "more.tar.gz", "w:gz", compresslevel=3) as archive:
         archive.add(more, arcname="more")
     lines = [f"{name:<24} {how}" for name, how in ended.items()]

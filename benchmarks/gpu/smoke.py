@@ -157,16 +157,38 @@ def quiet_gpt(device, choice, seed=0, **changes):
 SMALL = dict(n_layer=2, n_head=4, n_embd=256, vocab_size=1024, block_size=256)
 
 
-def greedy_text(device):
-    """200 greedy tokens by the cached decode kernels, captured, early launches and all, beside the reference."""
+def sharp_gpt(device):
+    """A small GPT whose next tokens are far apart in probability."""
     model = quiet_gpt(device, "auto", **SMALL).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3)
+    return model
+
+
+@contextlib.contextmanager
+def without_early_launches():
+    from nanogpt_fast.kernels import decode
+    before, decode.launch_options = decode.launch_options, lambda x, early=True: {"DEPENDENT": True, "launch_pdl": False}
+    try:
+        yield
+    finally:
+        decode.launch_options = before
+
+
+def greedy_text(device):
+    """200 greedy tokens by the cached decode kernels, captured: again, without early launches, and by the reference."""
+    model = sharp_gpt(device)
     idx = torch.randint(1024, (2, 8), device=device)
     ours = model.generate(idx, 200, temperature=0)
     again = model.generate(idx, 200, temperature=0)
     assert torch.equal(ours, again), "two runs differ"
+    if device.type == "cuda":
+        for rows in (1, 2):         # one row has kernels of its own, and they are launched early
+            expected = model.generate(idx[:rows], 200, temperature=0)
+            with without_early_launches():
+                late = sharp_gpt(device).generate(idx[:rows], 200, temperature=0)
+            assert torch.equal(expected, late), f"early launches change the text of {rows} rows"
     model.set_backend("reference")
     plain = model.generate(idx, 200, temperature=0, use_cache=False)
     equal = int((ours == plain).all(0).cumprod(0).sum()) - 8
@@ -186,11 +208,8 @@ def early_launches(device):
         token, position = (torch.tensor([n], device=device) for n in (3, 70))
         expected = step(token, position).clone()
         equal = sum(torch.equal(step(token, position), expected) for _ in range(300))
-        before, decode.launch_options = decode.launch_options, lambda x, early=True: {"DEPENDENT": True, "launch_pdl": False}
-        try:
+        with without_early_launches():
             late = torch.equal(step(token, position), expected)
-        finally:
-            decode.launch_options = before
     assert equal == 300 and late, (equal, late)
     return "the same bits"
 
@@ -257,10 +276,12 @@ def gradients(model, x, y, dtype):
 
 
 def whole_model(B):
-    """GPT-2 124M: loss and all gradients of the kernels in bf16 beside the reference path's, by their distance from fp32."""
+    """GPT-2 124M (on a CPU a small GPT): loss and all gradients of the kernels in bf16 beside the reference path's, by their distance
+    from fp32."""
     def run(device):
-        x, y = torch.randint(50304, (2, B, 1024), device=device)
-        model = quiet_gpt(device, "reference")
+        shape = SMALL if device.type == "cpu" else GPT2
+        x, y = torch.randint(shape["vocab_size"], (2, B, shape["block_size"]), device=device)
+        model = quiet_gpt(device, "reference", **shape)
         with torch.no_grad():       # the residual branches are tiny at first: make a mix-up visible
             for p in model.parameters():
                 p.add_(0.02 * torch.randn_like(p))
@@ -280,8 +301,10 @@ def whole_model(B):
 
 def whole_steps(B):
     def run(device):
-        found = [steps(quiet_gpt(device, "auto"), device, B, 1024, 50304, 8, capture) for capture in (False, True)]
-        found.append(steps(quiet_gpt(device, "reference"), device, B, 1024, 50304, 8, False))
+        shape = SMALL if device.type == "cpu" else GPT2
+        size = device, B, shape["block_size"], shape["vocab_size"], 8
+        found = [steps(quiet_gpt(device, "auto", **shape), *size, capture) for capture in (False, True)]
+        found.append(steps(quiet_gpt(device, "reference", **shape), *size, False))
         assert max(abs(a - b) for a, b in zip(found[0], found[1])) < 2e-2, found
         assert max(abs(a - b) for a, b in zip(found[0], found[2])) < 5e-2, found
         return dict(ordinary=found[0], captured=found[1], reference=found[2], same_bits=found[0] == found[1])
@@ -329,6 +352,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     faulthandler.dump_traceback_later(45, repeat=True)      # what hangs says where
     device, failed = torch.device(args.device), []
+    if backend.interpreted():
+        from nanogpt_fast.kernels import interpreter
+        interpreter.install_interpreter_patches()
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
     words = [word for word in args.only.split(",") if word]

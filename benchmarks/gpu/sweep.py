@@ -258,7 +258,7 @@ def groups(small=False):
     return [*itertools.chain(
         attention(size(64), 1024, 12, 64), gelu_mlp(1024 * size(64), 768), loss(1024 * size(64), 768, 50304),
         norm(1024 * size(64), 768), attention(size(12), 1024, 12, 64), gelu_mlp(1024 * size(12), 768),
-        with_dropout(size(64), 256, 6, 64, 0.2), *(attention(size(B), 1024, 12, 64, small=True) for B in (16, 32)))]
+        with_dropout(size(64), 256, 6, 64, 0.2), *(attention(size(B), 1024, 12, 64, small=True) for B in (16, 22, 32)))]
 
 
 def kind(group):

@@ -62,11 +62,12 @@ TRAIN_VARIANTS = {  # built in this order: where time is short, the ones that co
     "nanoGPT": Variant(nanogpt=True),
 }
 TRAIN_VARIANTS_GPU = {  # our trainer's own variations: only where --only asks for them
-    "trainer, our attention": Variant(logits=False, backend="auto,attention=fused"),
-    "trainer, MLP epilogue": Variant(logits=False, mlp_form="epilogue"),
-    "trainer, recompute": Variant(logits=False, recompute=True),
-    "trainer, PyTorch's MLP": Variant(logits=False, backend="auto,mlp=reference"),
-    "trainer, PyTorch's loss": Variant(logits=False, backend="auto,cross_entropy=reference"),
+    "trainer with our attention": Variant(logits=False, backend="auto,attention=fused"),
+    "trainer with the MLP's epilogue": Variant(logits=False, mlp_form="epilogue"),
+    "trainer with the MLP pointwise": Variant(logits=False, mlp_form="pointwise"),
+    "trainer with recompute": Variant(logits=False, recompute=True),
+    "trainer with PyTorch's MLP": Variant(logits=False, backend="auto,mlp=reference"),
+    "trainer with PyTorch's loss": Variant(logits=False, backend="auto,cross_entropy=reference"),
 }
 TRAIN_VARIANTS_CPU = {  # what nanoGPT's user could switch on beside ours
     "nanoGPT bf16 fused": Variant(nanogpt=True, bf16=True, fused=True),
