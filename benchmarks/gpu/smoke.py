@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import torch
 
@@ -368,7 +369,7 @@ def main(argv=None):
             if device.type == "cuda":
                 torch.cuda.synchronize()
         except Exception:
-            trace = traceback.format_exc()
+            trace = traceback.format_exc().replace(f"{Path(__file__).parents[2]}/", "")
             failed.append(name)
         seconds = time.perf_counter() - start
         print(f"{name}: {'FAILED' if trace else 'right'}, {seconds:.1f} s: {trace or found}", flush=True)
