@@ -56,9 +56,15 @@ class Lease:
 
     def run(self, stages):
         """Run them all, as far as time goes. Returns {name: "passed" or what became of it}."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: setattr(self, "told", number))
-        waiting, running = list(stages), {}
+        before = {number: signal.signal(number, lambda number, frame: setattr(self, "told", number))
+                  for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return self._run(list(stages), {})
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _run(self, waiting, running):
         while waiting or running:
             for name in [name for name, one in running.items() if one.poll()]:
                 self._note(running.pop(name))
