@@ -75,7 +75,7 @@ class MLP(nn.Module):
 
     backend = None
     # True: the fused op computes GELU again in its backward, and a block keeps 28C bytes a token instead of 36C: of GPT-2
-    # 124M's step of 64 x 1024 tokens 4.8 GB of 24, for 4.8 GB more to write, which is counted as 1.6 ms of 120 (not measured yet).
+    # 124M's step of 64 x 1024 tokens 4.8 GB of 24, for 4.8 GB more to write (its time is not measured yet).
     recompute = False
     copies = None   # ((weight, weight), (copy, copy)) of c_fc and c_proj in half precision, while somebody keeps them (half_weights.py)
 

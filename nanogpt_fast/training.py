@@ -98,7 +98,7 @@ class TrainOptions:
     malloc: str = option("auto", "on a CPU keep freed memory in the process (glibc): a step need not map it anew (auto, off)",
                          choices=("auto", "off"))
     recompute: bool | str = option("auto", "the fused MLP computes its GELU again in the backward and a block keeps a fifth less for "
-                                   "it, 1 % slower (auto: where memory is short)", choices=("auto", True, False))
+                                   "it, which it writes again (auto: where memory is short)", choices=("auto", True, False))
     seed: int = option(1337, "of weights, batches and dropout; rank r takes seed + r", minimum=0)
 
     def __post_init__(self):
