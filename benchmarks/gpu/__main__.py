@@ -105,18 +105,20 @@ def stages(part, folder, more, upstream, dry):
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"] if not dry else []
     baby = [*train(64, "nanoGPT compiled,our trainer", "--rounds=5", "--steps=50", "--again=False", f"--json={results}"),
             *([] if dry else ["--model=baby"])]
+    kernels = module("benchmarks.run", "--without", "compile max-autotune", *(["--device", "cpu", "--quick"] if dry else []))
     variations = "our trainer,trainer with"
     rest = [
         by_name["build"],
         Stage("warm baby", [*warm(64, "nanoGPT compiled"), *([] if dry else ["--model=baby"])], 70, environment=one),
+        Stage("warm kernels", [*kernels, "--rounds", "1", "--minutes", "0.8", "--json", more / "warm-kernels.jsonl"], 65, after=("build",),
+              environment=one),
         Stage("sanitizer", [*sanitizer, *smoke("small")], 70, after=("build",), environment=interpreted),
-        Stage("tests again", tests(*KERNEL_TESTS[::-1], "tests/test_captured.py", workers=10), 75, after=("build",),
+        Stage("tests again", tests(*KERNEL_TESTS[::-1], "tests/test_captured.py", workers=9), 60, after=("build",),
               environment=more_examples),
         Stage("generate", module("nanogpt_fast", "bench", "generate", "--rounds=3", f"--json={results}", *upstream, *(
-            ["--model=tiny", "--device=cpu", "--batch_sizes=1", "--prompt=4", "--tokens=8"] if dry else [])), 50, alone=True),
+            ["--model=tiny", "--device=cpu", "--batch_sizes=1", "--prompt=4", "--tokens=8"] if dry else [])), 65, alone=True),
         Stage("baby", baby, 40, alone=True),
-        Stage("kernels", module("benchmarks.run", "--rounds", "20", "--without", "compile max-autotune", "--json", results, *(
-            ["--device", "cpu", "--quick"] if dry else [])), 60, alone=True),
+        Stage("kernels", [*kernels, "--rounds", "20", "--json", results], 75, alone=True),
         Stage("ncu", smoke("small") if dry else ["ncu", "--clock-control", "none", "--set", "full", "--launch-count", "12", "--kernel-name",
               "regex:backward_dq|backward_dkdv|forward_kernel|_loss_kernel|_act_kernel", *smoke("small")], 40, alone=True),
         Stage("variations", train(64, variations, "--rounds=3", "--steps=8", "--again=False", f"--json={results}"), 100, alone=True),
