@@ -298,9 +298,12 @@ class Decoder:
         self.C, self.V, self.F = wte.size(1), head[0].size(0), layers[0].c_fc[0].size(0)
         self._check()
         self.HEAD = padded_head(self.D)
+        self._allocate()
+
+    def _allocate(self):
         self.CHUNK = CHUNK_ELEMENTS // self.HEAD
         self.n_chunks = -(-self.T // self.CHUNK)
-        new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=wte.device)
+        new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=self.wte.device)
         self.x, self.q, self.h = new(self.B, self.C), new(self.B, self.C), new(self.B, self.F)
         self.part, self.lse = new(self.B * self.H, self.n_chunks, self.D), new(self.B * self.H, self.n_chunks)
         self.length = new(self.B, dtype=torch.int32)
@@ -350,16 +353,19 @@ class Decoder:
                                  f"expected ({self.B},) int64, contiguous, on {self.wte.device}")
         logits = torch.empty((self.B, self.V), dtype=torch.float32, device=self.wte.device)
         with torch.cuda.device_of(logits):
-            embedding = (token, self.wte, self.wpe)
-            for layer in self.layers:
-                self.norm_qkv(layer, embedding, position)
-                self.attend(layer)
-                self.combine_add(layer)
-                self.norm_act(layer)
-                self.linear_add(layer)
-                embedding = (None, None, None)
-            self.logits(logits)
+            self._step(token, position, logits)
         return logits
+
+    def _step(self, token, position, logits):
+        embedding = (token, self.wte, self.wpe)
+        for layer in self.layers:
+            self.norm_qkv(layer, embedding, position)
+            self.attend(layer)
+            self.combine_add(layer)
+            self.norm_act(layer)
+            self.linear_add(layer)
+            embedding = (None, None, None)
+        self.logits(logits)
 
     def norm_qkv(self, layer, embedding, position):
         BLOCK_K, tile = tile_for("norm", self.C)

@@ -11,8 +11,11 @@ from . import sample
 
 MAX_ROWS = 16  # csrc/decode.h; with more rows PyTorch's matrix products do as well
 # kernels/decode.py reads the weights once a row from the L2 cache: GPT-2 124M in bf16 is 0.25 GB, 58 us at 4.3 TB/s, and 4 rows
-# are 1 GB from an L2 of perhaps 6 TB/s, 170 us. Beyond, the matmuls of the step made of ops do better. Counted, not measured.
-MAX_ROWS_TRITON = 4
+# are 1 GB from an L2 of perhaps 6 TB/s, 170 us. Beyond, kernels/decode_rows.py reads them once for up to 32 rows, on tensor cores,
+# which half precision alone has. Counted, not measured.
+MAX_ROWS_MATVEC = 4
+MAX_ROWS_TRITON = 64
+LARGEST_ROWS_C = 2048  # of kernels/decode_rows.py
 LARGEST_K = 8192  # inputs of a matrix (kernels/decode.py)
 LARGEST_HEAD = 256
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -27,10 +30,11 @@ def decoder(session):
     if name == "reference":
         return None
     if name == "triton":
-        from ..kernels import decode as kernels
+        from ..kernels import decode as kernels, decode_rows
         layers = [kernels.Layer(layer.ln_1, layer.c_attn, layer.c_proj, layer.ln_2, layer.c_fc, layer.mlp_proj,
                                 *session.cache[i], layer.activation) for i, layer in enumerate(session.layers)]
-        return kernels.Decoder(session.wte, session.wpe, session.ln_f, session.head, layers)
+        form = kernels.Decoder if session.rows <= MAX_ROWS_MATVEC else decode_rows.RowsDecoder
+        return form(session.wte, session.wpe, session.ln_f, session.head, layers)
     address = lambda tensor: 0 if tensor is None else tensor.data_ptr()
     layers = []
     for i, layer in enumerate(session.layers):
@@ -64,6 +68,10 @@ def why_not_triton(session):
         return f"weights are {session.dtype}; the kernels take float32, float16 and bfloat16"
     if not 1 <= session.rows <= MAX_ROWS_TRITON:
         return f"{session.rows} rows; the kernels take up to {MAX_ROWS_TRITON}, with more a library's matrix products do better"
+    if session.rows > MAX_ROWS_MATVEC and session.dtype == torch.float32:
+        return f"{session.rows} rows in float32; with more than {MAX_ROWS_MATVEC} the kernels take float16 and bfloat16"
+    if session.rows > MAX_ROWS_MATVEC and session.wte.size(1) > LARGEST_ROWS_C:
+        return f"{session.rows} rows of width {session.wte.size(1)}; with more than {MAX_ROWS_MATVEC} the kernels take up to {LARGEST_ROWS_C}"
     if not session.layers:
         return "the model has no layers"
     C, H = session.wte.size(1), session.n_head

@@ -9,7 +9,7 @@ from gpts import sharpened
 
 import nanogpt_fast
 from nanogpt_fast import generation
-from nanogpt_fast.kernels import attention_decode, decode, dependent_launch
+from nanogpt_fast.kernels import attention_decode, decode, decode_rows, dependent_launch
 from nanogpt_fast.ops import decode as op
 
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:nanogpt_fast")
 
 class Problem:
     """A decoder of one layer between NaN margins, its activations filled, and what each kernel should make of them."""
+    form = decode.Decoder
 
     def __init__(self, B=2, H=2, D=16, F=72, T=40, V=37, dtype=bf16, bias=True, activation="gelu", positions=None):
         self.C = C = H * D
@@ -30,10 +31,10 @@ class Problem:
         norm = lambda: (new(C, dtype=f32, scale=0.3).add_(1), new(C, dtype=f32) if bias else None)
         self.layer = decode.Layer(norm(), linear(3 * C, C), linear(C, C), norm(), linear(F, C), linear(C, F),
                                   new(B, H, T, D), new(B, H, T, D), activation)
-        self.decoder = decode.Decoder(new(V, C, dtype=f32), new(T, C, dtype=f32), norm(), linear(V, C), [self.layer])
+        self.decoder = self.form(new(V, C, dtype=f32), new(T, C, dtype=f32), norm(), linear(V, C), [self.layer])
         for name in ("x", "q", "h"):
-            setattr(self.decoder, name, new(*getattr(self.decoder, name).shape, dtype=f32))
-        for name in ("part", "lse", "length"):
+            setattr(self.decoder, name, new(*getattr(self.decoder, name).shape, dtype=getattr(self.decoder, name).dtype))
+        for name in {"part", "lse", "length", "stats", "y"} & vars(self.decoder).keys():
             setattr(self.decoder, name, harness.with_nan_margins(getattr(self.decoder, name)))
         self.token = torch.randint(V, (B,), device=harness.DEVICE)
         self.position = torch.tensor(positions or [T - 1, 7, 0, 16][:B], device=harness.DEVICE)
@@ -224,7 +225,7 @@ FUSED = "reference,decode=fused"
 def counted_launches():
     """The names of the kernels launched inside."""
     names = []
-    kernels = [(module, name) for module in (decode, attention_decode) for name in vars(module) if name.endswith("_kernel")]
+    kernels = [(module, name) for module in (decode, attention_decode, decode_rows) for name in vars(module) if name.endswith("_kernel")]
     before = [getattr(module, name) for module, name in kernels]
 
     class Counted:
@@ -293,7 +294,7 @@ def test_what_the_kernels_cannot_decode_says_why():
     session = lambda rows=1, dtype=f32, **changes: generation.Session(model_of(**changes), rows, dtype)
     with nanogpt_fast.use("reference"):
         assert op.why_not_triton(session()) is None and op.why_not_triton(session(rows=4, dtype=bf16)) is None
-        assert "5 rows" in op.why_not_triton(session(rows=5))
+        assert "5 rows in float32" in op.why_not_triton(session(rows=5))
         assert "torch.float64" in op.why_not_triton(session(dtype=torch.float64))
         assert "head size is 320" in op.why_not_triton(session(n_head=1, n_embd=320))
         other = session()
