@@ -314,45 +314,52 @@ def head_kernel(
 
 
 class Tile(NamedTuple):
-    """Outputs of a program, its warps (each takes a slice of K) and the columns of a slice."""
+    """Rows and outputs of a program, its warps (each takes a slice of K) and the columns of a slice."""
+    ROWS: int
     OUT: int
     warps: int
     SLICE: int
 
 
-# {ROWS: {kernels: Tile}} for widths up to 1,024; a longer row takes more warps. Nothing is reused but the rows, so nothing depends
-# on an architecture. Chosen by counting at C=768, not yet by timing: bytes that all programs together read from L2 and memory, at
-# 8, 16 and 64 rows
+# {the batch size up to which this row serves: {kernels: Tile}}, for widths up to 1,024; a longer row of weights takes more warps.
+# Nothing is reused but activations, so nothing depends on an architecture. Chosen by counting at C=768, not yet by timing: what all
+# programs together read from L2 or memory, in MB a launch, weights + activations, and how many programs there are:
 #
-#                   programs     weights        rows               together, MB
-#   norm_qkv           144         3.5    3.5   7.1   28.3        7.1  10.6  31.8
-#   linear_add C        96         1.2    1.2   2.4    9.4        2.4   3.5  11.8
-#   norm_act           192         4.7    4.7   9.4   37.7        9.4  14.2  42.5
-#   linear_add F        96         4.7    4.7   9.4   37.7        9.4  14.2  42.5
+#                        8 rows            16 rows            32 rows            64 rows
+#   norm_qkv        144   3.5 + 3.5   144   3.5 + 7.1    72   3.5 + 7.1    72   7.1 + 7.1
+#   linear_add C     96   1.2 + 1.2    96   1.2 + 2.4    48   1.2 + 2.4    96   2.4 + 4.7
+#   norm_act        192   4.7 + 4.7   192   4.7 + 9.4    96   4.7 + 9.4    96   9.4 + 9.4
+#   linear_add F     96   4.7 + 4.7    96   4.7 + 9.4    48   4.7 + 9.4    96   9.4 + 18.9
 #
-# so with 32 rows at a time a program takes twice the outputs, which halves what the rows cost.
+# The more rows, the more outputs a program takes, since each program reads its rows again. 32 rows at a time leave registers for
+# one program a multiprocessor: there should be no more than 132.
 TILES = {
-    8: {"norm_qkv": Tile(16, 4, 64), "norm_act": Tile(16, 4, 64), "linear_add": Tile(8, 4, 64), "head": Tile(16, 4, 64)},
-    16: {"norm_qkv": Tile(16, 4, 64), "norm_act": Tile(16, 4, 64), "linear_add": Tile(8, 4, 64), "head": Tile(16, 4, 64)},
-    32: {"norm_qkv": Tile(32, 8, 32), "norm_act": Tile(32, 8, 32), "linear_add": Tile(16, 8, 32), "head": Tile(16, 8, 32)},
+    8: {"norm_qkv": Tile(8, 16, 4, 64), "norm_act": Tile(8, 16, 4, 64), "linear_add": Tile(8, 8, 4, 64), "head": Tile(8, 16, 4, 64)},
+    16: {"norm_qkv": Tile(16, 16, 4, 64), "norm_act": Tile(16, 16, 4, 64), "linear_add": Tile(16, 8, 4, 64), "head": Tile(16, 16, 4, 64)},
+    32: {"norm_qkv": Tile(32, 32, 8, 32), "norm_act": Tile(32, 32, 8, 32), "linear_add": Tile(32, 16, 8, 32), "head": Tile(32, 16, 8, 32)},
+    64: {"norm_qkv": Tile(32, 64, 8, 32), "norm_act": Tile(32, 64, 8, 32), "linear_add": Tile(32, 16, 8, 32), "head": Tile(32, 16, 8, 32)},
 }
+LARGEST_B = max(TILES)
 THREAD_WEIGHTS = 128            # at most so many of a thread, by more warps (up to 8)
-EARLY_BYTES = 64 * 1024         # of weights that a program holds before the wait: they lie in shared memory, of which sm_86 has 99 KB
-AHEAD_REGISTERS = 96            # of a thread, for activations in flight
+EARLY_BYTES = 48 * 1024         # of weights that a program holds before the wait: they lie in shared memory, of which sm_86 has 99 KB
+AHEAD_REGISTERS = 512           # of a thread of each warp, for activations in flight: 64 KB a program; of one thread at most
+LARGEST_AHEAD = 96
 HEAD_PROGRAMS = 2               # of `head`, a multiprocessor
 ATTEND_ELEMENTS = 32            # of a tile of keys, a thread; as many of values, and of both for the next tile
 FEW_HEADS = 132                 # up to so many programs `attend` takes 8 warps each, else 4
 
 
-def rows_at_once(B):
-    """ROWS for a batch of B rows."""
-    return 8 if B <= 8 else 16 if B <= 16 else 32
+def tiles_for(B):
+    """The row of TILES for a batch of B rows."""
+    return next(tiles for largest, tiles in TILES.items() if B <= largest)
 
 
-def cut(kernels, ROWS, K, itemsize):
-    """(constexprs, warps) of a matrix with rows of K, activations of so many bytes an element."""
-    OUT, warps, SLICE = TILES[ROWS][kernels]
+def cut(kernels, B, K, itemsize):
+    """(constexprs, warps) of a matrix with rows of K, for B rows of activations of so many bytes an element."""
+    ROWS, OUT, warps, SLICE = tiles_for(B)[kernels]
     width = max(16, triton.next_power_of_2(K))
+    if width > 1024 and kernels != "linear_add":                        # these hold all of K: of fp32 rows, or of normed ones
+        ROWS = max(8, ROWS // 2)
     while OUT * width > THREAD_WEIGHTS * 32 * warps and warps < 8:
         warps *= 2
     SLICE = min(SLICE, width)
@@ -360,9 +367,10 @@ def cut(kernels, ROWS, K, itemsize):
     if kernels == "head":
         return dict(ROWS=ROWS, OUT=OUT, SPLIT=SPLIT, SLICE=width // SPLIT), warps
     pieces = -(-K // (SPLIT * SLICE))
-    registers = ROWS * SLICE * itemsize // (32 * 4)
+    registers = ROWS * SLICE * itemsize // (32 * 4)                     # of a thread, for a piece of activations
+    ahead = min(LARGEST_AHEAD, AHEAD_REGISTERS // warps) // registers
     return dict(ROWS=ROWS, OUT=OUT, SPLIT=SPLIT, SLICE=SLICE, EARLY=min(pieces, max(1, EARLY_BYTES // (2 * OUT * SPLIT * SLICE))),
-                AHEAD=min(pieces, max(1, AHEAD_REGISTERS // registers))), warps
+                AHEAD=min(pieces, max(1, ahead))), warps
 
 
 def attend_tile(HEAD, programs):
@@ -378,17 +386,16 @@ class RowsDecoder(decode.Decoder):
     """decode.Decoder for many rows: the same parameters and caches, the kernels of this file. Weights float16 or bfloat16."""
 
     def __init__(self, wte, wpe, ln_f, head, layers, *, eps=1e-5):
-        super().__init__(wte, wpe, ln_f, head, layers, eps=eps)
+        B, C, self.dtype = layers[0].keys.size(0), wte.size(1), head[0].dtype
         if self.dtype == torch.float32:
             raise TypeError("the weights are torch.float32; expected float16 or bfloat16, which tensor cores multiply")
-        if self.C > LARGEST_C:
-            raise ValueError(f"the width is {self.C}; expected at most {LARGEST_C}")
+        if B > LARGEST_B or C > LARGEST_C:
+            raise ValueError(f"{B} rows of width {C}; expected at most {LARGEST_B} of at most {LARGEST_C}")
+        super().__init__(wte, wpe, ln_f, head, layers, eps=eps)
 
     def _allocate(self):
         new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=self.wte.device)
-        self.dtype = self.head[0].dtype
-        self.ROWS = rows_at_once(self.B)
-        self.GROUP = TILES[self.ROWS]["linear_add"].OUT
+        self.GROUP = tiles_for(self.B)["linear_add"].OUT
         groups = -(-self.C // self.GROUP)
         self.groups = dict(GROUP=self.GROUP, GROUPS=triton.next_power_of_2(groups))
         self.x, self.q, self.stats = new(self.B, self.C), new(self.B, self.C), new(2, groups, self.B)
@@ -405,8 +412,8 @@ class RowsDecoder(decode.Decoder):
             self.linear_add(self.h, layer.mlp_proj)
         self.logits(logits)
 
-    def _grid(self, N, OUT):
-        return -(-self.B // self.ROWS), -(-N // OUT)
+    def _grid(self, N, constants):
+        return -(-self.B // constants["ROWS"]), -(-N // constants["OUT"])
 
     def embed(self, token, position):
         # The first kernel of a step must not start early: what is before it may still be writing the weights.
@@ -414,8 +421,8 @@ class RowsDecoder(decode.Decoder):
                                 **self.groups, num_warps=4, **launch_options(self.x, early=False))
 
     def norm_qkv(self, layer):
-        constants, warps = cut("norm_qkv", self.ROWS, self.C, 4)
-        norm_qkv_kernel[self._grid(3 * self.C, constants["OUT"])](
+        constants, warps = cut("norm_qkv", self.B, self.C, 4)
+        norm_qkv_kernel[self._grid(3 * self.C, constants)](
             self.x, self.stats, *layer.ln_1, *layer.c_attn, self.q, layer.keys, layer.values, self.length, self.B, self.T, self.eps,
             C=self.C, D=self.D, **self.groups, **constants, num_warps=warps, **launch_options(self.x))
 
@@ -426,20 +433,69 @@ class RowsDecoder(decode.Decoder):
             HEAD=self.HEAD, BLOCK=BLOCK, num_warps=warps, **launch_options(self.x))
 
     def linear_add(self, h, linear):
-        constants, warps = cut("linear_add", self.ROWS, h.size(1), 2)
-        linear_add_kernel[self._grid(self.C, constants["OUT"])](
+        constants, warps = cut("linear_add", self.B, h.size(1), 2)
+        linear_add_kernel[self._grid(self.C, constants)](
             h, *linear, self.x, self.stats, self.B, C=self.C, K=h.size(1), **constants, num_warps=warps, **launch_options(self.x))
 
     def norm_act(self, layer):
-        constants, warps = cut("norm_act", self.ROWS, self.C, 4)
-        norm_act_kernel[self._grid(self.F, constants["OUT"])](
+        constants, warps = cut("norm_act", self.B, self.C, 4)
+        norm_act_kernel[self._grid(self.F, constants)](
             self.x, self.stats, *layer.ln_2, *layer.c_fc, self.h, self.B, self.eps, C=self.C, F=self.F,
             ACTIVATION=layer.activation, **self.groups, **constants, num_warps=warps, **launch_options(self.x))
 
     def logits(self, out):
-        constants, warps = cut("head", self.ROWS, self.C, 4)
-        groups, tiles = self._grid(self.V, constants["OUT"])
+        constants, warps = cut("head", self.B, self.C, 4)
+        groups, tiles = self._grid(self.V, constants)
         programs = min(tiles, max(1, HEAD_PROGRAMS * multiprocessors(self.x.get_device()) // groups))
         head_kernel[(groups, programs)](
             self.x, self.stats, *self.ln_f, *self.head, out, self.B, self.V, self.eps, C=self.C, **self.groups, **constants,
             num_warps=warps, **launch_options(self.x))
+
+
+# ----------------------------------------------------------------------------------------------- what the compile gate compiles
+
+
+def gate_cases(arch):
+    """Each kernel at GPT-2 124M's shapes for 8 rows and 64, those that grow with the tile for 16 and 32; GPT-2 XL's for 64."""
+    dependent = arch >= 90
+    scalars = {"B": "i32", "T": "i32", "V": "i32", "eps": "fp32", "scale2": "fp32"}
+    fixed = {"token_ptr": "*i64", "position_ptr": "*i64", "length_ptr": "*i32"}
+    floats = [f"{name}_ptr" for name in ("x", "stats", "q", "logits", "wte", "wpe", "ln_weight", "ln_bias")]
+    narrow = dict(allowed_narrow_loads=80, narrow_reason="pairs of statistics, the norm's parameters, biases, the rows' lengths, x")
+
+    def case(name, kernel, constexprs, warps, moved=None):
+        constexprs = {**constexprs, "DEPENDENT": dependent}
+        kinds = {arg: (fixed | scalars).get(arg, "*fp32" if arg in floats else "*bf16") for arg in kernel.arg_names}
+        signature = {arg: kind for arg, kind in kinds.items() if arg not in constexprs}
+        return Case(name=f"decode_rows.{name} bf16", kernel=kernel, signature=signature, num_warps=warps, bytes=moved,
+                    constexprs=constexprs, tile_row=f"all: {warps} warps",
+                    options={"launch_pdl": True} if dependent else {}, **narrow)
+
+    def cases(B, C, F, H, D, every=True, counted=True):
+        """bytes: at position 1,023."""
+        GROUP = tiles_for(B)["linear_add"].OUT
+        groups = dict(GROUP=GROUP, GROUPS=triton.next_power_of_2(-(-C // GROUP)))
+        bytes = lambda weights, rest: 2 * weights + B * rest if counted else None
+        norm, warps = cut("norm_act", B, C, 4)
+        yield case(f"norm_act {C} B={B}", norm_act_kernel, dict(C=C, F=F, ACTIVATION="gelu", **groups, **norm), warps,
+                   bytes(F * C, 4 * C + 2 * F))
+        linear, warps = cut("linear_add", B, F, 2)
+        yield case(f"linear_add {F} B={B}", linear_add_kernel, dict(C=C, K=F, **linear), warps, bytes(C * F, 2 * F + 8 * C))
+        head, warps = cut("head", B, C, 4)
+        yield case(f"head {C} B={B}", head_kernel, dict(C=C, b_ptr=None, **groups, **head), warps, bytes(50304 * C, 4 * C + 4 * 50304))
+        if every:
+            yield case(f"embed {C} B={B}", embed_kernel, dict(C=C, **groups), 4, bytes(0, 12 * C))
+            norm, warps = cut("norm_qkv", B, C, 4)
+            yield case(f"norm_qkv {C} B={B}", norm_qkv_kernel, dict(C=C, D=D, **groups, **norm), warps,
+                       bytes(3 * C * C, 4 * C + 8 * C))
+            BLOCK, warps = attend_tile(decode.padded_head(D), B * H)
+            yield case(f"attend D={D} B={B}", attend_kernel, dict(H=H, D=D, HEAD=decode.padded_head(D), BLOCK=BLOCK), warps,
+                       bytes(0, 4 * 1024 * C + 6 * C))
+            linear, warps = cut("linear_add", B, C, 2)
+            yield case(f"linear_add {C} B={B}", linear_add_kernel, dict(C=C, K=C, **linear), warps, bytes(C * C, 10 * C))
+
+    for B in (8, 64):
+        yield from cases(B, 768, 3072, 12, 64)
+    for B in (16, 32):
+        yield from cases(B, 768, 3072, 12, 64, every=False)
+    yield from cases(64, 1600, 6400, 25, 64, every=False, counted=False)

@@ -339,9 +339,10 @@ def global_accesses(ptx):
 
 
 def half_dots(ttir):
-    """(how many half-precision `tl.dot` have 64 rows or more, how many have fewer)."""
-    rows = [int(m) for m in re.findall(r"tt\.dot\b[^\n]*?: tensor<(?:\d+x)?(\d+)x\d+x(?:bf16|f16)>", ttir)]
-    return sum(m >= 64 for m in rows), sum(m < 64 for m in rows)
+    """(how many half-precision `tl.dot` have 64 rows or more, how many have fewer or are batched: wgmma takes no batch)."""
+    found = re.findall(r"tt\.dot\b[^\n]*?: tensor<(\d+x)?(\d+)x\d+x(?:bf16|f16)>", ttir)
+    large = [int(rows) >= 64 and not batch for batch, rows in found]
+    return sum(large), len(large) - sum(large)
 
 
 def floor_us(bytes, flops):

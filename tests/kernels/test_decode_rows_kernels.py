@@ -151,14 +151,14 @@ def attend_check():
 
 def act_check():
     torch.manual_seed(0)
-    test_norm_act_normalises_by_the_statistics_alone(5, 2, 16, bf16, True, "gelu")
+    test_norm_act_normalises_by_the_statistics_alone(17, 4, 13, bf16, True, "gelu")
 
 
 @pytest.mark.parametrize("pattern,replacement,check", [
     (r"squares \+ columns \* off \* off, 0\) / C", "squares, 0) / C", qkv_check),
     (r"acc \* shrink\[:, None\] \+", "acc +", attend_check),
     (r"total \* weight, 0", "total, 0", attend_check),
-    (r"columns \* means, 0\) / C", "means, 0) / C", act_check),
+    (r"tl.where\(inside, tl.minimum\(GROUP, C - group \* GROUP\), 0\)", "tl.where(inside, GROUP, 0)", act_check),
 ])
 def test_planted_faults_are_seen(pattern, replacement, check):
     harness.assert_fault_is_seen(decode_rows, pattern, replacement, check)
