@@ -358,8 +358,8 @@ def cut(kernels, B, K, itemsize):
     """(constexprs, warps) of a matrix with rows of K, for B rows of activations of so many bytes an element."""
     ROWS, OUT, warps, SLICE = tiles_for(B)[kernels]
     width = max(16, triton.next_power_of_2(K))
-    if width > 1024 and kernels != "linear_add":                        # these hold all of K: of fp32 rows, or of normed ones
-        ROWS = max(8, ROWS // 2)
+    if width > 1024 and kernels != "linear_add":                        # registers and shared memory for half as much
+        ROWS, OUT = (8, OUT) if kernels == "head" else (min(ROWS, 16), min(OUT, 32))
     while OUT * width > THREAD_WEIGHTS * 32 * warps and warps < 8:
         warps *= 2
     SLICE = min(SLICE, width)

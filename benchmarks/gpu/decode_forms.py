@@ -23,6 +23,7 @@ from nanogpt_fast.model import GPT, GPTConfig
 
 BF16 = torch.bfloat16
 POSITION, BLOCK_SIZE = 640, 1024
+DEVICE = "cuda"
 
 
 def tiles(norm, add, head, attend=None):
@@ -73,14 +74,17 @@ def settings(row=None, attend=None):
         decode_rows.TILES, decode_rows.attend_tile = before
 
 
-def session_of(rows, device, **changes):
-    model = GPT(GPTConfig(**{**dict(bias=False, dropout=0.0, block_size=BLOCK_SIZE), **changes})).to(device).eval()
+def model_of(**changes):
+    with torch.device(DEVICE):
+        return GPT(GPTConfig(**{**dict(bias=False, dropout=0.0, block_size=BLOCK_SIZE), **changes})).eval()
+
+
+def session_of(model, rows):
+    """With random keys and values, its rows at POSITION. It keeps weak references to the parameters: keep the model."""
     session = generation.Session(model, rows, BF16)
     session.refresh()
-    session.model = model                               # sessions keep weak references only
     session.cache.normal_()
-    session.feed(torch.randint(50257, (rows,), device=device) % model.config.vocab_size,
-                 torch.full((rows,), POSITION, device=device))
+    session.feed(torch.randint(model.config.vocab_size, (rows,), device=DEVICE), torch.full((rows,), POSITION, device=DEVICE))
     return session
 
 
@@ -94,7 +98,8 @@ def compile_form(rows, form):
     """In a process of its own: fill Triton's cache with what this form needs."""
     try:
         with torch.no_grad(), settings(**FORMS[rows][form]):
-            session = session_of(rows, "cuda", n_layer=1)
+            model = model_of(n_layer=1)
+            session = session_of(model, rows)
             build(session, decode_rows.RowsDecoder)(session.token, session.position)
             torch.cuda.synchronize()
         return None
@@ -132,7 +137,7 @@ def microseconds(graph, replays, rounds=5):
 
 def chains(decoder, session, empty):
     """{kernel: microseconds a launch}: each alone over all layers, behind a write of `empty`, whose own time is taken off."""
-    out = torch.empty(decoder.B, decoder.V, device="cuda")
+    out = torch.empty(decoder.B, decoder.V, device=DEVICE)
     runs = {
         "norm_qkv": decoder.norm_qkv, "attend": lambda layer: decoder.attend(layer, session.position),
         "linear_add C": lambda layer: decoder.linear_add(decoder.y, layer.c_proj), "norm_act": decoder.norm_act,
@@ -194,16 +199,18 @@ def main():
     tell(what="machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__)
     wanted = [(rows, form) for rows in args.rows for form in FORMS.get(rows, ())]
     with multiprocessing.get_context("spawn").Pool(min(args.workers, len(wanted)) or 1) as pool:
-        errors = pool.starmap(compile_form, wanted, chunksize=1)
+        compiling = pool.starmap_async(compile_form, wanted, chunksize=1)
+        model = model_of()
+        errors = compiling.get()
     for (rows, form), error in zip(wanted, errors):
         if error:
             tell(rows=rows, what=f"compiling {form}", error=error)
     tell(what="compiled", forms=len(wanted))
 
-    empty = torch.empty(32 * 2**20, device="cuda")      # 128 MB
+    empty = torch.empty(32 * 2**20, device=DEVICE)      # 128 MB
     with torch.no_grad():
         for rows in args.rows:
-            session = session_of(rows, "cuda")
+            session = session_of(model, rows)
             session.native = None
             expected = session.decode(BLOCK_SIZE).float()
             attempt("ops", lambda: round(microseconds(captured(lambda: session.decode(BLOCK_SIZE)), 20), 1), rows=rows)

@@ -1,7 +1,8 @@
 """One token a row through a whole GPT: what `generate` does between two draws.
 
 Every weight is read once and used twice, so the memory's bandwidth is the limit. On a GPU five Triton kernels a layer reach for
-it (kernels/decode.py), on a CPU one call of the extension (csrc/decode.h). The session (`generation.Session`) holds weights and
+it, for up to 4 rows those of kernels/decode.py, for more those of kernels/decode_rows.py; on a CPU one call of the extension
+(csrc/decode.h). The session (`generation.Session`) holds weights and
 cache; this file hands them over, and says where it can't.
 """
 import torch
@@ -14,8 +15,8 @@ MAX_ROWS = 16  # csrc/decode.h; with more rows PyTorch's matrix products do as w
 # are 1 GB from an L2 of perhaps 6 TB/s, 170 us. Beyond, kernels/decode_rows.py reads them once for up to 32 rows, on tensor cores,
 # which half precision alone has. Counted, not measured.
 MAX_ROWS_MATVEC = 4
-MAX_ROWS_TRITON = 64
-LARGEST_ROWS_C = 2048  # of kernels/decode_rows.py
+MAX_ROWS_TENSOR_CORES = 64
+LARGEST_C_TENSOR_CORES = 2048
 LARGEST_K = 8192  # inputs of a matrix (kernels/decode.py)
 LARGEST_HEAD = 256
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -24,7 +25,7 @@ _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 def decoder(session):
     """What decodes a generation.Session, or None where the step is made of ops. It holds addresses: keep the session alive."""
     device = session.device.type
-    if device not in ("cpu", "cuda") or device == "cuda" and session.rows > MAX_ROWS_TRITON:
+    if device not in ("cpu", "cuda") or device == "cuda" and session.rows > max_rows_triton(session):
         return None  # not a lack: with many rows the ops, which are kernels too, are the faster way
     name = _backend.choose("decode", CANDIDATES, session.choices, (session,))
     if name == "reference":
@@ -58,6 +59,12 @@ def step(native, token, position, vocab, isa="", out=None):
     return logits
 
 
+def max_rows_triton(session):
+    """How many rows the Triton kernels take, by the table above."""
+    tensor_cores = session.dtype in (torch.float16, torch.bfloat16) and session.wte.size(1) <= LARGEST_C_TENSOR_CORES
+    return MAX_ROWS_TENSOR_CORES if tensor_cores else MAX_ROWS_MATVEC
+
+
 def why_not_triton(session):
     """None where the Triton kernels can decode this session, else the reason."""
     if (reason := _backend.triton_why_not(session.wte)) is not None:
@@ -66,12 +73,8 @@ def why_not_triton(session):
         return "the GPU has a compute capability below 8.0"
     if session.dtype not in _HALF_OR_FLOAT:
         return f"weights are {session.dtype}; the kernels take float32, float16 and bfloat16"
-    if not 1 <= session.rows <= MAX_ROWS_TRITON:
-        return f"{session.rows} rows; the kernels take up to {MAX_ROWS_TRITON}, with more a library's matrix products do better"
-    if session.rows > MAX_ROWS_MATVEC and session.dtype == torch.float32:
-        return f"{session.rows} rows in float32; with more than {MAX_ROWS_MATVEC} the kernels take float16 and bfloat16"
-    if session.rows > MAX_ROWS_MATVEC and session.wte.size(1) > LARGEST_ROWS_C:
-        return f"{session.rows} rows of width {session.wte.size(1)}; with more than {MAX_ROWS_MATVEC} the kernels take up to {LARGEST_ROWS_C}"
+    if not 1 <= session.rows <= (most := max_rows_triton(session)):
+        return f"{session.rows} rows; the kernels take up to {most} of this width and dtype, with more a library's products do better"
     if not session.layers:
         return "the model has no layers"
     C, H = session.wte.size(1), session.n_head
