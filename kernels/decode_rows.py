@@ -58,7 +58,8 @@ def weight_piece(w_ptr, first, N, K: tl.constexpr, i, OUT: tl.constexpr, SPLIT: 
 
 
 @triton.jit
-def weight_pieces(w_ptr, first, N, K: tl.constexpr, COUNT: tl.constexpr, OUT: tl.constexpr, SPLIT: tl.constexpr, SLICE: tl.constexpr):
+def weight_pieces(w_ptr, first, N, K: tl.constexpr, COUNT: tl.constexpr, OUT: tl.constexpr, SPLIT: tl.constexpr,
+                  SLICE: tl.constexpr):
     """The first COUNT pieces, all in flight at once."""
     pieces = ()
     for i in tl.static_range(COUNT):
@@ -267,8 +268,9 @@ def attend_kernel(
     v = load_tile(v_ptr, 0, D, position, D, BLOCK, HEAD, True)
     wait_for_predecessor(DEPENDENT)
     q = tl.load(q_ptr + head * D + col, mask=col < D, other=0.0) * scale2
-    k_new = tl.load(k_ptr + position * D + col, mask=col < D, other=0.0).to(tl.float32)
-    v_new = tl.load(v_ptr + position * D + col, mask=col < D, other=0.0).to(tl.float32)
+    # not from the L1 cache: with an odd D they share 32 bytes with a key that was loaded before they were written
+    k_new = tl.load(k_ptr + position * D + col, mask=col < D, other=0.0, cache_modifier=".cg").to(tl.float32)
+    v_new = tl.load(v_ptr + position * D + col, mask=col < D, other=0.0, cache_modifier=".cg").to(tl.float32)
     top = tl.where(slot == 0, tl.sum(q * k_new, 0), -1e30)      # finite, so that a slot without a key subtracts no two infinities
     total = tl.where(slot == 0, 1.0, 0.0)                                               # [BLOCK]
     acc = tl.where((slot == 0)[:, None], v_new[None, :], 0.0)                           # [BLOCK, HEAD]
@@ -334,14 +336,18 @@ class Tile(NamedTuple):
 # The more rows, the more outputs a program takes, since each program reads its rows again. 32 rows at a time leave registers for
 # one program a multiprocessor: there should be no more than 132.
 TILES = {
-    8: {"norm_qkv": Tile(8, 16, 4, 64), "norm_act": Tile(8, 16, 4, 64), "linear_add": Tile(8, 8, 4, 64), "head": Tile(8, 16, 4, 64)},
-    16: {"norm_qkv": Tile(16, 16, 4, 64), "norm_act": Tile(16, 16, 4, 64), "linear_add": Tile(16, 8, 4, 64), "head": Tile(16, 16, 4, 64)},
-    32: {"norm_qkv": Tile(32, 32, 8, 32), "norm_act": Tile(32, 32, 8, 32), "linear_add": Tile(32, 16, 8, 32), "head": Tile(32, 16, 8, 32)},
-    64: {"norm_qkv": Tile(32, 64, 8, 32), "norm_act": Tile(32, 64, 8, 32), "linear_add": Tile(32, 16, 8, 32), "head": Tile(32, 16, 8, 32)},
+    8: {"norm_qkv": Tile(8, 16, 4, 64), "norm_act": Tile(8, 16, 4, 64),
+        "linear_add": Tile(8, 8, 4, 64), "head": Tile(8, 16, 4, 64)},
+    16: {"norm_qkv": Tile(16, 16, 4, 64), "norm_act": Tile(16, 16, 4, 64),
+         "linear_add": Tile(16, 8, 4, 64), "head": Tile(16, 16, 4, 64)},
+    32: {"norm_qkv": Tile(32, 32, 8, 32), "norm_act": Tile(32, 32, 8, 32),
+         "linear_add": Tile(32, 16, 8, 32), "head": Tile(32, 16, 8, 32)},
+    64: {"norm_qkv": Tile(32, 64, 8, 32), "norm_act": Tile(32, 64, 8, 32),
+         "linear_add": Tile(32, 16, 8, 32), "head": Tile(32, 16, 8, 32)},
 }
 LARGEST_B = max(TILES)
 THREAD_WEIGHTS = 128            # at most so many of a thread, by more warps (up to 8)
-EARLY_BYTES = 48 * 1024         # of weights that a program holds before the wait: they lie in shared memory, of which sm_86 has 99 KB
+EARLY_BYTES = 48 * 1024         # of weights that a program holds before the wait, in shared memory: sm_86 has 99 KB
 AHEAD_REGISTERS = 512           # of a thread of each warp, for activations in flight: 64 KB a program; of one thread at most
 LARGEST_AHEAD = 96
 HEAD_PROGRAMS = 2               # of `head`, a multiprocessor
@@ -482,7 +488,8 @@ def gate_cases(arch):
         linear, warps = cut("linear_add", B, F, 2)
         yield case(f"linear_add {F} B={B}", linear_add_kernel, dict(C=C, K=F, **linear), warps, bytes(C * F, 2 * F + 8 * C))
         head, warps = cut("head", B, C, 4)
-        yield case(f"head {C} B={B}", head_kernel, dict(C=C, b_ptr=None, **groups, **head), warps, bytes(50304 * C, 4 * C + 4 * 50304))
+        yield case(f"head {C} B={B}", head_kernel, dict(C=C, b_ptr=None, **groups, **head), warps,
+                   bytes(50304 * C, 4 * C + 4 * 50304))
         if every:
             yield case(f"embed {C} B={B}", embed_kernel, dict(C=C, **groups), 4, bytes(0, 12 * C))
             norm, warps = cut("norm_qkv", B, C, 4)

@@ -1,5 +1,5 @@
-"""What the decode kernels compile to: weights, and keys of earlier steps, are loaded before the wait for the kernel ahead, everything
-else comes after it.
+"""What the decode kernels compile to: weights, and keys of earlier steps, are loaded before the wait for the kernel ahead,
+everything else comes after it.
 
 Starting early is safe because of this order alone, and no run without a GPU of compute capability 9.0 would notice it broken.
 """

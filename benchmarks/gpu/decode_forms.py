@@ -1,4 +1,4 @@
-"""One decode step of GPT-2 124M in bf16 for 1 to 64 rows: the forms and tiles of kernels/decode_rows.py beside the step made of ops.
+"""One decode step of GPT-2 124M in bf16 for 1 to 64 rows: forms and tiles of kernels/decode_rows.py beside the step made of ops.
 
     python -m benchmarks.gpu.decode_forms --json FILE [--seconds 40] [--rows 8,64] [--workers 12]
 
