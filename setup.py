@@ -206,7 +206,11 @@ class NinjaBuildExt(build_ext):
             generate = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             generate.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
             # -t 0 compiles the architectures in parallel. cudart is static: nothing to find at run time, and it imports without a driver.
-            nvcc_command = [nvcc, "-ccbin", compiler[0], "-std=c++17", "-O3", "-t", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden", *generate]
+            nvcc_command = [nvcc, "-ccbin", compiler[0], "-std=c++17", "-O3", "-t", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            cuda_objects = {"cuda": generate}
+            if "90" in archs:   # instructions that Hopper alone has
+                cuda_objects["linear_act_sm90"] = ["-gencode=arch=compute_90a,code=sm_90a"]
+                about.append("-DNGF_SM90")
             home = os.path.dirname(os.path.dirname(os.path.realpath(self.real_nvcc(nvcc))))
             folders = [os.path.join(home, lib) for lib in ("lib64", "lib") if glob.glob(os.path.join(home, lib, "libcudart_static.a"))]
             if not folders:
@@ -224,9 +228,10 @@ class NinjaBuildExt(build_ext):
             lines += [f"build {name}.o: cxx {ninja_path(os.path.join(source, file))}", f"  flags = {q(flags)}"]
         outputs = [f"{name}.o" for name, _, _ in objects]
         if nvcc:
-            lines += ["rule nvcc", f"  command = {q(nvcc_command)} -MMD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc",
-                      f"build cuda.o: nvcc {ninja_path(os.path.join(source, 'cuda.cu'))}"]
-            outputs.append("cuda.o")
+            lines += ["rule nvcc", f"  command = {q(nvcc_command)} $flags -MMD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
+            for name, flags in cuda_objects.items():
+                lines += [f"build {name}.o: nvcc {ninja_path(os.path.join(source, name + '.cu'))}", f"  flags = {q(flags)}"]
+                outputs.append(f"{name}.o")
         lines += [f"build {ninja_path(target)}: link {' '.join(outputs)}", f"  libraries = {q(link)}", ""]
         return "\n".join(lines)
 

@@ -234,7 +234,7 @@ def mlp_case(rows, C, dtype, direction, sweep=""):
     moved = size * ((2 * rows * C + 8 * C * C) + ((7 * rows * C + 16 * C * C) if grad else 0))
     return Case("GELU-MLP", dict(rows=rows, C=C), dtype, direction, moved, 16 * rows * C * C * (3 if grad else 1), make,
                 {"ours": lambda t: mlp.gelu_mlp(**t, backend=AUTO), "ours epilogue": form("epilogue"),
-                 "ours pointwise": form("pointwise"), "eager": plain, "compile": compiled(plain),
+                 "ours pointwise": form("pointwise"), "ours hopper": form("hopper"), "eager": plain, "compile": compiled(plain),
                  "compile max-autotune": compiled(plain, AUTOTUNE)}, sweep=sweep)
 
 

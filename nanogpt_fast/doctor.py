@@ -182,7 +182,7 @@ OPS = """
     import contextlib, io, json, os
     import torch
     from nanogpt_fast import GPT, GPTConfig, backend, cpu, devices, explain, generation
-    from nanogpt_fast.ops import sample
+    from nanogpt_fast.ops import mlp, mlp_hopper, sample
     found = {}
     asked = os.environ["NANOGPT_FAST_ASKED"]
     try:
@@ -201,6 +201,9 @@ OPS = """
         generation.Session(model.eval(), 1, dtype)
         sample.implementation(torch.zeros(1, 8, device=device), backend=model.backend)
     rows += [[op, name, "; ".join(reasons)] for op, _, name, reasons in record]
+    if device == "cuda" and torch.cuda.get_device_capability() == (9, 0) and ["mlp", "triton"] in [row[:2] for row in rows]:
+        why_not = mlp_hopper.why_not(torch.device(device), training, 768, 3072, "gelu")
+        rows.append([f"mlp, {mlp.HOPPER_MIN_ROWS:,} rows on", "cpp" if why_not is None else "triton", why_not or ""])
     print(json.dumps({**found, "device": device, "asked": asked, "rows": rows}))
 """
 

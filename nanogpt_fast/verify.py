@@ -29,7 +29,7 @@ from .config import GPTConfig
 from .error_rule import measure
 from .files import replacing
 from .model import GPT
-from .ops import attention, cross_entropy, layer_norm, mlp, sample
+from .ops import attention, cross_entropy, layer_norm, mlp, mlp_hopper, sample
 from .options import option
 
 REFERENCE, FUSED, AUTO = (_backend.parse(choice) for choice in ("reference", "fused", "auto"))
@@ -205,7 +205,14 @@ def cases(device, quick):
         return Case("mlp", f"rows={rows} C={C} {form}", lambda half: {
             "x": half(randn(rows, C)), "w_fc": randn(4 * C, C) / C**0.5, "b_fc": 0.1 * randn(4 * C),
             "w_proj": randn(C, 4 * C) / (4 * C)**0.5, "b_proj": 0.1 * randn(C)},
-            lambda t, backend: {"out": mlp.gelu_mlp(**t, form=form, backend=backend)})
+            lambda t, backend: {"out": mlp.gelu_mlp(**t, form=form_in(t["x"], form), backend=backend)})
+
+    def form_in(x, form):   # the one for Hopper computes in half precision only
+        half = torch.is_autocast_enabled(device.type) or x.dtype in mlp_hopper.DTYPES
+        return form if half or form != "hopper" else "pointwise"
+
+    hopper = mlp_hopper.why_not(device, torch.bfloat16, 768, 3072, "gelu") is None
+    forms = [form for form in mlp.FORMS if hopper or form != "hopper"]
 
     def cross_entropy_case(rows, C, V, return_logits):
         targets = torch.randint(0, V, (rows,), device=device)
@@ -220,8 +227,13 @@ def cases(device, quick):
             dlogits = torch.softmax(t["x"] @ t["weight"].t(), 1)
             dlogits[torch.arange(rows, device=device), targets.clamp(min=0)] -= 1
             dlogits[targets < 0] = 0
-            dlogits = dlogits.to(dtype).double() / (targets >= 0).sum()
-            return {"d x": dlogits @ t["weight"], "d weight": dlogits.t() @ t["x"]}
+            dlogits, n = dlogits.to(dtype), (targets >= 0).sum()
+            return {"d x": product(dlogits, t["weight"]) / n, "d weight": product(dlogits.t(), t["x"]) / n}
+
+        def product(a, b):      # a GPU's tensor cores truncate as they sum 50,304 products: up to 2e-4, too large or too small
+            if gpu and a.dtype in mlp_hopper.DTYPES:
+                return torch.mm(a, b.to(a.dtype), out_dtype=torch.float32).double()
+            return a.double() @ b
 
         return Case("cross_entropy", f"rows={rows} C={C} V={V}" + " logits" * return_logits, lambda half: {
             "x": half(randn(rows, C)), "weight": randn(V, C) / C**0.5}, call, ("loss",), stored)
@@ -229,7 +241,7 @@ def cases(device, quick):
     if gpu:
         yield from (attention_case(4, 1024, 12, 64), attention_case(2, 777, 4, 128))
         yield from (layer_norm_case(8192, 768), layer_norm_case(8192, 768, bias=False))
-        yield from (mlp_case(4096, 768, form) for form in mlp.FORMS)
+        yield from (mlp_case(4096, 768, form) for form in forms)
         # 8,192 rows are two chunks. Where the logits themselves are compared, fewer columns: eight fp64 copies of them are alive.
         yield from (cross_entropy_case(8192, 768, 5003 if logits else 50304, logits) for logits in (False, True))
         if quick:
@@ -238,14 +250,14 @@ def cases(device, quick):
     if quick:
         yield attention_case(1, 65, 2, 32)
         yield layer_norm_case(24, 96)
-        yield from (mlp_case(70, 32, form) for form in mlp.FORMS)
+        yield from (mlp_case(70, 32, form) for form in forms)
         yield from (cross_entropy_case(21, 32, 257, return_logits) for return_logits in (False, True))
         yield on_tiles
         return
     yield from (attention_case(1, T, 2, D) for T, D in ((1, 64), (65, 32), (129, 64), (130, 128), (70, 80)))
     yield from (layer_norm_case(rows, C) for rows, C in ((1, 768), (24, 96), (9, 1600)))
     yield layer_norm_case(40, 768, bias=False)
-    yield from (mlp_case(rows, C, form) for rows, C in ((1, 32), (70, 32), (130, 72)) for form in mlp.FORMS)
+    yield from (mlp_case(rows, C, form) for rows, C in ((1, 32), (70, 32), (130, 72)) for form in forms)
     yield from (cross_entropy_case(rows, 32, V, return_logits)
                 for rows, V in ((1, 1000), (50, 65), (21, 257), (5, 50304)) for return_logits in (False, True))
     yield on_tiles

@@ -67,7 +67,7 @@ def test_fused_says_that_it_needs_cuda():
 ))
 def test_auto_leaves_to_pytorch_what_the_table_says(arch, D, dtype, left):
     reason = op._why_left(arch, D, dtype)
-    assert (reason is None) if left is None else (left in reason and "not measured yet" in reason)
+    assert (reason is None) if left is None else (left in reason and ("not measured yet" in reason or "H100" in reason))
 
 
 def test_cudnns_forward_is_taken_where_it_was_measured_faster_and_nowhere_else(monkeypatch):

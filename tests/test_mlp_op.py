@@ -1,7 +1,9 @@
 """gelu_mlp without its kernels: the reference path, what is refused and how, which form is taken, and what a call costs."""
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ def test_the_reference_path_makes_nanogpts_calls_bit_for_bit(activation, p, bias
 @pytest.mark.parametrize("change, message", (
     (dict(activation="swish"), "activation is 'swish'; expected one of gelu, gelu_tanh, relu"),
     (dict(dropout_p=1.5), "dropout_p is 1.5; expected 0 to 1"),
-    (dict(form="tile"), "form is 'tile'; expected one of epilogue, pointwise"),
+    (dict(form="tile"), "form is 'tile'; expected one of epilogue, pointwise, hopper"),
     (dict(x=torch.zeros(2, 5, 7)), r"x \(2, 5, 7\) and w_fc \(32, 8\): expected \(..., C\) and \(F, C\)"),
     (dict(w_proj=torch.zeros(8, 31)), r"w_proj \(8, 31\) and w_fc \(32, 8\): expected \(C, F\) and \(F, C\)"),
     (dict(b_fc=torch.zeros(8)), r"b_fc \(8,\): expected \(32,\)"),
@@ -69,21 +71,67 @@ def test_a_kernel_is_refused_where_it_would_compute_something_else(monkeypatch):
         assert "x is torch.float64" in op._triton_why_not(args[0].double(), *args[1:])
 
 
-def test_the_epilogue_is_taken_only_where_it_was_measured_faster(monkeypatch):
-    class X:
-        is_cuda, device = True, torch.device("cuda")
+class OnH100:
+    """What the choice of forms looks at, of an x (rows, 768) on an H100."""
+    is_cuda, device = True, torch.device("cuda")
 
-        def size(self, axis):
-            return 768
+    def __init__(self, rows=65536):
+        self.rows = rows
 
+    def size(self, axis):
+        return 768
+
+    def numel(self):
+        return self.rows * 768
+
+
+def forms(x, dtype=torch.bfloat16, F=3072, activation="gelu"):
+    return op._faster_forms(x, dtype, F, activation)
+
+
+def test_each_form_is_taken_only_where_it_was_measured_faster(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert op._faster_forms(X()) == ("pointwise", "epilogue")       # as an H100 was measured
+    monkeypatch.setattr(op.mlp_hopper.sample, "_C", type("WithoutHopper", (), {}))
+    assert forms(OnH100()) == ("pointwise", "epilogue")       # as an H100 was measured
     monkeypatch.setattr(op, "EPILOGUE_SPEEDUP", {})
-    assert op._faster_forms(X()) == ("pointwise", "pointwise")
+    assert forms(OnH100()) == ("pointwise", "pointwise")
     monkeypatch.setattr(op, "EPILOGUE_SPEEDUP", {(90, 768): (1.08, 0.97)})
-    assert op._faster_forms(X()) == ("epilogue", "pointwise")
+    assert forms(OnH100()) == ("epilogue", "pointwise")
     monkeypatch.setattr(op, "EPILOGUE_SPEEDUP", {(80, 768): (1.08, 1.02), (90, 1024): (1.1, 1.1)})
-    assert op._faster_forms(X()) == ("pointwise", "pointwise")
+    assert forms(OnH100()) == ("pointwise", "pointwise")
+
+    monkeypatch.setattr(op.mlp_hopper.sample, "_C", type("WithHopper", (), {"linear_act_sm90": None}))
+    assert forms(OnH100()) == ("hopper", "hopper")
+    assert forms(OnH100(), torch.float16, activation="gelu_tanh") == ("hopper", "hopper")
+    assert forms(OnH100(1024)) == ("pointwise", "pointwise")                    # too few rows to have been measured
+    for other in (dict(dtype=torch.float32), dict(F=3070), dict(activation="relu")):
+        assert forms(OnH100(), **other) == ("pointwise", "pointwise")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert forms(OnH100()) == ("pointwise", "pointwise")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it may run here")
+def test_the_form_for_hopper_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(op._backend, "choose", lambda *args: "triton")
+    with pytest.raises(RuntimeError, match="form is 'hopper', but the kernel is for GPUs of compute capability 9.0"):
+        gelu_mlp(*draw(), form="hopper")
+
+
+def test_gelu_by_the_polynomial_of_the_kernel_for_hopper():
+    """csrc/linear_act_sm90.cu: max(x, 0) - a 2^p(a) with a = min(|x|, 16), in the file's own coefficients."""
+    source = (Path(op.__file__).parents[2] / "csrc/linear_act_sm90.cu").read_text()
+    body = source[source.index("const float a = minimum("):source.index("return fmaf(-a, exp2_fast(p)")]
+    first, *others = re.findall(r"(-?[\d.]+(?:e-?\d+)?)f(?=[,)])", body.split("minimum", 1)[1].split("\n", 1)[1])
+    x = torch.linspace(-20, 20, 200_001, dtype=torch.float64)
+    a = x.abs().clamp(max=16)
+    p = torch.full_like(a, float(first))
+    for coefficient in others:
+        p = a * p + float(coefficient)
+    y, exact = x.clamp(min=0) - a * 2**p, torch.nn.functional.gelu(x)
+    assert len(others) == 7
+    assert ((y - exact).abs() <= 5e-6 * exact.abs())[x > -4].all()
+    assert ((y - exact).abs() <= 4e-5 * exact.abs())[x > -5.5].all()
+    assert (y - exact).abs().max() < 1e-6 and 2.0 ** p[0] < 1e-45
 
 
 def test_importing_the_op_imports_no_triton():

@@ -22,7 +22,7 @@ import torch
 from nanogpt_fast import GPT, GPTConfig, backend, captured, measure
 from nanogpt_fast.bench.common import GPT2
 from nanogpt_fast.half_weights import HalfWeights
-from nanogpt_fast.ops import attention, cross_entropy, layer_norm, mlp
+from nanogpt_fast.ops import attention, cross_entropy, layer_norm, mlp, mlp_hopper
 
 BF16 = torch.bfloat16
 
@@ -130,13 +130,15 @@ def norm(device):
                              "w": leaf(device, 768, dtype=fp32), "b": leaf(device, 768, dtype=fp32)}, differentiate=1)
 
 
-def mlp_form(form):
+def mlp_form(form, rows=512, C=768):
     def run(device):
+        if form == "hopper" and (reason := mlp_hopper.why_not(device, BF16, C, 4 * C, "gelu")) is not None:
+            return f"not run: {reason}"
         call = parsed(lambda t, b: mlp.gelu_mlp(**t, form=form, backend=b))
-        return three_ways(call, {"x": leaf(device, 512, 768), "w_fc": leaf(device, 3072, 768, dtype=torch.float32, scale=0.03),
-                                 "b_fc": leaf(device, 3072, dtype=torch.float32),
-                                 "w_proj": leaf(device, 768, 3072, dtype=torch.float32, scale=0.02),
-                                 "b_proj": leaf(device, 768, dtype=torch.float32)})
+        return three_ways(call, {"x": leaf(device, rows, C), "w_fc": leaf(device, 4 * C, C, dtype=torch.float32, scale=0.03),
+                                 "b_fc": leaf(device, 4 * C, dtype=torch.float32),
+                                 "w_proj": leaf(device, C, 4 * C, dtype=torch.float32, scale=0.02),
+                                 "b_proj": leaf(device, C, dtype=torch.float32)})
     return run
 
 
@@ -331,12 +333,12 @@ def small_sampler(device):
 
 CHECKS = {
     "small": {"attention": attention_of(1, 200, 2, 64), "attention, head form": attention_of(70, 100, 2, 32),
-              "loss": small_loss, "sampler": small_sampler, "add + LayerNorm": norm},
+              "loss": small_loss, "sampler": small_sampler, "add + LayerNorm": norm, "MLP, hopper": mlp_form("hopper", 300, 72)},
     "machine": {"card": card, "versions": versions, "half products into fp32": half_products_into_fp32, "limits": limits},
     "ops": {"attention, head form": attention_of(72, 512, 4, 32), "attention, split form": attention_of(2, 777, 4, 64), "attention, auto": attention_of(12, 1024, 12, 64, by="auto"),
             "attention, auto, one token": attention_of(4, 1, 12, 64, by="auto"),
             "attention, head size 128": attention_of(2, 300, 4, 128), "attention, dropout": attention_of(40, 256, 4, 64, 0.2),
-            "add + LayerNorm": norm, "MLP, pointwise": mlp_form("pointwise"), "MLP, epilogue": mlp_form("epilogue"),
+            "add + LayerNorm": norm, "MLP, pointwise": mlp_form("pointwise"), "MLP, epilogue": mlp_form("epilogue"), "MLP, hopper": mlp_form("hopper"),
             "loss": loss(False), "loss with logits": loss(True), "captured steps": captured_steps,
             "greedy text": greedy_text, "early launches": early_launches, "compiled steps": compiled_steps},
     "model": {"GPT-2 124M, B=2": whole_model(2), "GPT-2 124M, B=12": whole_model(12), "GPT-2 124M steps, B=12": whole_steps(12)},

@@ -22,6 +22,7 @@ from nanogpt_fast import backend, measure, reference
 from nanogpt_fast.kernels import attention_backward, attention_forward, cross_entropy, layer_norm, mlp
 from nanogpt_fast.kernels.attention_common import Tile
 from nanogpt_fast.ops import attention as attention_op
+from nanogpt_fast.ops import mlp_hopper
 
 BF16 = torch.bfloat16
 FUSED = backend.parse("fused")
@@ -183,6 +184,7 @@ def gelu_mlp(rows, C):
         "pointwise": lambda t: mlp.act(t["x"] @ t["w_fc"].t()),
         "PyTorch": lambda t: F.gelu(t["x"] @ t["w_fc"].t()),
         "the product alone": lambda t: t["x"] @ t["w_fc"].t(),
+        "hopper": lambda t: mlp_hopper.linear_act(t["x"], t["w_fc"])[0],
         **{f"epilogue {named(tile)}": lambda t, tile=tile: mlp.linear_act(t["x"], t["w_fc"], tile=tile)[0] for tile in MATMUL},
         **{f"TMA {named(tile)} g{group}": lambda t, tile=tile, group=group: candidates.linear_act(t["x"], t["w_fc"], tile, group)[0]
            for tile in candidates.TILES for group in ((8,) if tile != candidates.TILES[0] else (8, 1, 16))}},
@@ -191,6 +193,7 @@ def gelu_mlp(rows, C):
         yield Group(f"MLP backward rows={rows} C={C}" + " recompute" * post, make, {
             "pointwise": pointwise_back(post),
             "the product alone": lambda t: t["dy"] @ t["w_proj"],
+            "hopper": lambda t: mlp_hopper.linear_dact(t["dy"], t["w_proj"], t["h"], want_db=False)[0],
             **{f"epilogue {named(tile)}": epilogue_back(tile, post) for tile in MATMUL},
             **{f"TMA {named(tile)}": lambda t, tile=tile, post=post: candidates.linear_dact(
                 t["dy"], t["w_proj"], t["h"], tile, 8, post)[0] for tile in candidates.TILES}},

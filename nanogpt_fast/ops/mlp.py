@@ -3,9 +3,9 @@
     y = dropout(act(x w_fc^T + b_fc) w_proj^T + b_proj)
 
 cuBLAS does the matmuls. Where the activation is computed is the op's choice of form: "epilogue", inside the matmul that makes
-its input, or "pointwise", by a kernel of its own after cuBLAS (kernels/mlp.py says what each moves). Both keep, for a token in
-half precision, x (2C bytes), h before the activation (8C) and post after it (8C); with `recompute=True` the backward makes
-post again.
+its input, "pointwise", by a kernel of its own after cuBLAS (kernels/mlp.py says what each moves), or "hopper", in the epilogue of a
+CUDA kernel for Hopper's tensor cores (mlp_hopper.py). All keep, for a token in half precision, x (2C bytes), h before the activation
+(8C) and post after it (8C); with `recompute=True` the backward makes post again.
 """
 import contextlib
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from .. import backend as _backend
 from .. import reference
+from . import mlp_hopper
 from .registration import define, raw
 
 # {(architecture, C): (forward, backward)}: the time of the pointwise form over that of the epilogue form, measured side by side
@@ -21,7 +22,11 @@ from .registration import define, raw
 # H100: 703 us against 891 forward, 873 against 822 backward. What is not measured takes the pointwise form.
 EPILOGUE_SPEEDUP = {(90, 768): (0.79, 1.06)}
 
-FORMS = ("epilogue", "pointwise")
+# H100, microseconds forward and backward. 65,536 rows of 768: 550 and 551, where the pointwise form takes 697 and 873, the epilogue form 891 and
+# 822. 12,288 rows: 116 and 121; 149, 180; 178, 174. Fewer rows were not timed: they take the form that is cuBLAS's.
+HOPPER_MIN_ROWS = 2048
+
+FORMS = ("epilogue", "pointwise", "hopper")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -32,7 +37,7 @@ def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0,
     x (..., C), w_fc (F, C), w_proj (C, F), floating point; b_fc (F,), b_proj (C,), or None. F is 4C in a GPT.
     activation: "gelu" (erf), "gelu_tanh", "relu". dropout_p: 0 when not training; the mask's seed comes from the generator of
     x's device. recompute: keep 10C instead of 18C bytes a token for the backward (half precision), which computes post again.
-    form: "epilogue" or "pointwise" forces where the kernels compute the activation; None takes what was measured faster.
+    form: "epilogue", "pointwise" or "hopper" forces where the kernels compute the activation; None takes what was measured faster.
     backend: a choice for each op as `backend.parse` gives it, or None. copies: both weights in the dtype to compute in, where somebody
     keeps them (half_weights.py): the kernels take them instead of casting, and the weights' gradients are not rounded to it.
 
@@ -48,7 +53,10 @@ def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0,
     _check_shapes(x, w_fc, b_fc, w_proj, b_proj)
     if _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj)) == "reference":
         return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, activation_name=activation, dropout_p=dropout_p)
-    forms = (form, form) if form else _faster_forms(x)
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if form == "hopper" and (reason := mlp_hopper.why_not(x.device, dtype, x.size(-1), w_fc.size(0), activation)) is not None:
+        raise RuntimeError(f"form is 'hopper', but {reason}")
+    forms = (form, form) if form else _faster_forms(x, dtype, w_fc.size(0), activation)
     return _GeluMLP.apply(x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p, recompute, forms, torch.is_grad_enabled(), copies)
 
 
@@ -91,12 +99,15 @@ def _check_shapes(x, w_fc, b_fc, w_proj, b_proj):
         raise ValueError(f"b_proj {tuple(b_proj.shape)}: expected ({C},)")
 
 
-def _faster_forms(x):
-    """(form of the forward, form of the backward) by the table of measurements."""
-    if not (EPILOGUE_SPEEDUP and x.is_cuda):
+def _faster_forms(x, dtype, F, activation):
+    """(form of the forward, form of the backward) by the measurements above. dtype: what is computed in."""
+    if not x.is_cuda:
         return "pointwise", "pointwise"
+    C = x.size(-1)
+    if x.numel() >= HOPPER_MIN_ROWS * C and mlp_hopper.why_not(x.device, dtype, C, F, activation) is None:
+        return "hopper", "hopper"
     major, minor = torch.cuda.get_device_capability(x.device)
-    ratios = EPILOGUE_SPEEDUP.get((10 * major + minor, x.size(-1)), (0.0, 0.0))
+    ratios = EPILOGUE_SPEEDUP.get((10 * major + minor, C), (0.0, 0.0))
     return tuple("epilogue" if ratio > 1 else "pointwise" for ratio in ratios)
 
 
@@ -170,7 +181,9 @@ def _kernels():
 def _forward(x, w_fc, b_fc, w_proj, b_proj, seed, activation, dropout_p, form, keep_h, keep_post):
     """(y (M, C), h (M, F), post (M, F)); h and post are empty (0,) unless kept. h lacks its bias in the pointwise form."""
     kernels = _kernels()
-    if form == "epilogue":
+    if form == "hopper":
+        post, h = mlp_hopper.linear_act(x, w_fc, b_fc, activation=activation, keep_h=keep_h)
+    elif form == "epilogue":
         post, h = kernels.linear_act(x, w_fc, b_fc, activation=activation, keep_h=keep_h)
     else:
         h = x @ w_fc.t()
@@ -198,10 +211,13 @@ def _backward(dy, x, w_fc, b_fc, w_proj, h, post, seed, activation, dropout_p, f
         _, _, sums = kernels.dact(dy, activation="none", want_dh=False)
     if need_b_proj:
         db_proj = sums
-    bias = None if forward_form == "epilogue" else b_fc         # what h lacks
+    bias = b_fc if forward_form == "pointwise" else None        # what h lacks
     need_post = need_w_proj and post is None
     if need_x or need_w_fc or need_b_fc:
-        if backward_form == "epilogue":
+        if backward_form == "hopper":       # after the same form forward: h has its bias
+            dh, sums = mlp_hopper.linear_dact(dy, w_proj, h, activation=activation, want_db=need_b_fc)
+            again = kernels.act(h, activation=activation) if need_post else None
+        elif backward_form == "epilogue":
             dh, again, sums = kernels.linear_dact(dy, w_proj, h, bias, activation=activation,
                                                   want_post=need_post, want_db=need_b_fc)
         else:

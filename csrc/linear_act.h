@@ -1,0 +1,23 @@
+// The GELU-MLP's matmul with the activation in its epilogue, on the tensor cores of Hopper.
+#pragma once
+#include <stdint.h>
+
+namespace ngf {
+
+struct LinearAct {
+  bool bf16, tanh, backward;    // all matrices bf16, else all fp16; GELU by tanh, else by erf
+  const void* a;                // (M, K), rows a_stride elements apart
+  int64_t a_stride;
+  const void* b;                // forward (N, K), backward (K, N)
+  void* h;                      // (M, N): forward written, or null; backward read
+  void* out;                    // (M, N)
+  const float* bias;            // forward: (N) or null
+  float* column_sums;           // backward: (4 ceil(M / 128), N), the sums of `out` over 32 rows in each, or null
+  int M, N, K;
+};
+
+// One launch on `stream` of the current device, of compute capability 9.0. K, N and a_stride are multiples of 8, addresses of 16. Throws
+// std::runtime_error with CUDA's message.
+void linear_act_sm90(const LinearAct& call, void* stream);
+
+}  // namespace ngf

@@ -1,0 +1,61 @@
+"""The MLP's first matmul with the activation in its epilogue, forward and backward, by the CUDA kernel for Hopper (csrc/linear_act_sm90.cu).
+
+The same as `linear_act` and `linear_dact` of kernels/mlp.py for half precision, GELU, and sizes whose rows are multiples of 16 bytes.
+"""
+import torch
+
+from . import sample
+
+DTYPES = (torch.bfloat16, torch.float16)
+ACTIVATIONS = ("gelu", "gelu_tanh")
+
+
+def why_not(device, dtype, C, F, activation):
+    """None where the kernel can compute an MLP of widths C and F there, else the reason."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return "the kernel is for GPUs of compute capability 9.0 (H100, H200)"
+    if not hasattr(sample._C, "linear_act_sm90"):
+        return f"the extension has no code for it ({sample._missing() if sample._C is None else 'it was built without nvcc, or not for sm_90'})"
+    if dtype not in DTYPES:
+        return f"the kernel computes in bfloat16 or float16, not {dtype}"
+    if activation not in ACTIVATIONS:
+        return f"the kernel has {' and '.join(ACTIVATIONS)}, not {activation}"
+    if C % 8 or F % 8:
+        return f"the kernel takes widths that are multiples of 8, not {C} and {F}"
+    return None
+
+
+def linear_act(x, w, b=None, *, activation="gelu", keep_h=True):
+    """(act(h), h) of h = x w^T + b in one kernel. x (M, K), rows may lie apart; w (N, K); b (N,) of any float dtype or None.
+
+    keep_h=False: h isn't written, None is returned for it.
+    """
+    x = _rows_of_16_bytes(x)
+    y = torch.empty(x.size(0), w.size(0), dtype=x.dtype, device=x.device)
+    h = torch.empty_like(y) if keep_h else None
+    _launch(False, x, _rows_of_16_bytes(w), h, y, activation, bias=None if b is None else b.float().contiguous())
+    return y, h
+
+
+def linear_dact(dy, w, h, *, activation="gelu", want_db=True):
+    """(dh, db): dh = (dy w) * act'(h) (M, N) in dy's dtype, db = dh summed over rows, fp32 (N,), or None.
+
+    dy (M, K), rows may lie apart; w (K, N); h (M, N), with its bias.
+    """
+    dy = _rows_of_16_bytes(dy)
+    dh = torch.empty_like(h)
+    sums = torch.empty(4 * -(-h.size(0) // 128), h.size(1), dtype=torch.float32, device=h.device) if want_db else None
+    _launch(True, dy, _rows_of_16_bytes(w), h, dh, activation, column_sums=sums)
+    return dh, sums.sum(0) if want_db else None
+
+
+def _launch(backward, a, b, h, out, activation, bias=None, column_sums=None):
+    address = lambda tensor: 0 if tensor is None else tensor.data_ptr()
+    with torch.cuda.device_of(a):
+        sample._C.linear_act_sm90(
+            a.dtype == torch.bfloat16, activation == "gelu_tanh", backward, a.data_ptr(), a.stride(0), b.data_ptr(), address(h), out.data_ptr(),
+            address(bias), address(column_sums), *out.shape, a.size(1), torch.cuda.current_stream(a.device).cuda_stream)
+
+
+def _rows_of_16_bytes(x):
+    return x if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
