@@ -8,12 +8,14 @@ from benchmarks.tables import MISSING, device_of, small, table
 
 def sections(records):
     """{name: markdown} of the generated sections of docs/gpu.md."""
-    return {"predicted": predicted(records), "step": step_times(records), "sweep": swept(records), "checks": checked(records)}
+    return {"predicted": predicted(records), "step": step_times(records), "sweep": swept(records), "mlp": mlp_forms(records),
+            "mlp steps": mlp_steps(records),
+            "checks": checked(records)}
 
 
 # What GPT-2 124M's step takes on an H100 of the sweep's rows: {start of a group's name: row}. The others stand beside it.
-SHIPPED = {"attention forward": "cuDNN", "attention backward": "split dq 64x32 w4 s3, dkdv 32x64 w4 s3", "MLP forward": "pointwise",
-           "MLP backward": "epilogue 128x128x64 w8 s3", "loss rows": "4 chunks", "add + LayerNorm": "ours"}
+SHIPPED = {"attention forward": "cuDNN", "attention backward": "split dq 64x32 w4 s3, dkdv 32x64 w4 s3", "MLP forward": "hopper",
+           "MLP backward": "hopper", "loss rows": "4 chunks", "add + LayerNorm": "ours"}
 SWEPT_PEERS = ("cuDNN", "cuDNN packed", "flash", "PyTorch", "compile")
 
 
@@ -52,12 +54,28 @@ def predicted(records):
     said = json.loads(path.read_text(encoding="utf-8"))
     rows = [[what, f"{value:,g}", "" if (found := _measured(records, what)) is None else f"{found:,.3g}" if found < 10 else f"{found:,.0f}",
              unit, why] for what, value, unit, why in said["rows"]]
-    return table(["", "predicted", "measured", "", "predicted from"], rows) + f"\n\n<sub>{said['written']}; {said['card']}</sub>"
+    head = ["", "predicted", "measured", "", "predicted from"]
+    text = table(head, rows) + f"\n\n<sub>{said['written']}; {said['card']}</sub>"
+    for later in said.get("later", ()):
+        rows = [[what, f"{value:,g}", "not measured yet" if (found := _measured(records, what, later.get("commits", ()))) is None
+                 else f"{found:,.3g}" if found < 10 else f"{found:,.0f}", unit, why] for what, value, unit, why in later["rows"]]
+        text += "\n\n" + table(head, rows) + f"\n\n<sub>{later['written']}</sub>"
+    return text
 
 
-def _measured(records, what):
-    """The figure that a prediction's name stands for, or None."""
+def _measured(records, what, commits=None):
+    """The figure that a prediction's name stands for, or None. commits: it must be of one of these."""
+    records = [r for r in records if commits is None or r["environment"]["commit"] in commits]
     words, _, row = what.rpartition(", ")
+    if what.startswith("generate "):
+        B = int(what.split("B=")[1].split(",")[0])
+        record = next((r for r in records if r["benchmark"] == "generate" and device_of(r) == "cuda" and r["batch_size"] == B), None)
+        return record["variants"][row]["tokens_per_s"] if record else None
+    if what.startswith("train baby "):
+        return None     # one side alone was had
+    if what.startswith("MLP ") and words.endswith("by forms"):
+        record = next((r for r in records if r["benchmark"] == "mlp forms" and f"rows={r['rows']} C={r['C']} " in words), None)
+        return record["median_us"][what.split()[1]][row] if record else None
     if what.startswith("train gpt2 "):
         B = int(what.split()[2].split("x")[0])
         # the first that has both: what was predicted is the code as it was
@@ -111,6 +129,25 @@ def step_times(records):
     return table(["ms", *found], rows) + small(record, lambda r: (
         f"{r['shape']['batch_size']} x {r['shape']['block_size']} tokens, {r['dtype']}; PyTorch's profiler over a few steps after the timed "
         "ones, when the card was cooler: the sums are a little below the timed step"))
+
+
+def mlp_forms(records):
+    """The MLP's matmul with its activation by form, at each size that was timed, in microseconds."""
+    found = [record for record in records if record["benchmark"] == "mlp forms"]
+    if not found:
+        return MISSING
+    columns = [("forward", "the product alone"), ("forward", "pointwise"), ("forward", "hopper"), ("backward", "pointwise"), ("backward", "epilogue"),
+               ("backward", "hopper"), ("backward", "hopper, bias gradient")]
+    rows = [[f"{r['rows']:,} x {r['C']:,}", *(f"{r['median_us'][way][name]:,.0f}" for way, name in columns)] for r in found]
+    head = ["rows x C", *(f"{way}, {name}" if name != "the product alone" else "cuBLAS's product alone" for way, name in columns)]
+    return table(head, rows) + small(found[-1], lambda r: f"us; {r['note']}")
+
+
+def mlp_steps(records):
+    """What each finding brought while the MLP's kernel for Hopper was made."""
+    found = [record for record in records if record["benchmark"] == "mlp steps"]
+    rows = [[r["what"], f"{r['median_us']['forward']:,.0f}", f"{r['median_us']['backward']:,.0f}"] for r in found]
+    return table(["us", "forward", "backward"], rows) if rows else MISSING
 
 
 def checked(records):
