@@ -75,8 +75,8 @@ class OnH100:
     """What the choice of forms looks at, of an x (rows, 768) on an H100."""
     is_cuda, device = True, torch.device("cuda")
 
-    def __init__(self, rows=65536):
-        self.rows = rows
+    def __init__(self, rows=65536, dtype=torch.bfloat16):
+        self.rows, self.dtype = rows, dtype
 
     def size(self, axis):
         return 768
@@ -85,8 +85,8 @@ class OnH100:
         return self.rows * 768
 
 
-def forms(x, dtype=torch.bfloat16, F=3072, activation="gelu"):
-    return op._faster_forms(x, dtype, F, activation)
+def forms(x, F=3072, activation="gelu"):
+    return op._faster_forms(x, torch.empty(F, 768, device="meta"), activation)
 
 
 def test_each_form_is_taken_only_where_it_was_measured_faster(monkeypatch):
@@ -102,9 +102,14 @@ def test_each_form_is_taken_only_where_it_was_measured_faster(monkeypatch):
 
     monkeypatch.setattr(op.mlp_hopper.sample, "_C", type("WithHopper", (), {"linear_act_sm90": None}))
     assert forms(OnH100()) == ("hopper", "hopper")
-    assert forms(OnH100(), torch.float16, activation="gelu_tanh") == ("hopper", "hopper")
+    assert forms(OnH100(dtype=torch.float16), activation="gelu_tanh") == ("hopper", "hopper")
+    with monkeypatch.context() as under_autocast:       # which PyTorch switches on only where there is a GPU
+        under_autocast.setattr(torch, "is_autocast_enabled", lambda kind: True)
+        under_autocast.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+        assert forms(OnH100(dtype=torch.float32)) == ("hopper", "hopper")
     assert forms(OnH100(1024)) == ("pointwise", "pointwise")                    # too few rows to have been measured
-    for other in (dict(dtype=torch.float32), dict(F=3070), dict(activation="relu")):
+    assert forms(OnH100(dtype=torch.float32)) == ("pointwise", "pointwise")
+    for other in (dict(F=3070), dict(activation="relu")):
         assert forms(OnH100(), **other) == ("pointwise", "pointwise")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert forms(OnH100()) == ("pointwise", "pointwise")

@@ -53,10 +53,9 @@ def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0,
     _check_shapes(x, w_fc, b_fc, w_proj, b_proj)
     if _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj)) == "reference":
         return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, activation_name=activation, dropout_p=dropout_p)
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    if form == "hopper" and (reason := mlp_hopper.why_not(x.device, dtype, x.size(-1), w_fc.size(0), activation)) is not None:
+    if form == "hopper" and (reason := _hopper_why_not(x, w_fc, activation)) is not None:
         raise RuntimeError(f"form is 'hopper', but {reason}")
-    forms = (form, form) if form else _faster_forms(x, dtype, w_fc.size(0), activation)
+    forms = (form, form) if form else _faster_forms(x, w_fc, activation)
     return _GeluMLP.apply(x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p, recompute, forms, torch.is_grad_enabled(), copies)
 
 
@@ -99,16 +98,21 @@ def _check_shapes(x, w_fc, b_fc, w_proj, b_proj):
         raise ValueError(f"b_proj {tuple(b_proj.shape)}: expected ({C},)")
 
 
-def _faster_forms(x, dtype, F, activation):
-    """(form of the forward, form of the backward) by the measurements above. dtype: what is computed in."""
+def _faster_forms(x, w_fc, activation):
+    """(form of the forward, form of the backward) by the measurements above."""
     if not x.is_cuda:
         return "pointwise", "pointwise"
     C = x.size(-1)
-    if x.numel() >= HOPPER_MIN_ROWS * C and mlp_hopper.why_not(x.device, dtype, C, F, activation) is None:
+    if x.numel() >= HOPPER_MIN_ROWS * C and _hopper_why_not(x, w_fc, activation) is None:
         return "hopper", "hopper"
     major, minor = torch.cuda.get_device_capability(x.device)
     ratios = EPILOGUE_SPEEDUP.get((10 * major + minor, C), (0.0, 0.0))
     return tuple("epilogue" if ratio > 1 else "pointwise" for ratio in ratios)
+
+
+def _hopper_why_not(x, w_fc, activation):
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return mlp_hopper.why_not(x.device, dtype, x.size(-1), w_fc.size(0), activation)
 
 
 def _operands(x, w_fc, w_proj, dropout_p, copies):
