@@ -133,12 +133,12 @@ def test_the_checkouts_model_is_found_equal_to_ours():
 
 
 def test_a_fork_keeps_its_classes_and_is_accelerated(checkout, capfd):
-    edit(checkout, "self.gelu = nn.GELU()", "self.gelu = nn.ReLU()")
+    edit(checkout, "self.gelu = nn.GELU()", "self.gelu = nn.SiLU()")
     expected = plainly(capfd)
     assert status_of(["train.py"]) == 0
     out = capfd.readouterr().out
     assert "its own classes, accelerated (its logits differ from nanoGPT's)" in out
-    assert "swapped        2 x attention (CausalSelfAttention)" in out and "mlp (MLP): its activation is a ReLU" in out
+    assert "swapped        2 x attention (CausalSelfAttention)" in out and "mlp (MLP): its activation is a SiLU" in out
     assert losses(out) == expected
 
 
