@@ -414,11 +414,17 @@ class Clip(torch.autograd.Function):
         return grad.clamp(-1e-3, 1e-3)
 
 
+def zeros_are_special(self, x):
+    x = x + self.attn(self.ln_1(x))
+    return x.masked_fill(x == 0, 1.0) + self.mlp(self.ln_2(x))
+
+
 @pytest.mark.parametrize("name, forward, path, why", [
+    ("Block", zeros_are_special, "transformer.h.0", "eq, masked_fill"),
     ("CausalSelfAttention", clipped_qkv, "transformer.h.0.attn", "clamp"), ("MLP", clipped_activations, "transformer.h.0.mlp", "clamp"),
     ("GPT", one_id_masked, "", "eq"), ("CausalSelfAttention", looks_at_the_numbers, "transformer.h.0.attn", "abs"),
     ("MLP", straight_through, "transformer.h.0.mlp", "gradients"), ("MLP", gradient_clip, "transformer.h.0.mlp", "gradients")],
-    ids=["qkv clipped", "activations clipped", "one id masked", "branch on values", "straight through", "gradients clipped"])
+    ids=["zeros are special", "qkv clipped", "activations clipped", "one id masked", "branch on values", "straight through", "gradients clipped"])
 def test_a_rule_that_the_trial_does_not_meet_is_seen_in_the_operations(name, forward, path, why):
     reason = left(nanogpt_fast.accelerate(fork(change=put(name, forward))))[path]
     assert reason.startswith("it computes something else") and why in reason

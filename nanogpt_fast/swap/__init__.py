@@ -91,9 +91,17 @@ class Report:
     def __exit__(self, *exception):
         restore(self.model)
 
+    def _on_kernels(self, part):
+        """How many calls of a part ran on kernels: "swapped" alone says nothing of that."""
+        total = sum(n for (name, _), n in self.calls.items() if name == part)
+        if not total and any(self.calls.get((outer, "kernels")) for outer in ("block", "model")):
+            return "run by its block or model"
+        return f"{self.calls.get((part, 'kernels'), 0)} of {total} calls on kernels" if total else "not called yet"
+
     def __str__(self):
         counts = collections.Counter((row.part, row.cls) for row in self.swapped)
-        lines = [f"swapped      {n:>3} x {part} ({cls})" for (part, cls), n in counts.items()] or ["swapped      nothing"]
+        lines = [f"swapped      {n:>3} x {part} ({cls}), {self._on_kernels(part)}" for (part, cls), n in counts.items()]
+        lines = lines or ["swapped      nothing"]
         lines += [f"not swapped  {row.path or 'the model'} ({row.cls}): {row.reason}" for row in self.left]
         lines += [f"steps aside  {path}: {reason}" for path, reason in self.unfused]
         lines += [f"calls        {n:>6} x {part}, {where}" for (part, where), n in sorted(self.calls.items())]

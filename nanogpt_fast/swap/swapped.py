@@ -17,13 +17,15 @@ from . import stage
 
 class State:
     """What the swapped modules of one `accelerate` share: the choice of implementations, the count of their calls, the longest
-    sequence that was tried, and the form of what transformers' own forwards return: {class: {use_cache: form}}, see gpt2.form."""
+    sequence that was tried, and of own classes what the trial saw: the form of what transformers' forwards return, {class: {use_cache:
+    form}}, see gpt2.form, and the operations that ran, {class: names}."""
 
     def __init__(self, choices, context):
         self.choices = choices
         self.context = context
         self.calls = collections.Counter()
         self.forms = {}
+        self.operations = collections.defaultdict(set)
 
 
 MISSING = "nothing"     # the value of an attribute that is not there; survives a pickle

@@ -18,14 +18,14 @@ import torch.nn as nn
 
 from .. import backend as _backend
 from . import gpt2, parts, stage
-from .swapped import State, mentioned, swapped_class, watch
+from .swapped import State, Swapped, mentioned, swapped_class, watch
 
 # What ours may differ from the module's own, relative to the largest value. An erf GELU in the place of a tanh one shows as 1e-4.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5}
 LONGEST_PROBE = 16384
 
 _SHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias", "alias", "t", "transpose", "permute", "split", "split_with_sizes", "slice",
-           "select", "unsqueeze", "squeeze", "expand", "unbind", "clone", "cat", "stack", "as_strided", "lift_fresh", "unfold", "copy_",
+           "select", "unsqueeze", "squeeze", "expand", "unbind", "clone", "cat", "stack", "as_strided", "lift_fresh", "unfold",
            "empty", "empty_like", "new_empty", "arange", "_to_copy", "unsafe_split", "unsafe_chunk"}
 _SUMS = {"add", "add_", "sub", "mul", "mul_", "div", "div_", "neg", "mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "einsum"}
 _DROPOUT = {"bernoulli_", "native_dropout"}
@@ -35,8 +35,10 @@ _ATTENTION = {"_scaled_dot_product_flash_attention_for_cpu", "_softmax", "_safe_
 _MLP = {"gelu", "relu", "tanh", "pow", "erf"}
 _PLAIN = _SHAPES | _SUMS | _DROPOUT
 OPERATIONS = {"layer_norm": _SHAPES | _SUMS | _NORM, "attention": _PLAIN | _ATTENTION, "mlp": _PLAIN | _MLP,
-              "block": _PLAIN | _ATTENTION | _MLP | _NORM,
-              "model": _PLAIN | _NORM | {"embedding", "index", "_log_softmax", "nll_loss_forward"}}
+              "block": _PLAIN | _NORM,          # and its parts'
+              "model": _PLAIN | _NORM | {"embedding", "index", "_log_softmax", "nll_loss_forward"},
+              "forward": set(),         # run.py's names for a whole model's: its parts', and
+              "generate": _PLAIN | {"topk", "lt", "index", "index_put_", "masked_fill", "_softmax", "multinomial"}}
 
 
 def swap(module, mixins, state, tried):
@@ -103,7 +105,7 @@ def _tried(module, cls, state):
     # PyTorch's attention sums in another order than one that is written out; a whole vocabulary in float64 takes seconds.
     dtype = torch.float64 if cls.part in ("layer_norm", "mlp") else torch.float32
     trial_state, twin = State(state.choices, long), None
-    trial_state.forms = state.forms
+    trial_state.forms, trial_state.operations = state.forms, state.operations
     try:
         with (torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]), _backend.use("reference"),
               torch.autocast("cpu", enabled=False)):
@@ -182,8 +184,10 @@ def _compare(twin, own, cls, B, T, dtype, with_gradients):
         difference = _largest(_difference(a, b, largest) for a, b in zip(gradients, gradients_of_ours))
         if difference > TOLERANCE[dtype]:
             return f"it computes something else: its gradients are {difference:.1e} of the largest value away from nanoGPT's"
-        if not _known(own) and (others := sorted(theirs.operations - ours.operations - OPERATIONS[cls.part])):
+        inside = [twin._swap_state.operations[m._own] for m in twin.modules() if m is not twin and isinstance(m, Swapped)]
+        if not _known(own) and (others := sorted(theirs.operations.difference(ours.operations, OPERATIONS[cls.part], *inside))):
             return f"it computes something else, where a rule may hide: {', '.join(others[:4])},"
+        twin._swap_state.operations[own] |= theirs.operations
     return None
 
 
