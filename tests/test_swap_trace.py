@@ -502,3 +502,18 @@ def test_every_module_that_is_swapped_says_so():
     model = fork()
     nanogpt_fast.accelerate(model)
     assert all(m.changed() is None for m in model.modules() if isinstance(m, Swapped))
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("meta")],
+                         ids=["inference mode", "no_grad", "autocast", "a default device"])
+def test_a_trial_does_not_depend_on_what_is_around_it(around):
+    model = fork()
+    with around():
+        report = nanogpt_fast.accelerate(model)
+    assert report.left == [] and len(report.swapped) == 12
+
+
+def test_what_a_trial_cannot_look_at_is_left_alone():
+    model = fork()
+    model.transformer.h[0].attn.thing = torch.eye(3).to_sparse()
+    assert "is not a dense tensor" in left(nanogpt_fast.accelerate(model))["transformer.h.0.attn"]

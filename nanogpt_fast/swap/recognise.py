@@ -43,7 +43,8 @@ def candidate(module):
         ff, mixin = ("ff", parts.SeparateBlock) if "ff" in children else ("ffwd", parts.LectureBlock)
         found = "block", mixin, (_extra(module, children, {"ln1", "sa", "ln2", ff}) or _norms_why_not(module.ln2)
                                  or (None if getattr(module, "pre_norm", True) else "post-norm"))
-    elif type(module) is nn.Sequential and len(module) in (3, 4) and type(module[0]) is type(module[2]) is nn.Linear:
+    elif (type(module) is nn.Sequential and len(module) in (3, 4) and type(module[0]) is type(module[2]) is nn.Linear
+          and module[0].in_features == module[2].out_features):
         found = "mlp", parts.SequentialMlp, (_odd(module[1]) or (None if len(module) == 3 or isinstance(module[3], nn.Dropout)
                                                                  else "it ends in no dropout"))
     elif isinstance(module, nn.LayerNorm) or type(module).__name__ == "LayerNorm":

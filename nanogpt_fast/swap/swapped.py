@@ -28,7 +28,8 @@ class State:
         self.operations = collections.defaultdict(set)
 
 
-MISSING = "nothing"     # the value of an attribute that is not there; survives a pickle
+class MISSING:
+    """The value of an attribute that is not there: a class, which stays one object in a pickle."""
 
 
 class Swapped:
@@ -43,10 +44,13 @@ class Swapped:
     obeyed = ()         # attributes that the formula reads at each call, or that send it to the own path
 
     def forward(self, *args, **kwargs):
-        reason = self.changed() or self.why_not_bound(args, kwargs) or self.why_own(*self.inputs(args, kwargs))
+        inputs, reason = (), self.changed() or self.why_not_bound(args, kwargs)
+        if reason is None:
+            inputs = self.inputs(args, kwargs)
+            reason = self.why_own(*inputs)
         if not torch.compiler.is_compiling():  # a counter in a compiled graph would be a guard, and recompile at every call
             self._swap_state.calls[self.part, "kernels" if reason is None else f"own path: {reason}"] += 1
-        return self.fast(*self.inputs(args, kwargs)) if reason is None else self._own.forward(self, *args, **kwargs)
+        return self.fast(*inputs) if reason is None else self._own.forward(self, *args, **kwargs)
 
     def bound(self, args, keywords):
         """{name: value} of what was passed, by the own forward's signature."""
@@ -105,7 +109,11 @@ class Swapped:
 
 def _equal(a, b):
     """Whether two attributes or arguments are equal; tensors and other objects are where they are one."""
-    return a is b or type(a) is type(b) and isinstance(a, (bool, int, float, str, tuple, list, dict)) and a == b
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    return isinstance(a, stage.PLAIN) and a == b or isinstance(a, (tuple, list, dict)) and stage.is_plain(a) and stage.is_plain(b) and a == b
 
 
 # ------------------------------------------------------------------------------------------------------ what is watched

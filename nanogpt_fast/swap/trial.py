@@ -49,13 +49,15 @@ def swap(module, mixins, state, tried):
         cls = swapped_class(own, mixin, lacking)
         if asked := sorted(set(lacking) & mentioned(own)):
             return f"its code asks for {', '.join(asked)}, which it lacks"
-        try:
-            key = _key(module, mixin, lacking)
-            if key not in tried:
+        key = _key(module, mixin, lacking)
+        if key not in tried:
+            try:
                 tried[key] = _tried(module, cls, state)
-            why_not = tried[key]
-        except stage.CannotCopy as error:
-            why_not = f"it cannot be copied to be tried: {error}"
+            except stage.CannotCopy as error:
+                tried[key] = f"it cannot be copied to be tried: {error}"
+            except Exception as error:
+                tried[key] = f"trying it out raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        why_not = tried[key]
         if why_not is None:
             try:
                 object.__setattr__(module, "__class__", cls)      # past a __setattr__ of its own
@@ -91,9 +93,9 @@ def _frozen(value):
     """Something hashable that is equal where two attributes are; of what is not known, who it is."""
     if isinstance(value, stage.PLAIN):
         return type(value).__name__, repr(value)
-    if isinstance(value, torch.Tensor):
-        return str(value.dtype), tuple(value.shape), None if value.is_meta else hash(bytes(value.detach().cpu().contiguous().view(
-            torch.uint8).flatten().numpy())) if value.numel() and value.dim() else repr(value)
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
+        bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        return str(value.dtype), tuple(value.shape), hash(bits.numpy().tobytes())
     if type(value) in (list, tuple, dict, set):
         return type(value).__name__, tuple(map(_frozen, value.items() if isinstance(value, dict) else value))
     return id(value)
@@ -106,21 +108,16 @@ def _tried(module, cls, state):
     dtype = torch.float64 if cls.part in ("layer_norm", "mlp") else torch.float32
     trial_state, twin = State(state.choices, long), None
     trial_state.forms, trial_state.operations = state.forms, state.operations
-    try:
-        with (torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]), _backend.use("reference"),
-              torch.autocast("cpu", enabled=False)):
-            for B, T, training, dtype in ((2, short, False, dtype), (2, short, True, dtype), (1, 1, False, dtype),
-                                          (1, long, False, torch.float32)):
-                if twin is None or next(twin.parameters()).dtype != dtype:
-                    twin = _twin(module, cls, trial_state, dtype)
-                for m in twin.modules():
-                    m.__dict__["training"] = training
-                if reason := _compare(twin, type(module), cls, B, T, dtype, with_gradients=training):
-                    return f"{reason} in {'train' if training else 'eval'} mode"
-    except stage.CannotCopy as error:
-        return f"it cannot be copied to be tried: {error}"
-    except Exception as error:
-        return f"trying it out raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    with (torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]), _backend.use("reference"),
+          torch.autocast("cpu", enabled=False), torch.device("cpu")):
+        for B, T, training, dtype in ((2, short, False, dtype), (2, short, True, dtype), (1, 1, False, dtype),
+                                      (1, long, False, torch.float32)):
+            if twin is None or next(twin.parameters()).dtype != dtype:
+                twin = _twin(module, cls, trial_state, dtype)
+            for m in twin.modules():
+                m.__dict__["training"] = training
+            if reason := _compare(twin, type(module), cls, B, T, dtype, with_gradients=training):
+                return f"{reason} in {'train' if training else 'eval'} mode"
     return None
 
 
