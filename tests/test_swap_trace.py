@@ -104,7 +104,7 @@ def recording(module, log):
     module.CausalSelfAttention = CausalSelfAttention
 
 
-def test_a_trial_leaves_no_trace_in_a_model_that_records_every_touch(capsys):
+def test_a_trial_leaves_no_trace_in_a_model_that_records_every_touch(capsys, monkeypatch):
     log, modules = [], []
     model = fork(change=lambda module: (modules.append(module), recording(module, log)), dropout=0.1)
     for m in model.modules():
@@ -113,6 +113,7 @@ def test_a_trial_leaves_no_trace_in_a_model_that_records_every_touch(capsys):
     handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: log.append("global hook"))
     log.clear()
     before = everything(model), random.getstate(), torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: log.append("seed of the GPUs"))
     numpys = np.random.get_state(legacy=False)["state"]["pos"]
     report = nanogpt_fast.accelerate(model)
     handle.remove()
@@ -120,6 +121,7 @@ def test_a_trial_leaves_no_trace_in_a_model_that_records_every_touch(capsys):
     reason = left(report)["transformer.h.0.attn"]
     assert reason.startswith("its forward does more than return"), reason
     nanogpt_fast.restore(model)
+    assert set(log) == {"set last"}
     assert everything(model) == before[0] and random.getstate() == before[1] and torch.equal(torch.get_rng_state(), before[2])
     assert np.random.get_state(legacy=False)["state"]["pos"] == numpys
     module, = modules
@@ -174,7 +176,22 @@ def test_merged_lora_stays_merged():
     assert everything(model) == before
 
 
-@pytest.mark.parametrize("thing, reason", [(torch.Generator(), "is a Generator"), (open, None), ([1, {"a": (2,)}], None)], ids=["generator", "function", "list"])
+def test_a_module_that_lets_no_attribute_be_set_is_swapped_and_restored():
+    def change(module):
+        class MLP(module.MLP):
+            def __setattr__(self, name, value):
+                if "done" in self.__dict__:
+                    raise AttributeError(f"{name} is not to be set")
+                super().__setattr__(name, value)
+        module.MLP = MLP
+    model = fork(change=change)
+    for block in model.transformer.h:
+        block.mlp.done = True
+    assert len(nanogpt_fast.accelerate(model).swapped) == 12 and nanogpt_fast.restore(model) == 12
+
+
+@pytest.mark.parametrize("thing, reason", [(torch.Generator(), "is a Generator"), (open, None), ([1, {"a": (2,)}], None)],
+                         ids=["generator", "function", "list"])
 def test_what_cannot_be_copied_is_not_tried(thing, reason):
     model = fork()
     model.transformer.h[0].attn.thing = thing
@@ -254,6 +271,34 @@ def test_a_forward_that_writes_is_not_swapped(name, forward, attributes, path, e
     assert effect in left(report)[path], left(report)
     if name == "CausalSelfAttention" and not attributes:
         assert "last" not in vars(model.transformer.h[0].attn)
+
+
+def draws_in_vain(self, x):
+    y = attend(self, x)
+    F.dropout(y, 0.5)
+    return y
+
+
+def drops_before_the_projection(self, x):
+    return self.c_proj(self.dropout(self.gelu(self.c_fc(x))))
+
+
+@pytest.mark.parametrize("name, forward, path", [("CausalSelfAttention", draws_in_vain, "transformer.h.0.attn"),
+                                                 ("MLP", drops_before_the_projection, "transformer.h.0.mlp")])
+def test_random_numbers_are_part_of_equal_at_a_rate_of_0_too(name, forward, path):
+    assert "it computes something else" in left(nanogpt_fast.accelerate(fork(change=put(name, forward), dropout=0.0)))[path]
+
+
+def test_a_layer_whose_mask_is_another_is_tried_for_itself():
+    def masked(self, x):
+        q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in self.c_attn(x).split(self.n_embd, dim=2))
+        scores = (q @ k.transpose(-2, -1)) / q.size(-1) ** 0.5
+        weights = F.softmax(scores.masked_fill(self.bias[:x.size(1), :x.size(1)] == 0, float("-inf")), dim=-1)
+        return self.resid_dropout(self.c_proj((self.attn_dropout(weights) @ v).transpose(1, 2).flatten(2)))
+    model = fork(change=put("CausalSelfAttention", masked), n_layer=4)
+    for i, block in enumerate(model.transformer.h):
+        block.attn.register_buffer("bias", torch.ones(32, 32).tril() if i != 2 else torch.ones(32, 32).tril().triu(-5))
+    assert left(nanogpt_fast.accelerate(model)).keys() == {"transformer.h.2", "transformer.h.2.attn"}
 
 
 # 3. Set or stored after the swap

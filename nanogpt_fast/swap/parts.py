@@ -57,15 +57,16 @@ class NanoAttention(Swapped, nano.CausalSelfAttention):
     """One packed projection c_attn; x (B, T, C) -> (B, T, C). `dropout` is the rate for the attention weights, as in nanoGPT."""
 
     part = "attention"
-    obeyed = ("dropout", "flash")
+    obeyed = ("dropout",)
     dropouts = ("attn_dropout", "resid_dropout")
+
+    def changed(self):
+        return super().changed() or (None if self.__dict__.get("flash", True) else "attn.flash is False")
 
     def _attention_p(self):
         return self.dropout if self.training else 0.0
 
     def why_own(self, x):
-        if not getattr(self, "flash", True):
-            return "attn.flash is False"
         return _why_own_packed(x, self.n_embd // self.n_head, None, self.backend, self._attention_p())
 
     def branch(self, x):
@@ -79,7 +80,7 @@ class NanoAttention(Swapped, nano.CausalSelfAttention):
 class PackedAttention(NanoAttention):
     """The same where the rate is that of the module attn_dropout, or 0 where there is none: minGPT, build-nanogpt."""
 
-    obeyed = ("flash",)
+    obeyed = ()
 
     def _attention_p(self):
         return nano._p(self.attn_dropout)

@@ -119,11 +119,11 @@ def test_masks_and_past_keys_take_the_own_path_and_are_counted(device):
     mask[0, :3] = 0
     with torch.no_grad():
         expected = model(x, attention_mask=mask).logits
-        text = model.generate(x, max_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(x))
+        text = model.generate(x, max_new_tokens=3, min_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(x))
         report = nanogpt_fast.accelerate(model, backend="auto,attention=fused")
         assert torch.allclose(model(x, attention_mask=mask).logits, expected, atol=1e-5)
         assert report.calls["attention", "own path: an attention mask"] == 2
-        assert torch.equal(model.generate(x, max_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(x)), text)
+        assert torch.equal(model.generate(x, max_new_tokens=3, min_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(x)), text)
     assert report.calls["attention", "kernels"] == 2 and report.calls["attention", "own path: past key values"] == 4
     assert "own path: an attention mask" in str(report)
 
@@ -150,3 +150,16 @@ def test_an_attribute_that_is_set_later_takes_its_block_off_the_fused_path(devic
     assert_close(model(x, x)[0], twin(x, x)[0])
     assert report.unfused == [("transformer.h.1", "causal is not what it was when this was tried")]
     assert report.calls["attention", "own path: causal is not what it was when this was tried"] == 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_attention_that_writes_its_weights_out_does_so(when, device):
+    model = stirred(nano(), device)
+    if when == "before":
+        model.transformer.h[1].attn.flash = False
+    report = nanogpt_fast.accelerate(model, backend="fused")
+    model.transformer.h[1].attn.flash = False
+    model(torch.randint(65, (1, 9), device=device))
+    (path, reason), = report.unfused
+    assert path == "transformer.h.1" and "flash" in reason
+    assert {where for part, where in report.calls if part == "attention"} == {f"own path: {reason}"}
