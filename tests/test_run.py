@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import forks
-import nanogpt_fast
 from nanogpt_fast import cli, run
 
 HERE = Path(__file__).parent

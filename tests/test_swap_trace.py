@@ -440,6 +440,14 @@ def looks_at_the_numbers(self, x):
     return attend(self, x, causal=bool(x.abs().max() < 1e6))
 
 
+def caps_softly(self, x):
+    return self.dropout(self.c_proj(1e4 * torch.tanh(self.gelu(self.c_fc(x)) * 1e-4)))
+
+
+def rounds(self, x):
+    return attend(self, x + (1e-6 * x).int())
+
+
 def straight_through(self, x):
     y = type(self).__mro__[1].forward(self, x)
     return x + (y - x).detach() if x.requires_grad else y
@@ -468,8 +476,9 @@ def zeros_are_special(self, x):
     ("Block", zeros_are_special, "transformer.h.0", "eq, masked_fill"),
     ("CausalSelfAttention", clipped_qkv, "transformer.h.0.attn", "clamp"), ("MLP", clipped_activations, "transformer.h.0.mlp", "clamp"),
     ("GPT", one_id_masked, "", "eq"), ("CausalSelfAttention", looks_at_the_numbers, "transformer.h.0.attn", "abs"),
+    ("MLP", caps_softly, "transformer.h.0.mlp", "away from"), ("CausalSelfAttention", rounds, "transformer.h.0.attn", "to torch.int32"),
     ("MLP", straight_through, "transformer.h.0.mlp", "gradients"), ("MLP", gradient_clip, "transformer.h.0.mlp", "gradients")],
-    ids=["zeros are special", "qkv clipped", "activations clipped", "one id masked", "branch on values", "straight through", "gradients clipped"])
+    ids=["zeros are special", "qkv clipped", "activations clipped", "one id masked", "branch on values", "a soft cap", "rounding", "straight through", "gradients clipped"])
 def test_a_rule_that_the_trial_does_not_meet_is_seen_in_the_operations(name, forward, path, why):
     reason = left(nanogpt_fast.accelerate(fork(change=put(name, forward))))[path]
     assert reason.startswith("it computes something else") and why in reason

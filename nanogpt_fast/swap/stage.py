@@ -126,8 +126,14 @@ class _Operations(TorchDispatchMode):
         self.names = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.add(function._schema.name.removeprefix("aten::"))
-        return function(*args, **(kwargs or {}))
+        name = function._schema.name.removeprefix("aten::")
+        if function._schema.overload_name.endswith("_mode"):                        # division that rounds
+            name += f".{function._schema.overload_name}"
+        result = function(*args, **(kwargs or {}))
+        if name == "_to_copy" and args[0].is_floating_point() and not result.is_floating_point():
+            name += f" to {result.dtype}"                                           # so does this
+        self.names.add(name)
+        return result
 
 
 @contextlib.contextmanager
