@@ -113,8 +113,8 @@ def accelerate(model, backend=None):
 
     model: nanoGPT's GPT or a fork that keeps its attribute names, a ClassicGPT, transformers' GPT2Model or a model on it; any
     module that holds one (DDP, torch.compile's, a PEFT model). backend: "auto", "fused", "reference", or op by op, as in
-    `backend.parse`. Nothing else of the model is touched; a few forward passes of copies of its parts are made on the CPU (GPT-2 124M: 6 s
-    on two cores).
+    `backend.parse`. Nothing else of the model is touched; a few passes of copies of its parts are made on the CPU (GPT-2 124M: 6 s
+    of one core).
 
     Raises TypeError where the model holds nothing of the kind. A part that is of the kind and cannot be swapped raises nothing:
     it keeps its own forward, and the report says why.
