@@ -5,8 +5,8 @@ arithmetic may not, and does: `tl.dot` and `+` work on bit patterns, and the cas
 patch decodes to fp32, calls what was there before, and rounds the result to bf16 again.
 
 Nothing here runs unless TRITON_INTERPRET=1 and somebody calls `install_interpreter_patches`: the tests
-(tests/kernels/harness.py) and `nanogpt-fast verify`. What is patched are attributes of Triton's own module that exist from 3.6
-to 3.9.
+(tests/kernels/harness.py), and backend.triton_import_error before the first op that an interpreted kernel could run. What is patched are
+attributes of Triton's own module that exist from 3.6 to 3.9.
 """
 import os
 

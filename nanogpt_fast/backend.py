@@ -146,12 +146,20 @@ _import_error = "not tried"
 
 
 def triton_import_error():
-    """None where Triton can be imported, else why not. Asked only when a kernel could run: the import takes 0.2 s."""
+    """None where Triton can be imported, else why not. Asked only when a kernel could run: the import takes 0.2 s.
+
+    Its interpreter computes with the bits of a bf16 number; whoever runs a kernel there gets it corrected first.
+    """
     global _import_error
     if _import_error == "not tried":
         try:
             import triton  # noqa: F401
             _import_error = None
+            if _interpreted:
+                from .kernels import interpreter
+                _import_error = interpreter.interpreter_problem()
+                if _import_error is None:
+                    interpreter.install_interpreter_patches()
         except Exception as error:  # a broken installation fails in many ways; the reason is kept and shown
             _import_error = f"Triton cannot be imported ({type(error).__name__}: {error}); pip install triton"
     return _import_error

@@ -144,8 +144,13 @@ def touched(module, cls):
     Seen are: another class (a replacement, a subclass, nn.utils.parametrize), a hook of any kind, a `forward` set on the
     instance, a parameter that is a tensor subclass (DTensor, a quantized weight).
     """
-    if type(module) is not cls and vars(type(module)).get("stands_for") is not cls:  # swap makes classes that stand for ours
-        return f"{type(module).__name__} stands where {cls.__name__} did"
+    own = type(module)
+    if own is not cls:
+        # swap makes classes that stand for ours. `itself` tells one from what was built on it; torch.compile can trace no vars(class).
+        if getattr(own, "itself", None) is not own or getattr(own, "stands_for", None) is not cls:
+            return f"{own.__name__} stands where {cls.__name__} did"
+        if (reason := module.changed()) is not None:
+            return reason
     if (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
             or _nn_module._has_any_global_hook()):
         return f"{cls.__name__} has a hook"

@@ -8,9 +8,11 @@
 The script says `from model import GPTConfig, GPT`. So the `model` module beside it is executed as always, and handed out with
 our classes in the place of its own; what else it defines stays. That would drop whatever a fork changed in those classes.
 Therefore the two are built and run side by side first, tiny, on the CPU: where initial weights, random state, logits, loss,
-gradients and generated tokens are not equal bit for bit, or its GPT can do what ours can't, its classes stay, and every GPT
-that the script makes is given to `accelerate`, which puts the ops where they fit. One banner line says which of the two
-happened.
+gradients, generated tokens and the optimizer's groups are not equal bit for bit, where other operations run or a forward stores
+something, or where its GPT has what ours has not, its classes stay, and every GPT that the script makes is given to `accelerate`, which
+puts the ops where they fit. One banner line says which of the two happened.
+
+--module models.gpt names the module with the classes, as the script imports it, where it is not `model`.
 
 Arguments go to the script as they are, apart from --compare and from a --backend that names a choice of ours (auto, fused,
 reference, op=choice; nccl and gloo are the script's own). The exit status is the script's, and an error in it is shown as
@@ -22,7 +24,7 @@ see.
 """
 import contextlib
 import dataclasses
-import importlib.util
+import importlib
 import io
 import json
 import os
@@ -40,10 +42,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import backend as _backend
 from . import model as nano
 from .config import GPTConfig
-from .swap import accelerate
+from .swap import accelerate, stage, trial
 
 CLASSES = ("LayerNorm", "CausalSelfAttention", "MLP", "Block", "GPTConfig", "GPT")
-USAGE = "usage: nanogpt-fast run [--backend=auto|fused|reference] [--compare N] SCRIPT.py [what the script takes ...]"
+USAGE = ("usage: nanogpt-fast run [--backend=auto|fused|reference] [--module NAME] [--compare N] SCRIPT.py [what the script "
+         "takes ...]")
 
 
 def main(argv):
@@ -51,15 +54,15 @@ def main(argv):
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE + "\n\n" + __doc__.split("\n\n", 1)[1].rstrip())
         return 0
-    script, words, backend, compare = _parse(argv)
+    script, words, backend, name, compare = _parse(argv)
     if compare is not None:
-        return _compare(script, words, backend, compare)
-    return _run(script, words, backend)
+        return _compare(script, words, backend, name, compare)
+    return _run(script, words, backend, name)
 
 
 def _parse(argv):
-    """(script, its arguments, our backend or None, number of steps to compare or None)."""
-    script, words, backend, compare = None, [], None, None
+    """(script, its arguments, our backend or None, the name of the module, number of steps to compare or None)."""
+    script, words, backend, name, compare = None, [], None, "model", None
     rest = list(argv)
     while rest:
         word = rest.pop(0)
@@ -72,6 +75,10 @@ def _parse(argv):
         elif key == "--backend" and (script is None or _is_ours(value if equals else "")):
             backend = value if equals else rest.pop(0) if rest else ""
             _backend.parse(backend)  # raises ValueError, which says what is accepted
+        elif key == "--module" and script is None:          # behind the script it is the script's
+            name = value if equals else rest.pop(0) if rest else ""
+            if not all(map(str.isidentifier, name.split("."))):
+                raise ValueError(f"--module takes the name that the script imports, such as models.gpt; this is {name!r}")
         elif script is None:
             if word.startswith("-"):
                 raise ValueError(f"{word} stands before the script and is none of ours; {USAGE}")
@@ -82,7 +89,7 @@ def _parse(argv):
         raise ValueError(f"no script is named; {USAGE}")
     if not script.is_file():
         raise FileNotFoundError(f"there is no script {script}; run this in a nanoGPT checkout")
-    return script, words, backend, compare
+    return script, words, backend, name, compare
 
 
 def _is_ours(value):
@@ -92,12 +99,12 @@ def _is_ours(value):
         return False
 
 
-def _run(script, words, backend):
-    """Run the script as __main__ with our classes in its `model` module. Returns the exit status, or raises its SystemExit."""
+def _run(script, words, backend, name):
+    """Run the script as __main__ with our classes in the module that it imports. Returns the exit status, or raises its SystemExit."""
     folder = str(script.resolve().parent)
     sys.path[0:1] = [folder]  # as `python script` has it; the first entry was the folder of nanogpt-fast itself, or ""
     sys.argv = [str(script), *words]
-    module, what = _model_module(folder, backend)
+    module, what = _model_module(folder, name, backend)
     if os.environ.get("RANK", "0") == "0":
         print(f"nanogpt-fast: {script} runs on {module.__file__} with {what}, backend {backend or 'auto'}", flush=True)
     return _execute(script, backend)
@@ -127,24 +134,25 @@ def _show():
     traceback.print_exception(kind, error, frames)
 
 
-# -------------------------------------------------------------------------------------------------------- the module `model`
+# ------------------------------------------------------------------------------------------------- the module with the classes
 
 
-def _model_module(folder, backend):
-    """The checkout's `model` module, executed, with our classes or accelerated ones, as sys.modules["model"]; and which."""
-    path = Path(folder, "model.py")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: `run` replaces the classes of the model.py beside the script")
-    spec = importlib.util.spec_from_file_location("model", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["model"] = module
-    spec.loader.exec_module(module)
+def _model_module(folder, name, backend):
+    """The checkout's module of this name, executed, with our classes or accelerated ones, in sys.modules; and which."""
+    path = Path(folder, *name.split("."))
+    if not (path.with_suffix(".py").is_file() or path.is_dir()):
+        raise FileNotFoundError(f"there is no {path}.py: `run` replaces the classes of the module that the script imports, model.py "
+                                "unless --module names another")
+    sys.modules.pop(name, None)
+    module = importlib.import_module(name)
     if getattr(module, "GPT", None) is nano.GPT:
         return module, "nanogpt_fast's classes already"
+    if not isinstance(getattr(module, "GPT", None), type):
+        raise ValueError(f"{module.__file__} defines no class GPT, so there is nothing to accelerate; --module names the module that does")
     reason = why_not_ours(module)
     if reason is None:
-        for name in CLASSES:
-            setattr(module, name, getattr(nano, name))
+        for cls in CLASSES:
+            setattr(module, cls, getattr(nano, cls))
         return module, "nanogpt_fast's classes in place of its own"
     _accelerate_what_it_makes(module, backend)
     return module, f"its own classes, accelerated ({reason})"
@@ -176,29 +184,69 @@ def why_not_ours(module):
         except Exception as error:
             return f"trying it out raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         for what in ours:
-            if len(theirs[what]) != len(ours[what]) or not all(map(torch.equal, theirs[what], ours[what])):
+            if len(theirs[what]) != len(ours[what]) or not all(map(_equal, theirs[what], ours[what])):
                 return f"its {what} differ from nanoGPT's"
+        if missing := sorted(theirs.attributes - ours.attributes):
+            return f"it sets {', '.join(missing[:4])}, ours does not"
+        if theirs.effects - ours.effects:
+            return f"its forward does more than return: it {min(theirs.effects - ours.effects)}"
+        known = ours.operations["forward"] | trial.OPERATIONS["model"]
+        for what, names in theirs.operations.items():
+            if others := sorted(names - known - trial.OPERATIONS[what]):
+                return f"its {what} does more than nanoGPT's: {', '.join(others[:4])}"
     return None
 
 
+def _equal(a, b):
+    return torch.equal(a, b) if torch.is_tensor(a) and torch.is_tensor(b) else type(a) is type(b) and a == b
+
+
+class _Facts(dict):
+    """{what: tensors and numbers} that two equal implementations share, given the seed. Besides: `attributes` of instances, `effects`, and
+    `operations`, {"forward", "generate"}, as in swap.stage."""
+
+
 def _facts(module, bias):
-    """{what: tensors} that two equal implementations share, given the seed."""
     with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]), _backend.use("reference"):
         torch.manual_seed(0)
         model = module.GPT(module.GPTConfig(**TINY, bias=bias))
-        facts = {"initial weights": [p.detach().clone() for p in model.state_dict().values()],
-                 "random numbers": [torch.get_rng_state()]}
+        facts = _Facts({"initial weights": [p.detach().clone() for p in model.state_dict().values()],
+                        "random numbers": [torch.get_rng_state()]})
         for p in model.parameters():  # away from where it started, where biases are zero and attention is even
             torch.nn.init.normal_(p, std=0.5)
+        facts.operations, facts.effects = {"forward": set(), "generate": set()}, set()
+
+        def call(what, function, *args):
+            seen = stage.call(model, function, args, {})
+            facts.operations[what] |= seen.operations
+            facts.effects.update(seen.effects)
+            return seen.result
+
         idx = torch.randint(TINY["vocab_size"], (1, TINY["block_size"]))
         targets = torch.where(torch.rand(idx.shape) < 0.1, -1, idx)
-        logits, loss = model(idx, targets)
-        loss.backward()
-        facts["logits"], facts["loss"] = [logits.detach()], [loss.detach()]
+        facts["logits"], facts["loss"] = [[t.detach()] for t in call("forward", lambda model, *args: _both(model(*args)), idx, targets)]
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(idx, targets)[1].backward()
         facts["gradients"] = [p.grad for p in model.parameters()]
-        facts["generated tokens"] = [model.eval().generate(idx[:, :4], 8, temperature=0.9, top_k=5)]
-        facts["logits of the last position"] = [model(idx[:, :9])[0].detach()]
+        model.eval()
+        facts["generated tokens"] = [call("generate", lambda model, idx: model.generate(idx, 8, temperature=0.9, top_k=5), idx[:, :4])]
+        facts["logits of the last position"] = [call("forward", lambda model, idx: _both(model(idx))[0].detach(), idx[:, :9])]
+        facts["numbers of parameters"] = [model.get_num_params(), model.get_num_params(non_embedding=False)]
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.8, 0.9), "cpu")
+        names = {id(p): name for name, p in model.named_parameters()}
+        facts["optimizer's groups"] = [([names[id(p)] for p in group["params"]], {key: group.get(key) for key in OPTIMIZER})
+                                       for group in optimizer.param_groups] + [type(optimizer).__name__]
+        facts.attributes = {f"{type(m).__name__}.{key}" for m in model.modules() for key in m.__dict__}
     return facts
+
+
+OPTIMIZER = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+
+
+def _both(result):
+    logits, loss = result
+    return logits, loss
 
 
 def _accelerate_what_it_makes(module, backend):
@@ -225,14 +273,13 @@ class _Done(BaseException):
     """Enough steps. No Exception: a script that catches those must not catch this."""
 
 
-def _compare(script, words, backend, steps):
+def _compare(script, words, backend, name, steps):
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--compare runs the script twice in one process each; leave torchrun out")
     runs = {}
     for which in ("checkout", "ours"):
-        name = "its own model.py" if which == "checkout" else "nanogpt_fast"
-        print(f"nanogpt-fast: {steps} steps of {script} with {name} ...", flush=True)
-        runs[which] = _record_in_a_process(script, words, backend, steps, which)
+        print(f"nanogpt-fast: {steps} steps of {script} with {'its own model.py' if which == 'checkout' else 'nanogpt_fast'} ...", flush=True)
+        runs[which] = _record_in_a_process(script, words, backend, name, steps, which)
     theirs, ours = runs["checkout"], runs["ours"]
     print(f"nanogpt-fast: {ours['what']}\n\n{'step':>5}  {'model.py':>14}  {'nanogpt_fast':>14}  {'difference':>10}")
     for i, (a, b) in enumerate(zip(theirs["losses"], ours["losses"])):
@@ -255,9 +302,10 @@ def _rate(run):
     return 1 / seconds, f"{1 / seconds:>12,.2f} steps/s"
 
 
-def _record_in_a_process(script, words, backend, steps, which):
+def _record_in_a_process(script, words, backend, name, steps, which):
     reading, writing = os.pipe()
-    job = json.dumps(dict(script=str(script), words=words, backend=backend, steps=steps, which=which, fd=writing))
+    job = json.dumps(dict(script=str(script), words=words, backend=backend, name=name, steps=steps, which=which,
+                          fd=writing))
     code = "import sys; from nanogpt_fast import run; sys.exit(run.record(sys.argv[1]))"
     with subprocess.Popen([sys.executable, "-c", code, job], pass_fds=[writing], stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True, errors="replace") as process:
@@ -281,7 +329,7 @@ def record(job):
     folder = str(script.resolve().parent)
     sys.path[0:1] = [folder]
     sys.argv = [str(script), *words]
-    what = _model_module(folder, job["backend"])[1] if job["which"] == "ours" else "its own classes"
+    what = _model_module(folder, job["name"], job["backend"])[1] if job["which"] == "ours" else "its own classes"
     losses, seconds, waiting, start = [], [], [], time.perf_counter()
     backward = torch.Tensor.backward
 

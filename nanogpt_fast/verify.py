@@ -86,11 +86,8 @@ def main(argv):
     if not torch.cuda.is_available() and not _backend.interpreted() and _backend.triton_import_error() is None:
         environment = {"TRITON_DEFAULT_FP_FUSION": "1", **os.environ, "TRITON_INTERPRET": "1"}  # fusion: what is not said warns
         return subprocess.run([sys.executable, "-m", "nanogpt_fast", "verify", *argv], env=environment).returncode
-    if _backend.interpreted():
-        from .kernels import interpreter
-        if (problem := interpreter.interpreter_problem()) is not None:
-            raise RuntimeError(problem)
-        interpreter.install_interpreter_patches()
+    if _backend.interpreted() and (problem := _backend.triton_import_error()) is not None:
+        raise RuntimeError(problem)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = {"python": platform.python_version(), "torch": torch.__version__, "triton": _triton_version(),

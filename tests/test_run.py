@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import forks
-import nanogpt_fast
 from nanogpt_fast import cli, run
 
 HERE = Path(__file__).parent
@@ -121,6 +120,18 @@ def test_without_a_model_py_it_says_so(checkout, capfd):
     ("    @torch.no_grad()", "    def speak(self):\n        pass\n\n    @torch.no_grad()", "its GPT has speak, ours has not"),
     ("        return idx\n", "        return idx.flip(1)\n", "generated tokens differ"),
     ("class MLP", "class Mlp", "it defines no MLP"),
+    # What random numbers of order one, 17 tokens and a short text do not meet.
+    ("in self.c_attn(x).split", "in self.c_attn(x).clamp(-99, 99).split", "its forward does more than nanoGPT's: clamp"),
+    ("self.gelu(self.c_fc(x))", "self.gelu(self.c_fc(x)).clamp(max=1e3)", "its forward does more than nanoGPT's: clamp"),
+    ("        logits = self.lm_head(x)\n", "        logits = self.lm_head(x)\n        targets = targets.masked_fill(targets == 50256, -1)\n",
+     "its forward does more than nanoGPT's: eq"),
+    ("            idx = torch.cat", "            logits = logits.nan_to_num()\n            idx = torch.cat", "its generate does more than nanoGPT's: nan_to_num"),
+    ("        x = self.transformer.ln_f(x)\n", "        x = self.transformer.ln_f(x)\n        self.last = x\n", "it sets GPT.last, ours does not"),
+    ("        x = self.transformer.ln_f(x)\n", "        x = self.transformer.ln_f(x)\n        self.__dict__.setdefault('n', [0])[0] += 1\n",
+     "it sets GPT.n, ours does not"),
+    ("        self.config = config\n", "        self.config = config\n        self.note = 3\n", "it sets GPT.note, ours does not"),
+    ("lr=learning_rate, betas", "lr=learning_rate, eps=1e-6, betas", "its optimizer's groups differ"),
+    ("if p.dim() < 2], \"weight_decay\": 0.0}", "if p.dim() < 2], \"weight_decay\": 0.01}", "its optimizer's groups differ"),
 ])
 def test_a_fork_that_differs_is_found_out(checkout, monkeypatch, old, new, reason):
     edit(checkout, old, new)
@@ -133,13 +144,46 @@ def test_the_checkouts_model_is_found_equal_to_ours():
 
 
 def test_a_fork_keeps_its_classes_and_is_accelerated(checkout, capfd):
-    edit(checkout, "self.gelu = nn.GELU()", "self.gelu = nn.ReLU()")
+    edit(checkout, "self.gelu = nn.GELU()", "self.gelu = nn.SiLU()")
     expected = plainly(capfd)
     assert status_of(["train.py"]) == 0
     out = capfd.readouterr().out
     assert "its own classes, accelerated (its logits differ from nanoGPT's)" in out
-    assert "swapped        2 x attention (CausalSelfAttention)" in out and "mlp (MLP): its activation is a ReLU" in out
+    assert "swapped        2 x attention (CausalSelfAttention)" in out and "mlp (MLP): its activation is a SiLU" in out
     assert losses(out) == expected
+
+
+def test_a_fork_that_keeps_its_last_activations_runs(checkout, capfd):
+    edit(checkout, "        x = self.transformer.ln_f(x)\n", "        x = self.transformer.ln_f(x)\n        self.last = x\n")
+    (checkout / "train.py").write_text("import torch\nfrom model import GPT, GPTConfig\n"
+                                       "model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=8))\n"
+                                       "assert not hasattr(model, 'last')\nmodel(torch.zeros(1, 3, dtype=torch.long))\nprint(model.last.shape)")
+    assert status_of(["train.py"]) == 0
+    out = capfd.readouterr().out
+    assert "torch.Size([1, 3, 8])" in out and "accelerated (it sets GPT.last, ours does not)" in out
+
+
+@pytest.mark.parametrize("classes", ["equal to ours", "of its own"])
+def test_module_names_the_module_with_the_classes(checkout, capfd, monkeypatch, classes):
+    if classes == "of its own":
+        edit(checkout, "self.gelu = nn.GELU()", "self.gelu = nn.SiLU()")
+    (checkout / "models").mkdir()
+    (checkout / "model.py").rename(checkout / "models" / "gpt.py")
+    monkeypatch.setitem(sys.modules, "models", None), monkeypatch.setitem(sys.modules, "models.gpt", None)
+    sys.modules.pop("models")
+    train = checkout / "train.py"
+    train.write_text(train.read_text().replace("from model import", "from models.gpt import"))
+    assert status_of(["train.py"]) == 2 and "unless --module names another" in capfd.readouterr().err
+    assert status_of(["--module=models.gpt", "train.py", "--max_iters=2"]) == 0
+    out = capfd.readouterr().out
+    assert f"runs on {checkout}/models/gpt.py with " in out and len(losses(out)) == 2
+    assert ("nanogpt_fast's classes in place of its own" in out) == (classes == "equal to ours")
+    assert status_of(["--module", "models/gpt.py", "train.py"]) == 2 and "such as models.gpt; this is 'models/gpt.py'" in capfd.readouterr().err
+
+
+def test_a_module_without_a_gpt_says_so(checkout, capfd):
+    edit(checkout, "class GPT(nn.Module)", "class Transformer(nn.Module)")
+    assert status_of(["train.py"]) == 2 and "defines no class GPT" in capfd.readouterr().err
 
 
 # --compare

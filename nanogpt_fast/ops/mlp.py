@@ -183,12 +183,17 @@ def _kernels():
 
 
 def _forward(x, w_fc, b_fc, w_proj, b_proj, seed, activation, dropout_p, form, keep_h, keep_post):
-    """(y (M, C), h (M, F), post (M, F)); h and post are empty (0,) unless kept. h lacks its bias in the pointwise form."""
+    """(y (M, C), h (M, F), post (M, F)); h and post are empty (0,) unless kept. h lacks its bias where `_h_has_bias` says so."""
     kernels = _kernels()
+    if activation == "relu" and b_fc is not None:
+        b_fc = b_fc.to(x.dtype)                                     # as PyTorch adds it
     if form == "hopper":
         post, h = mlp_hopper.linear_act(x, w_fc, b_fc, activation=activation, keep_h=keep_h)
     elif form == "epilogue":
         post, h = kernels.linear_act(x, w_fc, b_fc, activation=activation, keep_h=keep_h)
+    elif _h_has_bias(form, activation):
+        h = F.linear(x, w_fc, b_fc)
+        post = kernels.act(h, activation=activation)
     else:
         h = x @ w_fc.t()
         post = kernels.act(h, b_fc, activation=activation)
@@ -199,6 +204,12 @@ def _forward(x, w_fc, b_fc, w_proj, b_proj, seed, activation, dropout_p, form, k
     else:
         y = kernels.act(post @ w_proj.t(), b_proj, activation="none", dropout_p=dropout_p, seed=seed)
     return y, h if keep_h else x.new_empty(0), post if keep_post else x.new_empty(0)
+
+
+def _h_has_bias(form, activation):
+    """Whether a forward keeps h with its bias. The pointwise kernel adds it to a rounded h, which is more exact after the matmul's own
+    rounding but may have another sign than PyTorch's rounded sum: ReLU's gate would open for other units. So its h is PyTorch's."""
+    return form != "pointwise" or activation == "relu"
 
 
 def _backward(dy, x, w_fc, b_fc, w_proj, h, post, seed, activation, dropout_p, forward_form, backward_form,
@@ -215,7 +226,7 @@ def _backward(dy, x, w_fc, b_fc, w_proj, h, post, seed, activation, dropout_p, f
         _, _, sums = kernels.dact(dy, activation="none", want_dh=False)
     if need_b_proj:
         db_proj = sums
-    bias = b_fc if forward_form == "pointwise" else None        # what h lacks
+    bias = None if _h_has_bias(forward_form, activation) else b_fc
     need_post = need_w_proj and post is None
     if need_x or need_w_fc or need_b_fc:
         if backward_form == "hopper":       # after the same form forward: h has its bias

@@ -16,19 +16,24 @@ again; the reader needs nanogpt_fast, a state_dict does not.
 
 What keeps it from changing results:
 
-    recognised, then tried      attribute names only make a candidate. Before it is swapped, its own forward and ours are run on
-                                the same random weights and inputs, with PyTorch's ops in ours, in eval and in train mode;
-                                a fork that computes something else (a window, a scale, another order) is left alone, and the
-                                report says by how much it differs.
+    recognised, then tried      attribute names only make a candidate. A copy of it is tried: its own forward and ours run on the
+                                same random weights and inputs, with PyTorch's ops in ours. What they return, their gradients, their
+                                random numbers, the operations that run and what else a forward does have to be the same. A fork that
+                                computes something else (a window, a clip, a stored activation) is left alone, and the report
+                                says why. The model itself is not called (trial.py, stage.py).
     no kernel, own forward      wherever a kernel cannot run or was not asked for, the module's own forward runs: on a CPU in
                                 float32 an accelerated model is the model that it was, bit for bit.
-    whatever is unusual         an attention mask, past keys, an argument that we do not know: the module's own forward, counted
+    whatever is unusual         an attention mask, past keys, an argument that we do not know, more tokens than were tried, an attribute
+                                that is not what it was in the trial and that the module's code mentions: its own forward, counted
                                 in the report. (Not counted while torch.compile traces.)
+
+What a trial does not meet: a rule in Python that asks for one number of tokens or rows that was not tried (1, 16 and the whole context
+of 1 or 2 rows are), and a global variable that is changed later.
 
 B batch, T sequence, C = n_embd, H = n_head, D = C / H head size.
 
 Here are the public functions and the report; swapped.py makes a module's new class, parts.py has the formulas (gpt2.py those for
-transformers' GPT-2, with a table of its releases), recognise.py says what is a candidate, trial.py runs it.
+transformers' GPT-2, with a table of its releases), recognise.py says what is a candidate, trial.py runs a copy of it, made by stage.py.
 """
 import collections
 from typing import NamedTuple
@@ -38,7 +43,7 @@ import torch.nn as nn
 from .. import backend as _backend
 from .. import model as nano
 from . import parts, recognise, trial
-from .swapped import State, Swapped
+from .swapped import State, Swapped, unswap
 
 
 class Row(NamedTuple):
@@ -86,9 +91,17 @@ class Report:
     def __exit__(self, *exception):
         restore(self.model)
 
+    def _on_kernels(self, part):
+        """How many calls of a part ran on kernels: "swapped" alone says nothing of that."""
+        total = sum(n for (name, _), n in self.calls.items() if name == part)
+        if not total and any(self.calls.get((outer, "kernels")) for outer in ("block", "model")):
+            return "run by its block or model"
+        return f"{self.calls.get((part, 'kernels'), 0)} of {total} calls on kernels" if total else "not called yet"
+
     def __str__(self):
         counts = collections.Counter((row.part, row.cls) for row in self.swapped)
-        lines = [f"swapped      {n:>3} x {part} ({cls})" for (part, cls), n in counts.items()] or ["swapped      nothing"]
+        lines = [f"swapped      {n:>3} x {part} ({cls}), {self._on_kernels(part)}" for (part, cls), n in counts.items()]
+        lines = lines or ["swapped      nothing"]
         lines += [f"not swapped  {row.path or 'the model'} ({row.cls}): {row.reason}" for row in self.left]
         lines += [f"steps aside  {path}: {reason}" for path, reason in self.unfused]
         lines += [f"calls        {n:>6} x {part}, {where}" for (part, where), n in sorted(self.calls.items())]
@@ -100,8 +113,8 @@ def accelerate(model, backend=None):
 
     model: nanoGPT's GPT or a fork that keeps its attribute names, a ClassicGPT, transformers' GPT2Model or a model on it; any
     module that holds one (DDP, torch.compile's, a PEFT model). backend: "auto", "fused", "reference", or op by op, as in
-    `backend.parse`. Train/eval mode, random state and parameters stay as they are; a few small forward passes are made on the
-    CPU.
+    `backend.parse`. Nothing else of the model is touched; a few passes of copies of its parts are made on the CPU (GPT-2 124M: 6 s
+    of one core).
 
     Raises TypeError where the model holds nothing of the kind. A part that is of the kind and cannot be swapped raises nothing:
     it keeps its own forward, and the report says why.
@@ -110,18 +123,17 @@ def accelerate(model, backend=None):
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a torch.nn.Module; this is a {type(model).__name__}")
     restore(model)
-    state, rows, seen, tried = State(choices), [], set(), {}
-    context = trial.context_length(model)
+    state, rows, seen, tried = State(choices, trial.context_length(model)), [], set(), {}
     # Inner parts first: a block is recognised by what its attention and its MLP have become.
     for path, module in sorted(model.named_modules(), key=lambda entry: -entry[0].count(".") if entry[0] else 1):
         candidate = None if id(module) in seen else recognise.candidate(module)
         seen.add(id(module))
         if candidate is None:
             continue
-        part, mixin, why_not = candidate
+        part, mixins, why_not = candidate
         cls = type(module).__name__
         if why_not is None:
-            why_not = trial.swap(module, mixin, state, tried, context)
+            why_not = trial.swap(module, mixins, state, tried)
         rows.append(Row(path, part, cls, why_not is None, why_not or ""))
     rows.sort(key=lambda row: [int(piece) if piece.isdigit() else -1 for piece in row.path.split(".")] if row.path else [])
     if not any(row.part in ("attention", "mlp", "block") for row in rows) and not any(
@@ -142,6 +154,5 @@ def restore(model):
             raise RuntimeError(f"{path or 'the model'} became a {type(module).__name__} after it was accelerated "
                                "(parametrize? FSDP?); undo that first, then restore")
     for _, module in swapped:
-        module.__class__ = type(module)._own
-        del module.__dict__["_swap_state"]
+        unswap(module)
     return len(swapped)

@@ -49,11 +49,6 @@ def parameters(forward):
                  if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)[1:]
 
 
-def takes_more(forward):
-    """Whether a forward has a **kwargs."""
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(forward).parameters.values())
-
-
 def cache_name(forward):
     """The name under which a forward takes its cache now, or None."""
     return next((name for name in CACHES if name in parameters(forward)), None)
@@ -62,19 +57,15 @@ def cache_name(forward):
 class FromTransformers(Swapped):
     """Binds a call by the own forward's signature, and returns what the own forward returns."""
 
-    def __init_subclass__(cls):
-        """Read the signature when swapped_class makes the class: torch.compile traces a call, and not inspect."""
-        if "_own" in vars(cls):
-            cls._names, cls._open = parameters(cls._own.forward), takes_more(cls._own.forward)
-
-    def bound(self, args, keywords):
-        """{name: value} of what was passed."""
-        return {**dict(zip(self._names, args)), **keywords}
+    def inputs(self, args, keywords):
+        return (self.bound(args, keywords),)
 
     def why_not_bound(self, args, keywords):
         """The own forward raises what it raises."""
         if len(args) > len(self._names) or not self._open and any(name not in self._names for name in keywords):
             return "arguments that its forward does not have"
+        if "hidden_states" not in self.bound(args, keywords):
+            return "no hidden_states"
         return None
 
     def _returned(self, h, present, use_cache):
@@ -101,11 +92,9 @@ class GPT2Attention(FromTransformers):
     """c_attn is a Conv1D, keys and values may go into a cache: (B, T, C) -> (B, T, C) and what the release adds to it."""
 
     part = "attention"
+    obeyed = ("scaling", "layer_idx")
 
-    def why_own(self, *args, **keywords):
-        if reason := self.why_not_bound(args, keywords):
-            return reason
-        call = self.bound(args, keywords)
+    def why_own(self, call):
         if call.get("attention_mask") is not None:
             return "an attention mask"
         if call.get("head_mask") is not None:
@@ -131,11 +120,10 @@ class GPT2Attention(FromTransformers):
     def _scale(self):
         return getattr(self, "scaling", None)                                       # None is 1/sqrt(D)
 
-    def fast(self, *args, **keywords):
-        call = self.bound(args, keywords)
+    def fast(self, call):
         qkv = self.c_attn(call["hidden_states"])                                    # (B, T, 3C)
         cache, present, use_cache = _cache(call), None, call.get("use_cache") is True
-        if cache is not None or use_cache and "layer_past" in type(self)._names:
+        if cache is not None or use_cache and "layer_past" in self._names:
             _, *present = reference.split_heads(qkv, self.num_heads)                # k and v (B, H, T, D)
         if cache is not None:                                                       # empty: this is the prompt
             cache.update(*present, self.layer_idx)
@@ -185,18 +173,15 @@ class GPT2Block(FromTransformers, parts.Block):
     def unfused_reason(self):
         return parts._norm_touched(self.ln_2)
 
-    def why_own(self, *args, **keywords):
-        if reason := self.why_not_bound(args, keywords):
-            return reason
-        call = self.bound(args, keywords)
+    def why_own(self, call):
         if call.get("encoder_hidden_states") is not None or call.get("output_attentions"):
             return "cross-attention or output_attentions"
         return super().why_own(call["hidden_states"])
 
-    def fast(self, *args, **keywords):
-        call = self.bound(args, keywords)
-        hidden_states, use_cache = call.pop("hidden_states"), bool(call.get("use_cache"))
-        call.pop("encoder_hidden_states", None), call.pop("encoder_attention_mask", None)           # None, or not read
+    def fast(self, call):
+        hidden_states, use_cache = call["hidden_states"], bool(call.get("use_cache"))
+        call = {name: value for name, value in call.items()     # the last two are None, or not read
+                if name not in ("hidden_states", "encoder_hidden_states", "encoder_attention_mask")}
         attended = self.attn(self.ln_1(hidden_states), **call)
         x, h = layer_norm.add_layer_norm(hidden_states, attended[0], self.ln_2.weight, self.ln_2.bias, eps=self.ln_2.eps,
                                          backend=self.backend)

@@ -9,6 +9,7 @@ import torch.nn as nn
 
 from .. import backend as _backend
 from .. import model as nano
+from .. import reference
 from ..ops import attention, cross_entropy, layer_norm, mlp
 from .swapped import Swapped
 
@@ -29,6 +30,7 @@ class Norm(Swapped):
     """A LayerNorm over the last dimension: nn.LayerNorm's attributes."""
 
     part = "layer_norm"
+    obeyed = ("weight", "bias", "eps")
 
     def why_own(self, input):
         return _why_reference("layer_norm", layer_norm.CANDIDATES, self.backend, (input, self.weight, self.bias))
@@ -40,6 +42,8 @@ class Norm(Swapped):
 class NanoNorm(Norm, nano.LayerNorm):
     """nanoGPT's own, or an nn.LayerNorm of eps 1e-5, which is the same: model.py's Block takes either into its fused path."""
 
+    obeyed = ("weight", "bias")
+
 
 # Attention
 
@@ -50,29 +54,45 @@ def _why_own_packed(x, D, scale, choices, dropout_p):
 
 
 class NanoAttention(Swapped, nano.CausalSelfAttention):
-    """One packed projection c_attn; x (B, T, C) -> (B, T, C)."""
+    """One packed projection c_attn; x (B, T, C) -> (B, T, C). `dropout` is the rate for the attention weights, as in nanoGPT."""
 
     part = "attention"
+    obeyed = ("dropout",)
+    dropouts = ("attn_dropout", "resid_dropout")
 
-    def why_own(self, x, *more, **keywords):
-        if more or keywords:
-            return "arguments that nanoGPT's attention does not have"
-        if not self.flash:
-            return "attn.flash is False"
-        return _why_own_packed(x, self.n_embd // self.n_head, None, self.backend, self.dropout if self.training else 0.0)
+    def changed(self):
+        return super().changed() or (None if self.__dict__.get("flash", True) else "attn.flash is False")
+
+    def _attention_p(self):
+        return self.dropout if self.training else 0.0
+
+    def why_own(self, x):
+        return _why_own_packed(x, self.n_embd // self.n_head, None, self.backend, self._attention_p())
+
+    def branch(self, x):
+        y = attention.causal_attention_qkvpacked(self.c_attn(x), self.n_head, dropout_p=self._attention_p(), backend=self.backend)
+        return self.c_proj(y)                                                       # (B, T, C)
 
     def fast(self, x):
-        return nano.CausalSelfAttention.forward(self, x)
+        return self.resid_dropout(self.branch(x))
+
+
+class PackedAttention(NanoAttention):
+    """The same where the rate is that of the module attn_dropout, or 0 where there is none: minGPT, build-nanogpt."""
+
+    obeyed = ()
+
+    def _attention_p(self):
+        return nano._p(self.attn_dropout)
 
 
 class SeparateAttention(Swapped):
     """Three linears, key, query and value, and a projection; x (B, T, C) -> (B, T, C)."""
 
     part = "attention"
+    dropouts = ("attn_drop", "resid_drop")
 
-    def why_own(self, x, *more, **keywords):
-        if more or keywords:
-            return "arguments that the classic attention does not have"
+    def why_own(self, x):
         heads = x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)                  # (B, H, T, D), for each of q, k and v
         return _why_reference("attention", attention.SEPARATE_CANDIDATES, self.backend,
                               (heads, heads, heads, attention._autocast_dtype(heads), None, self.backend))
@@ -97,32 +117,61 @@ class Mlp(Swapped):
 
 
 class NanoMlp(Mlp, nano.MLP):
-    """c_fc, gelu, c_proj, dropout."""
+    """c_fc, an activation, c_proj, dropout. The activation is a module of any name, or a function that the forward calls."""
+
+    activation = "gelu"         # which of the op's it is, the trial finds out: a subclass for each
+    dropouts = ("dropout",)
+
+    def _act(self):
+        """(name, module) of the activation's module, or (None, None)."""
+        return next(((name, child) for name, child in self._modules.items() if name not in ("c_fc", "c_proj", "dropout")), (None, None))
+
+    def watched_children(self):
+        return [name for name, _ in [self._act()] if name is not None]
+
+    def _linears_touched(self):
+        _, act = self._act()
+        return (nano.touched(self.c_fc, nn.Linear) or nano.touched(self.c_proj, nn.Linear)
+                or (None if act is None else nano.touched(act, type(act))))
 
     def unfused_reason(self):
-        return (nano.touched(self.c_fc, nn.Linear) or nano.touched(self.c_proj, nn.Linear) or nano.touched(self.gelu, nn.GELU)
-                or nano.touched(self.dropout, nn.Dropout))
+        return self._linears_touched() or nano.touched(self.dropout, nn.Dropout)
 
     def weights(self):
         return self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
 
+    def branch(self, x):
+        """Without the dropout: what a fused block calls."""
+        if self._linears_touched() is not None:
+            h, (_, act) = self.c_fc(x), self._act()
+            return self.c_proj(reference.activation(h, self.activation) if act is None else act(h))
+        return mlp.gelu_mlp(x, *self.weights(), activation=self.activation, recompute=self.recompute, backend=self.backend)
+
     def fast(self, x):
-        return nano.MLP.forward(self, x)
+        return self.dropout(self.branch(x))
+
+
+class NanoMlpTanh(NanoMlp):
+    activation = "gelu_tanh"
+
+
+class NanoMlpRelu(NanoMlp):
+    activation = "relu"
 
 
 class SequentialMlp(Mlp):
-    """nn.Sequential(Linear, activation, Linear, Dropout)."""
+    """nn.Sequential(Linear, activation, Linear), and Dropout or not."""
 
     def unfused_reason(self):
         return (nano.touched(self[0], nn.Linear) or nano.touched(self[1], type(self[1])) or nano.touched(self[2], nn.Linear)
-                or nano.touched(self[3], nn.Dropout))
+                or (nano.touched(self[3], nn.Dropout) if len(self) > 3 else None))
 
     def weights(self):
         return self[0].weight, self[0].bias, self[2].weight, self[2].bias
 
     def fast(self, input):
-        return mlp.gelu_mlp(input, *self.weights(), activation=activation_name(self[1]), dropout_p=nano._p(self[3]),
-                            backend=self.backend)
+        return mlp.gelu_mlp(input, *self.weights(), activation=activation_name(self[1]),
+                            dropout_p=nano._p(self[3]) if len(self) > 3 else 0.0, backend=self.backend)
 
 
 def activation_name(module):
@@ -132,7 +181,7 @@ def activation_name(module):
     return _ACTIVATIONS.get(type(module).__name__)
 
 
-_ACTIVATIONS = {"ReLU": "relu",     # the others are transformers'; `_tried` checks what they compute
+_ACTIVATIONS = {"ReLU": "relu",     # the others are transformers'; `trial.py checks what they compute
                 "GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh",
                 "FastGELUActivation": "gelu_tanh"}
 
@@ -143,7 +192,7 @@ class Block(Swapped):
 
     part = "block"
 
-    def why_own(self, x, *args, **keywords):
+    def why_own(self, x):
         ln = self.norms()[1]
         return self.unfused_reason() or _why_reference("layer_norm", layer_norm.CANDIDATES, ln.backend, (x, ln.weight, ln.bias))
 
@@ -154,9 +203,6 @@ class NanoBlock(Block, nano.Block):
     def norms(self):
         return self.ln_1, self.ln_2
 
-    def why_own(self, x, *more, **keywords):
-        return "arguments that nanoGPT's block does not have" if more or keywords else super().why_own(x)
-
     def fast(self, x):
         return nano._add(*self.fused(x, None, 0.0))
 
@@ -164,23 +210,35 @@ class NanoBlock(Block, nano.Block):
 class SeparateBlock(Block):
     """Pre-norm block of ln1, sa, ln2, ff."""
 
+    obeyed = ("pre_norm",)
+
     def norms(self):
         return self.ln1, self.ln2
 
     def unfused_reason(self):
         return _norm_touched(self.ln2) or (None if getattr(self, "pre_norm", True) else "post-norm")
 
+    def feed_forward(self):
+        return self.ff
+
     def fast(self, x):
         x, h = layer_norm.add_layer_norm(x, self.sa(self.ln1(x)), self.ln2.weight, self.ln2.bias, eps=self.ln2.eps,
                                          backend=self.backend)
-        return x + self.ff(h)
+        return x + self.feed_forward()(h)
+
+
+class LectureBlock(SeparateBlock):
+    """The same of ln1, sa, ln2, ffwd."""
+
+    def feed_forward(self):
+        return self.ffwd
 
 
 def _norm_touched(module):
     """None where a LayerNorm is a swapped one and calling it does nothing else; else what somebody did to it."""
-    if vars(type(module)).get("_mixin") not in (Norm, NanoNorm):
+    if not (isinstance(module, Norm) and type(module).itself is type(module)):
         return f"{type(module).__name__} stands where a swapped LayerNorm did"
-    return nano.touched(module, type(module))
+    return nano.touched(module, type(module)) or module.changed()
 
 
 # The model: the loop over blocks that carries a residual and a branch, and the fused loss
@@ -189,10 +247,10 @@ class NanoGPT(Swapped, nano.GPT):
     """nanoGPT's GPT.forward(idx, targets=None)."""
 
     part = "model"
+    tensors, rank = 2, 2
+    obeyed = ("config.block_size",)
 
-    def why_own(self, idx, targets=None, *more, **keywords):
-        if more or keywords:
-            return "arguments that nanoGPT's GPT does not have"
+    def why_own(self, idx, targets=None):
         head, norm = self.lm_head.weight, self.transformer.ln_f.weight              # they stand for the residual stream
         reason = _why_reference("layer_norm", layer_norm.CANDIDATES, self.backend, (norm, norm, None))
         if reason is None or targets is None:

@@ -12,9 +12,11 @@ from .swapped import TAKEN
 
 
 def candidate(module):
-    """(part, the class that could stand in, None or why it cannot) for a module whose attributes say what it is; else None."""
+    """(part, the classes that could stand in, None or why none can) for a module whose attributes say what it is; else None."""
     if isinstance(module, (nano.GPT, nano.Block, nano.CausalSelfAttention, nano.MLP, nano.LayerNorm)):
         return None                                                                 # calls the ops already
+    if type(module).forward is nn.Module.forward:                                   # a ModuleDict of minGPT: nothing to call
+        return None
     children = dict(module.named_children())
     from_transformers = any(base.__module__.startswith("transformers.models.gpt2") for base in type(module).__mro__)
     found = None
@@ -28,29 +30,32 @@ def candidate(module):
     elif from_transformers:
         return None
     elif {"c_attn", "c_proj"} <= children.keys():
-        found = "attention", parts.NanoAttention, _nano_attention_why_not(module, children)
+        rate = [parts.NanoAttention] if "dropout" in module.__dict__ else []
+        found = "attention", (*rate, parts.PackedAttention), _nano_attention_why_not(module, children)
     elif {"query", "key", "value"} <= children.keys():
         found = "attention", parts.SeparateAttention, _separate_attention_why_not(module, children)
     elif {"c_fc", "c_proj"} <= children.keys():
-        found = "mlp", parts.NanoMlp, _nano_mlp_why_not(module, children)
+        found = "mlp", *_nano_mlp(module, children)
     elif {"ln_1", "attn", "ln_2", "mlp"} <= children.keys():
         found = "block", parts.NanoBlock, (_extra(module, children, {"ln_1", "attn", "ln_2", "mlp"})
                                            or _nano_block_why_not(module))
-    elif {"ln1", "sa", "ln2", "ff"} <= children.keys():
-        found = "block", parts.SeparateBlock, (_extra(module, children, {"ln1", "sa", "ln2", "ff"})
-                                               or _norms_why_not(module.ln2)
-                                               or (None if getattr(module, "pre_norm", True) else "post-norm"))
-    elif type(module) is nn.Sequential and len(module) == 4 and type(module[0]) is type(module[2]) is nn.Linear:
-        found = "mlp", parts.SequentialMlp, (_odd(module[1])
-                                             or (None if isinstance(module[3], nn.Dropout) else "it ends in no dropout"))
+    elif {"ln1", "sa", "ln2"} <= children.keys() and children.keys() & {"ff", "ffwd"}:
+        ff, mixin = ("ff", parts.SeparateBlock) if "ff" in children else ("ffwd", parts.LectureBlock)
+        found = "block", mixin, (_extra(module, children, {"ln1", "sa", "ln2", ff}) or _norms_why_not(module.ln2)
+                                 or (None if getattr(module, "pre_norm", True) else "post-norm"))
+    elif (type(module) is nn.Sequential and len(module) in (3, 4) and type(module[0]) is type(module[2]) is nn.Linear
+          and module[0].in_features == module[2].out_features):
+        found = "mlp", parts.SequentialMlp, (_odd(module[1]) or (None if len(module) == 3 or isinstance(module[3], nn.Dropout)
+                                                                 else "it ends in no dropout"))
     elif isinstance(module, nn.LayerNorm) or type(module).__name__ == "LayerNorm":
         found = "layer_norm", *_norm(module)
     elif {"transformer", "lm_head"} <= children.keys():
         found = "model", parts.NanoGPT, _nano_gpt_why_not(module, children)
     if found is None:
         return None
-    part, mixin, why_not = found
-    return part, mixin, why_not or _instance_why_not(module, mixin)
+    part, mixins, why_not = found
+    mixins = mixins if isinstance(mixins, tuple) else (mixins,)
+    return part, mixins, why_not or next(filter(None, (_instance_why_not(module, mixin) for mixin in mixins)), None)
 
 
 def _instance_why_not(module, mixin):
@@ -59,9 +64,9 @@ def _instance_why_not(module, mixin):
         return "its forward was replaced on the instance"
     if type(module).__dict__.get("parametrizations") is not None or "parametrizations" in module._modules:
         return "it is parametrized"
-    for base in mixin.__mro__:
-        clash = sorted(name for name in TAKEN.get(base, set()) - {"forward"} if hasattr(module, name))
-        if clash:
+    for base in mixin.__mro__[:mixin.__mro__.index(nn.Module)] if issubclass(mixin, nn.Module) else mixin.__mro__[:-1]:
+        ours = TAKEN.get(base) or {name for name in vars(base) if name[:2] != "__" or name == "__reduce_ex__"}
+        if clash := sorted(name for name in ours - {"forward", "__reduce_ex__"} if hasattr(module, name)):
             return f"it has a {', a '.join(clash)} of its own"
     for name, parameter in module.named_parameters(recurse=False):
         if type(parameter) is not nn.Parameter:
@@ -69,9 +74,9 @@ def _instance_why_not(module, mixin):
     return None
 
 
-def _extra(module, children, known, *, parameters=(), buffers=()):
+def _extra(module, children, known, *, optional=(), parameters=(), buffers=()):
     """None where a module has no other children, parameters and buffers than the known ones."""
-    others = [*children.keys() - known, *(name for name, _ in module.named_parameters(recurse=False) if name not in parameters),
+    others = [*children.keys() - known - set(optional), *(name for name, _ in module.named_parameters(recurse=False) if name not in parameters),
               *(name for name, _ in module.named_buffers(recurse=False) if name not in buffers)]
     missing = known - children.keys()
     if others or missing:
@@ -81,13 +86,13 @@ def _extra(module, children, known, *, parameters=(), buffers=()):
 
 
 def _nano_attention_why_not(module, children):
-    reason = _extra(module, children, {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}, buffers=("bias",))
-    lacks = [name for name in ("n_head", "n_embd", "dropout", "flash") if name not in module.__dict__]
+    reason = _extra(module, children, {"c_attn", "c_proj"}, optional=("attn_dropout", "resid_dropout"), buffers=("bias",))
+    lacks = [name for name in ("n_head", "n_embd") if name not in module.__dict__]
     return reason or (f"it has no {', '.join(lacks)}" if lacks else None)
 
 
 def _separate_attention_why_not(module, children):
-    reason = _extra(module, children, {"query", "key", "value", "proj", "attn_drop", "resid_drop"}, buffers=("tril",))
+    reason = _extra(module, children, {"query", "key", "value", "proj"}, optional=("attn_drop", "resid_drop"), buffers=("tril", "mask", "bias"))
     return reason or (None if "n_head" in module.__dict__ else "it has no n_head")
 
 
@@ -107,11 +112,20 @@ def _gpt2_attention_why_not(module, children):
     return _extra(module, children, {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}, buffers=gpt2.MASK_BUFFERS)
 
 
-def _nano_mlp_why_not(module, children):
-    reason = _extra(module, children, {"c_fc", "gelu", "c_proj", "dropout"})
-    if reason is None and not isinstance(module.gelu, nn.GELU):
-        reason = f"its activation is a {type(module.gelu).__name__}"
-    return reason
+def _nano_mlp(module, children):
+    """(the classes that can stand in, None or why none can): an activation that is known by its class is tried, else all of the op's."""
+    act = [name for name in children if name not in ("c_fc", "c_proj", "dropout")]
+    reason = _extra(module, children, {"c_fc", "c_proj"}, optional=("dropout", *act[:1]))
+    every = (parts.NanoMlp, parts.NanoMlpTanh, parts.NanoMlpRelu)
+    if reason is None and act:
+        child = children[act[0]]
+        if list(child.parameters()) or list(child.children()):
+            reason = f"it has {act[0]} besides"
+        elif (name := parts.activation_name(child)) is not None:
+            return tuple(mixin for mixin in every if mixin.activation == name), None
+        elif type(child).__module__.startswith("torch."):
+            reason = f"its activation is a {type(child).__name__}"
+    return every, reason
 
 
 def _odd(act):

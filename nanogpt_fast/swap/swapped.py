@@ -3,35 +3,97 @@
 Which formula that is, the classes of parts.py say. Why a class, and not a `forward` on the instance: see __init__.py.
 """
 import collections
+import copy
 import functools
 import inspect
+import types
 
 import torch
 import torch.nn as nn
 
 from .. import model as nano
+from . import stage
 
 
 class State:
-    """What the swapped modules of one `accelerate` share: the choice of implementations, the count of their calls, and the
-    form of what transformers' own forwards return: {class: {use_cache: form}}, see gpt2.form."""
+    """What the swapped modules of one `accelerate` share: the choice of implementations, the count of their calls, the longest
+    sequence that was tried, and of own classes what the trial saw: the form of what transformers' forwards return, {class: {use_cache:
+    form}}, see gpt2.form, and the operations that ran, {class: names}."""
 
-    def __init__(self, choices):
+    def __init__(self, choices, context):
         self.choices = choices
+        self.context = context
         self.calls = collections.Counter()
         self.forms = {}
+        self.operations = collections.defaultdict(set)
+
+
+class MISSING:
+    """The value of an attribute that is not there: a class, which stays one object in a pickle."""
 
 
 class Swapped:
-    """A module whose forward is `fast` where `why_own` finds nothing against it, else its own. A subclass serves one part."""
+    """A module whose forward is `fast` where nothing is found against it, else its own. A subclass serves one part.
+
+    `why_own` says what speaks against a call, `fast` is the formula; both take what `inputs` returns.
+    """
 
     part = None
+    tensors = 1         # the first so many arguments are the formula's; those behind them have to have their defaults
+    rank = 3            # of the first, (B, T, C)
+    obeyed = ()         # attributes that the formula reads at each call, or that send it to the own path
 
     def forward(self, *args, **kwargs):
-        reason = self.why_own(*args, **kwargs)
+        inputs, reason = (), self.changed() or self.why_not_bound(args, kwargs)
+        if reason is None:
+            inputs = self.inputs(args, kwargs)
+            reason = self.why_own(*inputs)
         if not torch.compiler.is_compiling():  # a counter in a compiled graph would be a guard, and recompile at every call
             self._swap_state.calls[self.part, "kernels" if reason is None else f"own path: {reason}"] += 1
-        return self.fast(*args, **kwargs) if reason is None else self._own.forward(self, *args, **kwargs)
+        return self.fast(*inputs) if reason is None else self._own.forward(self, *args, **kwargs)
+
+    def bound(self, args, keywords):
+        """{name: value} of what was passed, by the own forward's signature."""
+        return {**dict(zip(self._names, args)), **keywords}
+
+    def inputs(self, args, keywords):
+        call = self.bound(args, keywords)
+        return tuple(call[name] for name in self._names[:self.tensors] if name in call)
+
+    def why_not_bound(self, args, keywords):
+        """None where the formula knows the arguments, else which one it does not. What the own forward refuses, it refuses itself."""
+        if len(args) > len(self._names):
+            return "more arguments than its forward has"
+        call, names = self.bound(args, keywords), self._names[:self.tensors]
+        for name, value in call.items():
+            if name not in names and not (name in self._defaults and _equal(value, self._defaults[name])):
+                return f"the argument {name}"
+        x = call.get(names[0])
+        if not torch.is_tensor(x) or not all(call.get(name) is None or torch.is_tensor(call[name]) for name in names[1:]):
+            return "an input that is no tensor"
+        if x.dim() == self.rank and x.size(1) > self._swap_state.context:
+            return f"{x.size(1)} tokens, more than the {self._swap_state.context} that it was tried with"
+        return None
+
+    def changed(self):
+        """None, or what is not as it was in the trial: an attribute that the own forward may read and the formula does not."""
+        for owner, name, value in self._swap_tried:
+            there = self if owner is None else getattr(self, owner, None)
+            if not _equal(getattr(there, name, MISSING), value):
+                return f"{name if owner is None else f'{owner}.{name}'} is not what it was when this was tried"
+        for owner, known in self._swap_known:           # attributes that have come since
+            spaces = ((self.__dict__, self._modules, self._buffers, self._parameters) if owner is None
+                      else (getattr(self, owner).__dict__,))
+            if sum(map(len, spaces)) != len(known):
+                for names in spaces:
+                    for name in names:
+                        if name in self._mentioned and name not in known:
+                            return f"{name} was not there when this was tried"
+        return None
+
+    def watched_children(self):
+        """The names of children of which the formula calls none, but computes what they do."""
+        return []
 
     @property
     def backend(self):
@@ -42,27 +104,115 @@ class Swapped:
         self._swap_state.choices = choices
 
     def __reduce_ex__(self, protocol):
-        return _remake, (self._own, self._mixin), self.__getstate__()
+        return _remake, (self._own, self._mixin, self._lacking), self.__getstate__()
 
 
-def _remake(own, mixin):
+def _equal(a, b):
+    """Whether two attributes or arguments are equal; tensors and other objects are where they are one."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    return isinstance(a, stage.PLAIN) and a == b or isinstance(a, (tuple, list, dict)) and stage.is_plain(a) and stage.is_plain(b) and a == b
+
+
+# ------------------------------------------------------------------------------------------------------ what is watched
+
+
+@functools.cache
+def mentioned(cls):
+    """The attributes that the code of a class could read: the names in it, and the texts that getattr may be given."""
+    names = set()
+    for base in cls.__mro__[:cls.__mro__.index(nn.Module)]:
+        for value in vars(base).values():
+            for function in (value, getattr(value, "__func__", None), getattr(value, "fget", None), getattr(value, "__wrapped__", None)):
+                if isinstance(function, types.FunctionType):
+                    _mentioned_in(function.__code__, names)
+    return frozenset(names - _MACHINERY)
+
+
+def _mentioned_in(code, names):
+    names.update(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            names.add(constant)
+        elif isinstance(constant, types.CodeType):
+            _mentioned_in(constant, names)
+
+
+# nn.Module's own, what swap keeps, and what half_weights.py sets.
+_MACHINERY = frozenset((*vars(nn.Module()), *vars(nn.Module), "_swap_state", "_swap_tried", "_swap_known", "copies", "head_copied_from"))
+
+
+def watch(module):
+    """Remember with which attributes a swapped module was tried; `changed` compares. A config's count as well, but not transformers'."""
+    cls, own, d = type(module), type(module)._own, module.__dict__
+    tried, known = [], []
+    for name in sorted(cls._mentioned - cls._obeyed):
+        value = d.get(name, inspect.getattr_static(own, name, MISSING))
+        if name in d or value is not MISSING and not callable(value) and not hasattr(value, "__get__"):
+            tried.append((None, name, _kept(value)))
+        if name in d and hasattr(value, "__dict__") and not callable(value) and not own.__module__.startswith("transformers."):
+            tried += [(name, key, _kept(item)) for key, item in vars(value).items()
+                      if key in cls._mentioned and f"{name}.{key}" not in cls._obeyed]
+            known.append((name, frozenset(vars(value))))
+    for child in module.watched_children():
+        tried += [(child, "__class__", type(d["_modules"][child]))]
+        tried += [(child, key, _kept(item)) for key, item in vars(d["_modules"][child]).items() if key not in _MACHINERY]
+    members = {**module._modules, **module._buffers, **module._parameters}
+    tried += [(None, name, None) for name, member in members.items() if member is None]
+    known.append((None, frozenset((*d, *members, "_swap_tried", "_swap_known"))))
+    d["_swap_tried"], d["_swap_known"] = tuple(tried), tuple(known)
+
+
+def _kept(value):
+    """An attribute as it is now: of a list or a dict, which may be written to, a copy, unless it holds more than plain values."""
+    return copy.copy(value) if isinstance(value, (list, dict)) and stage.is_plain(value) else value
+
+
+# ------------------------------------------------------------------------------------------------------------- the class
+
+
+def unswap(module):
+    """Give a module its own class back."""
+    object.__setattr__(module, "__class__", type(module)._own)
+    for name in [name for name in module.__dict__ if name.startswith("_swap_")]:
+        del module.__dict__[name]
+
+
+def _remake(own, mixin, lacking=()):
     """An empty instance of the swapped class: what pickle and deepcopy fill."""
-    cls = swapped_class(own, mixin)
+    cls = swapped_class(own, mixin, lacking)
     return cls.__new__(cls)
 
 
 @functools.cache
-def swapped_class(own, mixin):
-    """The subclass of `own` that stands in for it: methods are mixin's where it has them, the name and the rest are own's."""
-    namespace = {"_own": own, "_mixin": mixin, "__module__": own.__module__, "__qualname__": own.__qualname__,
-                 "__doc__": own.__doc__}
+def swapped_class(own, mixin, lacking=()):
+    """The subclass of `own` that stands in for it: methods are mixin's where it has them, the name and the rest are own's.
+
+    lacking: names of dropouts that mixin's formula calls and own does not have.
+    """
+    namespace = {"_own": own, "_mixin": mixin, "_lacking": lacking, "__module__": own.__module__, "__qualname__": own.__qualname__,
+                 "__doc__": own.__doc__, **{name: nn.Dropout(0.0) for name in lacking}}
     for base in mixin.__mro__:  # of model.py's classes we take what a forward needs; a fork's other methods stay the fork's
-        if base in (nano.GPT, nano.Block, nano.CausalSelfAttention, nano.MLP, nano.LayerNorm):
+        if base in TAKEN:
             namespace["stands_for"] = base
             for name in vars(base).keys() - TAKEN[base] - namespace.keys():
                 if hasattr(own, name) and not hasattr(nn.Module, name) or name == "__init__":
                     namespace[name] = inspect.getattr_static(own, name)
-    return type(own.__name__, (mixin, own), namespace)
+    signature = list(inspect.signature(own.forward).parameters.values())      # here, since torch.compile traces a call, and not inspect
+    namespace["_names"] = tuple(p.name for p in signature if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
+    namespace["_open"] = any(p.kind is p.VAR_KEYWORD for p in signature)
+    # What has no default is tried with None, so None is what it may be.
+    namespace["_defaults"] = {p.name: None if p.default is p.empty else p.default for p in signature
+                              if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    namespace["_required"] = tuple(p.name for p in signature if p.default is p.empty and p.kind in (
+        p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))[1 + mixin.tensors:]
+    namespace["_mentioned"] = mentioned(own)
+    namespace["_obeyed"] = frozenset(mixin.obeyed)
+    cls = type(own.__name__, (mixin, own), namespace)
+    cls.itself = cls            # a class that is built on this one inherits it, and is another
+    return cls
 
 
 # What a forward needs of each class of model.py. A fork that uses one of these names for something else is not swapped.

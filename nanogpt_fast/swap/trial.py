@@ -1,118 +1,272 @@
-"""Recognised, then tried: a candidate's own forward and ours run on the same random weights and inputs before it is swapped.
+"""Recognised, then tried: a copy of a candidate runs its own forward and ours on the same weights and inputs before it is swapped.
 
-A fork that keeps nanoGPT's names and computes something else is found out here, and by how much it differs.
+Three things have to hold, in eval and in train mode, for a few tokens with gradients and for as many as the model's context:
+
+    equal               what it returns: structure, types, shapes, values, gradients, and the random numbers that dropout draws. Weights
+                        and inputs are random, and each dropout has another probability, so that neither zeros nor a rate of 0 hide
+                        where it stands.
+    no other operation  A rule for large values, for one token id or for a far position may not show in a few random numbers. It shows
+                        in the operations: no formula of ours needs clamp, gt, where or max outside of what PyTorch's own functions
+                        call, so an operation that is not in OPERATIONS speaks against a part. Sums, products and shapes can't hide.
+    no other effect     whatever else a call does: stage.py.
 """
 import functools
+import math
 
 import torch
 import torch.nn as nn
 
 from .. import backend as _backend
-from . import gpt2, parts
-from .swapped import swapped_class
+from . import gpt2, parts, stage
+from .swapped import State, Swapped, mentioned, swapped_class, watch
 
-# What ours may differ from the module's own, relative to the largest value: both are float64 except attention (float32, since
-# its probe is long) and the whole model (its own weights and dtype). An erf GELU in the place of a tanh one shows as 1e-4.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-LONGEST_PROBE = 1024
+# What ours may differ from the module's own, relative to the largest value. An erf GELU in the place of a tanh one shows as 1e-4.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5}
+LONGEST_PROBE = 16384
+
+_SHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias", "alias", "t", "transpose", "permute", "split", "split_with_sizes", "slice",
+           "select", "unsqueeze", "squeeze", "expand", "unbind", "clone", "cat", "stack", "as_strided", "lift_fresh", "unfold",
+           "empty", "empty_like", "new_empty", "arange", "_to_copy", "unsafe_split", "unsafe_chunk"}
+_SUMS = {"add", "add_", "sub", "mul", "mul_", "div", "div_", "neg", "mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "einsum"}
+_DROPOUT = {"bernoulli_", "native_dropout"}
+_NORM = {"native_layer_norm", "var_mean", "var", "mean", "rsqrt", "sqrt", "pow", "std"}
+_MASK = {"ones", "zeros", "full", "tril", "triu", "eq", "logical_not", "bitwise_not", "masked_fill", "masked_fill_", "scalar_tensor", "_to_copy"}
+_ATTENTION = {"_scaled_dot_product_flash_attention_for_cpu", "_softmax", "_safe_softmax", *_MASK}
+_MLP = {"gelu", "relu", "tanh", "pow", "erf"}
+_PLAIN = _SHAPES | _SUMS | _DROPOUT
+OPERATIONS = {"layer_norm": _SHAPES | _SUMS | _NORM, "attention": _PLAIN | _ATTENTION, "mlp": _PLAIN | _MLP,
+              "block": _PLAIN | _NORM,          # and its parts'
+              "model": _PLAIN | _NORM | {"embedding", "index", "_log_softmax", "nll_loss_forward"},
+              "forward": set(),         # run.py's names for a whole model's: its parts', and
+              "generate": _PLAIN | {"topk", "lt", "index", "index_put_", "masked_fill", "_softmax", "multinomial"}}
 
 
-def swap(module, mixin, state, tried, context):
-    """Swap one module, after trying it out. None, or why not; then the module is as it was."""
-    own = type(module)
-    cls = swapped_class(own, mixin)
-    # Modules of one class whose plain attributes and shapes are equal compute the same function of their weights: one is tried.
-    # transformers' code is known: layer_idx there numbers the cache, and may enter the scale; the mask buffers are not read.
+def swap(module, mixins, state, tried):
+    """Swap one module into the first of `mixins` that computes what it does. None, or why none does; then it is as it was."""
+    own, reason = type(module), None
+    for mixin in mixins:
+        lacking = tuple(name for name in getattr(mixin, "dropouts", ()) if name not in module._modules)
+        cls = swapped_class(own, mixin, lacking)
+        if asked := sorted(set(lacking) & mentioned(own)):
+            return f"its code asks for {', '.join(asked)}, which it lacks"
+        key = _key(module, mixin, lacking)
+        if key not in tried:
+            try:
+                tried[key] = _tried(module, cls, state)
+            except stage.CannotCopy as error:
+                tried[key] = f"it cannot be copied to be tried: {error}"
+            except Exception as error:
+                tried[key] = f"trying it out raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        why_not = tried[key]
+        if why_not is None:
+            try:
+                object.__setattr__(module, "__class__", cls)      # past a __setattr__ of its own
+            except TypeError as error:              # __slots__ and the like: the layouts differ
+                return f"its class cannot be exchanged ({error})"
+            module.__dict__["_swap_state"] = state
+            watch(module)
+            return None
+        reason = reason or why_not
+    return reason
+
+
+def _key(module, mixin, lacking):
+    """Modules of one class whose attributes, children, shapes and buffers are equal compute the same function of their weights: one of
+    them is tried. transformers' code is known: layer_idx there numbers the cache, and may enter the scale; the mask is not read."""
     known = issubclass(mixin, gpt2.FromTransformers)
     by_layer = getattr(module, "scale_attn_by_inverse_layer_idx", False)
-    plain = {name: value for name, value in module.__dict__.items()
-             if isinstance(value, (int, float, str, type(None))) and (name != "layer_idx" or not known or by_layer)}
-    inner = tuple((name, type(child), tuple(sorted((k, v) for k, v in vars(child).items() if isinstance(v, (int, float, str)))))
-                  for name, child in module.named_modules() if child is not module and mixin is not parts.NanoGPT)
+    def facts(path, m):
+        attributes = sorted((name, _frozen(value)) for name, value in m.__dict__.items() if name[:6] != "_swap_" and name not in _MEMBERS
+                            and not ("hooks" in name and isinstance(value, dict))
+                            and not (known and name == "layer_idx" and not by_layer))
+        buffers = [(name, _frozen(buffer)) for name, buffer in m._buffers.items() if not (known and name in gpt2.MASK_BUFFERS)]
+        return path, type(m), tuple(attributes), tuple(buffers)
+    inside = [("", module)] if mixin is parts.NanoGPT else module.named_modules()
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
-    fixed = tuple((name, id(buffer)) for name, buffer in module.named_buffers()
-                  if not (known and name.rpartition(".")[2] in gpt2.MASK_BUFFERS))
-    key = (own, mixin, tuple(sorted(plain.items(), key=str)), inner, shapes, fixed)
-    module.__dict__["_swap_state"] = state
-    try:
-        module.__class__ = cls
-        if key not in tried:
-            tried[key] = _tried(module, context)
-    except TypeError as error:                  # __slots__ and the like: the layouts differ
-        tried[key] = f"its class cannot be exchanged ({error})"
-    if tried[key] is not None:
-        module.__class__ = own
-        del module.__dict__["_swap_state"]
-    return tried[key]
+    return mixin, lacking, shapes, tuple(facts(path, m) for path, m in inside)
 
 
-def _tried(module, context):
-    """None where the module's own forward and ours agree on random inputs, in eval and train mode; else what is different."""
-    modes = [(m, m.training) for m in module.modules()]
-    calls = module._swap_state.calls.copy()
-    try:
-        with (torch.no_grad(), torch.random.fork_rng(_devices(module)), _backend.use("reference"),
-              torch.autocast("cpu", enabled=False)):
-            for training in (False, True):
-                module.train(training)
-                probe = _model_probe(module) if isinstance(module, parts.NanoGPT) else _probe(module, context)
-                reason = _compare(module, *probe)
-                if reason is not None:
-                    return f"{reason} in {'train' if training else 'eval'} mode"
-    except Exception as error:
-        return f"trying it out raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    finally:
-        for m, training in modes:
-            m.training = training
-        module._swap_state.calls = calls
+_MEMBERS = ("_parameters", "_buffers", "_modules")
+
+
+def _frozen(value):
+    """Something hashable that is equal where two attributes are; of what is not known, who it is."""
+    if isinstance(value, stage.PLAIN):
+        return type(value).__name__, repr(value)
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
+        bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        return str(value.dtype), tuple(value.shape), hash(bits.numpy().tobytes())
+    if type(value) in (list, tuple, dict, set):
+        return type(value).__name__, tuple(map(_frozen, value.items() if isinstance(value, dict) else value))
+    return id(value)
+
+
+def _tried(module, cls, state):
+    """None where a copy's own forward and ours are equal in all that is described above; else what is different."""
+    short, long = min(state.context, 16), min(state.context, LONGEST_PROBE)
+    # PyTorch's attention sums in another order than one that is written out; a whole vocabulary in float64 takes seconds.
+    dtype = torch.float64 if cls.part in ("layer_norm", "mlp") else torch.float32
+    trial_state, twin = State(state.choices, long), None
+    trial_state.forms, trial_state.operations = state.forms, state.operations
+    with (torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]), _backend.use("reference"),
+          torch.autocast("cpu", enabled=False), torch.device("cpu")):
+        for B, T, training, precision in ((2, short, False, dtype), (2, short, True, dtype), (1, 1, False, dtype),
+                                          (1, long, False, torch.float32)):
+            if twin is None or next(twin.parameters()).dtype != precision:
+                twin = _twin(module, cls, trial_state, precision)
+            for m in twin.modules():
+                m.__dict__["training"] = training
+            if reason := _compare(twin, type(module), cls, B, T, precision, with_gradients=training):
+                return f"{reason} in {'train' if training else 'eval'} mode"
     return None
 
 
-class _Call(nn.Module):
-    """A function of a module, in a form that torch.func.functional_call takes."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, method, *args):
-        return method(self.module, *args)
-
-
-def _probe(module, context):
-    """(own, ours): two functions without arguments that run a part on the same random weights and inputs, on the CPU."""
-    attends = isinstance(module, (parts.NanoAttention, parts.SeparateAttention, gpt2.GPT2Attention))
-    dtype = torch.float32 if attends else torch.float64
+def _twin(module, cls, state, dtype):
+    """A copy with random weights in `dtype`, and dropouts that differ."""
+    replaced = {id(m._swap_state): state for m in module.modules() if "_swap_state" in m.__dict__}
+    if issubclass(cls, parts.NanoGPT):
+        replaced.update({id(block): _Block(i) for i, block in enumerate(module.transformer.h)})
+    twin = stage.copy_of(module, replaced)
+    twin.__dict__["_swap_state"] = state
     generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, parameter in module.named_parameters():
+    for parameter in twin.parameters():
         scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.5     # outputs of order one: nothing hides in zeros
-        tensors[f"module.{name}"] = scale * torch.randn(parameter.shape, generator=generator, dtype=dtype)
-    for name, buffer in module.named_buffers():
-        tensors[f"module.{name}"] = buffer.detach().to("cpu", dtype if buffer.is_floating_point() else buffer.dtype)
-    T = min(context, LONGEST_PROBE if attends else 16)
-    x = torch.randn(1, T, _width(module), generator=generator, dtype=dtype)
-    call = _with_and_without_cache if isinstance(module, gpt2.FromTransformers) else (lambda method, module, x: method(module, x))
-    run = lambda method: torch.func.functional_call(_Call(module), tensors, (functools.partial(call, method), x))
-    return lambda: run(type(module)._own.forward), lambda: run(type(module).fast)
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=dtype, device="cpu").mul_(scale)
+    for i, m in enumerate(twin.modules()):
+        for tensors in (m._buffers, m.__dict__):
+            for name, tensor in tensors.items():
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                    tensors[name] = tensor.to(dtype)
+        if isinstance(m, nn.Dropout):
+            m.__dict__["p"] = 0.1 + 0.3 * i / (i + 5)
+        elif isinstance(m, parts.NanoAttention) or issubclass(cls, parts.NanoAttention) and m is twin:
+            if isinstance(m.__dict__.get("dropout"), (int, float)):
+                m.__dict__["dropout"] = 0.25
+    return twin
 
 
-def _with_and_without_cache(method, module, x):
+class _Block(nn.Module):
+    """Stands where a model's block does, whose own trial is another: cheap, and no two of them can change places."""
+
+    def __init__(self, i):
+        super().__init__()
+        self.scale, self.shift = 1.0 + 0.1 * (i % 7), 0.3 + 0.01 * i
+
+    def forward(self, x):
+        return x * self.scale + self.shift
+
+
+def _compare(twin, own, cls, B, T, dtype, with_gradients):
+    """None, or what is different between the own forward and ours on B rows of T tokens."""
+    inputs, more = _inputs(twin, cls, B, T, dtype)
+    for args in inputs:
+        seen = []
+        for which in (own, cls):
+            object.__setattr__(twin, "__class__", which)
+            with torch.no_grad():
+                what = stage.call(twin, functools.partial(_call, which is cls, cls), args, more)
+            if what.effects:
+                return f"its forward does more than return: it {', '.join(what.effects[:4])},"
+            drawn = torch.random.default_generator.get_state()
+            gradients = stage.call(twin, functools.partial(_gradients, which is cls, cls), args, more).result if with_gradients else ()
+            seen.append((what, drawn, gradients))
+        (theirs, drawn, gradients), (ours, drawn_by_ours, gradients_of_ours) = seen
+        if _structure(theirs.result) != _structure(ours.result):
+            return f"it returns {_structure(theirs.result)}, nanoGPT's {_structure(ours.result)},"
+        if not torch.equal(drawn, drawn_by_ours):
+            return "it computes something else: it draws other random numbers than nanoGPT's"
+        if (difference := _largest(map(_difference, _tensors(theirs.result), _tensors(ours.result)))) > TOLERANCE[dtype]:
+            return f"it computes something else: {difference:.1e} of the largest value away from nanoGPT's"
+        largest = max((g.abs().max() for g in gradients if g is not None and g.numel()), default=None)     # some are 0 but for rounding
+        difference = _largest(_difference(a, b, largest) for a, b in zip(gradients, gradients_of_ours))
+        if difference > TOLERANCE[dtype]:
+            return f"it computes something else: its gradients are {difference:.1e} of the largest value away from nanoGPT's"
+        inside = [twin._swap_state.operations[m._own] for m in twin.modules() if m is not twin and isinstance(m, Swapped)]
+        if not _known(own) and (others := sorted(theirs.operations.difference(ours.operations, OPERATIONS[cls.part], *inside))):
+            return f"it computes something else, where a rule may hide: {', '.join(others[:4])},"
+        twin._swap_state.operations[own] |= theirs.operations
+    return None
+
+
+def _difference(expected, found, largest=None):
+    """The largest difference of two tensors or Nones, relative to the largest value."""
+    if expected is None or found is None or not expected.numel():
+        return 0.0 if (expected is None) == (found is None) else float("inf")
+    largest = expected.abs().max() if largest is None else largest
+    return ((expected - found).abs().max() / largest.clamp(min=1e-30)).item()
+
+
+def _largest(differences):
+    """The largest, or infinity where one is no number."""
+    return max((float("inf") if math.isnan(d) else d for d in differences), default=0.0)
+
+
+def _known(own):
+    return own.__module__.startswith("transformers.models.gpt2")
+
+
+def _call(fast, cls, module, *args, plain=False, **keywords):
+    """The own forward or ours; of transformers' parts, with and without a cache (which checkpointing drops) unless `plain`."""
+    def method(*args, **keywords):
+        return cls.fast(module, *module.inputs(args, keywords)) if fast else cls._own.forward(module, *args, **keywords)
+    if issubclass(cls, gpt2.FromTransformers) and not plain:
+        return _with_and_without_cache(method, module, cls, *args)
+    return method(*args, **keywords)
+
+
+def _inputs(twin, cls, B, T, dtype):
+    """([arguments of a call], keywords): what goes in, the same each time. What has no default gets None."""
+    generator = torch.Generator().manual_seed(1)
+    more = {} if issubclass(cls, gpt2.FromTransformers) else {name: None for name in cls._required}
+    if issubclass(cls, parts.NanoGPT):
+        idx, targets = (torch.randint(twin.lm_head.weight.size(0), (B, T), generator=generator) for _ in range(2))
+        targets[torch.rand(B, T, generator=generator) < 0.1] = -1
+        return [(idx, targets), (idx,)], more
+    x = torch.randn(B, T, _width(twin, cls), generator=generator, dtype=dtype)
+    return [(x,), (1e6 * x,)] if dtype == torch.float64 else [(x,)], more       # what ReLU or tanh clips far out
+
+
+def _gradients(fast, cls, twin, *args, **keywords):
+    """Of a weighted sum of what a call returns, by the weights and the input."""
+    leaves = list(twin.parameters())
+    if args[0].is_floating_point():
+        leaves.append(args[0].clone().requires_grad_())
+        args = (leaves[-1] * 1, *args[1:])
+    outputs = [t for t in _tensors(_call(fast, cls, twin, *args, plain=True, **keywords)) if t.requires_grad]
+    generator = torch.Generator().manual_seed(2)
+    total = sum((t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in outputs)
+    for leaf in leaves:
+        leaf.grad = None
+    if outputs:
+        total.backward()        # autograd.grad is refused by reentrant checkpoints
+    return [leaf.grad for leaf in leaves]
+
+
+def _with_and_without_cache(method, module, cls, x):
     """The tensors that two calls of a part of transformers' GPT-2 return, and what is in the cache then; records the forms."""
-    plain = method(module, x)
-    name = gpt2.cache_name(module._own.forward)
+    plain = method(x)
+    name = gpt2.cache_name(cls._own.forward)
     if name == "layer_past":
-        cached, kept = method(module, x, use_cache=True), ()
+        cached, kept = method(x, use_cache=True), ()
     else:
         from transformers import DynamicCache
         cache = DynamicCache()
-        cached = method(module, x, use_cache=True, **{name: cache})
+        cached = method(x, use_cache=True, **{name: cache})
         attn = getattr(module, "attn", module)
-        heads = x.new_zeros(1, attn.num_heads, 1, attn.head_dim)
+        heads = x.new_zeros(x.size(0), attn.num_heads, 1, attn.head_dim)
         kept = cache.update(heads, heads, attn.layer_idx)                           # returns what is in it, and the new
     # The own forward is called first; ours returns by these.
-    module._swap_state.forms.setdefault(module._own, {False: gpt2.form(plain), True: gpt2.form(cached)})
-    return tuple(_tensors((plain, cached, kept)))
+    module._swap_state.forms.setdefault(cls._own, {False: gpt2.form(plain), True: gpt2.form(cached)})
+    return plain, cached, kept
+
+
+def _structure(result):
+    """What a call returned, in words: types and shapes."""
+    if torch.is_tensor(result):
+        return f"a {str(result.dtype).removeprefix('torch.')} tensor {tuple(result.shape)}"
+    if isinstance(result, (tuple, list)):
+        return f"{type(result).__name__} of {', '.join(map(_structure, result)) or 'nothing'}"
+    return repr(result) if isinstance(result, stage.PLAIN) else type(result).__name__
 
 
 def _tensors(result):
@@ -120,56 +274,28 @@ def _tensors(result):
     return [result] if torch.is_tensor(result) else [t for item in result or () for t in _tensors(item)]
 
 
-def _model_probe(module):
-    """The same for the whole model, on its own weights where they are: random ones would be a second model in memory."""
-    T = min(module.config.block_size, 16)
-    device = module.lm_head.weight.device
-    idx = (torch.arange(2 * T, device=device) * 7 % module.lm_head.weight.size(0)).view(2, T)
-    targets = idx.roll(-1, 1)
-    targets[0, 0] = -1
-    run = lambda method: (*method(module, idx, targets), method(module, idx)[0])
-    return lambda: run(type(module)._own.forward), lambda: run(type(module).fast)
-
-
-def _compare(module, own, ours):
-    results = []
-    for call in (own, ours):
-        torch.manual_seed(0)                    # the same dropout masks, where they are drawn in the same order
-        result = call()
-        results.append([t for t in (result if isinstance(result, tuple) else (result,)) if torch.is_tensor(t)])
-    if [t.shape for t in results[0]] != [t.shape for t in results[1]]:
-        return f"its results have shapes {[tuple(t.shape) for t in results[0]]}, ours {[tuple(t.shape) for t in results[1]]}"
-    for expected, found in zip(*results):
-        difference = ((expected - found).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
-        if not difference <= TOLERANCE.get(expected.dtype, 1e-6):
-            return f"it computes something else: {difference:.1e} of the largest value away from nanoGPT's"
-    return None
-
-
-def _width(module):
+def _width(module, cls):
     """C, of what goes in."""
     for name in ("ln_1", "ln1"):
         if hasattr(module, name):
             return getattr(module, name).weight.numel()
-    if isinstance(module, parts.Norm):
+    if issubclass(cls, parts.Norm):
         return module.weight.numel()
     for name in ("n_embd", "embed_dim"):
         if name in module.__dict__:
             return getattr(module, name)
-    if isinstance(module, parts.SeparateAttention):
+    if issubclass(cls, parts.SeparateAttention):
         return module.query.in_features
-    return module.weights()[0].size(1)
+    return cls.weights(module)[0].size(1)
 
 
 def context_length(model):
-    """The longest context of a model, in tokens, where its config says so."""
+    """The longest context of a model, in tokens: of its config, of a causal mask, of its position embeddings; else 1024."""
     for module in model.modules():
         config = getattr(module, "config", None)
-        for name in ("block_size", "n_positions"):
-            if isinstance(getattr(config, name, None), int):
-                return getattr(config, name)
-    return 64
-
-
-def _devices(module):
-    return sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
+        for name in ("block_size", "n_positions", "max_seq_len", "n_ctx", "sequence_len", "context_length"):
+            if type(length := getattr(config, name, None)) is int:
+                return length
+    masks = [b.size(-1) for b in model.buffers() if b.dim() >= 2 and b.size(-1) == b.size(-2)]
+    positions = [m.num_embeddings for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "pos" in name]
+    return min(masks + positions, default=1024)

@@ -1,4 +1,6 @@
 """The harness is checked first: each patch of the interpreter is needed and right, and each check sees the fault it is for."""
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -508,3 +510,19 @@ def test_the_poison_is_nan_in_every_float_type():
         with harness.guarded_outputs(all_written=False):
             assert torch.empty(3, dtype=dtype).isnan().all()
     assert np.isnan(harness.bf16_to_fp32(np.uint16(harness.POISON[torch.bfloat16][1])))
+
+
+@interpreted_only
+def test_a_program_that_is_no_test_computes_bf16_in_the_interpreter_too():
+    code = """if True:
+        import torch
+        from nanogpt_fast import backend
+        from nanogpt_fast.ops import attention
+        torch.manual_seed(0)
+        qkv = torch.randn(1, 9, 48).bfloat16()
+        y, plain = (attention.causal_attention_qkvpacked(qkv, 2, backend=backend.parse(name)) for name in ("fused", "reference"))
+        print(((y - plain).float().norm() / plain.float().norm()).item())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 2**-7

@@ -72,6 +72,25 @@ def test_output_and_gradients_are_as_near_to_fp64_as_the_reference(form, dtype, 
         assert_close_to_oracle(ours, oracle, theirs, "gradient", what=name, check_bias=check_bias)
 
 
+@pytest.mark.parametrize("dtype, weight_dtype, autocast", (
+    (torch.float32, torch.float32, None), (torch.bfloat16, torch.bfloat16, None), (torch.bfloat16, torch.float32, torch.bfloat16),
+    (torch.float16, torch.float16, None)), ids=("fp32", "bf16", "autocast", "fp16"))
+def test_on_the_kink_the_gates_of_relu_are_those_of_pytorch(dtype, weight_dtype, autocast):
+    """Each bias is minus a unit's product, rounded: what is left is that rounding, of either sign."""
+    args = draw(B=1, T=16, dtype=dtype, weight_dtype=weight_dtype)
+    with torch.no_grad():
+        args[0].copy_(args[0][:, :1].expand_as(args[0]))        # one row, 16 times: every unit of every row is on the kink
+        exact = torch.nn.functional.linear(args[0].double()[0, 0], args[1].to(dtype).double())
+        args[2].copy_(-exact)
+    with torch.autocast(DEVICE.type, autocast, enabled=autocast is not None):
+        y = gelu_mlp(*args, activation="relu", form="pointwise", backend=FUSED)
+        plain = reference.gelu_mlp(*args, activation_name="relu")
+    dy = torch.randn_like(y)
+    ours, theirs = gradients(y, args, dy)[2], gradients(plain, args, dy)[2]                                     # of b_fc
+    assert torch.equal(ours != 0, theirs != 0)
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 * theirs.abs().max().item())
+
+
 @FORMS
 def test_gradients_of_fp32_parameters_are_never_rounded_to_half(form):
     args = draw(dtype=torch.bfloat16, weight_dtype=torch.float32)

@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch.nn as nn
 from forks import SMALL, fork
+from test_swap_reach import BuildBlock, MinAttention
+from test_swap_trace import may_see_all, put
 
 import nanogpt_fast
 from nanogpt_fast import classic
@@ -117,10 +119,47 @@ def test_masks_and_past_keys_take_the_own_path_and_are_counted(device):
     mask[0, :3] = 0
     with torch.no_grad():
         expected = model(x, attention_mask=mask).logits
-        text = model.generate(x, max_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(x))
+        text = model.generate(x, max_new_tokens=3, min_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(x))
         report = nanogpt_fast.accelerate(model, backend="auto,attention=fused")
         assert torch.allclose(model(x, attention_mask=mask).logits, expected, atol=1e-5)
         assert report.calls["attention", "own path: an attention mask"] == 2
-        assert torch.equal(model.generate(x, max_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(x)), text)
+        assert torch.equal(model.generate(x, max_new_tokens=3, min_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(x)), text)
     assert report.calls["attention", "kernels"] == 2 and report.calls["attention", "own path: past key values"] == 4
     assert "own path: an attention mask" in str(report)
+
+
+def test_blocks_without_dropouts_and_minGPT_s_attention_run_on_kernels(device):
+    for make, parts, kernels in ((BuildBlock, 5, {"block": 1, "layer_norm": 1}), (MinAttention, 1, {"attention": 1})):
+        model = nn.ModuleList([make()]).to(device).eval()
+        twin, x = copy.deepcopy(model), torch.randn(2, 9, 32, device=device)
+        report = nanogpt_fast.accelerate(model, backend="fused")
+        assert report.left == [] and len(report.swapped) == parts
+        found, expected = model[0](x), twin[0](x)
+        assert_close(found, expected)
+        assert {where for _, where in report.calls} == {"kernels"} and report.calls.get(("attention", "kernels"), 0) == kernels.get("attention", 0)
+
+
+def test_an_attribute_that_is_set_later_takes_its_block_off_the_fused_path(device):
+    model = stirred(fork(change=put("CausalSelfAttention", may_see_all, causal=True), dropout=0.0), device)
+    twin, x = copy.deepcopy(model), torch.randint(65, (1, 9), device=device)
+    report = nanogpt_fast.accelerate(model, backend="fused")
+    assert_close(model(x, x)[0], twin(x, x)[0])
+    assert report.calls == {("model", "kernels"): 1} and report.unfused == []
+    for m in (model, twin):
+        m.transformer.h[1].attn.causal = False
+    assert_close(model(x, x)[0], twin(x, x)[0])
+    assert report.unfused == [("transformer.h.1", "causal is not what it was when this was tried")]
+    assert report.calls["attention", "own path: causal is not what it was when this was tried"] == 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_attention_that_writes_its_weights_out_does_so(when, device):
+    model = stirred(nano(), device)
+    if when == "before":
+        model.transformer.h[1].attn.flash = False
+    report = nanogpt_fast.accelerate(model, backend="fused")
+    model.transformer.h[1].attn.flash = False
+    model(torch.randint(65, (1, 9), device=device))
+    (path, reason), = report.unfused
+    assert path == "transformer.h.1" and "flash" in reason
+    assert {where for part, where in report.calls if part == "attention"} == {f"own path: {reason}"}
