@@ -23,8 +23,7 @@ The norm needs the whole row before its first product, and every program needs t
 kernel that finishes x leaves, for its OUT columns of each row, their mean and their squares' sum around it (Chan, Golub, LeVeque
 1983), and the norm combines C / OUT pairs a row instead of reading the row first. Variances stay sums of centred values.
 
-`attend` does not split a head's keys: 5 rows of 12 heads are 60 programs with 64 KB in flight each. Each of the BLOCK keys of a
-tile is an online softmax of its own, and they are combined once, at the end: inside the loop no thread waits for another warp.
+`attend` does not split a head's keys: 5 rows of 12 heads are 60 programs with 64 KB in flight each.
 
 Activations that a matrix multiplies (normed rows, y, h) are rounded to the weights' dtype, as nn.Linear under autocast does; sums,
 residual stream, query and logits are fp32. Weights fp16 or bf16: float32 has no tensor cores that keep its digits.
@@ -37,6 +36,7 @@ import triton.language as tl
 
 from . import decode
 from .attention_common import LOG2_E, load_tile
+from .attention_decode import LOWEST, attend_slots, keys_of_tile
 from .decode import vector
 from .dependent_launch import launch_dependents, options as launch_options, wait_for_predecessor
 from .gate_case import Case
@@ -257,7 +257,7 @@ def attend_kernel(
         q_ptr, k_ptr, v_ptr, position_ptr, y_ptr,       # (B, C) fp32, (B, H, T, D) twice, (B,) int64, (B, C)
         T, scale2, H: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """One head of one row. The first tile is loaded before the wait: all keys but the newest are from earlier steps, which ended
-    before this one began. The newest is where the softmax of slot 0 starts. The next tile is in flight while one is used."""
+    before this one began. The newest is where the softmax of slot 0 starts."""
     head = tl.program_id(0)
     launch_dependents(DEPENDENT)
     position = tl.minimum(tl.load(position_ptr + head // H), T - 1).to(tl.int32)
@@ -271,20 +271,10 @@ def attend_kernel(
     # not from the L1 cache: with an odd D they share 32 bytes with a key that was loaded before they were written
     k_new = tl.load(k_ptr + position * D + col, mask=col < D, other=0.0, cache_modifier=".cg").to(tl.float32)
     v_new = tl.load(v_ptr + position * D + col, mask=col < D, other=0.0, cache_modifier=".cg").to(tl.float32)
-    top = tl.where(slot == 0, tl.sum(q * k_new, 0), -1e30)      # finite, so that a slot without a key subtracts no two infinities
-    total = tl.where(slot == 0, 1.0, 0.0)                                               # [BLOCK]
+    top = tl.where(slot == 0, tl.sum(q * k_new, 0), LOWEST)                             # [BLOCK]
+    total = tl.where(slot == 0, 1.0, 0.0)
     acc = tl.where((slot == 0)[:, None], v_new[None, :], 0.0)                           # [BLOCK, HEAD]
-    for first in tl.range(0, position, BLOCK):
-        next_k = load_tile(k_ptr, first + BLOCK, D, position, D, BLOCK, HEAD, True)
-        next_v = load_tile(v_ptr, first + BLOCK, D, position, D, BLOCK, HEAD, True)
-        s = tl.where(first + slot < position, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
-        new_top = tl.maximum(top, s)
-        shrink, p = tl.exp2(top - new_top), tl.exp2(s - new_top)
-        acc = acc * shrink[:, None] + p[:, None] * v.to(tl.float32)
-        total, top = total * shrink + p, new_top
-        k, v = next_k, next_v
-    weight = tl.exp2(top - tl.max(top, 0))
-    y = tl.sum(acc * weight[:, None], 0) / tl.sum(total * weight, 0)                    # [HEAD]
+    y = attend_slots(q, k, v, top, total, acc, k_ptr, v_ptr, D, position, D, HEAD, BLOCK)                       # [HEAD]
     tl.store(y_ptr + head * D + col, y.to(y_ptr.dtype.element_ty), mask=col < D)
 
 
@@ -335,7 +325,6 @@ EARLY_BYTES = 48 * 1024         # of weights that a program holds before the wai
 AHEAD_REGISTERS = 512           # of a thread of each warp, for activations in flight: 64 KB a program; of one thread at most
 LARGEST_AHEAD = 96
 HEAD_PROGRAMS = 2               # of `head`, a multiprocessor
-ATTEND_ELEMENTS = 32            # of a tile of keys, a thread; as many of values, and of both for the next tile
 FEW_HEADS = 132                 # up to so many programs `attend` takes 8 warps each, else 4
 
 
@@ -360,7 +349,7 @@ def cut(kernels, B, K, itemsize):
 def attend_tile(HEAD, programs):
     """(BLOCK, warps) of `attend`."""
     warps = 8 if programs <= FEW_HEADS else 4
-    return max(16, ATTEND_ELEMENTS * 32 * warps // HEAD), warps
+    return keys_of_tile(HEAD, warps, 2), warps
 
 
 # -------------------------------------------------------------------------------------------------------------------- launchers

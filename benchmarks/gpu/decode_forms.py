@@ -4,7 +4,8 @@
 
 For each form: microseconds a step of a captured CUDA graph, and its logits' relative L2 error against the step made of ops; for
 decode_rows.py also microseconds a launch of each kernel, by a graph of that kernel alone over all layers behind one that empties
-the L2 cache. A form that fails is a row with its traceback. One JSON line a result, printed too.
+the L2 cache, and likewise the attention of the step made of ops with its keys split and whole. A form that fails is a row with its
+traceback. One JSON line a result, printed too.
 """
 import argparse
 import json
@@ -16,7 +17,7 @@ import torch
 import triton
 
 from nanogpt_fast import generation
-from nanogpt_fast.kernels import decode, decode_rows
+from nanogpt_fast.kernels import attention_decode, decode, decode_rows
 from nanogpt_fast.model import GPT, GPTConfig
 
 POSITION, BLOCK_SIZE = 640, 1024
@@ -89,11 +90,25 @@ def kernels_of(decoder, session, empty):
     return {**found, "head": cold(lambda: decoder.logits(out), 1, empty)}
 
 
+def attention_of(session, empty):
+    """{form: microseconds a layer} of the op's attention, both forms at any number of heads."""
+    q = torch.randn(session.rows, session.n_head, 1, session.cache.size(-1), dtype=torch.bfloat16, device=DEVICE)
+    lengths, usual, found = session.position + 1, attention_decode.WHOLE_HEADS, {}
+    for form, least in (("split", 10**9), ("whole", 1)):
+        attention_decode.WHOLE_HEADS = least
+        try:
+            found[form] = cold(lambda: [attention_decode.attention_decode(q, *kv, lengths, scale=0.125) for kv in session.cache],
+                               len(session.cache), empty)
+        finally:
+            attention_decode.WHOLE_HEADS = usual
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.decode_forms", description=__doc__.split("\n")[0])
     parser.add_argument("--json", required=True, metavar="FILE")
     parser.add_argument("--seconds", type=float, default=60, help="nothing is begun later")
-    parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[4, 16, 64, 2, 8, 32, 1, 3])
+    parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[4, 16, 64, 2, 8, 32, 24, 1, 3])
     args = parser.parse_args()
     start = time.perf_counter()
     file = open(args.json, "a")
@@ -131,6 +146,7 @@ def main():
             for name, (form, most) in FORMS.items():
                 if rows <= most:
                     attempt(rows, name, lambda: whole(form))
+            attempt(rows, "attention", lambda: attention_of(session, empty))
             if rows <= decode_rows.LARGEST_B:
                 attempt(rows, "rows: kernels", lambda: kernels_of(build(session, decode_rows.RowsDecoder), session, empty))
 

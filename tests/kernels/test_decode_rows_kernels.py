@@ -157,8 +157,8 @@ def act_check():
 
 @pytest.mark.parametrize("pattern,replacement,check", [
     (r"squares \+ columns \* off \* off, 0\) / C", "squares, 0) / C", qkv_check),
-    (r"acc \* shrink\[:, None\] \+", "acc +", attend_check),
-    (r"total \* weight, 0", "total, 0", attend_check),
+    (r"slot == 0, 1.0, 0.0", "slot == 0, 0.0, 0.0", attend_check),
+    (r"v_new\[None, :\], 0.0", "0.0, 0.0", attend_check),
     (r"tl.where\(inside, tl.minimum\(GROUP, C - group \* GROUP\), 0\)", "tl.where(inside, GROUP, 0)", act_check),
 ])
 def test_planted_faults_are_seen(pattern, replacement, check):
