@@ -27,7 +27,7 @@ WHOLE_HEADS = 2 * 132
 THREAD_BYTES = 64               # of a whole head's tile of keys, a thread; as many of values, and of both for the next tile
 # Elements of the tile of keys a program holds, for every architecture: 64 keys at D=64. Two tiles (keys and values) of 4,096
 # elements in 128 threads are 64 loaded elements a thread, all in flight at once (84 registers at most, no spill), and at
-# T=1024, batch 1 there is a program for each multiprocessor. Chosen by counting; not timed.
+# T=1024, batch 1 there is a program for each multiprocessor. Chosen by counting; other sizes were not timed.
 CHUNK_ELEMENTS = 4096
 COMBINED = 16                   # chunks that the second kernel loads at once: all of T=1024 at D=64
 WARPS = 4

@@ -233,7 +233,7 @@ class Tile(NamedTuple):
 
 # {kernels: {BLOCK_K, the power of two that holds a row of the matrix: Tile}}, the same for sm_80 to sm_100 and all dtypes:
 # nothing is reused, so nothing depends on an architecture but how many multiprocessors (84 to 148) want a program. Chosen by
-# counting, not yet by timing: up to 64 elements a thread, so that a tile in half precision takes 32 registers beside its row of
+# counting; no other table was timed: up to 64 elements a thread, so that a tile in half precision takes 32 registers beside its row of
 # activations. At C=768 in bf16
 #
 #                    programs   weights of one   in flight on each of 132 multiprocessors, where 26 KB are wanted

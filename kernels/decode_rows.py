@@ -13,8 +13,9 @@ multiplies it with all rows: outputs are the M of an mma (16), rows the N (8 or 
 their way before the kernel ahead has ended (dependent_launch.py), no sum across programs, so the bits are the same in every run,
 and a row's do not depend on the rows beside it.
 
-GPT-2 124M in bf16, H100, us a step at position 640: 364 for 4 rows, 406 for 8, 533 for 16, where the step made of ops takes 587,
-592 and 730. Tiles of 16 and 32 rows were tried for 32 and 64 rows: 900 and 1,388 us at best against the ops' 879 and 1,178.
+GPT-2 124M in bf16, us a step at position 640: 364 for 4 rows, 406 for 8, 533 for 16, where the step made of ops takes 587, 592
+and 730. Tiles of 16 and 32 rows were tried for 32 and 64 rows: 900 and 1,388 us at best against the ops' 879 and 1,178. (H100 80GB
+HBM3, torch 2.11, Triton 3.6, benchmarks/gpu/decode_forms.py; kernels/README.md has each kernel's time beside its floor.)
 
 A warp multiplies its own slice of K and the warps' sums are added at the end, always in one order: with 16 outputs and 8 rows
 there is one mma in M and N, and warps that shared it would each do all of it.
