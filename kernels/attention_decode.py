@@ -3,11 +3,12 @@
 One query reads its whole cache and multiplies each element once, so only bytes count: 2 * length * D elements a head, nothing
 else of that size. GPT-2 124M at batch 1 has 12 heads and a GPU a hundred multiprocessors and more, so the keys are split: a
 program takes one head and one chunk of CHUNK keys and leaves its weighted values and the log2-sum-exp of its scores; a second
-kernel combines the chunks of a head. (1, 12, 1024, 64) makes 192 programs.
+kernel combines the chunks of a head. (1, 12, 1024, 64) makes 192 programs. From WHOLE_HEADS heads on there are programs enough
+without a split: one kernel, a program a head.
 
 The cache has a fixed capacity and a length a row in a device tensor, so one captured CUDA graph serves every length: chunks
-beyond the length end at once. How the keys are cut depends on D only, so a row's result does not depend on what it is batched
-with.
+beyond the length end at once. How the keys are cut depends on D, the dtype and whether B * H reaches WHOLE_HEADS, so a row's
+result depends on how many rows there are, at most, and never on what they hold.
 
 Source: Dao et al. 2023, "Flash-Decoding for long-context inference"; the combination of partial softmaxes is Milakov and
 Gimelshein's 2018.
@@ -19,12 +20,62 @@ import triton.language as tl
 from .attention_common import DTYPES, LARGEST_HEAD, LARGEST_STRIDE, LOG2_E, head_offset, load_tile, padded_head, same_layout
 from .dependent_launch import launch_dependents, wait_for_predecessor
 
+# From so many heads on (B * H) a program takes a whole one: two programs for each of an H100's 132 multiprocessors. A constant, so
+# that the bits do not depend on the GPU. Two kernels took 88.6 us on an H100 for 64 rows of 12 heads of 1,024 keys, 201 MB, cold;
+# this loop in decode_rows.py, behind an empty L2 cache as well, 45.7 us for 641 keys, 126 MB: 2.3 and 2.8 TB/s. For 32 rows 24.6 us.
+WHOLE_HEADS = 2 * 132
+THREAD_BYTES = 64               # of a whole head's tile of keys, a thread; as many of values, and of both for the next tile
 # Elements of the tile of keys a program holds, for every architecture: 64 keys at D=64. Two tiles (keys and values) of 4,096
 # elements in 128 threads are 64 loaded elements a thread, all in flight at once (84 registers at most, no spill), and at
-# T=1024, batch 1 there is a program for each multiprocessor. Chosen by counting; not timed.
+# T=1024, batch 1 there is a program for each multiprocessor. Chosen by counting; other sizes were not timed.
 CHUNK_ELEMENTS = 4096
 COMBINED = 16                   # chunks that the second kernel loads at once: all of T=1024 at D=64
 WARPS = 4
+LOWEST = tl.constexpr(-3.4e38)  # near the lowest number of fp32: where the softmax of a slot without a key begins
+
+
+@triton.jit
+def attend_slots(q, k, v, top, total, acc, k_ptr, v_ptr, stride, count, D: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr):
+    """Attention of q [HEAD], scaled to base 2, over the rows 0 .. count of the matrices at k_ptr and v_ptr: [HEAD] fp32.
+
+    Each of the BLOCK keys of a tile is an online softmax of its own, and they are combined once, at the end: inside the loop no
+    thread waits for another warp. The caller begins them, top (finite, so that a slot without a key subtracts no two infinities) and
+    total [BLOCK], acc [BLOCK, HEAD], and loads the first tile, k and v; then the next is in flight while one is used. No key at all
+    gives zeros.
+    """
+    slot = tl.arange(0, BLOCK)
+    for first in tl.range(0, count, BLOCK):
+        next_k = load_tile(k_ptr, first + BLOCK, stride, count, D, BLOCK, HEAD, True)
+        next_v = load_tile(v_ptr, first + BLOCK, stride, count, D, BLOCK, HEAD, True)
+        s = tl.where(first + slot < count, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
+        new_top = tl.maximum(top, s)
+        shrink, p = tl.exp2(top - new_top), tl.exp2(s - new_top)
+        acc = acc * shrink[:, None] + p[:, None] * v.to(tl.float32)
+        total, top = total * shrink + p, new_top
+        k, v = next_k, next_v
+    weight = tl.exp2(top - tl.max(top, 0))
+    total = tl.sum(total * weight, 0)
+    return tl.sum(acc * weight[:, None], 0) / tl.where(total == 0, 1.0, total)
+
+
+@triton.jit(do_not_specialize=["H"])
+def whole_kernel(q_ptr, k_ptr, v_ptr, length_ptr, out_ptr,
+                 stride_qb, stride_qh, stride_kb, stride_kh, stride_kt, scale2, H,
+                 D: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr):
+    """One head: out (B*H, D)."""
+    head = tl.program_id(0)
+    length = tl.load(length_ptr + head // H).to(tl.int32)
+    col = tl.arange(0, HEAD)
+    q = tl.load(q_ptr + head_offset(head, H, stride_qb, stride_qh) + col, mask=col < D, other=0.0).to(tl.float32) * scale2
+    offset = head_offset(head, H, stride_kb, stride_kh)
+    k_ptr += offset
+    v_ptr += offset
+    k = load_tile(k_ptr, 0, stride_kt, length, D, BLOCK, HEAD, True)
+    v = load_tile(v_ptr, 0, stride_kt, length, D, BLOCK, HEAD, True)
+    top = tl.full((BLOCK,), LOWEST, tl.float32)
+    out = attend_slots(q, k, v, top, tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK, HEAD), tl.float32),
+                       k_ptr, v_ptr, stride_kt, length, D, HEAD, BLOCK)
+    tl.store(out_ptr + head.to(tl.int64) * D + col, out.to(out_ptr.dtype.element_ty), mask=col < D)
 
 
 @triton.jit(do_not_specialize=["H", "n_chunks"])
@@ -79,6 +130,11 @@ def combine_kernel(part_ptr, lse_ptr, length_ptr, out_ptr, H, n_chunks,
     tl.store(out_ptr + head.to(tl.int64) * D + col, out.to(out_ptr.dtype.element_ty), mask=col < D)
 
 
+def keys_of_tile(HEAD, warps, itemsize):
+    """BLOCK: keys of a whole head's tile."""
+    return THREAD_BYTES * 32 * warps // (HEAD * itemsize)
+
+
 def attention_decode(q, k, v, lengths, *, scale):
     """q (B, H, 1, D) over the first lengths[b] of the keys and values k, v (B, H, T, D) -> (B, H, 1, D), contiguous.
 
@@ -107,16 +163,21 @@ def attention_decode(q, k, v, lengths, *, scale):
     if not scale > 0:
         raise ValueError(f"scale is {scale}; expected a positive number")
     HEAD = padded_head(D)
-    CHUNK = CHUNK_ELEMENTS // HEAD
-    n_chunks = -(-T // CHUNK)
     out = torch.empty((B, H, 1, D), dtype=q.dtype, device=q.device)
-    part = torch.empty((B * H, n_chunks, D), dtype=torch.float32, device=q.device)
-    lse = torch.empty((B * H, n_chunks), dtype=torch.float32, device=q.device)
     if B * H == 0 or T == 0:
         return out.zero_()
+    strides, scale2 = (*q.stride()[:2], *k.stride()[:3]), scale * LOG2_E
     with torch.cuda.device_of(q):
+        if B * H >= WHOLE_HEADS:
+            whole_kernel[(B * H,)](q, k, v, lengths, out, *strides, scale2, H, D=D, HEAD=HEAD,
+                                   BLOCK=keys_of_tile(HEAD, WARPS, q.element_size()), num_warps=WARPS)
+            return out
+        CHUNK = CHUNK_ELEMENTS // HEAD
+        n_chunks = -(-T // CHUNK)
+        part = torch.empty((B * H, n_chunks, D), dtype=torch.float32, device=q.device)
+        lse = torch.empty((B * H, n_chunks), dtype=torch.float32, device=q.device)
         decode_kernel[(B * H, n_chunks)](
-            q, k, v, lengths, part, lse, *q.stride()[:2], *k.stride()[:3], scale * LOG2_E, H, n_chunks,
+            q, k, v, lengths, part, lse, *strides, scale2, H, n_chunks,
             D=D, HEAD=HEAD, CHUNK=CHUNK, DEPENDENT=False, num_warps=WARPS)
         combine_kernel[(B * H,)](
             part, lse, lengths, out, H, n_chunks, D=D, HEAD=HEAD, CHUNK=CHUNK, COMBINED=COMBINED, num_warps=WARPS)
@@ -127,9 +188,16 @@ def gate_cases(arch):
     """The compile gate's cases: the same constants on every architecture."""
     from .gate_case import Case
     strides = ("stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_kt")
-    for dtype, HEAD in (("bf16", 32), ("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64)):
-        CHUNK = CHUNK_ELEMENTS // HEAD
+    for dtype, HEAD in (("bf16", 32), ("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 256)):
+        CHUNK, BLOCK = CHUNK_ELEMENTS // HEAD, keys_of_tile(HEAD, WARPS, 4 if dtype == "fp32" else 2)
         row = f"all: {CHUNK} keys, {WARPS} warps"
+        yield Case(
+            name=f"attention.whole D={HEAD} {dtype}", kernel=whole_kernel, num_warps=WARPS,
+            tile_row=f"all: {BLOCK} keys, {WARPS} warps",
+            signature={**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}"), "length_ptr": "*i32",
+                       **dict.fromkeys(strides, "i32"), "scale2": "fp32", "H": "i32"},
+            constexprs={"D": HEAD, "HEAD": HEAD, "BLOCK": BLOCK}, divisible=strides,
+            allowed_narrow_loads=3, narrow_reason="the row's length and its one query, 2 to 4 bytes a thread")
         yield Case(
             name=f"attention.decode D={HEAD} {dtype}", kernel=decode_kernel, num_warps=WARPS, tile_row=row,
             signature={**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}"), "length_ptr": "*i32", "part_ptr": "*fp32",

@@ -23,8 +23,8 @@ A token uses each weight once, so nothing but bytes counts, and a kernel has few
   stand before that wait: loads of parameters. No kernel of a step writes them.
 
 A row of the batch is a column of the grid: programs of one tile run side by side and all but the first find the weights in L2,
-and what a row computes does not depend on the rows beside it, bit for bit. It reads the weights `rows` times from L2, which is
-about as fast as memory for two rows; from some four on the matmuls of a library do better.
+and what a row computes does not depend on the rows beside it, bit for bit. It reads the weights `rows` times from L2: a step of
+GPT-2 124M takes 241 us for one row and 480 for four on an H100. From 3 rows on decode_rows.py is faster, in half precision.
 
 Weights fp32, fp16 or bf16; every product and sum, the residual stream and all that lies between kernels fp32; the cache in the
 weights' dtype. Rows: B; width C = H * D; hidden size F; vocabulary V; T positions in the cache.
@@ -233,7 +233,7 @@ class Tile(NamedTuple):
 
 # {kernels: {BLOCK_K, the power of two that holds a row of the matrix: Tile}}, the same for sm_80 to sm_100 and all dtypes:
 # nothing is reused, so nothing depends on an architecture but how many multiprocessors (84 to 148) want a program. Chosen by
-# counting, not yet by timing: up to 64 elements a thread, so that a tile in half precision takes 32 registers beside its row of
+# counting; no other table was timed: up to 64 elements a thread, so that a tile in half precision takes 32 registers beside its row of
 # activations. At C=768 in bf16
 #
 #                    programs   weights of one   in flight on each of 132 multiprocessors, where 26 KB are wanted

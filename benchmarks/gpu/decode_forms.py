@@ -1,87 +1,34 @@
-"""One decode step of GPT-2 124M in bf16 for 1 to 64 rows: forms and tiles of kernels/decode_rows.py beside the step made of ops.
+"""One decode step of GPT-2 124M in bf16 for 1 to 64 rows: kernels/decode.py and decode_rows.py beside the step made of ops.
 
-    python -m benchmarks.gpu.decode_forms --json FILE [--seconds 40] [--rows 8,64] [--workers 12]
+    python -m benchmarks.gpu.decode_forms --json FILE [--rows 4,8] [--seconds 60]
 
-For each form: its logits' relative L2 error against the step made of ops, microseconds a step of a captured CUDA graph, and
-microseconds a launch of each of its kernels, by a graph of that kernel alone over all layers behind one that empties the L2 cache.
-A form that fails is a row with its traceback. One JSON line a result, printed too.
+For each form: microseconds a step of a captured CUDA graph, and its logits' relative L2 error against the step made of ops; for
+decode_rows.py also microseconds a launch of each kernel, by a graph of that kernel alone over all layers behind one that empties
+the L2 cache, and likewise the attention of the step made of ops with its keys split and whole. A form that fails is a row with its
+traceback. One JSON line a result, printed too.
 """
 import argparse
-import contextlib
 import json
-import multiprocessing
 import statistics
 import time
 import traceback
 
 import torch
+import triton
 
 from nanogpt_fast import generation
-from nanogpt_fast.kernels import decode, decode_rows
-from nanogpt_fast.kernels.decode_rows import Tile
+from nanogpt_fast.kernels import attention_decode, decode, decode_rows
 from nanogpt_fast.model import GPT, GPTConfig
 
-BF16 = torch.bfloat16
 POSITION, BLOCK_SIZE = 640, 1024
 DEVICE = "cuda"
-
-
-def tiles(norm, add, head, attend=None):
-    """Settings of decode_rows: a row of TILES, and `attend` as (elements a thread, warps)."""
-    return dict(row={"norm_qkv": Tile(*norm), "norm_act": Tile(*norm), "linear_add": Tile(*add), "head": Tile(*head)}, attend=attend)
-
-
-# {rows: {form: settings}}
-FORMS = {
-    4: {"base": {}},
-    8: {
-        "base": {},
-        "small": tiles((8, 8, 4, 64), (8, 16, 4, 64), (8, 32, 4, 64), (32, 4)),
-        "large": tiles((8, 32, 8, 32), (8, 8, 8, 32), (8, 32, 8, 32), (16, 8)),
-        "eight": tiles((8, 16, 8, 32), (8, 16, 8, 64), (8, 16, 8, 32), (16, 4)),
-    },
-    16: {
-        "base": {},
-        "large": tiles((16, 32, 8, 32), (16, 16, 8, 32), (16, 32, 8, 32), (16, 8)),
-        "eight": tiles((16, 16, 8, 32), (16, 8, 8, 32), (16, 16, 8, 32), (16, 4)),
-    },
-    32: {
-        "base": {},
-        "by 16": tiles((16, 32, 8, 32), (16, 16, 8, 32), (16, 32, 8, 32), (16, 8)),
-        "small": tiles((32, 16, 8, 32), (32, 8, 8, 32), (32, 32, 8, 32), (16, 4)),
-    },
-    64: {
-        "base": {},
-        "by 16": tiles((16, 32, 8, 32), (16, 16, 8, 32), (16, 32, 8, 32), (16, 8)),
-        "small": tiles((32, 32, 8, 32), (32, 8, 8, 32), (32, 32, 8, 32), (16, 4)),
-        "large": tiles((16, 64, 8, 32), (32, 32, 8, 32), (16, 16, 8, 32), (32, 8)),
-    },
-}
-
-
-@contextlib.contextmanager
-def settings(row=None, attend=None):
-    """decode_rows with another tile table."""
-    before = decode_rows.TILES, decode_rows.attend_tile
-    try:
-        if row is not None:
-            decode_rows.TILES = dict.fromkeys(before[0], row)
-        if attend is not None:
-            elements, warps = attend
-            decode_rows.attend_tile = lambda HEAD, programs: (elements * 32 * warps // HEAD, warps)
-        yield
-    finally:
-        decode_rows.TILES, decode_rows.attend_tile = before
-
-
-def model_of(**changes):
-    with torch.device(DEVICE):
-        return GPT(GPTConfig(**{**dict(bias=False, dropout=0.0, block_size=BLOCK_SIZE), **changes})).eval()
+FORMS = {"matvec": (decode.Decoder, 8), "rows": (decode_rows.RowsDecoder, decode_rows.LARGEST_B)}      # and up to how many rows
 
 
 def session_of(model, rows):
-    """With random keys and values, its rows at POSITION. It keeps weak references to the parameters: keep the model."""
-    session = generation.Session(model, rows, BF16)
+    """With random keys and values, its rows at POSITION, the step made of ops."""
+    session = generation.Session(model, rows, torch.bfloat16)
+    session.native = None
     session.refresh()
     session.cache.normal_()
     session.feed(torch.randint(model.config.vocab_size, (rows,), device=DEVICE), torch.full((rows,), POSITION, device=DEVICE))
@@ -92,19 +39,6 @@ def build(session, form):
     layers = [decode.Layer(layer.ln_1, layer.c_attn, layer.c_proj, layer.ln_2, layer.c_fc, layer.mlp_proj, *session.cache[i],
                            layer.activation) for i, layer in enumerate(session.layers)]
     return form(session.wte, session.wpe, session.ln_f, session.head, layers)
-
-
-def compile_form(rows, form):
-    """In a process of its own: fill Triton's cache with what this form needs."""
-    try:
-        with torch.no_grad(), settings(**FORMS[rows][form]):
-            model = model_of(n_layer=1)
-            session = session_of(model, rows)
-            build(session, decode_rows.RowsDecoder)(session.token, session.position)
-            torch.cuda.synchronize()
-        return None
-    except Exception:
-        return traceback.format_exc(limit=-3)
 
 
 def captured(run):
@@ -135,47 +69,46 @@ def microseconds(graph, replays, rounds=5):
     return statistics.median(found)
 
 
-def chains(decoder, session, empty):
-    """{kernel: microseconds a launch}: each alone over all layers, behind a write of `empty`, whose own time is taken off."""
+def cold(run, launches, empty):
+    """Microseconds of one of the `launches` of run(), behind a write of `empty`, whose own time is taken off."""
+    def both():
+        empty.zero_()
+        run()
+    return round((microseconds(captured(both), 5) - microseconds(captured(empty.zero_), 5)) / launches, 2)
+
+
+def kernels_of(decoder, session, empty):
+    """{kernel: microseconds a launch} of a RowsDecoder."""
+    decoder(session.token, session.position)            # what each kernel finds: x, its statistics, the rows' lengths
     out = torch.empty(decoder.B, decoder.V, device=DEVICE)
     runs = {
         "norm_qkv": decoder.norm_qkv, "attend": lambda layer: decoder.attend(layer, session.position),
         "linear_add C": lambda layer: decoder.linear_add(decoder.y, layer.c_proj), "norm_act": decoder.norm_act,
         "linear_add F": lambda layer: decoder.linear_add(decoder.h, layer.mlp_proj)}
-    nothing = microseconds(captured(lambda: empty.zero_()), 5)
-    found = {}
+    over_layers = lambda run: lambda: [run(layer) for layer in decoder.layers]
+    found = {name: cold(over_layers(run), len(decoder.layers), empty) for name, run in runs.items()}
+    return {**found, "head": cold(lambda: decoder.logits(out), 1, empty)}
 
-    def chain(name, run, launches):
-        def both():
-            empty.zero_()
-            run()
-        found[name] = round((microseconds(captured(both), 5) - nothing) / launches, 2)
-    for name, run in runs.items():
-        chain(name, lambda: [run(layer) for layer in decoder.layers], len(decoder.layers))
-    chain("head", lambda: decoder.logits(out), 1)
+
+def attention_of(session, empty):
+    """{form: microseconds a layer} of the op's attention, both forms at any number of heads."""
+    q = torch.randn(session.rows, session.n_head, 1, session.cache.size(-1), dtype=torch.bfloat16, device=DEVICE)
+    lengths, usual, found = session.position + 1, attention_decode.WHOLE_HEADS, {}
+    for form, least in (("split", 10**9), ("whole", 1)):
+        attention_decode.WHOLE_HEADS = least
+        try:
+            found[form] = cold(lambda: [attention_decode.attention_decode(q, *kv, lengths, scale=0.125) for kv in session.cache],
+                               len(session.cache), empty)
+        finally:
+            attention_decode.WHOLE_HEADS = usual
     return found
-
-
-def profile(decoder, session):
-    """{kernel: microseconds}, the mean of its launches in 3 steps that are not captured."""
-    from torch.profiler import ProfilerActivity, profile as profiler
-    with profiler(activities=[ProfilerActivity.CUDA]) as prof:
-        for _ in range(3):
-            decoder(session.token, session.position)
-        torch.cuda.synchronize()
-    times = {}
-    for event in prof.events():
-        if event.device_time > 0:
-            times.setdefault(event.name, []).append(event.device_time)
-    return {name: [round(statistics.mean(values), 2), len(values) // 3] for name, values in times.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.decode_forms", description=__doc__.split("\n")[0])
     parser.add_argument("--json", required=True, metavar="FILE")
-    parser.add_argument("--seconds", type=float, default=40, help="no form is begun later")
-    parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[8, 64, 16, 32, 4, 1])
-    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=60, help="nothing is begun later")
+    parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[4, 16, 64, 2, 8, 32, 24, 1, 3])
     args = parser.parse_args()
     start = time.perf_counter()
     file = open(args.json, "a")
@@ -186,60 +119,36 @@ def main():
         file.write(line + "\n")
         file.flush()
 
-    def attempt(name, run, **row):
+    def attempt(rows, name, run):
         if time.perf_counter() - start > args.seconds:
-            return tell(**row, what=name, error="no time left")
+            return tell(rows=rows, what=name, error="no time left")
         try:
-            result = run()
-            tell(**row, what=name, **(result if isinstance(result, dict) else {"us": result}))
-            return result
+            tell(rows=rows, what=name, **run())
         except Exception:
-            tell(**row, what=name, error=traceback.format_exc(limit=-4))
+            tell(rows=rows, what=name, error=traceback.format_exc(limit=-4))
 
-    tell(what="machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__)
-    wanted = [(rows, form) for rows in args.rows for form in FORMS.get(rows, ())]
-    with multiprocessing.get_context("spawn").Pool(min(args.workers, len(wanted)) or 1) as pool:
-        compiling = pool.starmap_async(compile_form, wanted, chunksize=1)
-        model = model_of()
-        errors = compiling.get()
-    for (rows, form), error in zip(wanted, errors):
-        if error:
-            tell(rows=rows, what=f"compiling {form}", error=error)
-    tell(what="compiled", forms=len(wanted))
-
+    tell(what="machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__)
+    with torch.device(DEVICE):
+        model = GPT(GPTConfig(bias=False, dropout=0.0, block_size=BLOCK_SIZE)).eval()
     empty = torch.empty(32 * 2**20, device=DEVICE)      # 128 MB
     with torch.no_grad():
         for rows in args.rows:
             session = session_of(model, rows)
-            session.native = None
-            expected = session.decode(BLOCK_SIZE).float()
-            attempt("ops", lambda: round(microseconds(captured(lambda: session.decode(BLOCK_SIZE)), 20), 1), rows=rows)
+            step = lambda: session.decode(BLOCK_SIZE)
+            attempt(rows, "ops", lambda: dict(us=round(microseconds(captured(step), 20), 1)))
 
-            def form_result(form):
+            def whole(form):
                 decoder = build(session, form)
-                out = decoder(session.token, session.position)
-                error = ((out - expected).norm() / expected.norm()).item()
-                us = microseconds(captured(lambda: decoder(session.token, session.position)), 20)
-                return decoder, dict(us=round(us, 1), relative_error=float(f"{error:.2g}"))
-            if rows <= 8:
-                attempt("matvec", lambda: form_result(decode.Decoder)[1], rows=rows)
-            best = None
-            for name, options in FORMS.get(rows, {}).items():
-                with settings(**options):
-                    made = []
-
-                    def whole():
-                        made.append(form_result(decode_rows.RowsDecoder))
-                        return made[0][1]
-                    if attempt(name, whole, rows=rows) is None:
-                        continue
-                    attempt(f"{name}: kernels", lambda: chains(made[0][0], session, empty), rows=rows)
-                    if best is None or made[0][1]["us"] < best[0]:
-                        best = made[0][1]["us"], made[0][0], options, name
-            if best is not None and rows in (8, 64):
-                with settings(**best[2]):
-                    attempt(f"{best[3]}: profile", lambda: profile(best[1], session), rows=rows)
-            best = session = expected = None
+                run = lambda: decoder(session.token, session.position)
+                expected = step().float()
+                error = ((run() - expected).norm() / expected.norm()).item()
+                return dict(us=round(microseconds(captured(run), 20), 1), relative_error=float(f"{error:.2g}"))
+            for name, (form, most) in FORMS.items():
+                if rows <= most:
+                    attempt(rows, name, lambda: whole(form))
+            attempt(rows, "attention", lambda: attention_of(session, empty))
+            if rows <= decode_rows.LARGEST_B:
+                attempt(rows, "rows: kernels", lambda: kernels_of(build(session, decode_rows.RowsDecoder), session, empty))
 
 
 if __name__ == "__main__":

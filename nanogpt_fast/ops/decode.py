@@ -1,9 +1,8 @@
 """One token a row through a whole GPT: what `generate` does between two draws.
 
 Every weight is read once and used twice, so the memory's bandwidth is the limit. On a GPU five Triton kernels a layer reach for
-it, for up to 4 rows those of kernels/decode.py, for more those of kernels/decode_rows.py; on a CPU one call of the extension
-(csrc/decode.h). The session (`generation.Session`) holds weights and
-cache; this file hands them over, and says where it can't.
+it, up to 16 rows: those of kernels/decode.py or kernels/decode_rows.py. On a CPU one call of the extension does it
+(csrc/decode.h). The session (`generation.Session`) holds weights and cache; this file hands them over, and says where it can't.
 """
 import torch
 
@@ -11,11 +10,18 @@ from .. import backend as _backend
 from . import sample
 
 MAX_ROWS = 16  # csrc/decode.h; with more rows PyTorch's matrix products do as well
-# kernels/decode.py reads the weights once a row from the L2 cache: GPT-2 124M in bf16 is 0.25 GB, 58 us at 4.3 TB/s, and 4 rows
-# are 1 GB from an L2 of perhaps 6 TB/s, 170 us. Beyond, kernels/decode_rows.py reads them once for up to 32 rows, on tensor cores,
-# which half precision alone has. Counted, not measured.
-MAX_ROWS_MATVEC = 4
-MAX_ROWS_TENSOR_CORES = 64
+# What a step takes, in us: GPT-2 124M in bf16 at position 640 on an H100 80GB HBM3, PyTorch 2.11, Triton 3.6, a captured graph
+# (python -m benchmarks.gpu.decode_forms). From 3 rows on, those below 17 share a tile of 8 or 16 rows.
+#
+#   rows                                            1      4      8     16     32     64
+#   kernels/decode.py, the weights once a row     241    480    847
+#   kernels/decode_rows.py, on tensor cores              364    406    533    900  1,388
+#   the step made of ops                          559    587    592    730    879  1,178
+#
+# 2 and 3 rows lie between: about 320 and 400 by the first row, 350 and 360 by the second. Tensor cores need half precision.
+MAX_ROWS_MATVEC = 4             # where tensor cores can't serve; where they can
+MAX_ROWS_BEFORE_TENSOR_CORES = 2
+MAX_ROWS_TENSOR_CORES = 16
 LARGEST_C_TENSOR_CORES = 2048
 LARGEST_K = 8192  # inputs of a matrix (kernels/decode.py)
 LARGEST_HEAD = 256
@@ -34,7 +40,8 @@ def decoder(session):
         from ..kernels import decode as kernels, decode_rows
         layers = [kernels.Layer(layer.ln_1, layer.c_attn, layer.c_proj, layer.ln_2, layer.c_fc, layer.mlp_proj,
                                 *session.cache[i], layer.activation) for i, layer in enumerate(session.layers)]
-        form = kernels.Decoder if session.rows <= MAX_ROWS_MATVEC else decode_rows.RowsDecoder
+        few = MAX_ROWS_BEFORE_TENSOR_CORES if tensor_cores_serve(session) else MAX_ROWS_MATVEC
+        form = kernels.Decoder if session.rows <= few else decode_rows.RowsDecoder
         return form(session.wte, session.wpe, session.ln_f, session.head, layers)
     address = lambda tensor: 0 if tensor is None else tensor.data_ptr()
     layers = []
@@ -59,10 +66,14 @@ def step(native, token, position, vocab, isa="", out=None):
     return logits
 
 
+def tensor_cores_serve(session):
+    """True where kernels/decode_rows.py takes the session's width and dtype."""
+    return session.dtype in (torch.float16, torch.bfloat16) and session.wte.size(1) <= LARGEST_C_TENSOR_CORES
+
+
 def max_rows_triton(session):
     """How many rows the Triton kernels take, by the table above."""
-    tensor_cores = session.dtype in (torch.float16, torch.bfloat16) and session.wte.size(1) <= LARGEST_C_TENSOR_CORES
-    return MAX_ROWS_TENSOR_CORES if tensor_cores else MAX_ROWS_MATVEC
+    return MAX_ROWS_TENSOR_CORES if tensor_cores_serve(session) else MAX_ROWS_MATVEC
 
 
 def why_not_triton(session):

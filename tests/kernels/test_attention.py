@@ -12,6 +12,7 @@ from harness import (assert_close_to_oracle, assert_fault_is_seen, assert_grid_o
                      with_nan_margins)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_decode_kernels import counted_launches
 
 from nanogpt_fast.kernels import attention_backward, attention_common, attention_decode, attention_forward, dropout
 from nanogpt_fast.kernels.attention_common import Tile
@@ -359,9 +360,20 @@ def test_an_output_gradient_of_any_layout_is_read_right(layout, form):
 # ------------------------------------------------------------------------------------------------------------------------ decoding
 
 
+@pytest.fixture(params=[False, True], ids=["split", "whole"])
+def whole(request, monkeypatch):
+    """Whether `attention_decode` takes its kernel for many heads, here for few."""
+    monkeypatch.setattr(attention_decode, "WHOLE_HEADS", 1 if request.param else 10**9)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("D", [8, 40, 64, 128])
-def test_decoding_agrees_with_fp64_at_every_length(D, dtype):
+def test_decoding_agrees_with_fp64_at_every_length(D, dtype, whole):
+    check_decoding(D, dtype)
+
+
+def check_decoding(D, dtype):
     T = 150
     lengths = torch.tensor([1, 2, 64, 65, 150], device=harness.DEVICE)
     q, k, v = (with_nan_margins(torch.randn(5, 2, t, D).to(dtype).to(harness.DEVICE)) for t in (1, T, T))
@@ -381,7 +393,47 @@ def test_decoding_agrees_with_fp64_at_every_length(D, dtype):
     assert_close_to_oracle(out, pytorch(torch.float64), pytorch(dtype), "forward")
 
 
-def test_a_decoded_row_does_not_depend_on_what_it_is_batched_with():
+def test_decoding_reads_a_cache_of_any_strides(whole):
+    q = torch.randn(2, 3, 1, 16, device=harness.DEVICE)
+    k, v = (with_nan_margins(torch.randn(2, 300, 3, 16).to(harness.DEVICE)).transpose(1, 2)[:, :, :290] for _ in range(2))
+    lengths = torch.tensor([290, 40], device=harness.DEVICE)
+    out = attention_decode.attention_decode(q, k, v, lengths, scale=0.3)
+    assert same_bits(out, attention_decode.attention_decode(q, k.contiguous(), v.contiguous(), lengths, scale=0.3))
+
+
+def test_decoding_weighs_scores_far_below_zero(whole):
+    q, k = torch.full((1, 1, 1, 16), -1e18, device=harness.DEVICE), torch.full((1, 1, 200, 16), 1e18, device=harness.DEVICE)
+    v = torch.randn(1, 1, 200, 16, device=harness.DEVICE)
+    out = attention_decode.attention_decode(q, k, v, torch.tensor([200], device=harness.DEVICE), scale=1.0)    # scores of -2e37
+    torch.testing.assert_close(out[0, 0, 0], v[0, 0].mean(0))
+
+
+def test_as_many_heads_as_fill_a_gpu_are_decoded_by_one_kernel():
+    def launched(B, H):
+        q, k = torch.randn(B, H, 1, 8, device=harness.DEVICE), torch.randn(B, H, 2, 8, device=harness.DEVICE)
+        with counted_launches() as names:
+            out = attention_decode.attention_decode(q, k, k, torch.ones(B, dtype=torch.int32, device=harness.DEVICE), scale=1.0)
+        assert same_bits(out, k[:, :, :1])          # one key
+        return names
+    assert launched(22, 12) == ["whole_kernel"]
+    assert launched(21, 12) == ["decode_kernel", "combine_kernel"]
+
+
+@pytest.mark.parametrize("pattern,replacement", [
+    (r"acc \* shrink\[:, None\] \+", "acc +"),
+    (r"total \* weight, 0", "total, 0"),
+    (r"total \* shrink \+ p, new_top", "total + p, new_top"),
+    (r"first \+ slot < count", "first + slot <= count"),
+])
+def test_a_fault_in_the_decoding_of_whole_heads_is_seen(pattern, replacement, monkeypatch):
+    def check():
+        torch.manual_seed(0)
+        monkeypatch.setitem(attention_decode.attention_decode.__globals__, "WHOLE_HEADS", 1)    # of the module with the fault, too
+        check_decoding(64, f32)
+    assert_fault_is_seen(attention_decode, pattern, replacement, check)
+
+
+def test_a_decoded_row_does_not_depend_on_what_it_is_batched_with(whole):
     q, k, v = (torch.randn(3, 2, t, 64, device=harness.DEVICE) for t in (1, 200, 200))
     lengths = torch.tensor([200, 70, 130], device=harness.DEVICE)
     together = attention_decode.attention_decode(q, k, v, lengths, scale=0.1)
@@ -390,7 +442,7 @@ def test_a_decoded_row_does_not_depend_on_what_it_is_batched_with():
         assert same_bits(together[row:row + 1], alone)
 
 
-def test_decoding_an_empty_cache_gives_zeros():
+def test_decoding_an_empty_cache_gives_zeros(whole):
     q, k = torch.randn(2, 1, 1, 16, device=harness.DEVICE), torch.randn(2, 1, 40, 16, device=harness.DEVICE)
     out = attention_decode.attention_decode(q, k, k, torch.tensor([0, 40], device=harness.DEVICE), scale=1.0)
     assert not out[0].any() and out[1].any()

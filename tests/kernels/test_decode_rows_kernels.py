@@ -1,6 +1,6 @@
 """The decode step for many rows, kernels/decode_rows.py: each kernel against fp64, and generation's tokens.
 
-Interpreted: a batch of 5 or 8 rows fills one tile of 8 rows, 16 one of 16, 17 the first of two of 32, 64 two.
+Up to 8 rows fill a tile of 8, in part or whole, 9 to 16 one of 16.
 """
 import harness
 import pytest
@@ -10,7 +10,7 @@ from test_decode_kernels import FUSED, Problem, attention, counted_launches, mod
 
 import nanogpt_fast
 from nanogpt_fast import generation
-from nanogpt_fast.kernels import decode_rows
+from nanogpt_fast.kernels import decode, decode_rows
 from nanogpt_fast.ops import decode as op
 
 f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
@@ -36,7 +36,7 @@ class Rows(Problem):
 
 
 # C = 52 and 40 end in a group of statistics that is not full; F = 300 is more than one piece of K.
-CASES = [(5, 2, 16, bf16, True), (8, 1, 40, f16, False), (16, 4, 13, bf16, False), (17, 1, 16, f16, True), (64, 1, 16, bf16, True)]
+CASES = [(3, 2, 16, bf16, True), (8, 1, 40, f16, False), (16, 4, 13, bf16, False), (9, 1, 16, f16, True)]
 
 
 @pytest.mark.parametrize("B,H,D,dtype,bias", CASES, ids=str)
@@ -67,7 +67,7 @@ def test_a_position_past_the_cache_writes_inside_it():
 
 
 # With D=128 a tile has 64 keys, so 150 positions are three; D=13 is padded.
-@pytest.mark.parametrize("B,H,D,T,dtype", [(5, 2, 13, 40, bf16), (6, 1, 128, 150, f16), (17, 1, 16, 300, bf16)], ids=str)
+@pytest.mark.parametrize("B,H,D,T,dtype", [(5, 2, 13, 40, bf16), (6, 1, 128, 150, f16), (16, 1, 16, 300, bf16)], ids=str)
 def test_attend_is_attention_over_the_keys_so_far(B, H, D, T, dtype):
     p = Rows(B, H, D, T=T, dtype=dtype)
     for row, at in enumerate(p.position.tolist()):      # the newest key and the last one before it have large scores
@@ -94,7 +94,7 @@ def test_linear_add_adds_the_projection_and_leaves_the_statistics_of_x(B, H, D, 
 
 
 @pytest.mark.parametrize("B,H,D,dtype,bias,activation", [
-    (5, 2, 16, bf16, True, "gelu"), (16, 1, 40, f16, False, "gelu_tanh"), (17, 4, 13, bf16, True, "gelu")])
+    (5, 2, 16, bf16, True, "gelu"), (16, 1, 40, f16, False, "gelu_tanh"), (9, 4, 13, bf16, True, "gelu")])
 def test_norm_act_normalises_by_the_statistics_alone(B, H, D, dtype, bias, activation):
     p = Rows(B, H, D, F=72, dtype=dtype, bias=bias, activation=activation)
     d, layer = p.decoder, p.layer
@@ -106,7 +106,7 @@ def test_norm_act_normalises_by_the_statistics_alone(B, H, D, dtype, bias, activ
     harness.assert_close_to_oracle(d.h, oracle, plain, "forward", what="h")
 
 
-@pytest.mark.parametrize("B,V,dtype,bias", [(5, 37, bf16, False), (16, 64, f16, True), (33, 5, bf16, False)])
+@pytest.mark.parametrize("B,V,dtype,bias", [(5, 37, bf16, False), (16, 64, f16, True), (9, 5, bf16, False)])
 def test_head_normalises_once_and_walks_the_vocabulary(B, V, dtype, bias):
     p = Rows(B, V=V, dtype=dtype, bias=bias)
     d = p.decoder
@@ -118,7 +118,7 @@ def test_head_normalises_once_and_walks_the_vocabulary(B, V, dtype, bias):
 
 
 def test_the_order_of_programs_changes_nothing_and_no_two_store_to_one_address():
-    p = Rows(17, T=20, V=20, F=8)
+    p = Rows(16, T=20, V=20, F=8)
 
     def step():
         start = [p.layer.keys.clone(), p.layer.values.clone()]
@@ -152,13 +152,13 @@ def attend_check():
 
 def act_check():
     torch.manual_seed(0)
-    test_norm_act_normalises_by_the_statistics_alone(17, 4, 13, bf16, True, "gelu")
+    test_norm_act_normalises_by_the_statistics_alone(9, 4, 13, bf16, True, "gelu")
 
 
 @pytest.mark.parametrize("pattern,replacement,check", [
     (r"squares \+ columns \* off \* off, 0\) / C", "squares, 0) / C", qkv_check),
-    (r"acc \* shrink\[:, None\] \+", "acc +", attend_check),
-    (r"total \* weight, 0", "total, 0", attend_check),
+    (r"slot == 0, 1.0, 0.0", "slot == 0, 0.0, 0.0", attend_check),
+    (r"v_new\[None, :\], 0.0", "0.0, 0.0", attend_check),
     (r"tl.where\(inside, tl.minimum\(GROUP, C - group \* GROUP\), 0\)", "tl.where(inside, GROUP, 0)", act_check),
 ])
 def test_planted_faults_are_seen(pattern, replacement, check):
@@ -170,6 +170,8 @@ def test_what_the_decoder_of_many_rows_refuses():
     d, layer = p.decoder, p.layer
     with pytest.raises(TypeError, match="float32; expected float16 or bfloat16"):
         Rows(5, dtype=f32)
+    with pytest.raises(ValueError, match="17 rows of width 16; expected at most 16"):
+        Rows(17)
     with pytest.raises(ValueError, match="position is"):
         d(p.token, p.position.int())
 
@@ -202,9 +204,11 @@ def test_generation_of_five_rows_gives_the_tokens_of_the_reference_across_block_
 def test_which_form_decodes_how_many_rows():
     session = lambda rows, dtype=bf16, **changes: generation.Session(model_of(**changes), rows, dtype)
     with nanogpt_fast.use(FUSED):
-        assert type(session(4).native) is not decode_rows.RowsDecoder
-        assert type(session(5).native) is decode_rows.RowsDecoder
+        assert type(session(2).native) is type(session(4, f32).native) is decode.Decoder
+        assert type(session(3).native) is type(session(16).native) is decode_rows.RowsDecoder
+        if not harness.INTERPRETED:                         # on a CPU "fused" asks for a kernel and says why there is none
+            assert session(17).native is None
     with nanogpt_fast.use("reference"):
-        assert op.why_not_triton(session(64)) is None
-        assert "65 rows" in op.why_not_triton(session(65))
+        assert op.why_not_triton(session(16)) is None
+        assert "17 rows; the kernels take up to 16" in op.why_not_triton(session(17))
         assert "5 rows; the kernels take up to 4" in op.why_not_triton(session(5, f32))
