@@ -208,7 +208,7 @@ class NinjaBuildExt(build_ext):
             # -t 0 compiles the architectures in parallel. cudart is static: nothing to find at run time, and it imports without a driver.
             nvcc_command = [nvcc, "-ccbin", compiler[0], "-std=c++17", "-O3", "-t", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
             cuda_objects = {"cuda": generate}
-            if "90" in archs:   # instructions that Hopper alone has
+            if "90" in archs and not nvcc_version(nvcc).startswith(("11.", "unknown")):     # instructions that Hopper alone has
                 cuda_objects["linear_act_sm90"] = ["-gencode=arch=compute_90a,code=sm_90a"]
                 about.append("-DNGF_SM90")
             home = os.path.dirname(os.path.dirname(os.path.realpath(self.real_nvcc(nvcc))))

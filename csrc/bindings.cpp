@@ -239,10 +239,11 @@ PYBIND11_MODULE(_C, module) {
   }, "The same as one launch on a CUDA stream.");
 #ifdef NGF_SM90
   module.def("linear_act_sm90", [](bool bf16, bool tanh, bool backward, uintptr_t a, int64_t a_stride, uintptr_t b, uintptr_t h, uintptr_t out,
-                                   uintptr_t bias, uintptr_t column_sums, int M, int N, int K, uintptr_t stream) {
+                                   uintptr_t bias, uintptr_t column_sums, int M, int N, int K, int device, uintptr_t stream) {
+    py::gil_scoped_release others_may_run;
     ngf::linear_act_sm90({bf16, tanh, backward, (const void*)a, a_stride, (const void*)b, (void*)h, (void*)out, (const float*)bias,
-                          (float*)column_sums, M, N, K}, (void*)stream);
-  }, "The GELU-MLP's matmul with its activation, on the current device: see csrc/linear_act.h.");
+                          (float*)column_sums, M, N, K}, device, (void*)stream);
+  }, "The GELU-MLP's matmul with its activation, as one launch on a CUDA stream: see csrc/linear_act.h.");
 #endif
   module.def("cuda_why_not", [](int device) { return std::string(ngf::cuda_why_not(device)); },
              "Why the launch cannot work on this device, or ''.");

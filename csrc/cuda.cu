@@ -272,32 +272,9 @@ template <class Logit> __global__ void __launch_bounds__(THREADS) sample_kernel(
 // ---------------------------------------------------------------- launcher
 
 #ifdef __CUDACC__
-#include <stdexcept>
-#include <string>
+#include "on_device.h"
 
 namespace ngf {
-namespace {
-
-void check(cudaError_t error, const char* doing) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(doing) + ": " + cudaGetErrorString(error));
-}
-
-// The launch happens on the tensors' device, whatever the caller's current one is.
-struct OnDevice {
-  int before = 0;
-  bool changed = false;
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before), "cudaGetDevice");
-    if (device == before) return;
-    check(cudaSetDevice(device), "cudaSetDevice");
-    changed = true;
-  }
-  ~OnDevice() {
-    if (changed) cudaSetDevice(before);
-  }
-};
-
-}  // namespace
 
 void sample_cuda(const Batch& batch, int device, void* stream) {
   if (batch.rows == 0) return;

@@ -16,8 +16,8 @@ struct LinearAct {
   int M, N, K;
 };
 
-// One launch on `stream` of the current device, of compute capability 9.0. K, N and a_stride are multiples of 8, addresses of 16. Throws
-// std::runtime_error with CUDA's message.
-void linear_act_sm90(const LinearAct& call, void* stream);
+// One launch on `stream` of device number `device`, of compute capability 9.0. K (at least 8), N and a_stride are multiples of 8, addresses of
+// 16, bias's and column_sums' of 8. Throws std::runtime_error with CUDA's message.
+void linear_act_sm90(const LinearAct& call, int device, void* stream);
 
 }  // namespace ngf

@@ -32,11 +32,10 @@
 #include <stdint.h>
 
 #include <array>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "linear_act.h"
+#include "on_device.h"
 
 namespace ngf {
 namespace {
@@ -243,7 +242,8 @@ linear_act_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_consta
     uint32_t rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     if (threadIdx.x == 0) {
-        for (int i = 0; i < BARRIERS; ++i) barrier_init(full + 8 * i, i / STAGES == 1 ? CLUSTER : 1);      // empty's wait for both blocks
+        for (int i = 0; i < BARRIERS; ++i)      // empty: for both blocks; turns: for four warps, of which none may be a round behind
+            barrier_init(full + 8 * i, i / STAGES == 1 ? CLUSTER : full + 8 * i >= turns ? 4 : 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     cluster_sync();
@@ -322,7 +322,7 @@ linear_act_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_consta
                     if (warp == 0 && lane < CLUSTER) barrier_arrive_in(empty + 8 * ((turn - 1) % STAGES), lane);
                 }
             }
-            if (warp == 0 && lane == 0) barrier_arrive(turns + 8 * (1 - group));
+            if (lane == 0) barrier_arrive(turns + 8 * (1 - group));
             products_wait<0>();
             if (warp == 0 && lane < CLUSTER) barrier_arrive_in(empty + 8 * ((turn - 1) % STAGES), lane);
 #pragma unroll
@@ -400,56 +400,59 @@ linear_act_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_consta
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
-// How copies of boxes of `box_rows` rows and 64 columns find their way in a matrix. False where the driver does not take it.
-bool describe(CUtensorMap* map, bool bf16, const void* data, int rows, int columns, int64_t row_stride, int box_rows) {
+// How copies of boxes of `box_rows` rows and 64 columns find their way in a matrix.
+void describe(CUtensorMap* map, bool bf16, const void* data, int rows, int columns, int64_t row_stride, int box_rows) {
     static const Encode encode = [] {   // by name: the extension must load where there is no driver
         void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
         return driver ? reinterpret_cast<Encode>(dlsym(driver, "cuTensorMapEncodeTiled")) : nullptr;
     }();
+    if (!encode) throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled; drivers since CUDA 12 have it");
     const cuuint64_t size[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
     const cuuint64_t stride[1] = {static_cast<cuuint64_t>(2 * row_stride)};
     const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, step[2] = {1, 1};
-    return encode && encode(map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(data), size,
-                            stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    if (encode(map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(data), size, stride, box, step,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+        throw std::runtime_error("the CUDA driver takes no tensor map of " + std::to_string(rows) + " x " + std::to_string(columns) +
+                                 " elements, rows " + std::to_string(row_stride) + " apart: addresses and rows must be multiples of 16 bytes");
 }
 
 template <typename T, Activation ACTIVATION, bool BACKWARD, bool BIASED>
-cudaError_t launch(const CUtensorMap (&maps)[4], const LinearAct& call, cudaStream_t stream) {
+void launch(const CUtensorMap (&maps)[4], const LinearAct& call, int device, cudaStream_t stream) {
     const auto kernel = linear_act_kernel<T, ACTIVATION, BACKWARD, BIASED>;
-    int device = 0, multiprocessors = 0;
-    if (cudaError_t error = cudaGetDevice(&device)) return error;
-    if (cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) return error;
-    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED)) return error;
+    int multiprocessors = 0;
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED), "asking for shared memory");
     kernel<<<multiprocessors / CLUSTER * CLUSTER, THREADS, SHARED, stream>>>(maps[0], maps[1], maps[2], maps[3], call);
-    return cudaGetLastError();
+    check(cudaGetLastError(), "launching the MLP's matmul");
 }
 
 template <typename T, Activation ACTIVATION>
-cudaError_t launch(bool backward, const void* biased, const CUtensorMap (&maps)[4], const LinearAct& call, cudaStream_t stream) {
-    if (backward) return biased ? launch<T, ACTIVATION, true, true>(maps, call, stream) : launch<T, ACTIVATION, true, false>(maps, call, stream);
-    return biased ? launch<T, ACTIVATION, false, true>(maps, call, stream) : launch<T, ACTIVATION, false, false>(maps, call, stream);
+void launch(const CUtensorMap (&maps)[4], const LinearAct& call, int device, cudaStream_t stream) {
+    const bool biased = call.backward ? call.column_sums != nullptr : call.bias != nullptr;
+    if (call.backward) biased ? launch<T, ACTIVATION, true, true>(maps, call, device, stream) : launch<T, ACTIVATION, true, false>(maps, call, device, stream);
+    else biased ? launch<T, ACTIVATION, false, true>(maps, call, device, stream) : launch<T, ACTIVATION, false, false>(maps, call, device, stream);
 }
 
 template <typename T>
-cudaError_t launch(const CUtensorMap (&maps)[4], const LinearAct& call, cudaStream_t stream) {
-    return call.tanh ? launch<T, GELU_TANH>(call.backward, call.backward ? call.column_sums : call.bias, maps, call, stream)
-                     : launch<T, GELU>(call.backward, call.backward ? call.column_sums : call.bias, maps, call, stream);
+void launch(const CUtensorMap (&maps)[4], const LinearAct& call, int device, cudaStream_t stream) {
+    call.tanh ? launch<T, GELU_TANH>(maps, call, device, stream) : launch<T, GELU>(maps, call, device, stream);
 }
 
 }  // namespace
 
-void linear_act_sm90(const LinearAct& call, void* stream) {
+void linear_act_sm90(const LinearAct& call, int device, void* stream) {
     if (call.M == 0 || call.N == 0) return;
+    const OnDevice here(device);
     CUtensorMap maps[4];
     const auto [M, N, K] = std::array{call.M, call.N, call.K};
-    if (!describe(&maps[0], call.bf16, call.a, M, K, call.a_stride, BM) ||
-        !(call.backward ? describe(&maps[1], call.bf16, call.b, K, N, N, BK / 2) : describe(&maps[1], call.bf16, call.b, N, K, K, BN / 2)) ||
-        !describe(&maps[2], call.bf16, call.h ? call.h : call.out, M, N, N, BM) || !describe(&maps[3], call.bf16, call.out, M, N, N, BM))
-        throw std::runtime_error("the CUDA driver takes no tensor map of these matrices: addresses and rows must be multiples of 16 bytes");
-    const auto s = static_cast<cudaStream_t>(stream);
-    const cudaError_t error = call.bf16 ? launch<__nv_bfloat16>(maps, call, s) : launch<__half>(maps, call, s);
-    if (error != cudaSuccess) throw std::runtime_error(std::string("launching the MLP's matmul: ") + cudaGetErrorString(error));
+    describe(&maps[0], call.bf16, call.a, M, K, call.a_stride, BM);
+    if (call.backward) describe(&maps[1], call.bf16, call.b, K, N, N, BK / 2);
+    else describe(&maps[1], call.bf16, call.b, N, K, K, BN / 2);
+    describe(&maps[2], call.bf16, call.h ? call.h : call.out, M, N, N, BM);
+    describe(&maps[3], call.bf16, call.out, M, N, N, BM);
+    const auto queue = static_cast<cudaStream_t>(stream);
+    call.bf16 ? launch<__nv_bfloat16>(maps, call, device, queue) : launch<__half>(maps, call, device, queue);
 }
 
 }  // namespace ngf

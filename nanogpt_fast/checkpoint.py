@@ -22,8 +22,9 @@ from .text import tokenizers
 UPSTREAM_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")  # nanoGPT's GPTConfig
 KEYS = ("model", "model_args", "iter_num", "best_val_loss")  # without these no nanoGPT checkpoint is complete
 
-# nanoGPT's best_val_loss may be a NumPy scalar, whose pickle names these; they build numbers and do nothing else.
-NUMPY_SCALARS = [(np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), np._core.multiarray.scalar, np.dtype,
+# nanoGPT's best_val_loss may be a NumPy scalar, whose pickle names these; they build numbers and do nothing else. NumPy 2 moved the first.
+_scalar = np.float64(0).__reduce__()[0]
+NUMPY_SCALARS = [(_scalar, "numpy.core.multiarray.scalar"), (_scalar, "numpy._core.multiarray.scalar"), np.dtype,
                  np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType]
 
 

@@ -70,6 +70,32 @@ def test_rows_may_lie_apart_and_begin_anywhere():
 
 
 @on_hopper
+def test_a_weight_and_a_bias_may_lie_anywhere():
+    storage, bias = torch.randn(264, 3 * 72, device=HERE).bfloat16(), torch.randn(265, device=HERE)
+    x, h = torch.randn(40, 72, device=HERE).bfloat16(), torch.randn(40, 264, device=HERE).bfloat16()
+    w, b = storage[:, 72:144], bias[1:]
+    for one, other in zip(mlp_hopper.linear_act(x, w, b), mlp_hopper.linear_act(x, w.contiguous(), b.clone())):
+        assert torch.equal(one, other)
+    other = torch.empty(264, 40, device=HERE).bfloat16().t().copy_(h)
+    assert torch.equal(mlp_hopper.linear_dact(x, w.t(), other)[0], mlp_hopper.linear_dact(x, w.t().contiguous(), h)[0])
+
+
+@pytest.mark.parametrize("rows, C, width", ((65536, 8, 256), (65536, 64, 256), (20000, 64, 3072), (65536, 128, 256)))
+@on_hopper
+def test_many_tiles_of_few_steps(rows, C, width):
+    """The two groups take turns at every step of the main loop's few: each must wait for all warps of the other."""
+    x, w, dy, w_proj = (torch.randn(shape, device=HERE).bfloat16() for shape in ((rows, C), (width, C), (rows, C), (C, width)))
+    exact = x.float() @ w.float().t()
+    for _ in range(20):
+        y, h = mlp_hopper.linear_act(x, w)
+        dh, _ = mlp_hopper.linear_dact(dy, w_proj, h)
+        torch.testing.assert_close(h.float(), exact, rtol=2**-7, atol=2**-7)
+        torch.testing.assert_close(y.float(), F.gelu(exact), rtol=2**-7, atol=2**-7)
+    plain = torch.ops.aten.gelu_backward((dy.float() @ w_proj.float()), h.float())
+    torch.testing.assert_close(dh.float(), plain, rtol=2**-6, atol=2**-6)
+
+
+@on_hopper
 def test_a_captured_launch_computes_the_same():
     x, w = torch.randn(256, 64, device=HERE).bfloat16(), torch.randn(192, 64, device=HERE).bfloat16()
     expected = mlp_hopper.linear_act(x, w)[0]
@@ -83,6 +109,21 @@ def test_a_captured_launch_computes_the_same():
 
 def test_elsewhere_it_says_why_not():
     assert "compute capability 9.0" in mlp_hopper.why_not(torch.device("cpu"), torch.bfloat16, 768, 3072, "gelu")
+
+
+def test_torch_compile_can_ask_why_not(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(mlp_hopper.sample, "_C", None)
+    mlp_hopper._cached_card_why_not.cache_clear()
+    card = torch.device("cuda", 0)
+
+    def asked(x):
+        return x + (mlp_hopper.why_not(card, torch.bfloat16, 768, 3072, "gelu") is None)
+    try:
+        assert torch.equal(torch.compile(asked, backend="eager", fullgraph=True)(torch.zeros(2)), torch.zeros(2))
+        assert "nanogpt_fast._C" in mlp_hopper.why_not(card, torch.bfloat16, 768, 3072, "gelu")
+    finally:
+        mlp_hopper._cached_card_why_not.cache_clear()
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def forms(x, F=3072, activation="gelu"):
 
 def test_each_form_is_taken_only_where_it_was_measured_faster(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(op.mlp_hopper.sample, "_C", type("WithoutHopper", (), {}))
+    monkeypatch.setattr(op.mlp_hopper, "_card_why_not", lambda index: "no extension")
     assert forms(OnH100()) == ("pointwise", "epilogue")       # as an H100 was measured
     monkeypatch.setattr(op, "EPILOGUE_SPEEDUP", {})
     assert forms(OnH100()) == ("pointwise", "pointwise")
@@ -100,7 +100,7 @@ def test_each_form_is_taken_only_where_it_was_measured_faster(monkeypatch):
     monkeypatch.setattr(op, "EPILOGUE_SPEEDUP", {(80, 768): (1.08, 1.02), (90, 1024): (1.1, 1.1)})
     assert forms(OnH100()) == ("pointwise", "pointwise")
 
-    monkeypatch.setattr(op.mlp_hopper.sample, "_C", type("WithHopper", (), {"linear_act_sm90": None}))
+    monkeypatch.setattr(op.mlp_hopper, "_card_why_not", lambda index: "")
     assert forms(OnH100()) == ("hopper", "hopper")
     assert forms(OnH100(dtype=torch.float16), activation="gelu_tanh") == ("hopper", "hopper")
     with monkeypatch.context() as under_autocast:       # which PyTorch switches on only where there is a GPU
@@ -111,8 +111,9 @@ def test_each_form_is_taken_only_where_it_was_measured_faster(monkeypatch):
     assert forms(OnH100(dtype=torch.float32)) == ("pointwise", "pointwise")
     for other in (dict(F=3070), dict(activation="relu")):
         assert forms(OnH100(), **other) == ("pointwise", "pointwise")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    assert forms(OnH100()) == ("pointwise", "pointwise")
+    nothing = OnH100()
+    nothing.size = lambda axis: 0
+    assert op._hopper_why_not(nothing, torch.empty(0, 0, device="meta"), "gelu").startswith("the kernel takes widths")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it may run here")

@@ -2,6 +2,8 @@
 
 The same as `linear_act` and `linear_dact` of kernels/mlp.py for half precision, GELU, and sizes whose rows are multiples of 16 bytes.
 """
+import functools
+
 import torch
 
 from . import sample
@@ -12,17 +14,36 @@ ACTIVATIONS = ("gelu", "gelu_tanh")
 
 def why_not(device, dtype, C, F, activation):
     """None where the kernel can compute an MLP of widths C and F there, else the reason."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+    if device.type != "cuda":
         return "the kernel is for GPUs of compute capability 9.0 (H100, H200)"
-    if not hasattr(sample._C, "linear_act_sm90"):
-        return f"the extension has no code for it ({sample._missing() if sample._C is None else 'it was built without nvcc, or not for sm_90'})"
+    if reason := _card_why_not(device.index or 0):
+        return reason
     if dtype not in DTYPES:
         return f"the kernel computes in bfloat16 or float16, not {dtype}"
     if activation not in ACTIVATIONS:
         return f"the kernel has {' and '.join(ACTIVATIONS)}, not {activation}"
-    if C % 8 or F % 8:
+    if C % 8 or F % 8 or C == 0:
         return f"the kernel takes widths that are multiples of 8, not {C} and {F}"
     return None
+
+
+def _card_why_not(index):
+    return _cached_card_why_not(index)
+
+
+_card_why_not._dynamo_marked_constant = True            # asked once while compiling; on the cached function the mark would not be seen
+
+
+@functools.cache
+def _cached_card_why_not(index):
+    """"" where the extension can launch its kernel on device number `index`, else the reason."""
+    if torch.cuda.get_device_capability(index) != (9, 0):
+        return "the kernel is for GPUs of compute capability 9.0 (H100, H200)"
+    if sample._C is None:
+        return sample._missing()
+    if not hasattr(sample._C, "linear_act_sm90"):
+        return "the extension has no code for it: it was built without nvcc of CUDA 12 or later, or not for sm_90"
+    return sample._cuda_why_not(index) or ""
 
 
 def linear_act(x, w, b=None, *, activation="gelu", keep_h=True):
@@ -30,10 +51,13 @@ def linear_act(x, w, b=None, *, activation="gelu", keep_h=True):
 
     keep_h=False: h isn't written, None is returned for it.
     """
-    x = _rows_of_16_bytes(x)
+    x, w = _rows_of_16_bytes(x), _rows_of_16_bytes(w.contiguous())
     y = torch.empty(x.size(0), w.size(0), dtype=x.dtype, device=x.device)
     h = torch.empty_like(y) if keep_h else None
-    _launch(False, x, _rows_of_16_bytes(w), h, y, activation, bias=None if b is None else b.float().contiguous())
+    if b is not None:
+        b = b.float().contiguous()
+        b = b.clone() if b.data_ptr() % 8 else b        # two at a time are read
+    _launch(False, x, w, h, y, activation, bias=b)
     return y, h
 
 
@@ -42,20 +66,22 @@ def linear_dact(dy, w, h, *, activation="gelu", want_db=True):
 
     dy (M, K), rows may lie apart; w (K, N); h (M, N), with its bias.
     """
-    dy = _rows_of_16_bytes(dy)
+    dy, w, h = _rows_of_16_bytes(dy), _rows_of_16_bytes(w.contiguous()), _rows_of_16_bytes(h.contiguous())
     dh = torch.empty_like(h)
     sums = torch.empty(4 * -(-h.size(0) // 128), h.size(1), dtype=torch.float32, device=h.device) if want_db else None
-    _launch(True, dy, _rows_of_16_bytes(w), h, dh, activation, column_sums=sums)
+    _launch(True, dy, w, h, dh, activation, column_sums=sums)
     return dh, sums.sum(0) if want_db else None
 
 
 def _launch(backward, a, b, h, out, activation, bias=None, column_sums=None):
     address = lambda tensor: 0 if tensor is None else tensor.data_ptr()
-    with torch.cuda.device_of(a):
-        sample._C.linear_act_sm90(
-            a.dtype == torch.bfloat16, activation == "gelu_tanh", backward, a.data_ptr(), a.stride(0), b.data_ptr(), address(h), out.data_ptr(),
-            address(bias), address(column_sums), *out.shape, a.size(1), torch.cuda.current_stream(a.device).cuda_stream)
+    device = a.get_device()
+    sample._C.linear_act_sm90(
+        a.dtype == torch.bfloat16, activation == "gelu_tanh", backward, a.data_ptr(), a.stride(0), b.data_ptr(), address(h), out.data_ptr(),
+        address(bias), address(column_sums), *out.shape, a.size(1), device, torch.cuda.current_stream(device).cuda_stream)
 
 
 def _rows_of_16_bytes(x):
-    return x if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    """x, or a copy where a tensor map could not describe it."""
+    fits = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) >= x.size(1) and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
