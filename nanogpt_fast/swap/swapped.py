@@ -81,13 +81,13 @@ class Swapped:
             there = self if owner is None else getattr(self, owner, None)
             if not _equal(getattr(there, name, MISSING), value):
                 return f"{name if owner is None else f'{owner}.{name}'} is not what it was when this was tried"
-        for owner, known in self._swap_known:           # attributes that have come since
+        for owner, count, absent in self._swap_known:   # attributes that have come since; PyTorch 2.11 cannot trace how many there are
             spaces = ((self.__dict__, self._modules, self._buffers, self._parameters) if owner is None
                       else (getattr(self, owner).__dict__,))
-            if sum(map(len, spaces)) != len(known):
-                for names in spaces:
-                    for name in names:
-                        if name in self._mentioned and name not in known:
+            if torch.compiler.is_compiling() or sum(map(len, spaces)) != count:
+                for name in absent:
+                    for names in spaces:
+                        if name in names:
                             return f"{name} was not there when this was tried"
         return None
 
@@ -155,14 +155,15 @@ def watch(module):
         if name in d and hasattr(value, "__dict__") and not callable(value) and not own.__module__.startswith("transformers."):
             tried += [(name, key, _kept(item)) for key, item in vars(value).items()
                       if key in cls._mentioned and f"{name}.{key}" not in cls._obeyed]
-            known.append((name, frozenset(vars(value))))
+            known.append((name, len(vars(value)), tuple(sorted(cls._mentioned - vars(value).keys()))))
     for child in module.watched_children():
         tried += [(child, "__class__", type(d["_modules"][child]))]
         tried += [(child, key, _kept(item)) for key, item in vars(d["_modules"][child]).items() if key not in _MACHINERY]
     members = {**module._modules, **module._buffers, **module._parameters}
     tried += [(None, name, None) for name, member in members.items() if member is None]
-    known.append((None, frozenset((*d, *members, "_swap_tried", "_swap_known"))))
-    d["_swap_tried"], d["_swap_known"] = tuple(tried), tuple(known)
+    d["_swap_tried"], d["_swap_known"] = tuple(tried), None
+    known.append((None, len(d) + len(members), tuple(sorted(cls._mentioned - d.keys() - members.keys()))))
+    d["_swap_known"] = tuple(known)
 
 
 def _kept(value):
