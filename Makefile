@@ -9,7 +9,7 @@ CPU_WHEELS = https://download.pytorch.org/whl/cpu
 TORCH = -r constraints.txt
 LOCK = -c constraints.txt -c constraints-test.txt
 
-.PHONY: demo test test-all gate clean
+.PHONY: demo test test-all matrix gate clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -21,6 +21,14 @@ test test-all: $(VENV)/.installed-test
 	@status=0; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile $(if $(filter test-all,$@),--all) $(TEST) || status=1; \
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -q -n 2 $(if $(filter test-all,$@),--all) $(TEST) || status=1; \
+	exit $$status
+
+# The oldest and the newest of everything that is promised, each in an environment of its own; docs/environments.md has the last results.
+# `make matrix PYTHON=python3.13` for another Python.
+matrix:
+	@status=0; \
+	$(MAKE) test VENV=.venv-oldest TORCH="-c constraints-oldest.txt torch" LOCK="-c constraints-oldest.txt" || status=1; \
+	$(MAKE) test VENV=.venv-newest TORCH=torch LOCK= || status=1; \
 	exit $$status
 
 gate: $(VENV)/.installed
@@ -57,4 +65,4 @@ $(VENV)/.installed-test: $(VENV)/.torch $(SOURCES) constraints-test.txt
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) .venv-newest build *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest build *.egg-info
