@@ -20,8 +20,8 @@
 //
 // The activation is that of h before h is rounded (kernels/mlp.py says why). Every sum has one order: the same bits each time.
 //
-// Measured on an H100 at 65,536 x 768 x 3,072, microseconds: forward 550, backward 551; cuBLAS's matmul alone 428 and 442, with a kernel
-// for the activation behind it 697 and 873. benchmarks/results/h100.jsonl has the samples.
+// Measured on an H100 at 65,536 x 768 x 3,072, microseconds: forward 544, backward 567; cuBLAS's matmul alone forward 429, with a kernel for the
+// activation behind it 698 and 874. benchmarks/results/h100.jsonl has the medians, docs/gpu.md all sizes, and what changed since.
 //
 // Sources: PTX ISA, "Asynchronous warpgroup level matrix instructions", "Tensor copies", "mbarrier"; the schedule is the one that
 // CUTLASS 3 calls ping-pong; erf's tail: a polynomial of its logarithm, fitted here.

@@ -389,7 +389,7 @@ def gate_cases(arch):
                        narrow_reason="the seed, and in short rows the bias" if seed else "")
             pointers = dict(dy_ptr=H, ds_ptr=stream, s_ptr=S, weight_ptr=S, statistics_ptr=S, seed_ptr=seed,
                             dx_ptr=S, dbranch_ptr=branch, dweight_ptr=S, dbias_ptr=S)
-            spilled = 8 if branch else 0
+            spilled = 8 if seed or branch and gpt2 and arch == 90 else 0
             yield case(f"backward {variant} {BLOCK_C}", _backward_kernel, pointers, bwd, BLOCK_C,
                        moved=N * (C * (16 if branch else 10) + 8) if gpt2 else None, flops=18 * N * C if gpt2 else None,
                        in_model=gpt2 and seed is None, options=_backward_options(bwd), allowed_spill_bytes=spilled,

@@ -22,8 +22,8 @@ from .registration import define, raw
 # H100: 703 us against 891 forward, 873 against 822 backward. What is not measured takes the pointwise form.
 EPILOGUE_SPEEDUP = {(90, 768): (0.79, 1.06)}
 
-# H100, microseconds forward and backward. 65,536 rows of 768: 550 and 551, where the pointwise form takes 697 and 873, the epilogue form 891 and
-# 822. 12,288 rows: 116 and 121; 149, 180; 178, 174. Fewer rows were not timed: they take the form that is cuBLAS's.
+# H100, microseconds forward and backward. 65,536 rows of 768: 544 and 567, where the pointwise form takes 698 and 874, the epilogue's backward 824.
+# 2,048 rows: 25 and 31; 29 and 36; 37 (docs/gpu.md has the sizes between). Fewer rows were not timed: they take the form that is cuBLAS's.
 HOPPER_MIN_ROWS = 2048
 
 FORMS = ("epilogue", "pointwise", "hopper")
