@@ -18,7 +18,6 @@ from pathlib import Path
 from benchmarks.gpu.lease import Lease, Stage
 
 PYTHON = sys.executable
-OURS = "our trainer compiled"
 # The first call's: what trains and generates, one case a test, at most 150 kernels to compile (tests/test_gpu_kit.py counts them).
 CORE_TESTS = [f"tests/kernels/test_{name}.py" for name in (
     "training_kernels", "model", "decode_kernels", "attention_autograd", "cross_entropy_autograd", "mlp_autograd")]
@@ -77,45 +76,41 @@ def stages(part, folder, more, upstream, dry):
         Stage("verify mlp", verify("mlp"), 90, after=("build", "machine"), environment=one),
         Stage("tests", tests(*CORE_TESTS), 90, after=("build", "machine"), environment=few),
         Stage("warm nanoGPT, 12", warm(12, "nanoGPT compiled"), 110, after=("build", "machine"), environment=one),
-        Stage("warm ours, 64", warm(64, OURS), 110, after=("warm nanoGPT, 64", "ops"), environment=one),
-        Stage("warm ours, 12", warm(12, OURS), 110, after=("warm nanoGPT, 12", "ops"), environment=one),
         Stage("verify loss", verify("cross_entropy", "sample", "gpt"), 90, after=("warm nanoGPT, 64", "build"), environment=one),
         Stage("model", smoke("model"), 90, after=("warm nanoGPT, 64", "ops"), environment=one),
-        Stage("train 64", train(64, f"nanoGPT compiled,{OURS},our trainer,one import", "--rounds=4", "--steps=8", "--profile=3",
+        Stage("train 64", train(64, "nanoGPT compiled,our trainer,one import", "--rounds=4", "--steps=8", "--profile=3",
                                 "--again=False", f"--traces={more}", f"--json={results}"), 170, alone=True),
-        Stage("train 12", train(12, f"nanoGPT compiled,{OURS},our trainer", "--rounds=5", "--steps=20", "--profile=3",
+        Stage("train 12", train(12, "nanoGPT compiled,our trainer", "--rounds=5", "--steps=20", "--profile=3",
                                 "--again=False", f"--traces={more}", f"--json={results}"), 100, alone=True),
         Stage("captured", tests("tests/test_captured.py", "tests/test_sample.py", workers=6), 60, alone=True,
               environment=more_examples),
     ]
     sweep = module("benchmarks.gpu.sweep", "--json", results, *(["--device", "cpu"] if dry else []))
-    trained = f"nanoGPT compiled,{OURS},our trainer"
+    trained = "nanoGPT compiled,our trainer"
     by_name = {stage.name: stage for stage in first}
     second = [
         by_name["build"], replace(by_name["warm nanoGPT, 64"], after=()), replace(by_name["warm nanoGPT, 12"], after=()),
         Stage("sweep compiles", [*sweep, "--compile_only"], 100, environment=one),
         Stage("more tests", tests("tests/test_captured.py", *KERNEL_TESTS[::-1], workers=6), 75, after=("build",),
               environment=more_examples),
-        replace(by_name["warm ours, 64"], after=("warm nanoGPT, 64",)), replace(by_name["warm ours, 12"], after=("warm nanoGPT, 12",)),
         Stage("sweep", [*sweep, "--workers", "0"], 60, alone=True),
         Stage("train 64 again", train(64, trained, "--rounds=4", "--steps=8", "--again=False", "--profile=3", f"--json={results}"), 80,
               alone=True),
-        Stage("train 12 again", train(12, f"nanoGPT compiled,{OURS}", "--rounds=5", "--steps=20", "--again=False", f"--json={results}"),
+        Stage("train 12 again", train(12, trained, "--rounds=5", "--steps=20", "--again=False", f"--json={results}"),
               60, alone=True),
     ]
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"] if not dry else []
     baby = [*train(64, "nanoGPT compiled,our trainer", "--rounds=5", "--steps=50", "--again=False", f"--json={results}"),
             *([] if dry else ["--model=baby"])]
     kernels = module("benchmarks.run", "--without", "compile max-autotune", *(["--device", "cpu", "--quick"] if dry else []))
-    variations = "our trainer,trainer with"
+    variations = "our trainer,our trainer compiled,trainer with"
     rest = [
         by_name["build"],
-        Stage("warm baby", [*warm(64, "nanoGPT compiled"), *([] if dry else ["--model=baby"])], 70, environment=one),
+        Stage("warm baby", [*warm(64, "nanoGPT compiled,our trainer"), *([] if dry else ["--model=baby"])], 70, after=("build",), environment=one),
         Stage("warm kernels", [*kernels, "--rounds", "1", "--minutes", "0.8", "--json", more / "warm-kernels.jsonl"], 65, after=("build",),
               environment=one),
         Stage("sanitizer", [*sanitizer, *smoke("small")], 70, after=("build",), environment=interpreted),
-        Stage("tests again", tests(*KERNEL_TESTS[::-1], "tests/test_captured.py", workers=9), 60, after=("build",),
-              environment=more_examples),
+        Stage("tests again", tests(*KERNEL_TESTS[::-1], "tests/test_captured.py", workers=9), 100, after=("build",), environment=few),
         Stage("generate", module("nanogpt_fast", "bench", "generate", "--rounds=3", f"--json={results}", *upstream, *(
             ["--model=tiny", "--device=cpu", "--batch_sizes=1", "--prompt=4", "--tokens=8"] if dry else [])), 65, alone=True),
         Stage("baby", baby, 40, alone=True),
@@ -145,7 +140,7 @@ def main(argv=None):
     parser.add_argument("minutes", nargs="?", type=float, help="all must be over by then; none: no limit")
     parser.add_argument("--upstream", default="", help="a nanoGPT checkout to run beside ours")
     parser.add_argument("--more", type=Path, help="where large files go first; default: DIR/more")
-    parser.add_argument("--only", default="", help="stages whose name contains one of these words, separated by commas")
+    parser.add_argument("--only", default="", help="the stages of these names, separated by commas; of a word that is no name, all that contain it")
     args = parser.parse_args(argv)
     folder, more = args.folder.resolve(), (args.more or args.folder / "more").resolve()
     for path in (folder, more):
@@ -153,7 +148,9 @@ def main(argv=None):
     lease = Lease(folder, None if args.minutes is None else 60 * args.minutes)
     listed = stages(args.part, folder, more, args.upstream, bool(os.environ.get("NANOGPT_FAST_DRY_RUN")))
     words = [word for word in args.only.split(",") if word]
-    listed = [stage for stage in listed if not words or any(word in stage.name for word in words)]
+    all_names = {stage.name for stage in listed}
+    listed = [stage for stage in listed
+              if not words or any(word == stage.name if word in all_names else word in stage.name for word in words)]
     names = {stage.name for stage in listed}
     for stage in listed:
         stage.after, stage.needs = (tuple(name for name in wanted if name in names) for wanted in (stage.after, stage.needs))
