@@ -23,17 +23,10 @@
 // Measured on an H100 at 65,536 x 768 x 3,072, microseconds: forward 544, backward 567; cuBLAS's matmul alone forward 429, with a kernel for the
 // activation behind it 698 and 874. benchmarks/results/h100.jsonl has the medians, docs/gpu.md all sizes, and what changed since.
 //
-// Sources: PTX ISA, "Asynchronous warpgroup level matrix instructions", "Tensor copies", "mbarrier"; the schedule is the one that
-// CUTLASS 3 calls ping-pong; erf's tail: a polynomial of its logarithm, fitted here.
-#include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <dlfcn.h>
-#include <stdint.h>
-
+// Sources: the schedule is the one that CUTLASS 3 calls ping-pong; erf's tail: a polynomial of its logarithm, fitted here.
 #include <array>
-#include <type_traits>
 
+#include "hopper.h"
 #include "linear_act.h"
 #include "on_device.h"
 
@@ -52,88 +45,9 @@ constexpr int THREADS = 384, COPIES = 2;        // group COPIES copies, groups 0
 
 enum Activation { GELU, GELU_TANH };
 
-// ---------------------------------------------------------------------------------------------------------- instructions: barriers
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals));
-}
-
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-    asm volatile("{\n.reg .pred done;\n"
-                 "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
-                 :: "r"(barrier), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
-}
-
-// Arrive at the barrier that lies at this address in block `rank` of the cluster.
-__device__ __forceinline__ void barrier_arrive_in(uint32_t barrier, uint32_t rank) {
-    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" :: "r"(barrier), "r"(rank) : "memory");
-}
-
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 // A slice is written by the four warps of a group, which go on, and sent by a warp of the copying group, which waits for them.
 __device__ __forceinline__ void slice_is_written(int slot) { asm volatile("bar.arrive %0, 160;" :: "r"(slot + 1) : "memory"); }
 __device__ __forceinline__ void wait_for_slice(int slot) { asm volatile("bar.sync %0, 160;" :: "r"(slot + 1) : "memory"); }
-
-// ------------------------------------------------------------------------------------------------------------ instructions: copies
-
-__device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-                 :: "r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
-}
-
-// The same tile to both blocks of the cluster, each at the address `to` of its own; each block's barrier is told.
-__device__ __forceinline__ void load_tile_in_both(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1, {%2, %3}], [%4], %5;"
-                 :: "r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<uint16_t>(3)) : "memory");
-}
-
-__device__ __forceinline__ void store_tile(const CUtensorMap* map, int column, int row, uint32_t from) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];\n"
-                 "cp.async.bulk.commit_group;" :: "l"(map), "r"(column), "r"(row), "r"(from) : "memory");
-}
-
-__device__ __forceinline__ void wait_until_stores_have_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-// What this thread did to shared memory is seen by copies that are started later.
-__device__ __forceinline__ void fence_before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Four 8 x 8 blocks of half precision between registers and shared memory; lane i gives the address of row i % 8 of block i / 8.
-__device__ __forceinline__ void store_blocks(uint32_t address, const uint32_t (&r)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                 :: "r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
-}
-
-__device__ __forceinline__ void load_blocks(uint32_t address, uint32_t (&r)[4]) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-
-// ---------------------------------------------------------------------------------------------------------- instructions: products
-
-__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT> __device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory"); }
-
-// Where a product finds an operand in rows of 128 swizzled bytes. Eight rows are 1,024 bytes. `next`: bytes to the next 64 columns, for an
-// operand whose rows are K.
-__device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t next = 16) {
-    const uint64_t swizzled = 1;
-    return (address & 0x3FFFF) >> 4 | static_cast<uint64_t>(next >> 4) << 16 | static_cast<uint64_t>(1024 >> 4) << 32 | swizzled << 62;
-}
 
 #define R4(a, i) "+f"(a[i]), "+f"(a[i + 1]), "+f"(a[i + 2]), "+f"(a[i + 3])
 #define R16(a, i) R4(a, i), R4(a, i + 4), R4(a, i + 8), R4(a, i + 12)
@@ -157,22 +71,8 @@ template <typename T, bool B_IS_KN> __device__ __forceinline__ void multiply(flo
     }
 }
 
-template <typename T> __device__ __forceinline__ uint32_t pack(float low, float high);
-template <> __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
-    __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<uint32_t*>(&v);
-}
-template <> __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
-    __half2 v = __floats2half2_rn(low, high);
-    return *reinterpret_cast<uint32_t*>(&v);
-}
-template <typename T> __device__ __forceinline__ float2 unpack(uint32_t v);
-template <> __device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t v) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&v)); }
-template <> __device__ __forceinline__ float2 unpack<__half>(uint32_t v) { return __half22float2(*reinterpret_cast<__half2*>(&v)); }
-
 // ----------------------------------------------------------------------------------------------------------------- the activation
 
-__device__ __forceinline__ float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float inverse_fast(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 // These two keep NaN, which fminf and fmaxf drop.
 __device__ __forceinline__ float minimum(float a, float b) { float y; asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b)); return y; }
@@ -398,25 +298,6 @@ linear_act_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_consta
 
 // ------------------------------------------------------------------------------------------------------------------- the launcher
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// How copies of boxes of `box_rows` rows and 64 columns find their way in a matrix.
-void describe(CUtensorMap* map, bool bf16, const void* data, int rows, int columns, int64_t row_stride, int box_rows) {
-    static const Encode encode = [] {   // by name: the extension must load where there is no driver
-        void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-        return driver ? reinterpret_cast<Encode>(dlsym(driver, "cuTensorMapEncodeTiled")) : nullptr;
-    }();
-    if (!encode) throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled; drivers since CUDA 12 have it");
-    const cuuint64_t size[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-    const cuuint64_t stride[1] = {static_cast<cuuint64_t>(2 * row_stride)};
-    const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, step[2] = {1, 1};
-    if (encode(map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(data), size, stride, box, step,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
-        throw std::runtime_error("the CUDA driver takes no tensor map of " + std::to_string(rows) + " x " + std::to_string(columns) +
-                                 " elements, rows " + std::to_string(row_stride) + " apart: addresses and rows must be multiples of 16 bytes");
-}
-
 template <typename T, Activation ACTIVATION, bool BACKWARD, bool BIASED>
 void launch(const CUtensorMap (&maps)[4], const LinearAct& call, int device, cudaStream_t stream) {
     const auto kernel = linear_act_kernel<T, ACTIVATION, BACKWARD, BIASED>;
@@ -446,11 +327,11 @@ void linear_act_sm90(const LinearAct& call, int device, void* stream) {
     const OnDevice here(device);
     CUtensorMap maps[4];
     const auto [M, N, K] = std::array{call.M, call.N, call.K};
-    describe(&maps[0], call.bf16, call.a, M, K, call.a_stride, BM);
-    if (call.backward) describe(&maps[1], call.bf16, call.b, K, N, N, BK / 2);
-    else describe(&maps[1], call.bf16, call.b, N, K, K, BN / 2);
-    describe(&maps[2], call.bf16, call.h ? call.h : call.out, M, N, N, BM);
-    describe(&maps[3], call.bf16, call.out, M, N, N, BM);
+    describe(&maps[0], call.bf16, call.a, K, M, call.a_stride, BM);
+    if (call.backward) describe(&maps[1], call.bf16, call.b, N, K, N, BK / 2);
+    else describe(&maps[1], call.bf16, call.b, K, N, K, BN / 2);
+    describe(&maps[2], call.bf16, call.h ? call.h : call.out, N, M, N, BM);
+    describe(&maps[3], call.bf16, call.out, N, M, N, BM);
     const auto queue = static_cast<cudaStream_t>(stream);
     call.bf16 ? launch<__nv_bfloat16>(maps, call, device, queue) : launch<__half>(maps, call, device, queue);
 }
