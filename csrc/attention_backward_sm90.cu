@@ -33,7 +33,7 @@ constexpr int OUT = 2 * GROUPS;                 // tiles that leave
 constexpr int BARRIERS = 2 * STAGES + 4;
 constexpr int SHARED = (2 * STAGES + 2 * OWN + OUT) * TILE_BYTES + STAGES * TERMS_BYTES + 8 * BARRIERS + 8 + 1024;     // and room to align
 constexpr int THREADS = 128 * (GROUPS + 1);
-constexpr int HEADS = 32;                       // heads whose tiles are under way together
+constexpr int HEADS = 12;                       // heads whose tiles are under way together
 constexpr float LOG2_E = 1.4426950408889634f, NOT_THERE = 1e30f;
 
 // ------------------------------------------------------------------------------------------------------------------------ products
@@ -69,12 +69,23 @@ template <typename T> __device__ __forceinline__ void multiply(float (&sums)[32]
 #undef OUTPUT
 }
 
+// The lower half of a tile's descriptor (hopper.h, `operand`): an addition away from the next part's, where the whole takes seven instructions,
+// one waiting for the other, beside products of 32 cycles. A tile lies at a multiple of 1,024.
+__device__ __forceinline__ uint32_t tile_at(uint32_t address) { return address >> 4 | 1 << 16; }
+constexpr uint32_t NEXT_COLUMNS = 32 >> 4, NEXT_ROWS = 16 * 128 >> 4, NEXT_TILE = TILE_BYTES >> 4;     // 16 columns, 16 rows further
+
+__device__ __forceinline__ uint64_t operand_at(uint32_t tile) {
+    uint64_t whole;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(whole) : "r"(tile), "r"(1024 >> 4 | 1 << 30));
+    return whole;
+}
+
 // sums = a b^T, of two tiles of 64 x 64.
 template <typename T> __device__ __forceinline__ void product_of_rows(float (&sums)[32], uint32_t a, uint32_t b) {
     products_begin();
-    multiply<T, false>(sums, operand(a), operand(b));
+    multiply<T, false>(sums, operand_at(a), operand_at(b));
 #pragma unroll
-    for (int k = 1; k < D / 16; ++k) multiply<T, true>(sums, operand(a + 32 * k), operand(b + 32 * k));
+    for (int k = 1; k < D / 16; ++k) multiply<T, true>(sums, operand_at(a + k * NEXT_COLUMNS), operand_at(b + k * NEXT_COLUMNS));
     products_commit();
 }
 
@@ -82,7 +93,7 @@ template <typename T> __device__ __forceinline__ void product_of_rows(float (&su
 template <typename T> __device__ __forceinline__ void add_product(float (&sums)[32], const uint32_t (&a)[4][4], uint32_t b) {
     products_begin();
 #pragma unroll
-    for (int k = 0; k < ROWS / 16; ++k) multiply<T>(sums, a[k], operand(b + 16 * 128 * k));
+    for (int k = 0; k < ROWS / 16; ++k) multiply<T>(sums, a[k], operand_at(b + k * NEXT_ROWS));
     products_commit();
 }
 
@@ -231,12 +242,12 @@ dq_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ C
         for (int i = 0; i < 2; ++i)
             lse[i] = row + 8 * i < call.T ? call.lse[static_cast<int64_t>(it.head) * call.T + row + 8 * i] : NOT_THERE;
 
-        const uint32_t q = shared.own + (round % 2 * OWN + 3 * group) * TILE_BYTES, grad = q + TILE_BYTES;
+        const uint32_t own = shared.own + (round % 2 * OWN + 3 * group) * TILE_BYTES, q = tile_at(own), grad = q + NEXT_TILE;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             uint32_t grads[4], outs[4];
-            load_blocks(place(grad, warp, lane) ^ 32 * k, grads);
-            load_blocks(place(grad + TILE_BYTES, warp, lane) ^ 32 * k, outs);
+            load_blocks(place(own + TILE_BYTES, warp, lane) ^ 32 * k, grads);
+            load_blocks(place(own + 2 * TILE_BYTES, warp, lane) ^ 32 * k, outs);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float2 a = unpack<T>(grads[i]), b = unpack<T>(outs[i]);
@@ -257,7 +268,7 @@ dq_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ C
         for (int i = 0; i < 32; ++i) dq[i] = 0.0f;
         const int diagonal = it.tile * GROUPS + group;
         for (int tile = 0; tile <= diagonal; ++tile, ++turn) {
-            const uint32_t stage = turn % STAGES, k = shared.stages + 2 * stage * TILE_BYTES, v = k + TILE_BYTES;
+            const uint32_t stage = turn % STAGES, k = tile_at(shared.stages) + stage * 2 * NEXT_TILE, v = k + NEXT_TILE;
             barrier_wait(shared.full + 8 * stage, turn / STAGES & 1);
             float s[32], dp[32];
             product_of_rows<T>(s, q, k);
@@ -343,14 +354,14 @@ dkdv_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__
         const int n = which_one(shared, round);
         if (n < 0) break;
         const Taken it(n, heads, tiles, false);
-        const uint32_t k = shared.own + (round % 2 * OWN + 2 * group) * TILE_BYTES, v = k + TILE_BYTES;
+        const uint32_t k = tile_at(shared.own) + (round % 2 * OWN + 2 * group) * NEXT_TILE, v = k + NEXT_TILE;
         float dk[32], dv[32];
 #pragma unroll
         for (int i = 0; i < 32; ++i) dk[i] = dv[i] = 0.0f;
         const int diagonal = it.tile * GROUPS + group;
         for (int tile = it.tile * GROUPS; tile < min(diagonal, query_tiles); ++tile, ++turn) pass(shared, turn, lane);    // before all of its keys
         for (int tile = diagonal; tile < query_tiles; ++tile, ++turn) {
-            const uint32_t stage = turn % STAGES, q = shared.stages + 2 * stage * TILE_BYTES, grad = q + TILE_BYTES;
+            const uint32_t stage = turn % STAGES, q = tile_at(shared.stages) + stage * 2 * NEXT_TILE, grad = q + NEXT_TILE;
             barrier_wait(shared.full + 8 * stage, turn / STAGES & 1);
             float s[32], dp[32], lse[16], delta[16];
             product_of_rows<T>(s, k, q);
