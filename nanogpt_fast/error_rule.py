@@ -27,6 +27,11 @@ An intermediate that an algorithm stores in half precision is rounded once, too,
 knows it says so (`stored`). Linear cross-entropy stores softmax - 1 in bf16, where -0.99998 is -1: all gradients are a little too
 large. PyTorch stores (softmax - 1) / N: too large or too small, by up to 4 times as much, as N has it.
 
+The sums over the intermediate may be off, too: tensor cores truncate them, on an H100 by 5e-5 of the gradient of x, over 50,304
+columns, and by nothing to be seen in that of weight. So `stored` may be several results, by exact sums and by tensor cores'. Any
+mean error between 0 and the farthest of them passes, on either side of 0. That is more than one explanation allows; what is beyond
+all of them is still found.
+
 fp32's own unit (1.2e-7) is always allowed. Errors within a row are correlated (one rstd, one softmax denominator), and within a
 column (h in half precision plus a bias that has more digits: what is rounded off is the bias's, in every row), so the standard
 error counts rows and columns as observations, too.
@@ -67,9 +72,9 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
     observations: how many independent errors there are, where they are fewer than elements (one score of attention is in
     every element of a row). cancelled: of out's shape, the root mean square error of each element that the formula itself makes
     in fp32 where two equal terms cancel, so that the oracle is 0 and the plain path may hit it by luck (dq and dk of a query
-    that sees one key). stored: of out's shape, fp64: the exact result of an intermediate that the algorithm stores in half
-    precision, rounded once. Its mean error is explained, and the plain path's is not. tensor_cores: they made the sums, so that
-    the plain path's mean error counts; None: where out is on a GPU.
+    that sees one key). stored: of out's shape, fp64, one or a tuple: the result of an intermediate that the algorithm stores in
+    half precision, rounded once, summed as out may be. Their mean errors are explained, and the plain path's is not. tensor_cores:
+    they made the sums, so that the plain path's mean error counts; None: where out is on a GPU.
     """
     if not out.shape == oracle.shape == plain.shape:
         return Measurement(problem=f"shapes out {tuple(out.shape)}, oracle {tuple(oracle.shape)}, plain {tuple(plain.shape)}")
@@ -117,7 +122,8 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
     found.relative, found.plain_relative, found.bound = (
         absolute / unit for absolute in (norms["rms"](error), norms["rms"](plain_error), bound))
     if check_bias and n >= FEWEST_FOR_BIAS:
-        of_stored = torch.zeros_like(exact) if stored is None else torch.where(finite, stored.to(where).double() - oracle, 0.0)
+        stored = () if stored is None else stored if isinstance(stored, tuple) else (stored,)
+        of_stored = [torch.where(finite, each.to(where).double() - oracle, 0.0) for each in stored]
         found.bias, biased = _bias(error, exact, torch.where(finite, expected - oracle, 0.0), of_stored, plain_error,
                                    ERROR_FACTOR[direction] * shared)
         found.problem = found.problem or biased
@@ -126,17 +132,17 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
 
 def _bias(error, exact, rounding, stored, plain, factor):
     """(the worse bias in standard errors, None or the sentence that names it). rounding: the error of the exact answer, rounded
-    once; stored: that of an intermediate rounded once; plain: the plain path's, of whose mean `factor` times are allowed."""
+    once; stored: those of an intermediate rounded once; plain: the plain path's, of whose mean `factor` times are allowed."""
     distinct = exact[exact != 0].float().unique().numel()  # repeated values repeat one error: they are one observation
     if distinct < FEWEST_FOR_BIAS:
         return 0.0, None
     allowed = torch.finfo(torch.float32).eps * float(exact.square().mean().sqrt())
     worst, problem = 0.0, None
     for name, signs in (("mean error", 1.0), ("mean error along the sign of the exact value", exact.sign())):
-        mean, once, inside, shared = (float((t * signs).mean()) for t in (error, rounding, stored, plain))
+        mean, shared, *explaining = (float((t * signs).mean()) for t in (error, plain, rounding, *stored))
         shared = factor * math.copysign(max(0.0, abs(shared) - BY_CHANCE * _standard_error(plain * signs, distinct)), shared)
         standard = _standard_error(error * signs, distinct)
-        explained = min(max(mean, min(0.0, once, inside, shared)), max(0.0, once, inside, shared))
+        explained = min(max(mean, min(0.0, shared, *explaining)), max(0.0, shared, *explaining))
         beyond = mean - explained
         bound = STANDARD_ERRORS * (1 + 16 / distinct) * standard + allowed
         worst = max(worst, beyond / max(standard, 1e-300), key=abs)

@@ -225,12 +225,13 @@ def cases(device, quick):
             dlogits[torch.arange(rows, device=device), targets.clamp(min=0)] -= 1
             dlogits[targets < 0] = 0
             dlogits, n = dlogits.to(dtype), (targets >= 0).sum()
-            return {"d x": product(dlogits, t["weight"]) / n, "d weight": product(dlogits.t(), t["x"]) / n}
+            return {"d x": products(dlogits, t["weight"], n), "d weight": products(dlogits.t(), t["x"], n)}
 
-        def product(a, b):      # a GPU's tensor cores truncate as they sum 50,304 products: up to 2e-4, too large or too small
+        def products(a, b, n):  # by exact sums, which explain an H100's d weight, and by its tensor cores', which explain its d x
+            exact = a.double() @ b / n
             if gpu and a.dtype in mlp_hopper.DTYPES:
-                return torch.mm(a, b.to(a.dtype), out_dtype=torch.float32).double()
-            return a.double() @ b
+                return exact, torch.mm(a, b.to(a.dtype), out_dtype=torch.float32).double() / n
+            return exact
 
         return Case("cross_entropy", f"rows={rows} C={C} V={V}" + " logits" * return_logits, lambda half: {
             "x": half(randn(rows, C)), "weight": randn(V, C) / C**0.5}, call, ("loss",), stored)

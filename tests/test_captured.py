@@ -284,8 +284,9 @@ def test_on_a_gpu_recording_changes_neither_weights_nor_moments_nor_random_state
         torch.cuda.synchronize()
         return flat(copy.deepcopy([model.state_dict(), optimizer.state_dict(), torch.cuda.get_rng_state(), step.loss]))
     before = state()
+    replays = []    # kept: the graphs share a pool of memory, which is gone with the last of them
     for part in (step._first, step._more, step._update):
-        step.recorder.record(part)
+        replays.append(step.recorder.record(part))
     assert state() == before
 
 

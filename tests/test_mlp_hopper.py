@@ -45,7 +45,9 @@ def test_forward_and_backward_are_as_near_to_fp64_as_pytorch(rows, C, width, dty
     exact = through(dy.double() @ w_proj.double(), h.double())
     plain = through(dy @ w_proj, h)
     assert measure(dh, exact, plain, "gradient").problem is None
-    assert measure(db, exact.sum(0), plain.float().sum(0), "gradient").problem is None
+    # db sums dh before it is rounded. What is left is that tensor cores truncate, 5e-7 towards 0 at C = 768, as they do for cuBLAS.
+    truncated = through(torch.mm(dy, w_proj, out_dtype=torch.float32).double(), h.double()).sum(0)
+    assert measure(db, exact.sum(0), plain.float().sum(0), "gradient", stored=truncated).problem is None
 
 
 @on_hopper
@@ -112,7 +114,7 @@ def test_elsewhere_it_says_why_not():
 
 
 def test_torch_compile_can_ask_why_not(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))    # PyTorch asks too, where there is a GPU
     monkeypatch.setattr(mlp_hopper.sample, "_C", None)
     mlp_hopper._cached_card_why_not.cache_clear()
     card = torch.device("cuda", 0)

@@ -242,13 +242,13 @@ def _scaled(gradient, scale, dtype):
 
 # -------------------------------------------------------------------------------------------------- what torch.compile sees
 
-def _fake_gradients(x, weight, need_dx, need_dw):
-    dx = x.new_empty(x.shape if need_dx else (0,))
+def _fake_gradients(x, weight, need_dx, need_dw, dx_dtype):
+    dx = x.new_empty(x.shape if need_dx else (0,), dtype=dx_dtype)
     return dx, weight.new_empty(weight.shape if need_dw else (0,), dtype=torch.float32)
 
 
 def _fake_loss(x, weight, targets, ignore_index, need_dx, need_dw):
-    return x.new_empty(x.size(0), dtype=torch.float32), *_fake_gradients(x, weight, need_dx, need_dw)
+    return x.new_empty(x.size(0), dtype=torch.float32), *_fake_gradients(x, weight, need_dx, need_dw, torch.float32)
 
 
 def _fake_logits(x, weight, targets, ignore_index):
@@ -257,7 +257,7 @@ def _fake_logits(x, weight, targets, ignore_index):
 
 
 def _fake_backward(logits, maxima, log_sums, x, weight, targets, scale, grad_logits, ignore_index, need_dx, need_dw):
-    return _fake_gradients(x, weight, need_dx, need_dw)
+    return _fake_gradients(x, weight, need_dx, need_dw, x.dtype)
 
 
 define("linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool need_dx, bool need_dw) "

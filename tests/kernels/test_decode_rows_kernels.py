@@ -158,7 +158,7 @@ def act_check():
 @pytest.mark.parametrize("pattern,replacement,check", [
     (r"squares \+ columns \* off \* off, 0\) / C", "squares, 0) / C", qkv_check),
     (r"slot == 0, 1.0, 0.0", "slot == 0, 0.0, 0.0", attend_check),
-    (r"v_new\[None, :\], 0.0", "0.0, 0.0", attend_check),
+    (r"v_new\[None, :\], 0.0", "v_new[None, :] * 0.0, 0.0", attend_check),
     (r"tl.where\(inside, tl.minimum\(GROUP, C - group \* GROUP\), 0\)", "tl.where(inside, GROUP, 0)", act_check),
 ])
 def test_planted_faults_are_seen(pattern, replacement, check):

@@ -303,6 +303,24 @@ def test_what_rounding_a_stored_intermediate_once_makes_is_explained_and_no_more
         harness.assert_close_to_oracle(rounded(stored * (1 + 5e-4), torch.bfloat16), exact, plain, "gradient", stored=stored)
 
 
+def test_of_several_explanations_each_explains_its_bias_and_all_together_no_more():
+    oracle = torch.randn(64, 768, dtype=torch.float64)
+    off = lambda by: rounded(oracle * (1 + by), torch.float16)      # by 4e-5: 50 standard errors of the rounding
+    exact_sums, truncated, too_large = oracle, oracle * (1 - 4e-5), oracle * (1 + 4e-5)
+
+    def check(by, *stored):
+        harness.assert_close_to_oracle(off(by), oracle, off(0), "gradient", stored=stored)
+    with pytest.raises(AssertionError, match="biased"):
+        check(-4e-5, exact_sums)
+    for by in (0, -2e-5, -4e-5):
+        check(by, exact_sums, truncated), check(by, truncated, exact_sums)
+    for by in (-4e-5, 4e-5):
+        check(by, truncated, too_large)
+    for by, *stored in ((4e-5, exact_sums, truncated), (-8e-5, exact_sums, truncated), (8e-5, truncated, too_large), (4e-5,)):
+        with pytest.raises(AssertionError, match="biased"):
+            check(by, *stored)
+
+
 @pytest.mark.parametrize("tensor_cores", (False, True))
 @pytest.mark.parametrize("N", (256, 300, 340, 700))
 def test_a_gradient_divided_by_one_row_too_many_is_seen(N, tensor_cores):
