@@ -209,7 +209,8 @@ class NinjaBuildExt(build_ext):
             nvcc_command = [nvcc, "-ccbin", compiler[0], "-std=c++17", "-O3", "-t", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
             cuda_objects = {"cuda": generate}
             if "90" in archs and not nvcc_version(nvcc).startswith(("11.", "unknown")):     # instructions that Hopper alone has
-                cuda_objects["linear_act_sm90"] = ["-gencode=arch=compute_90a,code=sm_90a"]
+                for name in ("linear_act_sm90", "attention_backward_sm90"):
+                    cuda_objects[name] = ["-gencode=arch=compute_90a,code=sm_90a"]
                 about.append("-DNGF_SM90")
             home = os.path.dirname(os.path.dirname(os.path.realpath(self.real_nvcc(nvcc))))
             folders = [os.path.join(home, lib) for lib in ("lib64", "lib") if glob.glob(os.path.join(home, lib, "libcudart_static.a"))]

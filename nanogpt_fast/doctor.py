@@ -182,7 +182,7 @@ OPS = """
     import contextlib, io, json, os
     import torch
     from nanogpt_fast import GPT, GPTConfig, backend, cpu, devices, explain, generation
-    from nanogpt_fast.ops import mlp, mlp_hopper, sample
+    from nanogpt_fast.ops import attention_hopper, mlp, mlp_hopper, sample
     found = {}
     asked = os.environ["NANOGPT_FAST_ASKED"]
     try:
@@ -204,6 +204,8 @@ OPS = """
     if device == "cuda" and torch.cuda.get_device_capability() == (9, 0) and ["mlp", "triton"] in [row[:2] for row in rows]:
         why_not = mlp_hopper.why_not(torch.device(device), training, 768, 3072, "gelu")
         rows.append([f"mlp, {mlp.HOPPER_MIN_ROWS:,} rows on", "cpp" if why_not is None else "triton", why_not or ""])
+        why_not = attention_hopper.why_not(torch.device(device), training, attention_hopper.HEAD)
+        rows.append(["attention, backward", "cpp" if why_not is None else "triton", why_not or ""])
     print(json.dumps({**found, "device": device, "asked": asked, "rows": rows}))
 """
 

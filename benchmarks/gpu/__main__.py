@@ -23,7 +23,7 @@ CORE_TESTS = [f"tests/kernels/test_{name}.py" for name in (
     "training_kernels", "model", "decode_kernels", "attention_autograd", "cross_entropy_autograd", "mlp_autograd")]
 KERNEL_TESTS = CORE_TESTS + [f"tests/kernels/test_{name}.py" for name in (
     "decode_rows_kernels", "layer_norm_autograd", "dropout", "cross_entropy", "layer_norm", "attention", "mlp", "memory",
-    "swap_kernels")] + ["tests/test_mlp_hopper.py"]
+    "swap_kernels")] + ["tests/test_attention_hopper.py", "tests/test_mlp_hopper.py"]
 
 
 def stages(part, folder, more, upstream, dry):

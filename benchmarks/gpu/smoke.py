@@ -332,10 +332,11 @@ def small_sampler(device):
 
 
 CHECKS = {
-    "small": {"attention": attention_of(1, 200, 2, 64), "attention, head form": attention_of(70, 100, 2, 32),
+    "small": {"attention": attention_of(1, 200, 2, 64), "attention, split form": attention_of(1, 200, 2, 32), "attention, head form": attention_of(70, 100, 2, 32),
               "loss": small_loss, "sampler": small_sampler, "add + LayerNorm": norm, "MLP, hopper": mlp_form("hopper", 300, 72)},
     "machine": {"card": card, "versions": versions, "half products into fp32": half_products_into_fp32, "limits": limits},
-    "ops": {"attention, head form": attention_of(72, 512, 4, 32), "attention, split form": attention_of(2, 777, 4, 64), "attention, auto": attention_of(12, 1024, 12, 64, by="auto"),
+    "ops": {"attention, head form": attention_of(72, 512, 4, 32), "attention, split form": attention_of(2, 777, 4, 32), "attention, Hopper": attention_of(2, 777, 4, 64),
+            "attention, auto": attention_of(12, 1024, 12, 64, by="auto"),
             "attention, auto, one token": attention_of(4, 1, 12, 64, by="auto"),
             "attention, head size 128": attention_of(2, 300, 4, 128), "attention, dropout": attention_of(40, 256, 4, 64, 0.2),
             "add + LayerNorm": norm, "MLP, pointwise": mlp_form("pointwise"), "MLP, epilogue": mlp_form("epilogue"), "MLP, hopper": mlp_form("hopper"),

@@ -22,7 +22,7 @@ from nanogpt_fast import backend, measure, reference
 from nanogpt_fast.kernels import attention_backward, attention_forward, cross_entropy, layer_norm, mlp
 from nanogpt_fast.kernels.attention_common import Tile
 from nanogpt_fast.ops import attention as attention_op
-from nanogpt_fast.ops import mlp_hopper
+from nanogpt_fast.ops import attention_hopper, mlp_hopper
 
 BF16 = torch.bfloat16
 FUSED = backend.parse("fused")
@@ -158,6 +158,7 @@ def attention(B, T, H, D, small=False):
                 4 * tensor, 2 * matmul)
     yield Group(f"attention backward {shape}", make, {name: back(backend) for name, backend in peers.items()}
                 | {"cuDNN packed": packed(H, False), "cuDNN packed deterministic": packed(H, True)}
+                | ({"hopper": lambda t: attention_hopper.backward_qkvpacked(t["do"], t["qkv"].detach(), t["out"], t["lse"], H, None)} if D == 64 else {})
                 | {f"head {named(tile)}": backward("head", head=tile) for tile in HEAD[:few]}
                 | {f"split dq {named(dq)}, dkdv {named(dkdv)}": backward("split", dq=dq, dkdv=dkdv)
                    for dq, dkdv in dict.fromkeys([(DQ[0], row) for row in DKDV[:few]] + [(row, DKDV[0]) for row in DQ[:few]])},

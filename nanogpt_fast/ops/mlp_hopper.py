@@ -16,7 +16,7 @@ def why_not(device, dtype, C, F, activation):
     """None where the kernel can compute an MLP of widths C and F there, else the reason."""
     if device.type != "cuda":
         return "the kernel is for GPUs of compute capability 9.0 (H100, H200)"
-    if reason := _card_why_not(device.index or 0):
+    if reason := card_why_not(device.index or 0):
         return reason
     if dtype not in DTYPES:
         return f"the kernel computes in bfloat16 or float16, not {dtype}"
@@ -27,16 +27,16 @@ def why_not(device, dtype, C, F, activation):
     return None
 
 
-def _card_why_not(index):
+def card_why_not(index):
+    """"" where the extension can launch its kernels for Hopper on device number `index`, else the reason."""
     return _cached_card_why_not(index)
 
 
-_card_why_not._dynamo_marked_constant = True            # asked once while compiling; on the cached function the mark would not be seen
+card_why_not._dynamo_marked_constant = True            # asked once while compiling; on the cached function the mark would not be seen
 
 
 @functools.cache
 def _cached_card_why_not(index):
-    """"" where the extension can launch its kernel on device number `index`, else the reason."""
     if torch.cuda.get_device_capability(index) != (9, 0):
         return "the kernel is for GPUs of compute capability 9.0 (H100, H200)"
     if sample._C is None:

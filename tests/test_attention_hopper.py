@@ -1,0 +1,160 @@
+"""Attention's backward for Hopper (csrc/attention_backward_sm90.cu): what it computes, on such a GPU; who is sent to it; what it compiles to."""
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanogpt_fast import backend
+from nanogpt_fast.error_rule import measure
+from nanogpt_fast.ops import attention, attention_hopper, mlp_hopper
+
+HERE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+on_hopper = pytest.mark.skipif(attention_hopper.why_not(HERE, torch.bfloat16, 64) is not None, reason="needs an H100 or H200 and the extension")
+# B, T, H: one row; one tile and one more; ends within a group's rows, between groups, after one; many of unequal length.
+SHAPES = ((1, 1, 1), (1, 64, 1), (1, 65, 2), (2, 128, 1), (1, 129, 3), (2, 777, 4), (3, 192, 5), (1, 2047, 3), (4, 1024, 12))
+
+
+def drawn(B, T, H, dtype=torch.bfloat16):
+    """qkv, do, and what the forward keeps: out and lse."""
+    torch.manual_seed(T)
+    qkv, do = (torch.randn(B, T, n * H * 64, device=HERE).to(dtype) for n in (3, 1))
+    return do, qkv, *attention._kernels().forward.launch_forward_qkvpacked(qkv, None, H, None, 0.0)
+
+
+def by_pytorch(do, qkv, H, scale=0.125):
+    """The gradient of qkv in its dtype, by softmax and matmuls."""
+    qkv = qkv.detach().requires_grad_()
+    B, T, _ = qkv.shape
+    q, k, v = (x.view(B, T, H, 64).transpose(1, 2) for x in qkv.chunk(3, 2))
+    hidden = torch.ones(T, T, dtype=torch.bool, device=HERE).triu(1)
+    y = (q @ k.transpose(2, 3) * scale).masked_fill(hidden, -math.inf).softmax(-1) @ v
+    return torch.autograd.grad(y.transpose(1, 2).reshape(B, T, -1), qkv, do)[0]
+
+
+def check(found, do, qkv, H, scale=0.125):
+    exact, plain = by_pytorch(do.double(), qkv.double(), H, scale), by_pytorch(do, qkv, H, scale)
+    assert found.dtype == qkv.dtype and found.is_contiguous()
+    for name, ours, wanted, theirs in zip("qkv", found.chunk(3, 2), exact.chunk(3, 2), plain.chunk(3, 2)):
+        zero = name != "v" and qkv.size(1) == 1         # a query that sees one key: dq and dk are differences of equal terms
+        cancelled = torch.full_like(wanted, 1e-6) if zero else None
+        problem = measure(ours, wanted, theirs, "gradient", check_bias=not zero, cancelled=cancelled).problem
+        assert problem is None, f"d{name}: {problem}"
+
+
+@pytest.mark.parametrize("dtype", attention_hopper.DTYPES)
+@pytest.mark.parametrize("B, T, H", SHAPES)
+@on_hopper
+def test_gradients_are_as_near_to_fp64_as_pytorch_and_the_same_bits_again(B, T, H, dtype):
+    inputs = drawn(B, T, H, dtype)
+    found = attention_hopper.backward_qkvpacked(*inputs, H, None)
+    check(found, *inputs[:2], H)
+    for _ in range(20):
+        assert torch.equal(found, attention_hopper.backward_qkvpacked(*inputs, H, None))
+
+
+@on_hopper
+def test_rows_may_lie_apart_and_begin_anywhere():
+    do, qkv, out, lse = drawn(3, 200, 2)
+    expected = attention_hopper.backward_qkvpacked(do, qkv, out, lse, 2, None)
+    wide, odd, turned = torch.zeros(3, 200, 512, device=HERE).bfloat16(), torch.zeros(3, 200, 129, device=HERE).bfloat16(), do.transpose(0, 1).contiguous()
+    wide[..., 64:448] = qkv
+    odd[..., 1:] = do
+    for other in (do, odd[..., 1:], turned.transpose(0, 1)):
+        assert torch.equal(attention_hopper.backward_qkvpacked(other, wide[..., 64:448], out, lse, 2, None), expected)
+    one = torch.ones(1, 1, 1, device=HERE).bfloat16().expand(3, 200, 128)       # the gradient of a sum
+    assert torch.equal(attention_hopper.backward_qkvpacked(one, qkv, out, lse, 2, None),
+                       attention_hopper.backward_qkvpacked(one.contiguous(), qkv, out, lse, 2, None))
+
+
+@pytest.mark.parametrize("scale", (1.0, 0.01))
+@on_hopper
+def test_another_scale(scale):
+    do, qkv, *_ = drawn(2, 150, 3)
+    out, lse = attention._kernels().forward.launch_forward_qkvpacked(qkv, None, 3, scale, 0.0)
+    check(attention_hopper.backward_qkvpacked(do, qkv, out, lse, 3, scale), do, qkv, 3, scale)
+
+
+@on_hopper
+def test_what_is_not_seen_has_no_part_in_it():
+    """Keys after a query, and what lies in memory behind the last token, may be infinite or no number."""
+    do, qkv, out, lse = drawn(1, 100, 2)
+    storage = torch.full((1, 400, 384), float("nan"), device=HERE).bfloat16()
+    storage[:, :100] = qkv
+    found = attention_hopper.backward_qkvpacked(do, storage[:, :100], out, lse, 2, None)
+    assert torch.equal(found, attention_hopper.backward_qkvpacked(do, qkv, out, lse, 2, None)) and found.isfinite().all()
+
+
+@on_hopper
+def test_a_captured_launch_computes_the_same():
+    inputs = drawn(2, 300, 2)
+    expected = attention_hopper.backward_qkvpacked(*inputs, 2, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = attention_hopper.backward_qkvpacked(*inputs, 2, None)
+    for _ in range(3):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, expected)
+
+
+@on_hopper
+def test_the_op_takes_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(attention_hopper, "backward_qkvpacked", lambda *args, real=attention_hopper.backward_qkvpacked: calls.append(1) or real(*args))
+    for choice in ("auto", "fused"):
+        qkv = torch.randn(2, 300, 3 * 128, device=HERE, dtype=torch.bfloat16, requires_grad=True)
+        attention.causal_attention_qkvpacked(qkv, 2, backend=backend.parse(choice)).sum().backward()
+        assert qkv.grad.isfinite().all()
+    assert len(calls) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------------ without a GPU
+
+
+def test_it_says_why_not(monkeypatch):
+    card = torch.device("cuda", 0)
+    assert "compute capability 9.0" in attention_hopper.why_not(torch.device("cpu"), torch.bfloat16, 64)
+    monkeypatch.setattr(mlp_hopper, "card_why_not", lambda index: "no extension")
+    assert attention_hopper.why_not(card, torch.bfloat16, 64) == "no extension"
+    monkeypatch.setattr(mlp_hopper, "card_why_not", lambda index: "")
+    for allowed in (dict(), dict(dtype=torch.float16), dict(scale=1.0)):
+        assert attention_hopper.why_not(card, **{"dtype": torch.bfloat16, "D": 64, **allowed}) is None
+    for refused, reason in ((dict(dtype=torch.float32), "bfloat16 or float16"), (dict(D=128), "heads of 64, not 128"),
+                            (dict(dropout_p=0.1), "no dropout"), (dict(scale=1e-9), "scales of 1e-06 to 1e+06, not 1e-09")):
+        assert reason in attention_hopper.why_not(card, **{"dtype": torch.bfloat16, "D": 64, **refused})
+
+
+def test_the_launch_is_told_where_everything_lies(monkeypatch):
+    """On a CPU, with the launch taken down: addresses, strides in elements, scratch of the right size."""
+    told = []
+    monkeypatch.setattr(attention_hopper.sample, "_C", type("", (), {"attention_backward_sm90": staticmethod(lambda *args: told.append(args))}))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("", (), {"cuda_stream": 7}))
+    storage = torch.zeros(2, 200, 512, dtype=torch.bfloat16)
+    qkv, do, out, lse = storage[..., 64:448], torch.zeros(2, 200, 128, dtype=torch.bfloat16), torch.zeros(2, 200, 128), torch.zeros(2, 2, 200)
+    dqkv = attention_hopper.backward_qkvpacked(do, qkv, out, lse, 2, None)
+    bf16, *rest = told[0]
+    assert bf16 and dqkv.shape == qkv.shape and dqkv.is_contiguous()
+    assert rest[:6] == [qkv.data_ptr(), 200 * 512, 512, do.data_ptr(), 200 * 128, 128]
+    assert rest[6:9] == [out.data_ptr(), lse.data_ptr(), dqkv.data_ptr()]
+    assert rest[10] - rest[9] == 4 * 2 * 2 * 2 * 256                # two floats, two sequences, two heads, 256 rows
+    assert rest[11:15] == [2, 200, 2, 0.125] and rest[16] == 7
+    one = storage[:1, :, 64:448]
+    attention_hopper.backward_qkvpacked(do[:1].transpose(1, 2).contiguous().transpose(1, 2), one.float().half(), out, lse, 2, 0.5)
+    assert told[1][0] is False and told[1][2:4] == (200 * 384, 384) and told[1][5:7] == (200 * 128, 128) and told[1][15] == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_it_compiles_to_what_it_was_written_for(tmp_path):
+    """No product waits for another because the compiler had doubts (C75.. are its words for that), and nothing is spilled beside them."""
+    source = Path(attention_hopper.__file__).parents[2] / "csrc/attention_backward_sm90.cu"
+    done = subprocess.run(["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin", source, "-o",
+                           tmp_path / "out.cubin"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"\(C75\d\d\)", done.stderr), done.stderr
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill loads", done.stderr)]
+    assert len(spilled) == 4 and max(spilled) <= 8
