@@ -262,7 +262,8 @@ def groups(small=False):
     return [*itertools.chain(
         attention(size(64), 1024, 12, 64), gelu_mlp(1024 * size(64), 768), loss(1024 * size(64), 768, 50304),
         norm(1024 * size(64), 768), attention(size(12), 1024, 12, 64), gelu_mlp(1024 * size(12), 768),
-        with_dropout(size(64), 256, 6, 64, 0.2), *(attention(size(B), 1024, 12, 64, small=True) for B in (16, 22, 32)))]
+        with_dropout(size(64), 256, 6, 64, 0.2), *(attention(size(B), 1024, 12, 64, small=True) for B in (16, 22, 32)),
+        *(attention(size(B), T, 12, 64, small=True) for B, T in ((1, 1024), (4, 1024), (64, 256), (16, 4096))))]
 
 
 def kind(group):
@@ -293,6 +294,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", default="sweep.jsonl")
     parser.add_argument("--only", default="", help="groups whose name contains one of these words, separated by commas")
+    parser.add_argument("--rows", default="", help="rows whose name contains one of these words, separated by commas")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--workers", type=int, default=10)
     parser.add_argument("--device", default="cuda")
@@ -300,6 +302,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     words = [word for word in args.only.split(",") if word]
     listed = [(i, group) for i, group in enumerate(groups()) if not words or any(word in group.name for word in words)]
+    wanted = [word for word in args.rows.split(",") if word]
+    for _, group in listed:
+        group.rows = {name: run for name, run in group.rows.items() if not wanted or any(word in name for word in wanted)}
     if args.device == "cpu":    # nothing to time
         listed = []
     jobs = {(kind(group), name): (i, name) for i, group in reversed(listed) for name in group.rows
