@@ -35,7 +35,7 @@ def run(o, device, dtype):
     compiled = device.type == "cuda"
     chosen = devices.choose_dtype("auto", device, config["n_embd"])
     bf16 = device.type == "cpu" and o.dtype == "auto" and chosen == torch.bfloat16
-    both = {"nanoGPT": Variant(nanogpt=True, compiled=compiled), "ours": Variant(logits=False, compiled=compiled, bf16=bf16)}
+    both = {"nanoGPT": Variant(nanogpt=True, compiled=compiled), "ours": Variant(logits=False, bf16=bf16)}     # as `nanogpt-fast train` runs them
     schedule = LossSchedule(learning_rate=o.learning_rate, min_lr=o.learning_rate / 10, warmup_iters=o.steps // 20,
                             lr_decay_iters=o.steps)
 
