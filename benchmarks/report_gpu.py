@@ -9,8 +9,7 @@ from benchmarks.tables import MISSING, device_of, small, table
 def sections(records):
     """{name: markdown} of the generated sections of docs/gpu.md."""
     return {"predicted": predicted(records), "step": step_times(records), "sweep": swept(records), "mlp": mlp_forms(records),
-            "mlp steps": mlp_steps(records),
-            "checks": checked(records)}
+            "mlp steps": mlp_steps(records), "attention forms": attention_forms(records), "checks": checked(records)}
 
 
 # What GPT-2 124M's step takes on an H100 of the sweep's rows: {start of a group's name: row}. The others stand beside it.
@@ -52,15 +51,18 @@ def predicted(records):
     if not path.exists():
         return MISSING
     said = json.loads(path.read_text(encoding="utf-8"))
-    rows = [[what, f"{value:,g}", "" if (found := _measured(records, what)) is None else f"{found:,.3g}" if found < 10 else f"{found:,.0f}",
-             unit, why] for what, value, unit, why in said["rows"]]
+    rows = [[what, f"{value:,g}", "" if (found := _measured(records, what)) is None else _figure(found), unit, why] for what, value, unit, why in said["rows"]]
     head = ["", "predicted", "measured", "", "predicted from"]
     text = table(head, rows) + f"\n\n<sub>{said['written']}; {said['card']}</sub>"
     for later in said.get("later", ()):
         rows = [[what, f"{value:,g}", "not measured yet" if (found := _measured(records, what, later.get("commits", ()))) is None
-                 else f"{found:,.3g}" if found < 10 else f"{found:,.0f}", unit, why] for what, value, unit, why in later["rows"]]
+                 else _figure(found), unit, why] for what, value, unit, why in later["rows"]]
         text += "\n\n" + table(head, rows) + f"\n\n<sub>{later['written']}</sub>"
     return text
+
+
+def _figure(value):
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _measured(records, what, commits=None):
@@ -71,15 +73,13 @@ def _measured(records, what, commits=None):
         B = int(what.split("B=")[1].split(",")[0])
         record = next((r for r in records if r["benchmark"] == "generate" and device_of(r) == "cuda" and r["batch_size"] == B), None)
         return record["variants"][row]["tokens_per_s"] if record else None
-    if what.startswith("train baby "):
-        return None     # one side alone was had
     if what.startswith("MLP ") and words.endswith("by forms"):
         record = next((r for r in records if r["benchmark"] == "mlp forms" and f"rows={r['rows']} C={r['C']} " in words), None)
         return record["median_us"][what.split()[1]][row] if record else None
-    if what.startswith("train gpt2 "):
-        B = int(what.split()[2].split("x")[0])
+    if what.startswith("train "):
+        model, B = what.split()[1], int(what.split()[2].split("x")[0])
         # the first that has both: what was predicted is the code as it was
-        record = next((r for r in records if r["benchmark"] == "train" and device_of(r) == "cuda" and r["options"]["model"] == "gpt2"
+        record = next((r for r in records if r["benchmark"] == "train" and device_of(r) == "cuda" and r["options"]["model"] == model
                        and r["shape"]["batch_size"] == B and "samples" in r["variants"].get("our trainer", ())), None)
         ms = {name: 1e3 * statistics.median(found["samples"]) for name, found in (record["variants"] if record else {}).items()
               if "samples" in found}
@@ -99,8 +99,9 @@ def _measured(records, what, commits=None):
 
 
 # What a kernel of a step's profile does, by a part of its name; the first that fits.
-KINDS = (("attention", ("cudnn", "backward_head", "backward_dq", "backward_dkdv", "fort_native_sdpa", "cat_transpose", "unsafe_view_cat")),
-         ("matmuls", ("nvjet", "gemm", "cublasLt", "splitKreduce")), ("MLP's backward, in its matmul", ("_linear_dact", "_linear_act")),
+KINDS = (("attention", ("cudnn", "backward_head", "backward_dq", "backward_dkdv", "fort_native_sdpa", "cat_transpose", "unsafe_view_cat",
+                        "::dq_kernel", "::dkdv_kernel")),
+         ("matmuls", ("nvjet", "gemm", "cublasLt", "splitKreduce")), ("MLP's products with GELU in them", ("linear_dact", "linear_act")),
          ("loss", ("_loss_kernel", "_dlogits", "log_softmax", "nll_loss")), ("GELU", ("_act_kernel", "_dact_kernel", "gelu")),
          ("residual add and LayerNorm", ("native_layer_norm", "_backward_kernel", "_forward_kernel", "_sum_partials")),
          ("gradient norm, AdamW, half-precision copies", ("multi_tensor_apply",)))
@@ -141,6 +142,16 @@ def mlp_forms(records):
     rows = [[f"{r['rows']:,} x {r['C']:,}", *(f"{r['median_us'][way][name]:,.0f}" for way, name in columns)] for r in found]
     head = ["rows x C", *(f"{way}, {name}" if name != "the product alone" else "cuBLAS's product alone" for way, name in columns)]
     return table(head, rows) + small(found[-1], lambda r: f"us; {r['note']}")
+
+
+def attention_forms(records):
+    """Attention's backward by Triton's kernels and by those for Hopper, at each size that was timed, in microseconds."""
+    found = [record for record in records if record["benchmark"] == "attention forms"]
+    if not found:
+        return MISSING
+    rows = [[f"{r['B']} x {r['T']:,}, {r['H']} heads of {r['D']}", *(f"{r['median_us'][name]:,.0f}" for name in ("triton", "hopper")),
+             f"{r['median_us']['triton'] / r['median_us']['hopper']:.2f}", *(f"{us:,.0f}" for us in r["kernels_us"].values())] for r in found]
+    return table(["", "Triton", "Hopper", "times", *found[0]["kernels_us"]], rows) + small(found[-1], lambda r: f"us; {r['note']}")
 
 
 def mlp_steps(records):

@@ -15,9 +15,9 @@
 //   both of its products: as it is, and transposed by the instruction's descriptor.
 // - One group's products run while the other computes exponentials, and within a group P's product while dS is computed.
 //
-// Measured on an H100 at 64 x 1024 x 12 heads, microseconds: dq 345, dk and dv 429; Triton's kernels 420 and 643. What bounds it is the products
-// of 64 columns: three quarters of those of S and dP left out saved 18 %, the exponentials left out 6 %, all copies of tiles 2 %, seven
-// instructions spared before each product none; the next tile's S begun before this one's dS saved nothing either, and spilled registers.
+// Measured on an H100 at 64 x 1024 x 12 heads, microseconds: dq 345, dk and dv 429; Triton's kernels 420 and 643. What bounds it are the products,
+// it seems: three quarters of those of S and dP left out saved 17 %, the exponentials left out 6 %, all copies of tiles 2 %, some
+// instructions spared before each product nothing; the next tile's S begun before this one's dS saved nothing either, and spilled registers.
 // Products of 128 columns (for S and dP of dq, there is room) are the next thing to try.
 //
 // Left operands of S and dP kept in registers, too, were not tried: ptxas 13.0 gave them the registers of P and dS, in the same loop, and
