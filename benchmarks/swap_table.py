@@ -488,6 +488,7 @@ def in_a_process(name, root):
         return {"repository": name, "commit": commit_of(root), "model": REPOSITORIES[name][0], "cannot": why[:300]}
 
 
+UNKNOWN = "holds no part of a GPT that is known here"       # what accelerate says then
 PARTS = {"attention": "attention", "mlp": "MLP", "layer_norm": "LayerNorm", "block": "block", "model": "loop and loss"}
 
 
@@ -500,16 +501,18 @@ def sections(records=()):
             absent.append(f"{row['repository']}: {row['cannot']}")
             continue
         swapped = ", ".join(f"{row['swapped'][part]} {name}" for part, name in PARTS.items() if row.get("swapped", {}).get(part)) or "nothing"
-        left = "; ".join([f"{n} {reason}" for reason, n in row.get("left", {}).items()]
-                         + [f"own path, {reason}" for reason in row.get("own", {})])
-        errors = [" ".join(f"{ours:.0e}/{theirs:.0e}" for ours, theirs in row.get("errors", {}).get(name, {}).values())
+        on_kernels, own = (sum(row.get(where, {}).values()) for where in ("kernels", "own"))
+        left = ["no part is known" if reason.endswith(UNKNOWN) else f"{n} {reason}" for reason, n in row.get("left", {}).items()]
+        left += [f"own path, {reason}" for reason in row.get("own", {})]
+        errors = ["<br>".join(f"{ours:.0e}/{theirs:.0e}" for ours, theirs in row.get("errors", {}).get(name, {}).values())
                   for name in ("float32", "bfloat16")]
-        rows.append([f"{row['repository']} {row['commit'].split()[0]}", row["model"], swapped, left.replace("|", "\\|"), *errors,
+        rows.append([f"{row['repository']} {row['commit'].split()[0]}", row["model"], swapped,
+                     f"{on_kernels} of {on_kernels + own}" if on_kernels + own else "", "; ".join(left).replace("|", "\\|"), *errors,
                      "yes" if row["equal"] else "**no**: " + "; ".join(row["why"])])
     equal, some = sum(row[-1] == "yes" for row in rows), sum(row[2] != "nothing" for row in rows)
     e = results["environment"]
     text = (f"{len(rows)} repositories, in {some} of them something is swapped, {equal} are equal.\n\n"
-            + table(["repository, commit", "model", "swapped", "not swapped, and why", "float32", "bf16 autocast", "equal"], rows)
+            + table(["repository, commit", "model", "swapped", "calls on kernels", "not swapped, and why", "float32", "bf16 autocast", "equal"], rows)
             + ("\n\nNot built here: " + "; ".join(absent) + "." if absent else "")
             + f"\n\n<sub>{e['cpu']}; torch {e['torch']}, Triton {e['triton']}, transformers {e['transformers']}, Python {e['python']}; "
               f"commit {e['commit']}, {e['time'][:10]}</sub>")
