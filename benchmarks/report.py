@@ -1,7 +1,7 @@
-"""Turns benchmarks/results/ into the tables of README.md and docs/gpu.md and into plots. No figure there is typed.
+"""Turns benchmarks/results/ into the tables of README.md, docs/gpu.md and docs/swap.md and into plots. No figure there is typed.
 
     python -m benchmarks.report                   print the generated sections
-    python -m benchmarks.report --write           put them into README.md and docs/gpu.md, and draw docs/measured/*.png
+    python -m benchmarks.report --write           put them into README.md, docs/gpu.md and docs/swap.md, and draw docs/measured/*.png
     python -m benchmarks.report --summary FILE    one screen of one results file
 
 Of what was measured more than once the last counts. A row without a measurement says so. tests/test_benchmarks.py holds the
@@ -13,7 +13,7 @@ import re
 import statistics
 from pathlib import Path
 
-from benchmarks import RESULTS, report_gpu
+from benchmarks import RESULTS, report_gpu, swap_table
 from benchmarks.tables import MISSING, device_of, last, read, small, spread, table, where  # noqa: F401 (tests take them from here)
 from nanogpt_fast.bench.common import MODELS
 from nanogpt_fast.bench.generate import percentiles
@@ -247,7 +247,7 @@ def sections(records):
     }
 
 
-DOCUMENTS = {"README.md": sections, "docs/gpu.md": report_gpu.sections}
+DOCUMENTS = {"README.md": sections, "docs/gpu.md": report_gpu.sections, "docs/swap.md": swap_table.sections}
 
 
 def result(records):

@@ -166,6 +166,30 @@ def bare_feed_forward():
     return nn.Sequential(nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, C))
 
 
+class TensorGELU(nn.Module):
+    """LLMs-from-scratch: constants made into tensors, under PyTorch's own name."""
+
+    def forward(self, x):
+        return 0.5 * x * (1 + torch.tanh(torch.sqrt(torch.tensor(2.0 / torch.pi)) * (x + 0.044715 * torch.pow(x, 3))))
+
+
+TensorGELU.__name__ = "GELU"
+
+
+class Erf(nn.Module):
+    def forward(self, x):
+        return F.gelu(x)
+
+
+class SwiGLUish(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+def sequential(act, *dropout):
+    return nn.Sequential(nn.Linear(C, 4 * C), act, nn.Linear(4 * C, C), *dropout)
+
+
 @pytest.mark.parametrize("make, parts_swapped, reasons", [
     (BuildBlock, ["attention", "block", "layer_norm", "layer_norm", "mlp"], {}),
     (MinBlock, ["attention", "layer_norm", "layer_norm"], {"0": "its mlp is a ModuleDict that was not swapped"}),
@@ -173,8 +197,12 @@ def bare_feed_forward():
     (lambda: LectureBlock(bare_feed_forward), ["block", "layer_norm", "layer_norm", "mlp"], {"0.sa.heads.0": "", "0.sa.heads.1": ""}),
     (lambda: Mlp(), ["mlp"], {}), (lambda: Mlp(act=NewGELU()), ["mlp"], {}), (lambda: Mlp(nonlinearity=nn.ReLU()), ["mlp"], {}),
     (lambda: Mlp(function=F.relu), ["mlp"], {}), (lambda: Mlp(function=F.gelu), ["mlp"], {}),
+    (lambda: Mlp(activation=nn.GELU()), ["mlp"], {}),
+    (lambda: sequential(TensorGELU()), ["mlp"], {}), (lambda: sequential(Erf(), nn.Dropout(0.2)), ["mlp"], {}),
+    (lambda: sequential(SwiGLUish()), [], {"0": "it computes something else"}),
     (lambda: Mlp(function=F.silu), [], {"0": "it computes something else"})],
-    ids=["build-nanogpt", "minGPT", "lecture", "lecture, no dropout", "new_gelu", "NewGELU", "ReLU", "F.relu", "F.gelu", "F.silu"])
+    ids=["build-nanogpt", "minGPT", "lecture", "lecture, no dropout", "new_gelu", "NewGELU", "ReLU", "F.relu", "F.gelu", "activation", "LLMs-from-scratch", "Sequential",
+         "Sequential, SiLU", "F.silu"])
 def test_a_relative_is_swapped_and_computes_what_it_did(make, parts_swapped, reasons, on_ops):
     torch.manual_seed(0)
     model = nn.ModuleList([make()])
@@ -229,6 +257,33 @@ def test_an_activation_that_is_changed_later_is_honoured(on_ops):
             change(m)
         torch.testing.assert_close(model[0](x), twin[0](x))
     assert report.unfused
+
+
+def test_an_activation_in_a_sequential_that_is_changed_later_is_honoured(on_ops):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = 1.0
+
+        def forward(self, x):
+            return self.scale * F.gelu(x)
+
+    model = nn.ModuleList([sequential(Scaled())])
+    twin, x = copy.deepcopy(model), torch.randn(1, 5, C)
+    report = nanogpt_fast.accelerate(model)
+    assert len(report.swapped) == 1
+    for change in (lambda m: setattr(m[0][1], "scale", 3.0), lambda m: m[0].__setitem__(1, SwiGLUish())):
+        for m in (model, twin):
+            change(m)
+        torch.testing.assert_close(model[0](x), twin[0](x))
+    assert not any(where == "kernels" for _, where in report.calls)
+
+
+def test_what_holds_layernorms_alone_is_refused_and_left_as_it_was():
+    model = nn.Sequential(nn.Linear(C, C), nn.LayerNorm(C))
+    with pytest.raises(TypeError, match="holds no part of a GPT"):
+        nanogpt_fast.accelerate(model)
+    assert type(model[1]) is nn.LayerNorm and "_swap_state" not in vars(model[1])
 
 
 def test_the_report_counts_calls_on_kernels(monkeypatch):

@@ -138,6 +138,7 @@ def accelerate(model, backend=None):
     rows.sort(key=lambda row: [int(piece) if piece.isdigit() else -1 for piece in row.path.split(".")] if row.path else [])
     if not any(row.part in ("attention", "mlp", "block") for row in rows) and not any(
             isinstance(module, (nano.GPT, nano.Block)) for module in model.modules()):
+        restore(model)      # its LayerNorms may have been swapped
         raise TypeError(f"{type(model).__name__} holds no part of a GPT that is known here; known are nanoGPT's classes "
                         "(and forks that keep their attribute names), nanogpt_fast.classic's, and transformers' GPT-2")
     return Report(model, rows, state)

@@ -119,7 +119,7 @@ class Mlp(Swapped):
 class NanoMlp(Mlp, nano.MLP):
     """c_fc, an activation, c_proj, dropout. The activation is a module of any name, or a function that the forward calls."""
 
-    activation = "gelu"         # which of the op's it is, the trial finds out: a subclass for each
+    _activation = "gelu"        # which of the op's it is, the trial finds out: a subclass for each
     dropouts = ("dropout",)
 
     def _act(self):
@@ -144,23 +144,26 @@ class NanoMlp(Mlp, nano.MLP):
         """Without the dropout: what a fused block calls."""
         if self._linears_touched() is not None:
             h, (_, act) = self.c_fc(x), self._act()
-            return self.c_proj(reference.activation(h, self.activation) if act is None else act(h))
-        return mlp.gelu_mlp(x, *self.weights(), activation=self.activation, recompute=self.recompute, backend=self.backend)
+            return self.c_proj(reference.activation(h, self._activation) if act is None else act(h))
+        return mlp.gelu_mlp(x, *self.weights(), activation=self._activation, recompute=self.recompute, backend=self.backend)
 
     def fast(self, x):
         return self.dropout(self.branch(x))
 
 
 class NanoMlpTanh(NanoMlp):
-    activation = "gelu_tanh"
+    _activation = "gelu_tanh"
 
 
 class NanoMlpRelu(NanoMlp):
-    activation = "relu"
+    _activation = "relu"
 
 
 class SequentialMlp(Mlp):
     """nn.Sequential(Linear, activation, Linear), and Dropout or not."""
+
+    def _activation(self):
+        return activation_name(self[1])
 
     def unfused_reason(self):
         return (nano.touched(self[0], nn.Linear) or nano.touched(self[1], type(self[1])) or nano.touched(self[2], nn.Linear)
@@ -170,8 +173,28 @@ class SequentialMlp(Mlp):
         return self[0].weight, self[0].bias, self[2].weight, self[2].bias
 
     def fast(self, input):
-        return mlp.gelu_mlp(input, *self.weights(), activation=activation_name(self[1]),
+        return mlp.gelu_mlp(input, *self.weights(), activation=self._activation(),
                             dropout_p=nano._p(self[3]) if len(self) > 3 else 0.0, backend=self.backend)
+
+
+class SequentialMlpGelu(SequentialMlp):
+    """With an activation of somebody's own class: as in NanoMlp, the trial finds out which of the op's it is."""
+
+    def _activation(self):
+        return "gelu"
+
+    def watched_children(self):
+        return ["1"]
+
+
+class SequentialMlpTanh(SequentialMlpGelu):
+    def _activation(self):
+        return "gelu_tanh"
+
+
+class SequentialMlpRelu(SequentialMlpGelu):
+    def _activation(self):
+        return "relu"
 
 
 def activation_name(module):

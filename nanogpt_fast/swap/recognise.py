@@ -45,8 +45,7 @@ def candidate(module):
                                  or (None if getattr(module, "pre_norm", True) else "post-norm"))
     elif (type(module) is nn.Sequential and len(module) in (3, 4) and type(module[0]) is type(module[2]) is nn.Linear
           and module[0].in_features == module[2].out_features):
-        found = "mlp", parts.SequentialMlp, (_odd(module[1]) or (None if len(module) == 3 or isinstance(module[3], nn.Dropout)
-                                                                 else "it ends in no dropout"))
+        found = "mlp", *_sequential_mlp(module)
     elif isinstance(module, nn.LayerNorm) or type(module).__name__ == "LayerNorm":
         found = "layer_norm", *_norm(module)
     elif {"transformer", "lm_head"} <= children.keys():
@@ -122,10 +121,20 @@ def _nano_mlp(module, children):
         if list(child.parameters()) or list(child.children()):
             reason = f"it has {act[0]} besides"
         elif (name := parts.activation_name(child)) is not None:
-            return tuple(mixin for mixin in every if mixin.activation == name), None
+            return tuple(mixin for mixin in every if mixin._activation == name), None
         elif type(child).__module__.startswith("torch."):
             reason = f"its activation is a {type(child).__name__}"
     return every, reason
+
+
+def _sequential_mlp(module):
+    """The same of a Linear, an activation, a Linear and Dropout or not."""
+    act, every = module[1], (parts.SequentialMlpTanh, parts.SequentialMlpGelu, parts.SequentialMlpRelu)
+    own = not type(act).__module__.startswith("torch.") and not list(act.parameters()) and not list(act.children())
+    if parts.activation_name(act) is not None:
+        every, own = parts.SequentialMlp, True
+    reason = None if len(module) == 3 or isinstance(module[3], nn.Dropout) else "it ends in no dropout"
+    return every, reason or (None if own else _odd(act))
 
 
 def _odd(act):
@@ -167,8 +176,10 @@ def _nano_gpt_why_not(module, children):
     if reason is not None:
         return reason
     names = list(inspect.signature(type(module).forward).parameters)[1:3]
-    if names != ["idx", "targets"] or not hasattr(getattr(module, "config", None), "block_size"):
-        return f"its forward takes {', '.join(names)}, not idx and targets, or it has no config.block_size"
+    if names != ["idx", "targets"]:
+        return f"its forward takes {', '.join(names)}, not idx and targets"
+    if not hasattr(getattr(module, "config", None), "block_size"):
+        return "it has no config.block_size"
     if not isinstance(module.transformer.ln_f, nano.LayerNorm):
         return f"its ln_f is a {type(module.transformer.ln_f).__name__} that was not swapped"
     return None

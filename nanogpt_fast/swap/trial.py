@@ -32,7 +32,7 @@ _DROPOUT = {"bernoulli_", "native_dropout"}
 _NORM = {"native_layer_norm", "var_mean", "var", "mean", "rsqrt", "sqrt", "pow", "std"}
 _MASK = {"ones", "zeros", "full", "tril", "triu", "eq", "logical_not", "bitwise_not", "masked_fill", "masked_fill_", "scalar_tensor", "_to_copy"}
 _ATTENTION = {"_scaled_dot_product_flash_attention_for_cpu", "_softmax", "_safe_softmax", *_MASK}
-_MLP = {"gelu", "relu", "tanh", "pow", "erf"}
+_MLP = {"gelu", "relu", "tanh", "pow", "erf", "sqrt"}     # sqrt: of 2 / pi
 _PLAIN = _SHAPES | _SUMS | _DROPOUT
 OPERATIONS = {"layer_norm": _SHAPES | _SUMS | _NORM, "attention": _PLAIN | _ATTENTION, "mlp": _PLAIN | _MLP,
               "block": _PLAIN | _NORM,          # and its parts'
