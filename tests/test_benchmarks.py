@@ -172,9 +172,12 @@ def test_a_prediction_stands_beside_the_first_run_and_no_figure_where_there_is_n
 
 
 def test_a_steps_kernels_are_told_apart_by_what_they_do():
-    assert [report_gpu.kind_of(name) for name in ("backward_dq_kernel", "forward_kernel", "_forward_kernel", "_linear_dact_kernel", "_dact_kernel",
-                                              "nvjet_sm90_tst_192x192", "triton_red_fused__log_softmax_backward", "Memset")] == [
-        "attention", "attention", "residual add and LayerNorm", "MLP's backward, in its matmul", "GELU", "matmuls", "loss",
+    space = "void ngf::(anonymous namespace)::"
+    assert [report_gpu.kind_of(name) for name in ("backward_dq_kernel", "forward_kernel", f"{space}dkdv_kernel<__nv_bfloat16>(CUtensorMap_st)",
+                                                  f"{space}dq_kernel<__half>(CUtensorMap_st)", "_forward_kernel", "_linear_dact_kernel",
+                                                  f"{space}linear_act_kernel<__nv_bfloat16>(CUtensorMap_st)", "_dact_kernel",
+                                                  "nvjet_sm90_tst_192x192", "triton_red_fused__log_softmax_backward", "Memset")] == [
+        *["attention"] * 4, "residual add and LayerNorm", *["MLP's products with GELU in them"] * 2, "GELU", "matmuls", "loss",
         "everything else"]
 
 
