@@ -1,5 +1,6 @@
 """Where a run computes: the device, the dtype of its forward pass, and the ranks that torchrun started."""
 import contextlib
+import gc
 import os
 from dataclasses import dataclass
 
@@ -107,6 +108,7 @@ def ranks(group_backend, device):
     try:
         yield here, device
     finally:
+        gc.collect()    # a DDP that is freed only at the exit waits with the GIL for gloo's thread, which wants the GIL (PyTorch 2.13)
         torch.distributed.destroy_process_group()
 
 

@@ -204,7 +204,7 @@ def test_compare_of_a_script_that_does_not_train_says_so(checkout, capfd):
 
 # torchrun, and a real checkout
 
-@pytest.mark.slow  # two processes; once in three runs of the suite a rank aborted at its exit ("terminate called"), cause unknown
+@pytest.mark.slow  # two processes
 def test_two_ranks_under_torchrun(checkout, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}

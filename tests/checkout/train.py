@@ -28,6 +28,8 @@ for it in range(max_iters):
     optimizer.zero_grad(set_to_none=True)
     print(f"rank {rank} iter {it}: loss {loss.item():.9f} {type(model).__module__}")
 if rank >= 0:
+    # First what holds the group: freed later, at the exit, DDP waits with the GIL for a thread of gloo's that waits for the GIL (PyTorch 2.13).
+    del ddp, loss
     torch.distributed.destroy_process_group()
 if status == 99:
     raise OSError("the disk is full")
