@@ -16,7 +16,7 @@ struct AttentionBackward {
   float* terms;                         // 2 floats for each of B, H and T rounded up to 128: scratch
   int* taken;                           // 2: scratch
   int B, T, H;
-  float scale;
+  float scale, scale2;                  // of the scores, and times log2 e
 };
 
 // Launches on `stream` of device number `device`, of compute capability 9.0. Strides are multiples of 8, addresses of 16. Throws

@@ -247,10 +247,11 @@ PYBIND11_MODULE(_C, module) {
   }, "The GELU-MLP's matmul with its activation, as one launch on a CUDA stream: see csrc/linear_act.h.");
   module.def("attention_backward_sm90", [](bool bf16, uintptr_t qkv, int64_t qkv_stride_b, int64_t qkv_stride_t, uintptr_t grad, int64_t grad_stride_b,
                                            int64_t grad_stride_t, uintptr_t out, uintptr_t lse, uintptr_t dqkv, uintptr_t terms, uintptr_t taken,
-                                           int B, int T, int H, float scale, int device, uintptr_t stream) {
+                                           int B, int T, int H, double scale, int device, uintptr_t stream) {
     py::gil_scoped_release others_may_run;
     ngf::attention_backward_sm90({bf16, (const void*)qkv, qkv_stride_b, qkv_stride_t, (const void*)grad, grad_stride_b, grad_stride_t, (const void*)out,
-                                  (const float*)lse, (void*)dqkv, (float*)terms, (int*)taken, B, T, H, scale}, device, (void*)stream);
+                                  (const float*)lse, (void*)dqkv, (float*)terms, (int*)taken, B, T, H, (float)scale, (float)(scale * 1.4426950408889634)},
+                                 device, (void*)stream);
   }, "The backward of causal attention on the packed projection, on a CUDA stream: see csrc/attention_backward.h.");
 #endif
   module.def("cuda_why_not", [](int device) { return std::string(ngf::cuda_why_not(device)); },

@@ -201,9 +201,11 @@ OPS = """
         generation.Session(model.eval(), 1, dtype)
         sample.implementation(torch.zeros(1, 8, device=device), backend=model.backend)
     rows += [[op, name, "; ".join(reasons)] for op, _, name, reasons in record]
-    if device == "cuda" and torch.cuda.get_device_capability() == (9, 0) and ["mlp", "triton"] in [row[:2] for row in rows]:
+    taken, hopper = [row[:2] for row in rows], device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    if hopper and ["mlp", "triton"] in taken:
         why_not = mlp_hopper.why_not(torch.device(device), training, 768, 3072, "gelu")
         rows.append([f"mlp, {mlp.HOPPER_MIN_ROWS:,} rows on", "cpp" if why_not is None else "triton", why_not or ""])
+    if hopper and (["attention", "triton"] in taken or ["attention", "cudnn"] in taken):
         why_not = attention_hopper.why_not(torch.device(device), training, attention_hopper.HEAD)
         rows.append(["attention, backward", "cpp" if why_not is None else "triton", why_not or ""])
     print(json.dumps({**found, "device": device, "asked": asked, "rows": rows}))

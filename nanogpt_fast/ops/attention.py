@@ -35,8 +35,7 @@ LEFT_TO_PYTORCH = {
 }
 # {(architecture, head size)} where `auto` takes cuDNN's forward before the kernels' backward, in half precision and without dropout.
 # H100, 12 heads of 64, us for 64 x 1024 and 12 x 1024 tokens: forward cuDNN 297 and 68, the kernel 359 and 78; backward cuDNN with
-# the `cat` of its three gradients 1,314 and 279, the kernels 1,129 and 225 with dq in tiles of 64x64, which the table's 64x32 beat by
-# another 56 beside another dkdv (python -m benchmarks.gpu.sweep).
+# the `cat` of its three gradients 1,314 and 279, Triton's kernels 1,129 and 225 (python -m benchmarks.gpu.sweep), those for Hopper less.
 CUDNN_FORWARD = {(90, 64)}
 FLOAT32_LEFT = "IEEE float32 runs without tensor cores and is expected to be slower than PyTorch's kernels (not measured yet)"
 
@@ -246,7 +245,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _packed_backward(do, qkv, out, lse, seed, n_head, scale, dropout_p):
-    """By the kernels for Hopper where they can run: 1.4 times as fast as Triton's on an H100 (docs/gpu.md)."""
+    """By the kernels for Hopper where they can run: on an H100 1.2 to 1.4 times as fast as Triton's at all sizes timed (docs/gpu.md)."""
     if qkv.numel() and attention_hopper.why_not(qkv.device, qkv.dtype, qkv.size(2) // (3 * n_head), scale, dropout_p) is None:
         return attention_hopper.backward_qkvpacked(do, qkv, out, lse, n_head, scale)
     return _kernels().backward.launch_backward_qkvpacked(do, qkv, out, lse, seed, n_head, scale, dropout_p)
@@ -260,7 +259,8 @@ def _cudnn_packed(qkv, n_head, scale):
     B, T, C3 = qkv.shape
     q, k, v = reference.split_heads(qkv, n_head)
     out, lse = _cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)[:2]
-    return out.transpose(1, 2).reshape(B, T, C3 // 3), lse.reshape(B, n_head, T) * LOG2_E      # cuDNN's is the natural logarithm
+    # cuDNN's `out` lies in memory as q does, time first where qkv does; its lse is the natural logarithm.
+    return out.transpose(1, 2).reshape(B, T, C3 // 3).contiguous(), lse.reshape(B, n_head, T) * LOG2_E
 
 
 class _Attention(torch.autograd.Function):

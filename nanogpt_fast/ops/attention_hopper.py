@@ -2,20 +2,22 @@
 
 The same as `launch_backward_qkvpacked` of kernels/attention_backward.py without dropout.
 """
+import functools
+
 import torch
 
 from . import mlp_hopper, sample
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD = 64
-SCALES = 1e-6, 1e6      # further out a score's terms may leave fp32
+SCALES = 1e-6, 1e6      # what was thought of: a model's is 1/8
 
 
 def why_not(device, dtype, D, scale=None, dropout_p=0.0):
     """None where the kernels can compute the backward there, else the reason."""
     if device.type != "cuda":
         return "the kernels are for GPUs of compute capability 9.0 (H100, H200)"
-    if reason := mlp_hopper.card_why_not(device.index or 0):
+    if reason := mlp_hopper.card_why_not(device.index or 0) or _build_why_not():
         return reason
     if dtype not in DTYPES:
         return f"the kernels compute in bfloat16 or float16, not {dtype}"
@@ -28,13 +30,27 @@ def why_not(device, dtype, D, scale=None, dropout_p=0.0):
     return None
 
 
+@functools.cache
+def _cached_build_why_not():
+    has = hasattr(sample._C, "attention_backward_sm90")
+    return "" if has else "the extension was built before it had these kernels: install the package again"
+
+
+def _build_why_not():
+    return _cached_build_why_not()
+
+
+_build_why_not._dynamo_marked_constant = True           # as mlp_hopper.card_why_not
+
+
 def backward_qkvpacked(do, qkv, out, lse, n_head, scale):
     """The gradient of qkv, (B, T, 3C) in its dtype, contiguous.
 
     do (B, T, C), any strides; qkv (B, T, 3C), any strides; out (B, T, C) and lse (B, H, T) fp32, log2 of the sum of exponentials, as
     the forward gave them, contiguous. scale: None is 1/8.
     """
-    do, qkv = _rows_of_16_bytes(do), _rows_of_16_bytes(qkv)
+    do, qkv, out = _rows_of_16_bytes(do), _rows_of_16_bytes(qkv), _rows_of_16_bytes(out)
+    assert out.is_contiguous() and lse.is_contiguous()      # the forward's; any other strides would be read as these
     B, T, _ = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     terms = 2 * B * n_head * -(-T // 128) * 128
@@ -55,5 +71,5 @@ def _strides(x):
 def _rows_of_16_bytes(x):
     """x (B, T, n), or a copy where a tensor map could not describe it."""
     batch, row, one = x.stride()
-    fits = one == 1 and row % 8 == 0 and row >= x.size(2) and x.data_ptr() % 16 == 0 and (x.size(0) == 1 or batch % 8 == 0 and batch > 0)
+    fits = one == 1 and row % 8 == 0 and row >= x.size(2) and x.data_ptr() % 16 == 0 and (x.size(0) == 1 or batch % row == 0 and batch > 0)
     return x if fits else x.clone(memory_format=torch.contiguous_format)

@@ -41,23 +41,24 @@ def test_output_and_gradient_are_as_near_to_fp64_as_the_reference(dtype, autocas
 
 
 def by_cudnn(q, k, v, bias, want_lse, dropout_p, causal, debug, *, scale):
-    """What PyTorch's cuDNN operator returns first: (B, H, T, D) over memory that lies as (B, T, H, D), and the natural logarithm of the
+    """What PyTorch's cuDNN operator returns first: (B, H, T, D) over memory in the order of q's, and the natural logarithm of the
     sum of exponentials, (B, H, T, 1)."""
     assert bias is None and want_lse and dropout_p == 0 and causal and not debug
     T, scale = q.size(2), q.size(3) ** -0.5 if scale is None else scale
     scores = (scale * q.float() @ k.float().transpose(2, 3)).masked_fill(torch.ones(T, T, device=q.device).triu(1).bool(), float("-inf"))
-    out = (scores.softmax(3) @ v.float()).to(q.dtype)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), scores.logsumexp(3, keepdim=True), None, None
+    return torch.empty_like(q).copy_(scores.softmax(3) @ v.float()), scores.logsumexp(3, keepdim=True), None, None
 
 
 @pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
-@pytest.mark.parametrize("scale", (None, 0.3))
-def test_cudnns_forward_fits_the_kernels_backward(scale, compiled, monkeypatch):
+@pytest.mark.parametrize("scale, time_first", ((None, False), (0.3, False), (None, True)))
+def test_cudnns_forward_fits_the_kernels_backward(scale, time_first, compiled, monkeypatch):
     """Its logarithm and its layout, on a stand-in for cuDNN: a GPU takes the operator itself in `verify`."""
     monkeypatch.setattr(op, "CANDIDATES", (("cudnn", lambda *args: None),))
     monkeypatch.setattr(op, "_cudnn_attention", by_cudnn)
     call = lambda qkv: causal_attention_qkvpacked(qkv, H, scale=scale)
-    qkv = draw(dtype=torch.bfloat16, T=70)
+    qkv = draw(B=2, dtype=torch.bfloat16, T=70)
+    if time_first:
+        qkv = qkv.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     y = (torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call)(qkv)
     plain = reference.causal_attention_qkvpacked(qkv, H, scale=scale)
     exact_qkv = qkv.detach().double().requires_grad_()
