@@ -120,11 +120,9 @@ def test_it_says_why_not(monkeypatch):
     monkeypatch.setattr(mlp_hopper, "card_why_not", lambda index: "no extension")
     assert attention_hopper.why_not(card, torch.bfloat16, 64) == "no extension"
     monkeypatch.setattr(mlp_hopper, "card_why_not", lambda index: "")
-    attention_hopper._cached_build_why_not.cache_clear()
     monkeypatch.setattr(attention_hopper.sample, "_C", type("", (), {"linear_act_sm90": None}))         # of a commit before
     assert "install the package again" in attention_hopper.why_not(card, torch.bfloat16, 64)
-    monkeypatch.setattr(attention_hopper, "_build_why_not", lambda: "")
-    attention_hopper._cached_build_why_not.cache_clear()
+    monkeypatch.setattr(attention_hopper.sample, "_C", type("", (), {"attention_backward_sm90": None}))
     for allowed in (dict(), dict(dtype=torch.float16), dict(scale=1.0)):
         assert attention_hopper.why_not(card, **{"dtype": torch.bfloat16, "D": 64, **allowed}) is None
     for refused, reason in ((dict(dtype=torch.float32), "bfloat16 or float16"), (dict(D=128), "heads of 64, not 128"),

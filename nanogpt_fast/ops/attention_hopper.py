@@ -2,8 +2,6 @@
 
 The same as `launch_backward_qkvpacked` of kernels/attention_backward.py without dropout.
 """
-import functools
-
 import torch
 
 from . import mlp_hopper, sample
@@ -17,8 +15,10 @@ def why_not(device, dtype, D, scale=None, dropout_p=0.0):
     """None where the kernels can compute the backward there, else the reason."""
     if device.type != "cuda":
         return "the kernels are for GPUs of compute capability 9.0 (H100, H200)"
-    if reason := mlp_hopper.card_why_not(device.index or 0) or _build_why_not():
+    if reason := mlp_hopper.card_why_not(device.index or 0):
         return reason
+    if not hasattr(sample._C, "attention_backward_sm90"):
+        return "the extension was built before it had these kernels: install the package again"
     if dtype not in DTYPES:
         return f"the kernels compute in bfloat16 or float16, not {dtype}"
     if D != HEAD:
@@ -28,19 +28,6 @@ def why_not(device, dtype, D, scale=None, dropout_p=0.0):
     if scale is not None and not SCALES[0] <= scale <= SCALES[1]:
         return f"the kernels take scales of {SCALES[0]:g} to {SCALES[1]:g}, not {scale:g}"
     return None
-
-
-@functools.cache
-def _cached_build_why_not():
-    has = hasattr(sample._C, "attention_backward_sm90")
-    return "" if has else "the extension was built before it had these kernels: install the package again"
-
-
-def _build_why_not():
-    return _cached_build_why_not()
-
-
-_build_why_not._dynamo_marked_constant = True           # as mlp_hopper.card_why_not
 
 
 def backward_qkvpacked(do, qkv, out, lse, n_head, scale):
