@@ -70,14 +70,14 @@ def stages(part, folder, more, upstream, dry):
         Stage("machine", smoke("machine"), 60),
         Stage("build", module("nanogpt_fast", "doctor") if dry else ["env", "NANOGPT_FAST_CUDA=1",
               f"NANOGPT_FAST_CUDA_ARCHS={architecture}", PYTHON, "setup.py", "build_ext", "--inplace"], 90),
-        Stage("warm nanoGPT, 64", warm(64, "nanoGPT compiled"), 110, after=("machine",), environment=one),
+        Stage("warm 64", warm(64, "nanoGPT compiled"), 110, after=("machine",), environment=one),
         Stage("ops", smoke("small" if dry else "ops"), 90, after=("machine", "build"), environment=interpreted),
         Stage("verify attention", verify("attention", "layer_norm"), 90, after=("build", "machine"), environment=one),
         Stage("verify mlp", verify("mlp"), 90, after=("build", "machine"), environment=one),
         Stage("tests", tests(*CORE_TESTS), 90, after=("build", "machine"), environment=few),
-        Stage("warm nanoGPT, 12", warm(12, "nanoGPT compiled"), 110, after=("build", "machine"), environment=one),
-        Stage("verify loss", verify("cross_entropy", "sample", "gpt"), 90, after=("warm nanoGPT, 64", "build"), environment=one),
-        Stage("model", smoke("model"), 90, after=("warm nanoGPT, 64", "ops"), environment=one),
+        Stage("warm 12", warm(12, "nanoGPT compiled"), 110, after=("build", "machine"), environment=one),
+        Stage("verify loss", verify("cross_entropy", "sample", "gpt"), 90, after=("warm 64", "build"), environment=one),
+        Stage("model", smoke("model"), 90, after=("warm 64", "ops"), environment=one),
         Stage("train 64", train(64, "nanoGPT compiled,our trainer,one import", "--rounds=4", "--steps=8", "--profile=3",
                                 "--again=False", f"--traces={more}", f"--json={results}"), 170, alone=True),
         Stage("train 12", train(12, "nanoGPT compiled,our trainer", "--rounds=5", "--steps=20", "--profile=3",
@@ -89,7 +89,7 @@ def stages(part, folder, more, upstream, dry):
     trained = "nanoGPT compiled,our trainer"
     by_name = {stage.name: stage for stage in first}
     second = [
-        by_name["build"], replace(by_name["warm nanoGPT, 64"], after=()), replace(by_name["warm nanoGPT, 12"], after=()),
+        by_name["build"], replace(by_name["warm 64"], after=()), replace(by_name["warm 12"], after=()),
         Stage("sweep compiles", [*sweep, "--compile_only"], 100, environment=one),
         Stage("more tests", tests("tests/test_captured.py", *KERNEL_TESTS[::-1], workers=6), 75, after=("build",),
               environment=more_examples),
@@ -111,8 +111,8 @@ def stages(part, folder, more, upstream, dry):
               environment=one),
         Stage("sanitizer", [*sanitizer, *smoke("small")], 70, after=("build",), environment=interpreted),
         Stage("tests again", tests(*KERNEL_TESTS[::-1], "tests/test_captured.py", workers=9), 100, after=("build",), environment=few),
-        Stage("generate", module("nanogpt_fast", "bench", "generate", "--rounds=3", f"--json={results}", *upstream, *(
-            ["--model=tiny", "--device=cpu", "--batch_sizes=1", "--prompt=4", "--tokens=8"] if dry else [])), 65, alone=True),
+        Stage("generate", module("nanogpt_fast", "bench", "generate", "--rounds=2", f"--json={results}", *upstream, *(
+            ["--model=tiny", "--device=cpu", "--batch_sizes=1", "--prompt=4", "--tokens=8"] if dry else [])), 90, alone=True),
         Stage("baby", baby, 40, alone=True),
         Stage("kernels", [*kernels, "--rounds", "20", "--json", results], 75, alone=True),
         Stage("ncu", smoke("small") if dry else ["ncu", "--clock-control", "none", "--set", "full", "--launch-count", "12", "--kernel-name",
