@@ -158,6 +158,27 @@ def attention_case(B, T, H, D, dtype, direction, sweep=""):
                 lambda device: {"qkv": randn(device, dtype, B, T, 3 * C, grad=grad)}, implementations, sweep=sweep)
 
 
+def separate_attention_case(B, T, H, D, dtype, direction):
+    """q, k and v from three projections, each (B, T, C) seen as (B, H, T, D)."""
+    C, grad = H * D, direction == BOTH
+
+    def heads(t):
+        return [t[name].view(B, T, H, D).transpose(1, 2) for name in ("q", "k", "v")]
+
+    def by(backend):
+        def run(t):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(*heads(t), is_causal=True)
+        return run
+
+    return Case("attention of separate q, k, v", dict(B=B, T=T, H=H, D=D), dtype, direction, B * T * C * dtype.itemsize * (12 if grad else 4),
+                int(4 * B * H * T * T * D / 2 * (3.5 if grad else 1)),
+                lambda device: {name: randn(device, dtype, B, T, C, grad=grad) for name in ("q", "k", "v")},
+                {"ours": lambda t: attention.causal_attention(*heads(t), backend=AUTO),
+                 "our kernel": lambda t: attention.causal_attention(*heads(t), backend=FUSED),
+                 "SDPA flash": by(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": by(SDPBackend.CUDNN_ATTENTION)})
+
+
 def decode_case(B, T, H, D, dtype, sweep=""):
     """One new query a row over a cache of T tokens, all of them filled."""
     def make(device):
@@ -349,6 +370,8 @@ def _on_cuda():
         for V in (65, 8192, 128256):
             yield cross_entropy_case(tokens, 768, V, bf16, direction, sweep="V")
     yield attention_case(32, 1024, 12, 64, torch.float16, BOTH)
+    for B, T in ((32, 1024), (12, 1024), (8, 4096)):
+        yield separate_attention_case(B, T, 12, 64, bf16, BOTH)
 
 
 def _on_cpu():

@@ -1,21 +1,23 @@
-// The backward of causal attention on the packed projection, on the tensor cores of Hopper.
+// The backward of causal attention, on the tensor cores of Hopper.
 #pragma once
 #include <stdint.h>
 
 namespace ngf {
 
+// A tensor (B, H, T, 64) in half precision, the last stride 1; the others in elements.
+struct Heads {
+  void* data;
+  int64_t stride_b, stride_h, stride_t;
+};
+
 struct AttentionBackward {
   bool bf16;                            // all matrices bf16, else all fp16
-  const void* qkv;                      // (B, T, 3 H 64), the last stride 1
-  int64_t qkv_stride_b, qkv_stride_t;   // in elements
-  const void* grad;                     // (B, T, H 64), the gradient of `out`, the last stride 1
-  int64_t grad_stride_b, grad_stride_t;
-  const void* out;                      // (B, T, H 64), contiguous
+  Heads q, k, v, grad, out;             // grad: the gradient of `out`
   const float* lse;                     // (B, H, T), log2 of the sum of exponentials of a query's scores
-  void* dqkv;                           // (B, T, 3 H 64), contiguous
+  Heads dq, dk, dv;
   float* terms;                         // 2 floats for each of B, H and T rounded up to 128: scratch
   int* taken;                           // 2: scratch
-  int B, T, H;
+  int B, H, T;
   float scale, scale2;                  // of the scores, and times log2 e
 };
 

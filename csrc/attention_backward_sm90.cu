@@ -204,12 +204,13 @@ __device__ __forceinline__ void group_sync(int group) { asm volatile("bar.sync %
 // --------------------------------------------------------------------------------------------------------------------------- dq
 
 template <typename T> __global__ void __launch_bounds__(THREADS, 1)
-dq_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap grad_map, const __grid_constant__ CUtensorMap out_map,
-          const __grid_constant__ CUtensorMap dqkv_map, const AttentionBackward call) {
+dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+          const __grid_constant__ CUtensorMap grad_map, const __grid_constant__ CUtensorMap out_map, const __grid_constant__ CUtensorMap dq_map,
+          const AttentionBackward call) {
     extern __shared__ char memory[];
     const Shared shared(memory);
     const int group = same_in_warp(threadIdx.x / 128), warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    const int heads = call.B * call.H, tiles = (call.T + BLOCK_ROWS - 1) / BLOCK_ROWS, C = call.H * D;
+    const int heads = call.B * call.H, tiles = (call.T + BLOCK_ROWS - 1) / BLOCK_ROWS;
     prepare(shared);
 
     if (group == GROUPS) {
@@ -220,19 +221,19 @@ dq_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ C
             const int n = take(shared, call.taken, heads * tiles, round, OWN * TILE_BYTES);
             if (n < 0) break;
             const Taken it(n, heads, tiles, true);
-            const int b = it.head / call.H, column = it.head % call.H * D, first = it.tile * BLOCK_ROWS;
+            const int b = it.head / call.H, h = it.head % call.H, first = it.tile * BLOCK_ROWS;
             for (int i = 0; i < GROUPS; ++i) {
                 const uint32_t to = shared.own + (round % 2 * OWN + 3 * i) * TILE_BYTES, barrier = shared.own_full + 8 * (round % 2);
-                load_tile_of(to, &qkv_map, column, first + i * ROWS, b, barrier);
-                load_tile_of(to + TILE_BYTES, &grad_map, column, first + i * ROWS, b, barrier);
-                load_tile_of(to + 2 * TILE_BYTES, &out_map, column, first + i * ROWS, b, barrier);
+                load_rows(to, &q_map, h, first + i * ROWS, b, barrier);
+                load_rows(to + TILE_BYTES, &grad_map, h, first + i * ROWS, b, barrier);
+                load_rows(to + 2 * TILE_BYTES, &out_map, h, first + i * ROWS, b, barrier);
             }
             for (int key = 0; key < first + BLOCK_ROWS; key += ROWS, ++turn) {
                 const uint32_t stage = turn % STAGES, to = shared.stages + 2 * stage * TILE_BYTES, barrier = shared.full + 8 * stage;
                 barrier_wait(shared.empty + 8 * stage, (turn / STAGES + 1) & 1);
                 barrier_expect(barrier, 2 * TILE_BYTES);
-                load_tile_of(to, &qkv_map, C + column, key, b, barrier);
-                load_tile_of(to + TILE_BYTES, &qkv_map, 2 * C + column, key, b, barrier);
+                load_rows(to, &k_map, h, key, b, barrier);
+                load_rows(to + TILE_BYTES, &v_map, h, key, b, barrier);
             }
         }
         return;
@@ -312,7 +313,7 @@ dq_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ C
         fence_before_copies();
         group_sync(group);
         if (warp == 0 && lane == 0)
-            store_tile_of(&dqkv_map, it.head % call.H * D, it.tile * BLOCK_ROWS + group * ROWS, it.head / call.H, to);
+            store_rows(&dq_map, it.head % call.H, it.tile * BLOCK_ROWS + group * ROWS, it.head / call.H, to);
     }
     if (warp == 0 && lane == 0) wait_until_stores_have_read();
 }
@@ -320,12 +321,13 @@ dq_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ C
 // ------------------------------------------------------------------------------------------------------------------------ dk and dv
 
 template <typename T> __global__ void __launch_bounds__(THREADS, 1)
-dkdv_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap grad_map,
-            const __grid_constant__ CUtensorMap dqkv_map, const AttentionBackward call) {
+dkdv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+            const __grid_constant__ CUtensorMap grad_map, const __grid_constant__ CUtensorMap dk_map, const __grid_constant__ CUtensorMap dv_map,
+            const AttentionBackward call) {
     extern __shared__ char memory[];
     const Shared shared(memory);
     const int group = same_in_warp(threadIdx.x / 128), warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    const int heads = call.B * call.H, tiles = (call.T + BLOCK_ROWS - 1) / BLOCK_ROWS, C = call.H * D, query_tiles = (call.T + ROWS - 1) / ROWS;
+    const int heads = call.B * call.H, tiles = (call.T + BLOCK_ROWS - 1) / BLOCK_ROWS, query_tiles = (call.T + ROWS - 1) / ROWS;
     prepare(shared);
 
     if (group == GROUPS) {
@@ -336,20 +338,20 @@ dkdv_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__
             const int n = take(shared, call.taken + 1, heads * tiles, round, 2 * GROUPS * TILE_BYTES);
             if (n < 0) break;
             const Taken it(n, heads, tiles, false);
-            const int b = it.head / call.H, column = it.head % call.H * D;
+            const int b = it.head / call.H, h = it.head % call.H;
             for (int i = 0; i < GROUPS; ++i) {
                 const uint32_t to = shared.own + (round % 2 * OWN + 2 * i) * TILE_BYTES, barrier = shared.own_full + 8 * (round % 2);
                 const int key = it.tile * BLOCK_ROWS + i * ROWS;
-                load_tile_of(to, &qkv_map, C + column, key, b, barrier);
-                load_tile_of(to + TILE_BYTES, &qkv_map, 2 * C + column, key, b, barrier);
+                load_rows(to, &k_map, h, key, b, barrier);
+                load_rows(to + TILE_BYTES, &v_map, h, key, b, barrier);
             }
             const float* terms = call.terms + 2 * static_cast<int64_t>(it.head) * tiles * BLOCK_ROWS;
             for (int tile = it.tile * GROUPS; tile < query_tiles; ++tile, ++turn) {
                 const uint32_t stage = turn % STAGES, to = shared.stages + 2 * stage * TILE_BYTES, barrier = shared.full + 8 * stage;
                 barrier_wait(shared.empty + 8 * stage, (turn / STAGES + 1) & 1);
                 barrier_expect(barrier, 2 * TILE_BYTES + TERMS_BYTES);
-                load_tile_of(to, &qkv_map, column, tile * ROWS, b, barrier);
-                load_tile_of(to + TILE_BYTES, &grad_map, column, tile * ROWS, b, barrier);
+                load_rows(to, &q_map, h, tile * ROWS, b, barrier);
+                load_rows(to + TILE_BYTES, &grad_map, h, tile * ROWS, b, barrier);
                 load_run(shared.terms + stage * TERMS_BYTES, terms + 2 * tile * ROWS, TERMS_BYTES, barrier);
             }
         }
@@ -414,9 +416,9 @@ dkdv_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__
         fence_before_copies();
         group_sync(group);
         if (warp == 0 && lane == 0) {
-            const int column = it.head % call.H * D, key = it.tile * BLOCK_ROWS + group * ROWS, b = it.head / call.H;
-            store_tile_of(&dqkv_map, C + column, key, b, to);
-            store_tile_of(&dqkv_map, 2 * C + column, key, b, to + TILE_BYTES);
+            const int h = it.head % call.H, key = it.tile * BLOCK_ROWS + group * ROWS, b = it.head / call.H;
+            store_rows(&dk_map, h, key, b, to);
+            store_rows(&dv_map, h, key, b, to + TILE_BYTES);
         }
     }
     if (warp == 0 && lane == 0) wait_until_stores_have_read();
@@ -425,21 +427,21 @@ dkdv_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__
 // ------------------------------------------------------------------------------------------------------------------- the launcher
 
 template <typename T> void launch(const AttentionBackward& call, int device, cudaStream_t stream) {
-    const int64_t C = call.H * D;
-    CUtensorMap qkv, grad, out, dqkv;
-    describe(&qkv, call.bf16, call.qkv, 3 * C, call.T, call.qkv_stride_t, ROWS, call.B, call.qkv_stride_b);
-    describe(&grad, call.bf16, call.grad, C, call.T, call.grad_stride_t, ROWS, call.B, call.grad_stride_b);
-    describe(&out, call.bf16, call.out, C, call.T, C, ROWS, call.B, C * call.T);
-    describe(&dqkv, call.bf16, call.dqkv, 3 * C, call.T, 3 * C, ROWS, call.B, 3 * C * call.T);
+    const auto map_of = [&](const Heads& x) {
+        CUtensorMap map;
+        describe<4>(&map, call.bf16, x.data, {D, call.H, call.T, call.B}, {x.stride_h, x.stride_t, x.stride_b}, {D, 1, ROWS, 1});
+        return map;
+    };
+    const CUtensorMap q = map_of(call.q), k = map_of(call.k), v = map_of(call.v), grad = map_of(call.grad);
     int multiprocessors = 0;
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
     const int blocks = std::min<int64_t>(multiprocessors, int64_t{call.B} * call.H * ((call.T + BLOCK_ROWS - 1) / BLOCK_ROWS));
     for (const void* kernel : {reinterpret_cast<const void*>(dq_kernel<T>), reinterpret_cast<const void*>(dkdv_kernel<T>)})
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED), "asking for shared memory");
     check(cudaMemsetAsync(call.taken, 0, 2 * sizeof(int), stream), "cudaMemsetAsync");
-    dq_kernel<T><<<blocks, THREADS, SHARED, stream>>>(qkv, grad, out, dqkv, call);
+    dq_kernel<T><<<blocks, THREADS, SHARED, stream>>>(q, k, v, grad, map_of(call.out), map_of(call.dq), call);
     check(cudaGetLastError(), "launching attention's backward, dq");
-    dkdv_kernel<T><<<blocks, THREADS, SHARED, stream>>>(qkv, grad, dqkv, call);
+    dkdv_kernel<T><<<blocks, THREADS, SHARED, stream>>>(q, k, v, grad, map_of(call.dk), map_of(call.dv), call);
     check(cudaGetLastError(), "launching attention's backward, dk and dv");
 }
 

@@ -245,14 +245,17 @@ PYBIND11_MODULE(_C, module) {
     ngf::linear_act_sm90({bf16, tanh, backward, (const void*)a, a_stride, (const void*)b, (void*)h, (void*)out, (const float*)bias,
                           (float*)column_sums, M, N, K}, device, (void*)stream);
   }, "The GELU-MLP's matmul with its activation, as one launch on a CUDA stream: see csrc/linear_act.h.");
-  module.def("attention_backward_sm90", [](bool bf16, uintptr_t qkv, int64_t qkv_stride_b, int64_t qkv_stride_t, uintptr_t grad, int64_t grad_stride_b,
-                                           int64_t grad_stride_t, uintptr_t out, uintptr_t lse, uintptr_t dqkv, uintptr_t terms, uintptr_t taken,
-                                           int B, int T, int H, double scale, int device, uintptr_t stream) {
+  // A tensor of heads: its address and its strides of the batch, the heads and the tokens.
+  using Heads = std::array<int64_t, 4>;
+  module.def("attention_backward_sm90", [](bool bf16, const Heads& q, const Heads& k, const Heads& v, const Heads& grad, const Heads& out, uintptr_t lse,
+                                           const Heads& dq, const Heads& dk, const Heads& dv, uintptr_t terms, uintptr_t taken, int B, int H, int T,
+                                           double scale, int device, uintptr_t stream) {
     py::gil_scoped_release others_may_run;
-    ngf::attention_backward_sm90({bf16, (const void*)qkv, qkv_stride_b, qkv_stride_t, (const void*)grad, grad_stride_b, grad_stride_t, (const void*)out,
-                                  (const float*)lse, (void*)dqkv, (float*)terms, (int*)taken, B, T, H, (float)scale, (float)(scale * 1.4426950408889634)},
+    const auto heads = [](const Heads& x) { return ngf::Heads{(void*)x[0], x[1], x[2], x[3]}; };
+    ngf::attention_backward_sm90({bf16, heads(q), heads(k), heads(v), heads(grad), heads(out), (const float*)lse, heads(dq), heads(dk), heads(dv),
+                                  (float*)terms, (int*)taken, B, H, T, (float)scale, (float)(scale * 1.4426950408889634)},
                                  device, (void*)stream);
-  }, "The backward of causal attention on the packed projection, on a CUDA stream: see csrc/attention_backward.h.");
+  }, "The backward of causal attention, on a CUDA stream: see csrc/attention_backward.h.");
 #endif
   module.def("cuda_why_not", [](int device) { return std::string(ngf::cuda_why_not(device)); },
              "Why the launch cannot work on this device, or ''.");

@@ -67,15 +67,15 @@ __device__ __forceinline__ void store_tile(const CUtensorMap* map, int column, i
                  "cp.async.bulk.commit_group;" :: "l"(map), "r"(column), "r"(row), "r"(from) : "memory");
 }
 
-// The same in a matrix of a batch.
-__device__ __forceinline__ void load_tile_of(uint32_t to, const CUtensorMap* map, int column, int row, int batch, uint32_t barrier) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
-                 :: "r"(to), "l"(map), "r"(column), "r"(row), "r"(batch), "r"(barrier) : "memory");
+// Rows from `row` on of one head of one sequence, of a tensor that `describe_heads` has described.
+__device__ __forceinline__ void load_rows(uint32_t to, const CUtensorMap* map, int head, int row, int batch, uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
+                 :: "r"(to), "l"(map), "r"(0), "r"(head), "r"(row), "r"(batch), "r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void store_tile_of(const CUtensorMap* map, int column, int row, int batch, uint32_t from) {
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];\n"
-                 "cp.async.bulk.commit_group;" :: "l"(map), "r"(column), "r"(row), "r"(batch), "r"(from) : "memory");
+__device__ __forceinline__ void store_rows(const CUtensorMap* map, int head, int row, int batch, uint32_t from) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];\n"
+                 "cp.async.bulk.commit_group;" :: "l"(map), "r"(0), "r"(head), "r"(row), "r"(batch), "r"(from) : "memory");
 }
 
 // `bytes` neighbouring ones, a multiple of 16.
@@ -131,23 +131,32 @@ __device__ __forceinline__ float exp2_fast(float x) { float y; asm("ex2.approx.f
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
-// How copies of boxes of `box_rows` rows and 64 columns find their way in `batches` matrices of half precision; strides in elements.
-inline void describe(CUtensorMap* map, bool bf16, const void* data, int64_t columns, int64_t rows, int64_t row_stride, int box_rows,
-                     int64_t batches = 1, int64_t batch_stride = 0) {
+// How copies find their way in a tensor of half precision whose first dimension is neighbouring elements, in boxes of `box` (its first 64, a
+// row of 128 bytes); `stride` of the other dimensions, in elements.
+template <int N>
+inline void describe(CUtensorMap* map, bool bf16, const void* data, const int64_t (&sizes)[N], const int64_t (&strides)[N - 1], const int (&boxes)[N]) {
     static const Encode encode = [] {   // by name: the extension must load where there is no driver
         void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
         return driver ? reinterpret_cast<Encode>(dlsym(driver, "cuTensorMapEncodeTiled")) : nullptr;
     }();
     if (!encode) throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled; drivers since CUDA 12 have it");
-    const int dimensions = batch_stride ? 3 : 2;
-    const cuuint64_t size[3] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(batches)};
-    const cuuint64_t stride[2] = {static_cast<cuuint64_t>(2 * row_stride), static_cast<cuuint64_t>(2 * batch_stride)};
-    const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(box_rows), 1}, step[3] = {1, 1, 1};
-    if (encode(map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, dimensions, const_cast<void*>(data), size, stride, box,
+    cuuint64_t size[N], stride[N - 1];
+    cuuint32_t box[N], step[N];
+    std::string words;
+    for (int i = 0; i < N; ++i) {
+        size[i] = sizes[i], box[i] = boxes[i], step[i] = 1;
+        if (i > 0) stride[i - 1] = 2 * strides[i - 1];
+        words += (i ? " x " : "") + std::to_string(sizes[i]) + (i ? " (" + std::to_string(strides[i - 1]) + " apart)" : "");
+    }
+    if (encode(map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, N, const_cast<void*>(data), size, stride, box,
                step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
-        throw std::runtime_error("the CUDA driver takes no tensor map of " + std::to_string(rows) + " x " + std::to_string(columns) +
-                                 " elements, rows " + std::to_string(row_stride) + " apart: addresses and rows must be multiples of 16 bytes");
+        throw std::runtime_error("the CUDA driver takes no tensor map of " + words + " elements: addresses and strides must be multiples of 16 bytes");
+}
+
+// Of a matrix, in boxes of 64 columns.
+inline void describe(CUtensorMap* map, bool bf16, const void* data, int64_t columns, int64_t rows, int64_t row_stride, int box_rows) {
+    describe<2>(map, bf16, data, {columns, rows}, {row_stride}, {64, box_rows});
 }
 
 }  // namespace

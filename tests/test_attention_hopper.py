@@ -1,4 +1,5 @@
 """Attention's backward for Hopper (csrc/attention_backward_sm90.cu): what it computes, on such a GPU; who is sent to it; what it compiles to."""
+import functools
 import math
 import re
 import shutil
@@ -70,6 +71,20 @@ def test_rows_may_lie_apart_and_begin_anywhere():
                        attention_hopper.backward_qkvpacked(one.contiguous(), qkv, out, lse, 2, None))
 
 
+@on_hopper
+def test_separate_tensors_in_any_order_of_memory_give_the_same_bits():
+    B, T, H = 3, 200, 2
+    do, qkv, out, lse = drawn(B, T, H)
+    expected = [x.reshape(B, T, H, 64) for x in attention_hopper.backward_qkvpacked(do, qkv, out, lse, H, None).chunk(3, 2)]
+    views = [x.view(B, T, H, 64).transpose(1, 2) for x in (do, *qkv.chunk(3, 2))]                       # (B, H, T, 64)
+    heads_first = [x.contiguous() for x in views]
+    time_first = [x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for x in views]
+    columns_first = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in views]                     # is copied
+    for inputs in (views, heads_first, time_first, columns_first, [views[0], heads_first[1], time_first[2], columns_first[3]]):
+        found = attention_hopper.backward(*inputs, out.view(B, T, H, 64), lse, None)
+        assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("scale", (1.0, 0.01))
 @on_hopper
 def test_another_scale(scale):
@@ -111,6 +126,23 @@ def test_the_op_takes_it(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
+@on_hopper
+def test_the_op_on_separate_tensors_takes_it(compiled, monkeypatch):
+    calls, real = [], attention_hopper.backward
+    monkeypatch.setattr(attention_hopper, "backward", lambda *args: calls.append(1) or real(*args))
+    for choice in ("auto", "fused"):
+        torch.manual_seed(1)
+        tensors = [torch.randn(2, 3, 300, 64, device=HERE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        call = lambda q, k, v: attention.causal_attention(q, k, v, backend=backend.parse(choice))
+        y = (torch.compile(call, fullgraph=True) if compiled else call)(*tensors)
+        do = torch.randn_like(y)
+        qkv, do_rows = (torch.cat([x.transpose(1, 2).flatten(2) for x in them], 2).detach() for them in (tensors, [do]))
+        found = torch.cat([g.transpose(1, 2).flatten(2) for g in torch.autograd.grad(y, tensors, do)], 2)
+        check(found, do_rows, qkv, 3)
+    assert len(calls) == 2
+
+
 # ------------------------------------------------------------------------------------------------------------------ without a GPU
 
 
@@ -135,18 +167,40 @@ def test_the_launch_is_told_where_everything_lies(monkeypatch):
     told = []
     monkeypatch.setattr(attention_hopper.sample, "_C", type("", (), {"attention_backward_sm90": staticmethod(lambda *args: told.append(args))}))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("", (), {"cuda_stream": 7}))
-    storage = torch.zeros(2, 200, 512, dtype=torch.bfloat16)
-    qkv, do, out, lse = storage[..., 64:448], torch.zeros(2, 200, 128, dtype=torch.bfloat16), torch.zeros(2, 200, 128), torch.zeros(2, 2, 200)
+    half = functools.partial(torch.zeros, dtype=torch.bfloat16)
+    storage = half(2, 200, 512)
+    qkv, do, out, lse = storage[..., 64:448], half(2, 200, 128), half(2, 200, 128), torch.zeros(2, 2, 200)
     dqkv = attention_hopper.backward_qkvpacked(do, qkv, out, lse, 2, None)
-    bf16, *rest = told[0]
-    assert bf16 and dqkv.shape == qkv.shape and dqkv.is_contiguous()
-    assert rest[:6] == [qkv.data_ptr(), 200 * 512, 512, do.data_ptr(), 200 * 128, 128]
-    assert rest[6:9] == [out.data_ptr(), lse.data_ptr(), dqkv.data_ptr()]
-    assert rest[10] - rest[9] == 4 * 2 * 2 * 2 * 256                # two floats, two sequences, two heads, 256 rows
-    assert rest[11:15] == [2, 200, 2, 0.125] and rest[16] == 7
-    one = storage[:1, :, 64:448]
-    attention_hopper.backward_qkvpacked(do[:1].transpose(1, 2).contiguous().transpose(1, 2), one.float().half(), out, lse, 2, 0.5)
-    assert told[1][0] is False and told[1][2:4] == (200 * 384, 384) and told[1][5:7] == (200 * 128, 128) and told[1][15] == 0.5
+    bf16, q, k, v, grad, o, l, dq, dk, dv, terms, taken, B, H, T, scale, _, stream = told.pop()
+    assert bf16 and dqkv.shape == qkv.shape and dqkv.is_contiguous() and stream == 7
+    assert [q, k, v] == [(x.data_ptr(), 200 * 512, 64, 512) for x in qkv.chunk(3, 2)]
+    assert [grad, o] == [(x.data_ptr(), 200 * 128, 64, 128) for x in (do, out)] and l == lse.data_ptr()
+    assert [dq, dk, dv] == [(x.data_ptr(), 200 * 384, 64, 384) for x in dqkv.chunk(3, 2)]
+    assert taken - terms == 4 * 2 * 2 * 2 * 256                # two floats, two sequences, two heads, 256 rows
+    assert (B, H, T, scale) == (2, 2, 200, 0.125)
+
+    attention_hopper.backward_qkvpacked(do[:1].half(), storage[:1, :, 64:448].half(), out[:1], lse[:1], 2, 0.5)
+    assert told[0][0] is False and told[0][1][1:] == (64, 64, 384) and told.pop()[15] == 0.5       # one sequence: any stride of the batch
+
+    of_heads = half(2, 3, 200, 64)
+    of_time = half(2, 200, 3, 64).transpose(1, 2)
+    out = half(2, 200, 3, 64)
+    gradients = attention_hopper.backward(of_heads, of_time, of_heads, of_time, out, torch.zeros(2, 3, 200), None)
+    _, q, k, v, grad, o, _, *written = told.pop()[:10]
+    by_time, by_head = (200 * 192, 64, 192), (3 * 200 * 64, 200 * 64, 64)
+    assert [x[1:] for x in (q, k, v, grad, o)] == [by_time, by_head, by_time, by_head, by_time]
+    assert written == [(x.data_ptr(), *by_time) for x in gradients] and all(x.shape == (2, 200, 3, 64) for x in gradients)
+
+
+@pytest.mark.parametrize("x", (
+    lambda half: half(2, 200, 129)[..., 1:], lambda half: half(2, 200, 132)[..., :128], lambda half: half(2, 128, 200).transpose(1, 2),
+    lambda half: half(2, 1, 128).expand(2, 200, 128), lambda half: half(2, 3, 64, 200).transpose(2, 3), lambda half: half(1)[0].expand(2, 3, 200, 64)),
+    ids=("address", "row", "column", "one row", "heads", "one number"))
+def test_what_a_tensor_map_cannot_describe_is_copied(x):
+    x = x(functools.partial(torch.ones, dtype=torch.bfloat16))
+    found = attention_hopper._readable(x)
+    assert found.is_contiguous() and torch.equal(found, x) and found.data_ptr() != x.data_ptr()
+    assert attention_hopper._readable(found) is found
 
 
 @pytest.mark.slow

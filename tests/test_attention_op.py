@@ -89,13 +89,31 @@ def test_cudnns_forward_is_taken_where_it_was_measured_faster_and_nowhere_else(m
     assert taken() and taken(torch.float16)
     assert not any((taken(torch.float32), taken(D=128), taken(D=32), taken(choice="fused"), taken(dropout_p=0.1)))
     assert not any(taken(qkv=qkv) for qkv in (Packed(2, 1, 192), Packed(0, 16, 192), Packed(column=2)))    # what cuDNN does not take
-    with torch.no_grad():       # prompts of all lengths: a plan for each
-        assert not taken()
-    assert not taken(qkv=torch.zeros(1, requires_grad=True))
+    with torch.no_grad():       # prompts of all lengths would be a plan for each
+        assert taken(qkv=Packed(2, 128, 192)) and not taken(qkv=Packed(2, 127, 192))
+    assert not taken(qkv=torch.zeros(1, 2, 192, requires_grad=True))
     monkeypatch.setattr(op, "_why_no_cudnn", lambda: "cuDNN's attention is switched off")
     assert "switched off" in op._cudnn_why_not(Packed(), torch.bfloat16, 64, None, backend.parse("auto"), 0.0)
     monkeypatch.setattr(backend, "compute_capability", lambda device: 80)
     assert not taken()
+
+
+def test_cudnns_forward_of_separate_tensors_is_taken_for_as_many_queries_as_keys(monkeypatch):
+    class Heads(torch.Tensor):      # on an H100
+        is_cuda = True
+        get_device = lambda self: 0
+    monkeypatch.setattr(backend, "compute_capability", lambda device: 90)
+    monkeypatch.setattr(backend, "triton_why_not", lambda x: None)
+    monkeypatch.setattr(op, "_why_no_cudnn", lambda: None)
+
+    def chosen(Tq=128, Tk=128, D=64, choice="auto", dropout_p=0.0, dtype=torch.bfloat16, gradient=True, turned=False):
+        q, k, v = (torch.zeros(2, 3, T, D, dtype=dtype).as_subclass(Heads).requires_grad_(gradient) for T in (Tq, Tk, Tk))
+        k = k.transpose(2, 3).contiguous().transpose(2, 3) if turned else k
+        return backend.choose("attention", op.SEPARATE_CANDIDATES, backend.parse(choice), (q, k, v, dtype, None, backend.parse(choice), dropout_p))
+    assert {chosen(), chosen(dtype=torch.float16), chosen(100, 100), chosen(gradient=False)} == {"cudnn"}
+    assert {chosen(Tq=64), chosen(dropout_p=0.1), chosen(choice="fused"), chosen(D=32), chosen(100, 100, gradient=False), chosen(turned=True),
+            chosen(1, 1)} == {"triton"}
+    assert chosen(dtype=torch.float32) == "reference"
 
 
 def test_without_cudnns_attention_the_reason_is_said(monkeypatch):

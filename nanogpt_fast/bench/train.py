@@ -63,7 +63,6 @@ TRAIN_VARIANTS = {  # built in this order: where time is short, the ones that co
 TRAIN_VARIANTS_GPU = {  # our trainer's own variations: only where --only asks for them
     "trainer with our attention": Variant(logits=False, backend="auto,attention=fused"),
     "trainer with the MLP's epilogue": Variant(logits=False, mlp_form="epilogue"),
-    "trainer with Hopper's MLP": Variant(logits=False, mlp_form="hopper"),
     "trainer with the MLP pointwise": Variant(logits=False, mlp_form="pointwise"),
     "trainer with recompute": Variant(logits=False, recompute=True),
     "trainer with PyTorch's MLP": Variant(logits=False, backend="auto,mlp=reference"),

@@ -33,10 +33,13 @@ LEFT_TO_PYTORCH = {
     90: (64, "head sizes over 64 are slower than cuDNN (H100, forward, 32 x 1024 tokens: 189 against 128 us at 128, 169 against 125 at 256)"),
     100: (0, "these kernels are expected to be slower than cuDNN on Blackwell (not measured yet)"),
 }
-# {(architecture, head size)} where `auto` takes cuDNN's forward before the kernels' backward, in half precision and without dropout.
+# {(architecture, head size)} where `auto` takes cuDNN's forward, before the kernels' backward where there is one, in half precision and
+# without dropout.
 # H100, 12 heads of 64, us for 64 x 1024 and 12 x 1024 tokens: forward cuDNN 297 and 68, the kernel 359 and 78; backward cuDNN with
 # the `cat` of its three gradients 1,314 and 279, Triton's kernels 1,129 and 225 (python -m benchmarks.gpu.sweep), those for Hopper less.
 CUDNN_FORWARD = {(90, 64)}
+# Without a gradient, where prompts of all lengths come: cuDNN makes a plan for each new shape, so only these lengths go there.
+CUDNN_LENGTHS = 64
 FLOAT32_LEFT = "IEEE float32 runs without tensor cores and is expected to be slower than PyTorch's kernels (not measured yet)"
 
 
@@ -70,6 +73,8 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backen
         return attention_cpu.packed(qkv, n_head, scale)
     if qkv.requires_grad and torch.is_grad_enabled():
         return _PackedAttention.apply(qkv, (n_head, scale, dropout_p), name == "cudnn")
+    if name == "cudnn":
+        return (raw.attention_qkvpacked_cudnn if is_compiling() else _cudnn_packed)(qkv, n_head, scale)[0]
     run = raw.attention_qkvpacked if is_compiling() else _kernels().forward.launch_forward_qkvpacked
     return run(qkv, _seed(qkv, dropout_p), n_head, scale, dropout_p)[0]
 
@@ -83,12 +88,15 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
     """
     _check_qkv(q, k, v, dropout_p)
     dtype = _autocast_dtype(q)
-    if _backend.choose("attention", SEPARATE_CANDIDATES, backend, (q, k, v, dtype, scale, backend)) == "reference":
+    name = _backend.choose("attention", SEPARATE_CANDIDATES, backend, (q, k, v, dtype, scale, backend, dropout_p))
+    if name == "reference":
         return reference.causal_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     if q.dtype != dtype or k.dtype != dtype or v.dtype != dtype:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(q, k, v, (scale, dropout_p))
+    if _differentiable(q, k, v):
+        return _Attention.apply(q, k, v, (scale, dropout_p), name == "cudnn")
+    if name == "cudnn":
+        return (raw.attention_cudnn if is_compiling() else _cudnn)(q, k, v, scale)[0].transpose(1, 2)
     run = raw.attention if is_compiling() else _kernels().forward.launch_forward
     return run(q, k, v, _seed(q, dropout_p), scale, dropout_p)[0].transpose(1, 2)
 
@@ -145,20 +153,31 @@ def _why_not(x, dtype, D, scale, backend, dropout_p=0.0, left_to_pytorch=True):
     return None
 
 
+def _differentiable(q, k, v):
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
 def _cudnn_why_not(qkv, dtype, D, scale, backend, dropout_p):
-    """Of cuDNN's forward before the kernels' backward, where both were measured the fastest: `CUDNN_FORWARD`."""
-    if not qkv.is_cuda or _backend.choice("attention", backend) == "fused":
-        return ""
-    arch = _backend.compute_capability(qkv.get_device())
-    if (arch, D) not in CUDNN_FORWARD or dtype == torch.float32 or dtype == torch.float64 or dropout_p > 0:
-        return ""
-    if not (qkv.requires_grad and torch.is_grad_enabled()):
-        # It is faster here too (H100, 32 x 1024 tokens: 162 against 191 us), but makes a plan for each new shape, which only training
-        # repays, where most have few.
-        return ""
-    if qkv.size(1) < 2 or qkv.numel() == 0 or qkv.stride(2) != 1:
+    """Of cuDNN's forward where it was measured the fastest: `CUDNN_FORWARD`. "": it is not thought of."""
+    if qkv.numel() == 0 or qkv.stride(2) != 1:
         return ""       # what cuDNN's attention does not take
-    return _why_no_cudnn() or _why_not(qkv, dtype, D, scale, backend)
+    reason = _cudnn_why_left(qkv, qkv.size(1), dtype, D, backend, dropout_p, qkv.requires_grad and torch.is_grad_enabled())
+    return _why_not(qkv, dtype, D, scale, backend) if reason is None else reason
+
+
+def _separate_cudnn_why_not(q, k, v, dtype, scale, backend, dropout_p):
+    if q.size(2) != k.size(2) or q.numel() == 0 or not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+        return ""       # of fewer queries, its causal mask begins at the first key
+    reason = _cudnn_why_left(q, q.size(2), dtype, q.size(3), backend, dropout_p, _differentiable(q, k, v))
+    return _separate_why_not(q, k, v, dtype, scale, backend) if reason is None else reason
+
+
+def _cudnn_why_left(x, T, dtype, D, backend, dropout_p, gradient):
+    if not x.is_cuda or T < 2 or dropout_p > 0 or (not gradient and T % CUDNN_LENGTHS) or _backend.choice("attention", backend) == "fused":
+        return ""
+    if (_backend.compute_capability(x.get_device()), D) not in CUDNN_FORWARD or dtype == torch.float32 or dtype == torch.float64:
+        return ""
+    return _why_no_cudnn()
 
 
 def _why_no_cudnn():
@@ -173,7 +192,7 @@ def _why_no_cudnn():
 _why_no_cudnn._dynamo_marked_constant = True            # asked once while compiling, as in backend.py
 
 
-def _separate_why_not(q, k, v, dtype, scale, backend, left_to_pytorch=True):
+def _separate_why_not(q, k, v, dtype, scale, backend, dropout_p=0.0, left_to_pytorch=True):
     device, given = q.device, q.dtype
     if k.device != device or v.device != device:
         return f"q is on {device}, k on {k.device}, v on {v.device}"
@@ -184,7 +203,7 @@ def _separate_why_not(q, k, v, dtype, scale, backend, left_to_pytorch=True):
 
 def _decode_why_not(q, k, v, dtype, scale, backend):
     # A matter of bytes, not of tensor cores: the reasons of LEFT_TO_PYTORCH do not apply, the other ones do.
-    return _separate_why_not(q, k, v, dtype, scale, backend, False)
+    return _separate_why_not(q, k, v, dtype, scale, backend, left_to_pytorch=False)
 
 
 def _why_left(arch, D, dtype):
@@ -200,7 +219,7 @@ def _why_left(arch, D, dtype):
 
 
 CANDIDATES = (("cudnn", _cudnn_why_not), ("triton", _why_not), ("cpp", attention_cpu.why_not))  # args: (qkv, dtype, head size, scale, backend, dropout_p)
-SEPARATE_CANDIDATES = (("triton", _separate_why_not),)               # args: (q, k, v, dtype, scale, backend)
+SEPARATE_CANDIDATES = (("cudnn", _separate_cudnn_why_not), ("triton", _separate_why_not))        # args: (q, k, v, dtype, scale, backend, dropout_p)
 _DECODE_CANDIDATES = (("triton", _decode_why_not),)
 
 
@@ -251,25 +270,39 @@ def _packed_backward(do, qkv, out, lse, seed, n_head, scale, dropout_p):
     return _kernels().backward.launch_backward_qkvpacked(do, qkv, out, lse, seed, n_head, scale, dropout_p)
 
 
+def _separate_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
+    """Likewise, of as many queries as keys."""
+    if q.numel() and q.size(2) == k.size(2) and attention_hopper.why_not(q.device, q.dtype, q.size(3), scale, dropout_p) is None:
+        return attention_hopper.backward(do, q, k, v, out, lse, scale)
+    return _kernels().backward.launch_backward(do, q, k, v, out, lse, seed, scale, dropout_p)
+
+
 _cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention
 
 
 def _cudnn_packed(qkv, n_head, scale):
     """What `launch_forward_qkvpacked` returns, by cuDNN: (out (B, T, C), lse (B, H, T) fp32, log2 of the sum of exponentials)."""
-    B, T, C3 = qkv.shape
-    q, k, v = reference.split_heads(qkv, n_head)
+    out, lse = _cudnn(*reference.split_heads(qkv, n_head), scale)
+    return out.flatten(2), lse
+
+
+def _cudnn(q, k, v, scale):
+    """What `launch_forward` returns, by cuDNN: (out (B, T, H, D), lse (B, H, T))."""
     out, lse = _cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)[:2]
-    # cuDNN's `out` lies in memory as q does, time first where qkv does; its lse is the natural logarithm.
-    return out.transpose(1, 2).reshape(B, T, C3 // 3).contiguous(), lse.reshape(B, n_head, T) * LOG2_E
+    # cuDNN's `out` lies in memory as q does; its lse is the natural logarithm.
+    return out.transpose(1, 2).contiguous(), lse.reshape(q.shape[:3]) * LOG2_E
 
 
 class _Attention(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, q, k, v, options):
+    def forward(ctx, q, k, v, options, by_cudnn):
         seed = _seed(q, options[1]) if options[1] > 0 else None
-        run = raw.attention if is_compiling() else _kernels().forward.launch_forward
-        out, lse = run(q, k, v, seed, *options)
+        if by_cudnn:
+            out, lse = (raw.attention_cudnn if is_compiling() else _cudnn)(q, k, v, options[0])
+        else:
+            run = raw.attention if is_compiling() else _kernels().forward.launch_forward
+            out, lse = run(q, k, v, seed, *options)
         ctx.save_for_backward(q, k, v, out, lse, seed)
         ctx.options = options
         return out.transpose(1, 2)
@@ -277,9 +310,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         _refuse_second_derivative()
-        run = raw.attention_backward if is_compiling() else _kernels().backward.launch_backward
+        run = raw.attention_backward if is_compiling() else _separate_backward
         gradients = run(do, *ctx.saved_tensors, *ctx.options)
-        return *(g.transpose(1, 2) if need else None for g, need in zip(gradients, ctx.needs_input_grad)), None
+        return *(g.transpose(1, 2) if need else None for g, need in zip(gradients, ctx.needs_input_grad)), None, None
 
 
 def _refuse_second_derivative():
@@ -332,13 +365,16 @@ def _fake(q, k, v, seed, scale, dropout_p):
 
 def _raw_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
     _check_qkv(q, k, v, dropout_p)
-    if do.shape != q.shape:
-        raise ValueError(f"do has shape {tuple(do.shape)}; expected {tuple(q.shape)} as q has")
+    if do.shape != q.shape or do.dtype != q.dtype:
+        raise ValueError(f"do has shape {tuple(do.shape)} and is {do.dtype}; expected {tuple(q.shape)} and {q.dtype} as q has")
     q, k, v, _ = _kernels().common.in_place(q, k, v)
-    gradients = _fake_backward(do, q, k, v, out, lse, seed, scale, dropout_p)
-    do = do if _kernels().common.rows_are_contiguous(do) else do.contiguous()
-    _kernels().backward.attention_backward(do, q, k, v, out, lse, *gradients, scale=_scale(scale, q), dropout_p=dropout_p, seed=seed)
-    return gradients
+    _kernels().common.check_inputs(q, k, v, _scale(scale, q), dropout_p, seed)
+    B, H, Tq, D = q.shape
+    for name, x, shape, dtype in (("out", out, (B, Tq, H, D), q.dtype), ("lse", lse, (B, H, Tq), torch.float32)):
+        if x.shape != shape or x.dtype != dtype or x.device != q.device or not x.is_contiguous():
+            raise ValueError(f"{name} is {tuple(x.shape)}, {x.dtype}, strides {x.stride()}; expected {shape}, {dtype}, as the "
+                             "forward gave it")
+    return _separate_backward(do, q, k, v, out, lse, seed if dropout_p > 0 else None, scale, dropout_p)
 
 
 def _fake_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
@@ -362,6 +398,8 @@ define("attention_qkvpacked_cudnn(Tensor qkv, int n_head, float? scale) -> (Tens
 define("attention_qkvpacked_backward(Tensor do, Tensor qkv, Tensor out, Tensor lse, Tensor? seed, int n_head, float? scale, "
         "float dropout_p) -> Tensor", _raw_packed_backward, lambda do, qkv, *args: qkv.new_empty(qkv.shape))
 define("attention(Tensor q, Tensor k, Tensor v, Tensor? seed, float? scale, float dropout_p) -> (Tensor, Tensor)", _raw, _fake)
+define("attention_cudnn(Tensor q, Tensor k, Tensor v, float? scale) -> (Tensor, Tensor)", _cudnn,
+        lambda q, k, v, scale: _fake(q, k, v, None, scale, 0.0))
 define("attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seed, float? scale, "
         "float dropout_p) -> (Tensor, Tensor, Tensor)", _raw_backward, _fake_backward)
 define("attention_decode(Tensor q, Tensor k, Tensor v, Tensor lengths, float? scale) -> Tensor",

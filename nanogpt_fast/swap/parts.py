@@ -95,7 +95,7 @@ class SeparateAttention(Swapped):
     def why_own(self, x):
         heads = x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)                  # (B, H, T, D), for each of q, k and v
         return _why_reference("attention", attention.SEPARATE_CANDIDATES, self.backend,
-                              (heads, heads, heads, attention._autocast_dtype(heads), None, self.backend))
+                              (heads, heads, heads, attention._autocast_dtype(heads), None, self.backend, nano._p(self.attn_drop)))
 
     def fast(self, x):
         B, T, C = x.shape

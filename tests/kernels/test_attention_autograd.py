@@ -69,6 +69,28 @@ def test_cudnns_forward_fits_the_kernels_backward(scale, time_first, compiled, m
     assert_close_to_oracle(dqkv, exact_dqkv, plain_dqkv, "gradient")
 
 
+@pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
+def test_cudnns_forward_of_separate_tensors_fits_the_kernels_backward(compiled, monkeypatch):
+    """Each tensor in another order of memory: cuDNN's output lies as q does."""
+    monkeypatch.setattr(op, "SEPARATE_CANDIDATES", (("cudnn", lambda *args: None),))
+    monkeypatch.setattr(op, "_cudnn_attention", by_cudnn)
+    q, k, v = draw_qkv(Tq=37, Tk=37, dtype=torch.bfloat16)
+    k = k.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    call = lambda *tensors: causal_attention(*tensors, scale=0.4)
+    call = torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call
+    for q in (q, q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()):
+        y, plain = call(q, k, v), reference.causal_attention(q, k, v, scale=0.4)
+        exact_of = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        exact = reference.causal_attention(*exact_of, scale=0.4)
+        dy = torch.randn_like(y)
+        assert_close_to_oracle(y, exact, plain, "forward")
+        with torch.no_grad():
+            assert same_bits(call(q, k, v), y.detach())
+        for ours, theirs, wanted in zip(*(torch.autograd.grad(o, i, dy.to(o.dtype))
+                                          for o, i in ((y, (q, k, v)), (plain, (q, k, v)), (exact, exact_of))), strict=True):
+            assert_close_to_oracle(ours, wanted, theirs, "gradient")
+
+
 def test_separate_tensors_give_what_the_packed_projection_gives():
     qkv = draw()
     packed = causal_attention_qkvpacked(qkv, H, backend=FUSED)
