@@ -24,6 +24,7 @@ import contextlib
 import torch
 import torch.nn as nn
 
+from .graphs import Recorder
 from .model import GPT, MLP, Block, CausalSelfAttention, LayerNorm, touched
 
 # Everything lazy has happened after one; three are what PyTorch's notes on CUDA graphs advise.
@@ -78,7 +79,7 @@ class CapturedStep:
         self.learning_rates = [torch.zeros((), dtype=dtype, device=device) for _ in optimizer.param_groups]
         self.steps = 0                      # taken
         self.replays = {}                   # {name of a part: what replays it}
-        self.recorder = _Recorder(device) if device.type == "cuda" else None
+        self.recorder = Recorder(device, "the training step", "--cuda_graph=off trains without") if device.type == "cuda" else None
 
     def micro_step(self, x, y, first):
         """Forward and backward of x and y (B, T) int64."""
@@ -115,38 +116,6 @@ class CapturedStep:
         if name not in self.replays:
             self.replays[name] = self.recorder.record(part)
         self.replays[name]()
-
-
-class _Recorder:
-    """Runs functions on a stream of its own, and records them there as CUDA graphs that share one pool of memory.
-
-    Sharing is right since the graphs are replayed in the order of their capture and keep nothing from one to the next but what
-    is alive then: the gradients, which belong to the parameters.
-    """
-
-    def __init__(self, device):
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.pool = None
-
-    def run(self, function):
-        around = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(around)
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            function()
-        around.wait_stream(self.stream)
-
-    def record(self, function):
-        """What replays the function on the current stream. RuntimeError where something in it cannot be captured."""
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-                function()
-        except RuntimeError as error:
-            raise RuntimeError(f"the training step cannot be captured in a CUDA graph ({error}); --cuda_graph=off trains "
-                               "without") from error
-        self.pool = graph.pool()
-        return graph.replay
 
 
 @contextlib.contextmanager

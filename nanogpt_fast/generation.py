@@ -4,7 +4,7 @@ Two ways lead to the next token's logits:
 
     cached     prefill sends the prompt through the model once and keeps every layer's keys and values; decode then sends one
                token a row. On CUDA a step of decode and draw is captured in one CUDA graph and replayed: the host looks at a
-               token only when it is asked for one.
+               token only when it is asked for one. So is the prefill of short prompts, padded to a few widths.
     uncached   nanoGPT's loop: the last block_size tokens go through the whole model for every new one. It is taken where the
                cache would not be right (a hook, a subclass, a replaced submodule, dropout in train mode), which is said once.
 
@@ -15,12 +15,14 @@ The state of a model that is being generated from (`Session`) lives outside the 
 a CUDA graph. It is checked against the model at every call: nothing in it outlives an optimizer step, a load or a move.
 """
 import weakref
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from . import backend, reference
+from .graphs import Recorder
 from .ops import attention, decode, layer_norm, mlp
 from .ops import sample as sampler
 
@@ -65,10 +67,9 @@ def generate(model, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=N
                 tokens.extend(more)
         return [torch.cat((prompt, torch.tensor(tokens, dtype=torch.long, device=device))) for prompt, tokens in zip(prompts, new)]
     new = run.tokens(max_new_tokens)                                                # (rows, max_new_tokens)
-    rows = [torch.cat((prompt, tokens)) for prompt, tokens in zip(prompts, new)]
-    if not torch.is_tensor(idx):
-        return rows
-    return torch.stack(rows) if rows else idx.new_zeros(0, idx.size(1) + max_new_tokens)
+    if torch.is_tensor(idx):
+        return torch.cat((idx.to(device).repeat_interleave(num_samples, dim=0), new), dim=1)
+    return [torch.cat((prompt, tokens)) for prompt, tokens in zip(prompts, new)]
 
 
 def check(prompts, max_new_tokens, temperature, top_k, top_p=None, min_p=None, num_samples=1):
@@ -182,8 +183,11 @@ class Run:
     def _room(self, n):
         width = self.longest + n
         self.history = torch.zeros(len(self.prompts), width, dtype=torch.long, device=self.device)
-        for row, prompt in enumerate(self.prompts):
-            self.history[row, :prompt.numel()] = prompt
+        if len(set(self.lengths)) == 1:
+            self.history[:, :self.longest] = torch.stack(self.prompts)
+        else:
+            for row, prompt in enumerate(self.prompts):
+                self.history[row, :prompt.numel()] = prompt
         self.rows = torch.arange(len(self.prompts), device=self.device)
         self.ends = torch.tensor(self.lengths, dtype=torch.long, device=self.device)  # `lengths` on the device
 
@@ -324,6 +328,25 @@ def session_of(model, rows):
     return session
 
 
+# Up to so many tokens a prefill is captured: GPT-2 124M's takes the host 13 ms and an H100 1 (512 tokens), so the card waits.
+PREFILL_CAPTURED = 8192
+
+
+def prefill_width(T, block_size):
+    """Prompts are padded to so many tokens, that few widths have to be captured: at most a quarter more from 256 on, up to 512 a multiple of 64."""
+    step = max(64, 2 ** (T - 1).bit_length() // 8)
+    return min(-(-T // step) * step, block_size)
+
+
+@dataclass
+class Prompts:
+    """What a captured prefill of one shape reads and writes."""
+    idx: torch.Tensor               # (B, width) int64; behind a prompt's end anything
+    lengths: torch.Tensor           # (B,)
+    logits: torch.Tensor = None     # (B * copies, V)
+    replay: object = None           # from the second on
+
+
 class Layer:
     """One block's weights, in the dtype that the matmuls take."""
 
@@ -366,7 +389,9 @@ class Session:
         self.activation = self.layers[0].activation if self.layers else "gelu"
         self.native = decode.decoder(self)                                          # one call a step: C++ on a CPU, Triton on CUDA
         # Decoding and drawing as one step, and what it reads and writes besides; see `start_drawing`.
-        self.steps_whole, self.graph = device.type == "cuda" or self.native is not None, None
+        self.steps_whole = device.type == "cuda" or self.native is not None
+        self.recorder = Recorder(device, "generation", "use_cache=False does without") if device.type == "cuda" else None
+        self.replays_step, self.prefills = None, {}                                 # of the recorder; {(prompts, width, copies): Prompts}
         self.drawn = torch.zeros(rows, self.block_size + 1, dtype=torch.long, device=device)
         self.seeds, self.offsets, self.top_k = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
         self.temperature, self.top_p, self.min_p = (torch.zeros(rows, dtype=torch.float32, device=device) for _ in range(3))
@@ -395,8 +420,8 @@ class Session:
 
     def refresh(self):
         """Bring the half-precision copies up to date: the weights may have been trained since."""
-        for parameter, copy in self.copies:
-            copy.copy_(parameter())
+        if self.copies:
+            torch._foreach_copy_([copy for _, copy in self.copies], [parameter() for parameter, _ in self.copies])
 
     def weights(self):
         """Every matrix and bias that a matmul takes."""
@@ -422,24 +447,19 @@ class Session:
 
     def replay(self):
         """One more token for every row, drawn into `token` and `drawn`. On CUDA a graph, captured at the first call."""
-        if self.device.type != "cuda":
+        if self.recorder is None:
             return self._decode_and_draw()
-        if self.graph is None:
+        if self.replays_step is None:
             state = [(tensor, tensor.clone()) for tensor in (self.token, self.position, self.offsets)]
-            side = torch.cuda.Stream(self.device)
-            side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side):                                           # compile and warm up outside the capture;
-                for _ in range(2):                                                  # what this writes into the cache lies at
-                    self._decode_and_draw()                                         # `position` and is overwritten
-                    for tensor, value in state:                                     # also between the two: `position` may be the last
-                        tensor.copy_(value)
-            torch.cuda.current_stream(self.device).wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            # The stream is named: torch's default capture stream may lie on another GPU.
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=side):
+
+            def warm_up():                  # what it writes into the cache lies at `position` and is overwritten
                 self._decode_and_draw()
-            self.graph = graph
-        self.graph.replay()
+                for tensor, value in state:
+                    tensor.copy_(value)     # also between the two: `position` may be the last
+            for _ in range(2):
+                self.recorder.run(warm_up)
+            self.replays_step = self.recorder.record(self._decode_and_draw)
+        self.replays_step()
 
     def _decode_and_draw(self):
         logits = self.decode(self.block_size)
@@ -461,13 +481,45 @@ class Session:
         Row i of the prompts becomes rows i * copies ... of the cache. Padding is harmless: attention is causal, and decoding
         overwrites it from position `lengths` on.
         """
-        x = self._trunk(idx, self._keep_keys(copies))                               # (B, T, C)
+        B, T = idx.shape
+        width = prefill_width(T, self.block_size)
+        if self.recorder is None or B * width > PREFILL_CAPTURED:
+            return self._encode_into_cache(idx, lengths, copies)
+        key = B, width, copies
+        if key not in self.prefills:
+            self.prefills[key] = Prompts(*(torch.zeros(shape, dtype=torch.long, device=self.device) for shape in ((B, width), (B,))))
+        prompts = self.prefills[key]
+        prompts.idx[:, :T] = idx            # padded also where it is no replay, so that both give the same bits
+        prompts.lengths.copy_(lengths)
+
+        def run():
+            logits = self._encode_into_cache(prompts.idx, prompts.lengths, copies)
+            if prompts.logits is None:
+                prompts.logits = torch.empty_like(logits)
+            prompts.logits.copy_(logits)
+        if prompts.logits is None:
+            self.recorder.run(run)
+        else:
+            prompts.replay = prompts.replay or self.recorder.record(run)
+            prompts.replay()
+        return prompts.logits
+
+    def _encode_into_cache(self, idx, lengths, copies):
+        def attend(layer, qkv):                                                     # (B, T, 3C)
+            B, T, _ = qkv.shape
+            kv = qkv.view(B, T, 3, self.n_head, -1)[:, :, 1:].permute(2, 0, 3, 1, 4)        # (2, B, H, T, D)
+            self.cache[layer][:, :, :, :T] = kv if copies == 1 else kv.repeat_interleave(copies, dim=1)
+            return attention.causal_attention_qkvpacked(qkv, self.n_head, backend=self.choices)
+        x = self._trunk(idx, attend)                                                # (B, T, C)
         last = x[torch.arange(x.size(0), device=x.device), lengths - 1]             # (B, C)
-        return self._head(last).repeat_interleave(copies, dim=0)
+        logits = self._head(last)
+        return logits if copies == 1 else logits.repeat_interleave(copies, dim=0)
 
     def encode(self, idx):
         """Logits behind idx (B, T), without the cache -> (B, V)."""
-        return self._head(self._trunk(idx, lambda layer, k, v: None)[:, -1])
+        def attend(layer, qkv):
+            return attention.causal_attention_qkvpacked(qkv, self.n_head, backend=self.choices)
+        return self._head(self._trunk(idx, attend)[:, -1])
 
     def decode(self, upto):
         """Process `token` at `position` in every row, with the cache -> logits (rows, V). upto: longest row, in tokens."""
@@ -475,27 +527,16 @@ class Session:
             return decode.step(self.native, self.token, self.position, self.wte.size(0), out=self.logits)
 
         def attend(layer, qkv):                                                     # (rows, 3C)
-            q, k, v = reference.split_heads(qkv[:, None], self.n_head)              # (rows, H, 1, D)
-            keys, values = self.cache[layer]
-            keys[self.row, :, self.position] = k[:, :, 0]
-            values[self.row, :, self.position] = v[:, :, 0]
-            y = attention.decode_attention(q, keys[:, :, :upto], values[:, :, :upto], lengths, backend=self.choices)
+            q, *kv = qkv.view(self.rows, 3, self.n_head, -1).split((1, 2), dim=1)   # (rows, 1 and 2, H, D)
+            self.cache[layer][:, self.row, :, self.position] = kv[0]
+            keys, values = self.cache[layer][:, :, :, :upto]
+            y = attention.decode_attention(q.transpose(1, 2), keys, values, lengths, backend=self.choices)
             return y.transpose(1, 2).flatten(1)                                     # (rows, C)
         lengths = self.position + 1
         x = self.wte[self.token] + self.wpe[self.position]                          # (rows, C)
         return self._head(self._layers(x, attend))
 
-    def _keep_keys(self, copies):
-        def keep(layer, k, v):                                                      # (B, H, T, D)
-            for slot, new in zip(self.cache[layer], (k, v)):
-                slot[:, :, :new.size(2)] = new.repeat_interleave(copies, dim=0)
-        return keep
-
-    def _trunk(self, idx, keep):
-        def attend(layer, qkv):                                                     # (B, T, 3C)
-            _, k, v = reference.split_heads(qkv, self.n_head)
-            keep(layer, k, v)
-            return attention.causal_attention_qkvpacked(qkv, self.n_head, backend=self.choices)
+    def _trunk(self, idx, attend):
         x = self.wte[idx] + self.wpe[:idx.size(1)]                                  # (B, T, C)
         return self._layers(x, attend)
 

@@ -21,3 +21,21 @@ def sharpened(seed=0, **changes):
         for p in model.parameters():
             p.mul_(4)
     return model
+
+
+class Recorder:
+    """Stands where graphs.Recorder does: notes what it is asked for; what it recorded is called at every replay."""
+
+    def __init__(self, device=None):
+        self.log = []
+
+    def run(self, part):
+        self.log.append("run " + part.__name__)
+        part()
+
+    def record(self, part):
+        self.log.append("record " + part.__name__)
+        def replay():
+            self.log.append("replay " + part.__name__)
+            part()
+        return replay

@@ -61,6 +61,13 @@ def test_fused_says_that_it_needs_cuda():
         causal_attention_qkvpacked(torch.zeros(1, 2, 96), 4, backend=backend.parse("fused"))
 
 
+def test_auto_leaves_the_training_of_small_heads_to_pytorch():
+    def reason(arch=90, D=32, tokens=16384, dropout_p=0.0, gradient=True):
+        return op._why_left_in_training(arch, torch.zeros(tokens // 128, 128, 3, requires_grad=gradient), D, dropout_p)
+    assert "heads of 32" in reason() and "heads of 32" in reason(D=16)
+    assert reason(D=64) is reason(arch=80) is reason(tokens=8192) is reason(dropout_p=0.1) is reason(gradient=False) is None
+
+
 @pytest.mark.parametrize("arch, D, dtype, left", (
     (90, 64, torch.bfloat16, None), (90, 32, torch.float16, None), (90, 128, torch.bfloat16, "cuDNN"), (90, 64, torch.float32, "float32"),
     (80, 64, torch.bfloat16, None), (100, 64, torch.bfloat16, "Blackwell"), (120, 64, torch.bfloat16, "Blackwell"), (87, 128, torch.float16, "FlashAttention"),
@@ -90,7 +97,7 @@ def test_cudnns_forward_is_taken_where_it_was_measured_faster_and_nowhere_else(m
     assert not any((taken(torch.float32), taken(D=128), taken(D=32), taken(choice="fused"), taken(dropout_p=0.1)))
     assert not any(taken(qkv=qkv) for qkv in (Packed(2, 1, 192), Packed(0, 16, 192), Packed(column=2)))    # what cuDNN does not take
     with torch.no_grad():       # prompts of all lengths would be a plan for each
-        assert taken(qkv=Packed(2, 128, 192)) and not taken(qkv=Packed(2, 127, 192))
+        assert taken(qkv=Packed(128, 128, 192)) and not any(taken(qkv=Packed(*shape)) for shape in ((2, 128, 192), (130, 127, 192)))
     assert not taken(qkv=torch.zeros(1, 2, 192, requires_grad=True))
     monkeypatch.setattr(op, "_why_no_cudnn", lambda: "cuDNN's attention is switched off")
     assert "switched off" in op._cudnn_why_not(Packed(), torch.bfloat16, 64, None, backend.parse("auto"), 0.0)
@@ -106,14 +113,14 @@ def test_cudnns_forward_of_separate_tensors_is_taken_for_as_many_queries_as_keys
     monkeypatch.setattr(backend, "triton_why_not", lambda x: None)
     monkeypatch.setattr(op, "_why_no_cudnn", lambda: None)
 
-    def chosen(Tq=128, Tk=128, D=64, choice="auto", dropout_p=0.0, dtype=torch.bfloat16, gradient=True, turned=False):
-        q, k, v = (torch.zeros(2, 3, T, D, dtype=dtype).as_subclass(Heads).requires_grad_(gradient) for T in (Tq, Tk, Tk))
+    def chosen(Tq=128, Tk=128, D=64, choice="auto", dropout_p=0.0, dtype=torch.bfloat16, gradient=True, turned=False, B=2):
+        q, k, v = (torch.zeros(B, 3, T, D, dtype=dtype).as_subclass(Heads).requires_grad_(gradient) for T in (Tq, Tk, Tk))
         k = k.transpose(2, 3).contiguous().transpose(2, 3) if turned else k
         return backend.choose("attention", op.SEPARATE_CANDIDATES, backend.parse(choice), (q, k, v, dtype, None, backend.parse(choice), dropout_p))
-    assert {chosen(), chosen(dtype=torch.float16), chosen(100, 100), chosen(gradient=False)} == {"cudnn"}
-    assert {chosen(Tq=64), chosen(dropout_p=0.1), chosen(choice="fused"), chosen(D=32), chosen(100, 100, gradient=False), chosen(turned=True),
-            chosen(1, 1)} == {"triton"}
-    assert chosen(dtype=torch.float32) == "reference"
+    assert {chosen(), chosen(dtype=torch.float16), chosen(100, 100), chosen(gradient=False, B=128)} == {"cudnn"}
+    assert {chosen(Tq=64), chosen(dropout_p=0.1), chosen(choice="fused"), chosen(D=32), chosen(gradient=False), chosen(100, 100, gradient=False, B=200), chosen(turned=True),
+            chosen(1, 1), chosen(D=32, gradient=False, B=128), chosen(D=32, dropout_p=0.1, B=128)} == {"triton"}
+    assert chosen(dtype=torch.float32) == chosen(D=32, B=128) == chosen(D=16, B=128) == "reference"
 
 
 def test_without_cudnns_attention_the_reason_is_said(monkeypatch):

@@ -29,24 +29,6 @@ def folder(tmp_path):
 model_of = functools.partial(gpts.small, seed=1, block_size=16, vocab_size=61, backend="reference")
 
 
-class Recorder:
-    """Stands where _Recorder does: notes what it is asked for; what it recorded is called at every replay."""
-
-    def __init__(self, device=None):
-        self.log = []
-
-    def run(self, part):
-        self.log.append("run " + part.__name__)
-        part()
-
-    def record(self, part):
-        self.log.append("record " + part.__name__)
-        def replay():
-            self.log.append("replay " + part.__name__)
-            part()
-        return replay
-
-
 @pytest.fixture
 def replayed(monkeypatch):
     """Let the trainer capture on a CPU; returns the recorders of its runs."""
@@ -54,7 +36,7 @@ def replayed(monkeypatch):
     init = CapturedStep.__init__
     def recording(self, *args):
         init(self, *args)
-        self.recorder = Recorder()
+        self.recorder = gpts.Recorder()
         recorders.append(self.recorder)
     monkeypatch.setattr(CapturedStep, "__init__", recording)
     monkeypatch.setattr(captured, "why_not", lambda *args, **kwargs: None)

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.nn as nn
-from gpts import sharpened
+from gpts import Recorder, sharpened
 
 from nanogpt_fast import GPT, backend, generation
 
@@ -86,6 +86,58 @@ def test_several_samples_from_one_prefill_are_the_prompt_repeated(monkeypatch):
     torch.manual_seed(1)
     assert torch.equal(model.generate(idx, 30, num_samples=3), repeated)
     assert widths == [2]
+
+
+def recording(model, rows):
+    """The model's session for so many rows, told to capture; what it records is a stand-in's."""
+    session = generation.session_of(model, rows)
+    session.recorder = Recorder()
+    return session
+
+
+@torch.no_grad()
+def test_a_prefill_is_captured_for_its_width_and_each_prompt_gives_the_bits_it_gave_alone():
+    model = sharpened(block_size=150)
+    session, plain = recording(model, 2), generation.Session(model, 2, torch.float32)
+    first = {}
+    for T in (5, 64, 9, 65, 64, 149, 65):
+        idx, lengths = torch.stack(prompts_of(T, T, seed=T)), torch.tensor([T, max(1, T - 3)])
+        logits = session.prefill(idx, lengths).clone()
+        torch.testing.assert_close(logits, plain.prefill(idx, lengths), atol=ERROR, rtol=0)
+        for row, length in enumerate(lengths):
+            torch.testing.assert_close(session.cache[:, :, row, :, :length], plain.cache[:, :, row, :, :length], atol=ERROR, rtol=0)
+        assert torch.equal(logits, first.setdefault(T, logits))       # the first of a width runs as it is, later ones are replays
+    assert {key: prompts.idx.shape for key, prompts in session.prefills.items()} == {(2, 64, 1): (2, 64), (2, 128, 1): (2, 128), (2, 150, 1): (2, 150)}
+    assert session.recorder.log == ["run run", "record run", "replay run", "replay run", "run run", "replay run", "run run", "record run", "replay run"]
+
+
+@pytest.mark.parametrize("filters", ({"temperature": 0}, {"seed": 5, "top_k": 9}), ids=str)
+def test_text_by_captured_prefills_and_steps_is_the_text_without(filters):
+    model = sharpened()
+    for prompts in ([3, 9, 23], [24, 30, 1], [3, 3, 3]):
+        prompts = prompts_of(*prompts)
+        expected = model.generate(prompts, 12, **filters)
+        recording(model, 3)
+        for _ in range(3):
+            for prompt, a, b in zip(prompts, model.generate(prompts, 12, **filters), expected):
+                assert torch.equal(a, b) if "seed" in filters else same_tokens(model, a, b, len(prompt))
+        samples = model.generate(torch.stack(prompts_of(7)), 9, num_samples=3, **filters)
+        assert samples.shape == (3, 16) and {key[0] for key in generation.session_of(model, 3).prefills} == {1, 3}
+        generation._sessions.clear()
+
+
+def test_long_prompts_and_many_are_not_captured():
+    model = sharpened()
+    session = recording(model, 400)
+    session.prefill(torch.zeros(400, 20, dtype=torch.long), torch.full((400,), 20))
+    assert not session.recorder.log and not session.prefills
+
+
+def test_prompts_are_padded_to_few_widths_and_by_a_quarter_at_most():
+    widths = [generation.prefill_width(T, 4096) for T in range(1, 4097)]
+    assert all(T <= width <= max(64, 1.25 * T) or T < 256 and width - T < 64 for T, width in enumerate(widths, start=1))
+    assert len(set(widths)) == 20 and widths == sorted(widths)
+    assert generation.prefill_width(1000, 1000) == 1000 and generation.prefill_width(3, 24) == 24
 
 
 def test_a_stop_ends_a_row_before_it_also_when_it_spans_steps():

@@ -38,8 +38,11 @@ LEFT_TO_PYTORCH = {
 # H100, 12 heads of 64, us for 64 x 1024 and 12 x 1024 tokens: forward cuDNN 297 and 68, the kernel 359 and 78; backward cuDNN with
 # the `cat` of its three gradients 1,314 and 279, Triton's kernels 1,129 and 225 (python -m benchmarks.gpu.sweep), those for Hopper less.
 CUDNN_FORWARD = {(90, 64)}
-# Without a gradient, where prompts of all lengths come: cuDNN makes a plan for each new shape, so only these lengths go there.
-CUDNN_LENGTHS = 64
+# cuDNN makes a plan for each new shape, in 77 ms there. Training repays it; without a gradient, where prompts of all lengths come, so many
+# tokens whose length is a multiple of 64 go there: of 32 x 1024 they take 160 us, by the kernel 189.
+CUDNN_TOKENS, CUDNN_LENGTHS = 16384, 64
+# Heads of up to so many where PyTorch's forward and backward together are faster than ours, of so many tokens, without dropout.
+TRAINED_BY_PYTORCH = {90: (32, 16384, "heads of 32 train slower than with cuDNN (H100, 32 x 1024 tokens: 1,420 against 1,349 us)")}
 FLOAT32_LEFT = "IEEE float32 runs without tensor cores and is expected to be slower than PyTorch's kernels (not measured yet)"
 
 
@@ -74,7 +77,7 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backen
     if qkv.requires_grad and torch.is_grad_enabled():
         return _PackedAttention.apply(qkv, (n_head, scale, dropout_p), name == "cudnn")
     if name == "cudnn":
-        return (raw.attention_qkvpacked_cudnn if is_compiling() else _cudnn_packed)(qkv, n_head, scale)[0]
+        return raw.attention_qkvpacked_cudnn(qkv, n_head, scale)[0] if is_compiling() else _cudnn_packed(qkv, n_head, scale, False)[0]
     run = raw.attention_qkvpacked if is_compiling() else _kernels().forward.launch_forward_qkvpacked
     return run(qkv, _seed(qkv, dropout_p), n_head, scale, dropout_p)[0]
 
@@ -96,7 +99,7 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
     if _differentiable(q, k, v):
         return _Attention.apply(q, k, v, (scale, dropout_p), name == "cudnn")
     if name == "cudnn":
-        return (raw.attention_cudnn if is_compiling() else _cudnn)(q, k, v, scale)[0].transpose(1, 2)
+        return (raw.attention_cudnn(q, k, v, scale) if is_compiling() else _cudnn(q, k, v, scale, False))[0].transpose(1, 2)
     run = raw.attention if is_compiling() else _kernels().forward.launch_forward
     return run(q, k, v, _seed(q, dropout_p), scale, dropout_p)[0].transpose(1, 2)
 
@@ -149,7 +152,8 @@ def _why_not(x, dtype, D, scale, backend, dropout_p=0.0, left_to_pytorch=True):
     if scale is not None and not 0 < scale < math.inf:
         return f"scale is {scale}; the kernels take positive numbers"
     if x.is_cuda and left_to_pytorch and _backend.choice("attention", backend) == "auto":
-        return _why_left(_backend.compute_capability(x.get_device()), D, dtype)
+        arch = _backend.compute_capability(x.get_device())
+        return _why_left(arch, D, dtype) or _why_left_in_training(arch, x, D, dropout_p)
     return None
 
 
@@ -161,19 +165,24 @@ def _cudnn_why_not(qkv, dtype, D, scale, backend, dropout_p):
     """Of cuDNN's forward where it was measured the fastest: `CUDNN_FORWARD`. "": it is not thought of."""
     if qkv.numel() == 0 or qkv.stride(2) != 1:
         return ""       # what cuDNN's attention does not take
-    reason = _cudnn_why_left(qkv, qkv.size(1), dtype, D, backend, dropout_p, qkv.requires_grad and torch.is_grad_enabled())
+    tokens = 0 if qkv.requires_grad and torch.is_grad_enabled() else qkv.size(0) * qkv.size(1)
+    reason = _cudnn_why_left(qkv, qkv.size(1), dtype, D, backend, dropout_p, tokens)
     return _why_not(qkv, dtype, D, scale, backend) if reason is None else reason
 
 
 def _separate_cudnn_why_not(q, k, v, dtype, scale, backend, dropout_p):
     if q.size(2) != k.size(2) or q.numel() == 0 or not q.stride(3) == k.stride(3) == v.stride(3) == 1:
         return ""       # of fewer queries, its causal mask begins at the first key
-    reason = _cudnn_why_left(q, q.size(2), dtype, q.size(3), backend, dropout_p, _differentiable(q, k, v))
+    tokens = 0 if _differentiable(q, k, v) else q.size(0) * q.size(2)
+    reason = _cudnn_why_left(q, q.size(2), dtype, q.size(3), backend, dropout_p, tokens)
     return _separate_why_not(q, k, v, dtype, scale, backend) if reason is None else reason
 
 
-def _cudnn_why_left(x, T, dtype, D, backend, dropout_p, gradient):
-    if not x.is_cuda or T < 2 or dropout_p > 0 or (not gradient and T % CUDNN_LENGTHS) or _backend.choice("attention", backend) == "fused":
+def _cudnn_why_left(x, T, dtype, D, backend, dropout_p, tokens):
+    """tokens: whose attention has no gradient, or 0."""
+    if not x.is_cuda or T < 2 or dropout_p > 0 or _backend.choice("attention", backend) == "fused":
+        return ""
+    if tokens and (tokens < CUDNN_TOKENS or T % CUDNN_LENGTHS):
         return ""
     if (_backend.compute_capability(x.get_device()), D) not in CUDNN_FORWARD or dtype == torch.float32 or dtype == torch.float64:
         return ""
@@ -198,7 +207,7 @@ def _separate_why_not(q, k, v, dtype, scale, backend, dropout_p=0.0, left_to_pyt
         return f"q is on {device}, k on {k.device}, v on {v.device}"
     if (k.dtype != given or v.dtype != given) and not _autocast_dtype(k) == _autocast_dtype(v) == dtype:
         return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}"           # the reference raises PyTorch's own error
-    return _why_not(q, dtype, q.shape[3], scale, backend, 0.0, left_to_pytorch)
+    return _why_not(q, dtype, q.shape[3], scale, backend, dropout_p, left_to_pytorch)
 
 
 def _decode_why_not(q, k, v, dtype, scale, backend):
@@ -216,6 +225,14 @@ def _why_left(arch, D, dtype):
             known = row
     largest, reason = LEFT_TO_PYTORCH[known]
     return reason if D > largest else None
+
+
+def _why_left_in_training(arch, x, D, dropout_p):
+    largest, least, reason = TRAINED_BY_PYTORCH.get(arch, (0, 0, None))
+    if D > largest or dropout_p > 0 or not (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    tokens = x.size(0) * x.size(-2)         # of qkv (B, T, 3C) and of q (B, H, T, D)
+    return reason if tokens >= least else None
 
 
 CANDIDATES = (("cudnn", _cudnn_why_not), ("triton", _why_not), ("cpp", attention_cpu.why_not))  # args: (qkv, dtype, head size, scale, backend, dropout_p)
@@ -280,17 +297,17 @@ def _separate_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
 _cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention
 
 
-def _cudnn_packed(qkv, n_head, scale):
+def _cudnn_packed(qkv, n_head, scale, want_lse=True):
     """What `launch_forward_qkvpacked` returns, by cuDNN: (out (B, T, C), lse (B, H, T) fp32, log2 of the sum of exponentials)."""
-    out, lse = _cudnn(*reference.split_heads(qkv, n_head), scale)
+    out, lse = _cudnn(*reference.split_heads(qkv, n_head), scale, want_lse)
     return out.flatten(2), lse
 
 
-def _cudnn(q, k, v, scale):
-    """What `launch_forward` returns, by cuDNN: (out (B, T, H, D), lse (B, H, T))."""
-    out, lse = _cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)[:2]
+def _cudnn(q, k, v, scale, want_lse=True):
+    """What `launch_forward` returns, by cuDNN: (out (B, T, H, D), lse (B, H, T) or None)."""
+    out, lse = _cudnn_attention(q, k, v, None, want_lse, 0.0, True, False, scale=scale)[:2]
     # cuDNN's `out` lies in memory as q does; its lse is the natural logarithm.
-    return out.transpose(1, 2).contiguous(), lse.reshape(q.shape[:3]) * LOG2_E
+    return out.transpose(1, 2).contiguous(), lse.reshape(q.shape[:3]) * LOG2_E if want_lse else None
 
 
 class _Attention(torch.autograd.Function):

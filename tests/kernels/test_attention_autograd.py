@@ -43,7 +43,7 @@ def test_output_and_gradient_are_as_near_to_fp64_as_the_reference(dtype, autocas
 def by_cudnn(q, k, v, bias, want_lse, dropout_p, causal, debug, *, scale):
     """What PyTorch's cuDNN operator returns first: (B, H, T, D) over memory in the order of q's, and the natural logarithm of the
     sum of exponentials, (B, H, T, 1)."""
-    assert bias is None and want_lse and dropout_p == 0 and causal and not debug
+    assert bias is None and want_lse in (torch.is_grad_enabled(), True) and dropout_p == 0 and causal and not debug
     T, scale = q.size(2), q.size(3) ** -0.5 if scale is None else scale
     scores = (scale * q.float() @ k.float().transpose(2, 3)).masked_fill(torch.ones(T, T, device=q.device).triu(1).bool(), float("-inf"))
     return torch.empty_like(q).copy_(scores.softmax(3) @ v.float()), scores.logsumexp(3, keepdim=True), None, None
