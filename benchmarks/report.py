@@ -174,7 +174,14 @@ def loss(records, device):
             end = curve[-1]
             rows.append([model, name, f"{end['step']:,}", f"{end['val_loss']:.4f}", f"{end['seconds']:,.1f} s"])
     return table(["model", "", "steps", "validation loss", "after"], rows) + small(
-        newest, lambda r: f"the same text, batches and initial weights, in turns; {r['dtype']}")
+        newest, lambda r: f"the same text, batches and initial weights, in turns; {r['dtype']}{_untimed(r)}")
+
+
+def _untimed(record):
+    """What stood before the clock of a loss curve, as text."""
+    steps, seconds = (record.get("untimed") or {"steps": 0, "seconds": {}}).values()
+    took = ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
+    return f"; without the first {steps} steps, which compile ({took})" if steps else ""
 
 
 def recipes(records):

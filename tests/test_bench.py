@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import statistics
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 from nanogpt_fast import bench, measure, options
 from nanogpt_fast.bench import common, generate, train
+from nanogpt_fast.bench import loss as bench_loss
 from tiny import data
 
 CPU = torch.device("cpu")
@@ -143,6 +145,34 @@ def test_both_sides_fall_to_the_same_loss_on_the_same_text(tmp_path):
     assert [row["val_loss"] for row in ours] == pytest.approx([row["val_loss"] for row in nanogpt], abs=1e-3)
     assert ours[-1]["val_loss"] < ours[0]["val_loss"] - 0.1
     assert 0 == ours[0]["seconds"] < ours[1]["seconds"] < ours[2]["seconds"]
+    assert record["untimed"]["steps"] == 0
+
+
+def test_the_clock_of_a_loss_curve_begins_behind_its_untimed_steps_and_what_was_had_is_written(tmp_path, monkeypatch):
+    class Side(bench_loss.Side):
+        def __init__(self, trainer, batches, untimed=0):
+            super().__init__(trainer, batches, untimed=5)
+            step = trainer.step
+
+            def slow(x, y):     # the first five take a second together
+                time.sleep(0.2 if self.steps < 5 else 0)
+                self.steps += 1
+                return step(x, y)
+            self.steps, trainer.step = 0, slow
+
+        def evaluate(self, step, *args):
+            if step == 9:
+                raise measure.ToldToEnd
+            return super().evaluate(step, *args)
+    monkeypatch.setattr(bench_loss, "Side", Side)
+    where = data(tmp_path)
+    path = tmp_path / "ended.jsonl"
+    bench.main(["loss", "--device=cpu", "--model=tiny", f"--data={where['dataset']}", f"--data_dir={where['data_dir']}", "--steps=12",
+                "--eval_interval=3", "--eval_iters=1", f"--json={path}"])
+    record = json.loads(path.read_text())
+    for name, curve in record["curves"].items():
+        assert [row["step"] for row in curve] == [0, 3, 6] and curve[1]["seconds"] == 0
+        assert 0 < curve[2]["seconds"] < record["untimed"]["seconds"][name] and record["untimed"]["seconds"][name] > 1
 
 
 # ---------------------------------------------------------------------------------------------------------- what it refuses
