@@ -207,6 +207,26 @@ def greedy_text(device):
     return f"{equal} of 200 tokens are the reference's"
 
 
+@torch.no_grad()
+def prefills(device):
+    """Prompts as they are, captured, and replayed: the same bits, and the reference's logits."""
+    from nanogpt_fast import generation
+    model, found = sharp_gpt(device), {}
+    for rows in (1, 3):
+        session = generation.session_of(model, rows)
+        for T in (5, 64, 100, 256):
+            idx = torch.randint(1024, (rows, T), device=device)
+            lengths = torch.arange(T, T - rows, -1, device=device)
+            ours = [session.prefill(idx, lengths).clone() for _ in range(4)]
+            assert all(torch.equal(ours[0], other) for other in ours), f"{rows} rows of {T}: a replay differs"
+            with backend.use("reference"):
+                plain = torch.stack([model(row[None, :length])[0][0, -1] for row, length in zip(idx, lengths)])
+            found[f"{rows} x {T}"] = relative(ours[0], plain)
+        assert device.type == "cpu" or {key[1] for key in session.prefills} == {64, 128, 256}
+    assert max(found.values()) < 1e-3, found
+    return found
+
+
 def early_launches(device):
     """One decoding step with and without early launches: the same bits, 300 times."""
     from nanogpt_fast import generation
@@ -349,7 +369,7 @@ CHECKS = {
             "attention, head size 128": attention_of(2, 300, 4, 128), "attention, dropout": attention_of(40, 256, 4, 64, 0.2),
             "add + LayerNorm": norm, "MLP, pointwise": mlp_form("pointwise"), "MLP, epilogue": mlp_form("epilogue"), "MLP, hopper": mlp_form("hopper"),
             "loss": loss(False), "loss with logits": loss(True), "captured steps": captured_steps,
-            "greedy text": greedy_text, "early launches": early_launches, "compiled steps": compiled_steps},
+            "greedy text": greedy_text, "prefills": prefills, "early launches": early_launches, "compiled steps": compiled_steps},
     "model": {"GPT-2 124M, B=2": whole_model(2), "GPT-2 124M, B=12": whole_model(12), "GPT-2 124M steps, B=12": whole_steps(12)},
 }
 
