@@ -69,10 +69,16 @@ def _measured(records, what, commits=None):
     """The figure that a prediction's name stands for, or None. commits: it must be of one of these."""
     records = [r for r in records if commits is None or r["environment"]["commit"] in commits]
     words, _, row = what.rpartition(", ")
-    if what.startswith("generate "):
+    if what.startswith(("generate ", "prefill ")):
         B = int(what.split("B=")[1].split(",")[0])
         record = next((r for r in records if r["benchmark"] == "generate" and device_of(r) == "cuda" and r["batch_size"] == B), None)
-        return record["variants"][row]["tokens_per_s"] if record else None
+        found = record and record["variants"][row]
+        return found and (found["tokens_per_s"] if what.startswith("generate") else 1e3 * found["prefill_s"])
+    if " forward + backward B=" in what:
+        case = words.replace(" forward + backward", "")
+        record = next((r for r in reversed(records) if r["benchmark"] == "kernel" and device_of(r) == "cuda" and r["direction"] == "both"
+                       and case == f"{r['op']} " + " ".join(f"{key}={value}" for key, value in r["shape"].items())), None)
+        return 1e6 * statistics.median(record["samples"][row]) if record and row in record["samples"] else None
     if what.startswith("MLP ") and words.endswith("by forms"):
         record = next((r for r in records if r["benchmark"] == "mlp forms" and f"rows={r['rows']} C={r['C']} " in words), None)
         return record["median_us"][what.split()[1]][row] if record else None
@@ -80,7 +86,7 @@ def _measured(records, what, commits=None):
         model, B = what.split()[1], int(what.split()[2].split("x")[0])
         # the first that has both: what was predicted is the code as it was
         record = next((r for r in records if r["benchmark"] == "train" and device_of(r) == "cuda" and r["options"]["model"] == model
-                       and r["shape"]["batch_size"] == B and "samples" in r["variants"].get("our trainer", ())), None)
+                       and r["shape"]["batch_size"] == B and "samples" in r["variants"].get("our trainer" if "over" in row else row, ())), None)
         ms = {name: 1e3 * statistics.median(found["samples"]) for name, found in (record["variants"] if record else {}).items()
               if "samples" in found}
         if row == "our trainer over nanoGPT compiled":
@@ -93,7 +99,7 @@ def _measured(records, what, commits=None):
     us = {name: 1e6 * statistics.median(samples) for name, samples in record["samples"].items()}
     if row in us:
         return us[row]
-    rival = ("cuDNN", "flash", "PyTorch", "the product alone", "pointwise", "compile")
+    rival = ("cuDNN", "flash", "PyTorch", "the product alone", "pointwise", "compile", "hopper")    # and what came later
     ours = [value for name, value in us.items() if not name.startswith((*rival, "TMA", "specialised")) and (row != "epilogue" or "epilogue" in name)]
     return min(ours, default=None)
 
