@@ -23,6 +23,7 @@ import os
 import torch
 
 from .. import backend as _backend
+from .registration import register_fake
 
 MAX_VOCAB = 262144
 LOGIT_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -299,7 +300,7 @@ _library.define("sample(Tensor logits, Tensor? temperature_rows, float temperatu
                 "float top_p, Tensor? min_p_rows, float min_p, Tensor seed, Tensor(a!) offset, Tensor(b!) out, bool check, str choice) -> ()")
 _library.impl("sample", _run, "CPU")
 _library.impl("sample", _run, "CUDA")
-torch.library.register_fake("nanogpt_fast::sample", lambda *arguments: None, lib=_library)
+register_fake("sample", lambda *arguments: None)
 
 
 # ---------------------------------------------------------------- the definition in PyTorch
