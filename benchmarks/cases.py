@@ -176,6 +176,7 @@ def separate_attention_case(B, T, H, D, dtype, direction):
                 lambda device: {name: randn(device, dtype, B, T, C, grad=grad) for name in ("q", "k", "v")},
                 {"ours": lambda t: attention.causal_attention(*heads(t), backend=AUTO),
                  "our kernel": lambda t: attention.causal_attention(*heads(t), backend=FUSED),
+                 "eager": lambda t: reference.causal_attention(*heads(t)),
                  "SDPA flash": by(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": by(SDPBackend.CUDNN_ATTENTION)})
 
 
