@@ -341,7 +341,7 @@ def cases(device_type, quick=False):
     """All cases for "cuda" or "cpu", those of GPT-2 124M first; quick: tiny shapes, one an op, to try the machinery."""
     if quick:
         f32 = torch.float32
-        return [attention_case(1, 16, 2, 8, f32, BOTH), decode_case(2, 16, 2, 8, f32), layer_norm_case(8, 32, f32, BOTH),
+        return [attention_case(1, 16, 2, 8, f32, BOTH), separate_attention_case(1, 16, 2, 8, f32, BOTH), decode_case(2, 16, 2, 8, f32), layer_norm_case(8, 32, f32, BOTH),
                 mlp_case(8, 16, f32, BOTH), cross_entropy_case(8, 16, 50, f32, BOTH), sample_case(2, 300, f32)]
     return list(_on_cuda() if device_type == "cuda" else _on_cpu())
 
@@ -381,6 +381,7 @@ def _on_cpu():
         for T in (64, 256, 1024):
             yield attention_case(4, T, 12, 64, f32, direction, sweep="T")
         yield attention_case(4, 256, 12, 64, bf16, direction)
+        yield separate_attention_case(4, 256, 12, 64, f32, direction)
         for C in (128, 768):
             yield layer_norm_case(1024, C, f32, direction, sweep="C")
             yield mlp_case(1024, C, f32, direction, sweep="C")

@@ -26,7 +26,7 @@ def test_the_cases_have_their_own_names_and_count_what_they_move(device):
     for case in listed:
         assert case.bytes > 0 and case.flops >= 0 and {"ours", "eager"} <= case.implementations.keys(), case.name
         assert not case.sweep or case.sweep in case.shape, case.name
-    assert {case.op for case in listed} == {case.op for case in QUICK} and len(QUICK) == 6
+    assert {case.op for case in listed} == {case.op for case in QUICK} and len(QUICK) == 7
     assert {case.direction for case in listed} == {"forward", "both"}
 
 
