@@ -3,9 +3,10 @@
 #
 # Builds the extension, checks every kernel, then measures in the order of value. Each result is in DIR when it is had; what hangs or
 # crashes costs its own seconds. Needs no network: torch, triton, pytest, pytest-xdist, hypothesis and, to build, nvcc, setuptools,
-# pybind11 and ninja are there. benchmarks/gpu/__main__.py lists the stages.
+# pybind11 and ninja are there. benchmarks/gpu/__main__.py lists the stages. What .triton-ahead holds (benchmarks/gpu/ahead.py) is not
+# compiled again.
 set -u
-if [ $# -lt 1 ]; then sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2; fi
+if [ $# -lt 1 ]; then sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; fi
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 shift
 cd "$(dirname "$0")/.." || exit 2

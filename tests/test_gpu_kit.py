@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package
-from benchmarks.gpu import __main__ as kit  # noqa: E402
+from benchmarks.gpu import __main__ as kit, ahead  # noqa: E402
 from benchmarks.gpu.lease import Lease, Stage  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups and signals")
@@ -127,6 +127,61 @@ def test_every_stage_waits_only_for_stages_of_its_part_and_what_is_timed_runs_al
                 assert set((*stage.after, *stage.needs)) <= set(names[:i]), (part, stage.name)
                 timed = stage.name.startswith(("train", "sweep", "generate", "kernels", "baby", "variations", "ncu"))
                 assert stage.alone == (timed and "compiles" not in stage.name) or stage.name == "captured", stage.name
+
+
+TWO_KERNELS = """
+import triton
+import triton.language as tl
+
+FACTOR = tl.constexpr(3.0)
+
+@triton.jit
+def scaled(x):
+    return x * FACTOR
+
+@triton.jit
+def scale_kernel(x_ptr, n, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(x_ptr + at, scaled(tl.load(x_ptr + at, mask=at < n)), mask=at < n)
+
+@triton.jit
+def fill_kernel(x_ptr, SIZE: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, SIZE), scaled(1.0))
+"""
+
+
+def test_a_kernel_compiled_ahead_is_found_in_another_folder_by_a_process_that_launches_in_another_order(tmp_path):
+    pytest.importorskip("triton")
+    (tmp_path / "two_kernels.py").write_text(TWO_KERNELS)
+
+    def compilations(cache, order):
+        """How many of both kernels a process without a GPU compiles that launches them in this order."""
+        program = f"""
+            import sys
+            sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]
+            from benchmarks.gpu import ahead
+            hashes = ahead.compile_only(launchers=False)
+            import triton, two_kernels
+            from triton.runtime.jit import MockTensor
+            x, hits = MockTensor(triton.language.float32), []
+            triton.knobs.compilation.listener = lambda cache_hit, **rest: hits.append(cache_hit)
+            launch = {{"scale": lambda: two_kernels.scale_kernel[(1,)](x, 16, SIZE=16),
+                      "fill": lambda: two_kernels.fill_kernel[(1,)](x, SIZE=16)}}
+            for name in {order!r}:
+                launch[name]()
+            assert len(hashes) == len(hits) == 2
+            print(hits.count(False))
+        """
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        return int(subprocess.run(python(program), stdout=subprocess.PIPE, text=True, check=True,
+                                  env={**environment, "TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1"}).stdout)
+
+    assert compilations(tmp_path / "ahead", ["scale", "fill"]) == 2
+    kernels, size = ahead.tidy(tmp_path / "ahead")
+    assert kernels == 2 and size < 2**17
+    assert ahead.seed(tmp_path / "ahead", tmp_path / "there") == 2
+    (tmp_path / "ahead").rename(tmp_path / "elsewhere")
+    assert compilations(tmp_path / "there", ["fill", "scale"]) == 0
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.gpu import ahead
 from benchmarks.gpu.lease import Lease, Stage
 
 PYTHON = sys.executable
@@ -125,8 +126,7 @@ def stages(part, folder, more, upstream, dry):
 
 def keep_code(folder, most=400):
     """Copy what Triton compiled of our kernels, PTX and machine code, into the folder: the newest `most` files of its cache."""
-    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
-    found = [path for path in cache.glob("*/*") if path.suffix in (".ptx", ".cubin")]
+    found = [path for path in ahead.triton_cache().glob("*/*") if path.suffix in (".ptx", ".cubin")]
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(found, key=lambda path: -path.stat().st_mtime)[:most]:
         (folder / f"{path.parent.name[:8]}-{path.name}").write_bytes(path.read_bytes())
@@ -146,7 +146,9 @@ def main(argv=None):
     for path in (folder, more):
         path.mkdir(parents=True, exist_ok=True)
     lease = Lease(folder, None if args.minutes is None else 60 * args.minutes)
-    listed = stages(args.part, folder, more, args.upstream, bool(os.environ.get("NANOGPT_FAST_DRY_RUN")))
+    dry = bool(os.environ.get("NANOGPT_FAST_DRY_RUN"))
+    carried = 0 if dry else ahead.seed()
+    listed = stages(args.part, folder, more, args.upstream, dry)
     words = [word for word in args.only.split(",") if word]
     all_names = {stage.name for stage in listed}
     listed = [stage for stage in listed
@@ -160,7 +162,7 @@ def main(argv=None):
     keep_code(more / "code")
     with tarfile.open(folder / "more.tar.gz", "w:gz", compresslevel=3) as archive:
         archive.add(more, arcname="more")
-    lines = [f"{name:<24} {how}" for name, how in ended.items()]
+    lines = [f"{carried} kernels compiled ahead were carried"] + [f"{name:<24} {how}" for name, how in ended.items()]
     results = folder / "results.jsonl"
     if results.exists():
         checks = [record for record in map(json.loads, results.read_text().splitlines()) if record["benchmark"] == "smoke"]
