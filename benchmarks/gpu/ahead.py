@@ -27,28 +27,39 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 CARRIED = ROOT / ".triton-ahead"
+OTHER_KEYS = "other-keys.json"      # in the folder: [entry of the cache, name of a group of files, {file: path}], see `under_every_key`
 
 
 def triton_cache():
     return Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
 
 
+def other_keys(folder):
+    return json.loads((folder / OTHER_KEYS).read_text()) if (folder / OTHER_KEYS).exists() else []
+
+
 def seed(source=CARRIED, cache=None):
     """Copy a folder that `main` filled into Triton's cache; returns how many kernels it has. Groups name their files by whole paths."""
     cache = triton_cache() if cache is None else cache
-    for entry in sorted(source.iterdir()) if source.is_dir() else ():
-        if (cache / entry.name).exists():       # compiled there already
-            continue
-        half = cache / f"{entry.name}.{os.getpid()}"
+
+    def group(files):
+        return json.dumps({"child_paths": {name: str(cache / Path(at).parent.name / name) for name, at in files.items()}}).encode()
+
+    entries = {entry: {name: group(files)} for entry, name, files in other_keys(source)}
+    for path in source.glob("*/*"):
+        grouped = path.name.startswith("__grp__")
+        content = group(json.loads(path.read_text())["child_paths"]) if grouped else path.read_bytes()
+        entries.setdefault(path.parent.name, {})[path.name] = content
+    for entry, files in entries.items():
+        half = cache / f"{entry}.{os.getpid()}"
         half.mkdir(parents=True)
-        for path in entry.iterdir():
-            content = path.read_bytes()
-            if path.name.startswith("__grp__"):
-                files = {name: str(cache / Path(at).parent.name / name) for name, at in json.loads(content)["child_paths"].items()}
-                content = json.dumps({"child_paths": files}).encode()
-            (half / path.name).write_bytes(content)
-        half.rename(cache / entry.name)
-    return sum(1 for _ in source.glob("*/*.cubin"))
+        for name, content in files.items():
+            (half / name).write_bytes(content)
+        try:
+            half.rename(cache / entry)
+        except OSError:         # compiled there already
+            shutil.rmtree(half)
+    return sum(name.endswith(".cubin") for files in entries.values() for name in files)
 
 
 # --------------------------------------------------------------------------------------------------------- a GPU that is not there
@@ -211,8 +222,9 @@ def hopper():
 
     def nothing(*args, **more):
         pass
-    with mock.patch.multiple(attention_hopper, why_not=attention, _launch=nothing), mock.patch.multiple(mlp_hopper, why_not=mlp, _launch=nothing):
-        yield
+    with mock.patch.multiple(attention_hopper, why_not=attention, _launch=nothing):
+        with mock.patch.multiple(mlp_hopper, why_not=mlp, _launch=nothing):
+            yield
 
 
 # ------------------------------------------------------------------------------------------------------------- what the kit launches
@@ -288,7 +300,7 @@ def checks():
         for around in (hopper, contextlib.nullcontext):
             with around():
                 for name, check in {**smoke.CHECKS["small"], **smoke.CHECKS["ops"]}.items():
-                    if not any(word in name for word in ("sampler", "steps", "greedy", "early")):      # `generation` has them, or PyTorch
+                    if not any(word in name for word in ("sampler", "steps", "greedy", "early", "prefills")):       # `generation` has them
                         with attempted(name):
                             check(cpu)
                 for case in verify.cases(on_gpu, True):
@@ -338,9 +350,15 @@ def attempted(name):
 
 def tidy(folder):
     """Leave what a hit loads; returns (kernels, bytes). TRITON_STORE_BINARY_ONLY leaves out the rest but for the source."""
-    for path in folder.glob("*/__grp__*"):
+    others = []
+    for path in sorted(folder.glob("*/__grp__*")):
         files = json.loads(path.read_text())["child_paths"]         # later Tritons refuse a group of which a file is missing
-        path.write_text(json.dumps({"child_paths": {name: at for name, at in files.items() if not name.endswith(".source")}}))
+        files = {name: at for name, at in files.items() if not name.endswith(".source")}
+        path.write_text(json.dumps({"child_paths": files}))
+        if len(os.listdir(path.parent)) == 1:       # thousands of folders, of one small file each
+            others.append((path.parent.name, path.name, files))
+            shutil.rmtree(path.parent)
+    (folder / OTHER_KEYS).write_text(json.dumps(others))
     for path in folder.glob("*/*.source"):
         path.unlink()
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -355,6 +373,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     os.environ |= {"TRITON_CACHE_DIR": str(args.folder.resolve()), "TRITON_STORE_BINARY_ONLY": "1",
                    "TRITON_DEFAULT_FP_FUSION": "1"}     # as gpu.sh has it: a part of the key
+    for entry, name, files in other_keys(args.folder):          # of an earlier call; `tidy` takes them together again
+        (args.folder / entry).mkdir(exist_ok=True)
+        (args.folder / entry / name).write_text(json.dumps({"child_paths": files}))
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     torch.set_num_threads(1)
