@@ -143,6 +143,14 @@ def test_the_checkouts_model_is_found_equal_to_ours():
     assert run.why_not_ours(forks.module()) is None
 
 
+def test_a_fork_that_masks_in_place_is_equal_too(checkout, monkeypatch):
+    """PyTorch from 2.15 on does the same for `logits[mask] = number`."""
+    edit(checkout, "logits[logits < torch.topk(logits, min(top_k, logits.size(-1)))[0][:, [-1]]] = -float(\"inf\")",
+         "logits.masked_fill_(logits < torch.topk(logits, min(top_k, logits.size(-1)))[0][:, [-1]], -float(\"inf\"))")
+    monkeypatch.setattr(forks, "CHECKOUT", checkout)
+    assert run.why_not_ours(forks.module()) is None
+
+
 def test_a_fork_keeps_its_classes_and_is_accelerated(checkout, capfd):
     edit(checkout, "self.gelu = nn.GELU()", "self.gelu = nn.SiLU()")
     expected = plainly(capfd)
@@ -194,6 +202,13 @@ def test_compare_prints_equal_losses_and_both_speeds(checkout, capfd):
     rows = re.findall(r"^ +(\d) +(\d\.\d{8}) +(\d\.\d{8}) +(\S+)$", out, re.M)
     assert [row[0] for row in rows] == ["0", "1", "2"] and all(row[1] == row[2] for row in rows)
     assert re.search(r"losses +equal, bit for bit", out) and out.count("tokens/s") == 2
+
+
+def test_compare_of_a_fork_counts_the_scripts_backwards_alone(checkout, capfd):
+    """The fork keeps its classes; the trial of their parts at the first call has a backward of its own, which is no step's loss."""
+    edit(checkout, "    @torch.no_grad()", "    def speak(self):\n        pass\n\n    @torch.no_grad()")
+    assert status_of(["train.py", "--compare", "3", "--max_iters=9"]) == 0
+    assert re.search(r"losses +equal, bit for bit", capfd.readouterr().out)
 
 
 def test_compare_of_a_script_that_does_not_train_says_so(checkout, capfd):

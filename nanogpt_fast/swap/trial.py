@@ -38,7 +38,8 @@ OPERATIONS = {"layer_norm": _SHAPES | _SUMS | _NORM, "attention": _PLAIN | _ATTE
               "block": _PLAIN | _NORM,          # and its parts'
               "model": _PLAIN | _NORM | {"embedding", "index", "_log_softmax", "nll_loss_forward"},
               "forward": set(),         # run.py's names for a whole model's: its parts', and
-              "generate": _PLAIN | {"topk", "lt", "index", "index_put_", "masked_fill", "_softmax", "multinomial"}}
+              # x[mask] = number is index_put_, and masked_fill_ from PyTorch 2.15 on.
+              "generate": _PLAIN | {"topk", "lt", "index", "index_put_", "masked_fill", "masked_fill_", "_softmax", "multinomial"}}
 
 
 def swap(module, mixins, state, tried):
@@ -238,7 +239,7 @@ def _gradients(fast, cls, twin, *args, **keywords):
     for leaf in leaves:
         leaf.grad = None
     if outputs:
-        total.backward()        # autograd.grad is refused by reentrant checkpoints
+        torch.autograd.backward(total)      # autograd.grad is refused by reentrant checkpoints; total.backward() a script's owner may watch
     return [leaf.grad for leaf in leaves]
 
 
