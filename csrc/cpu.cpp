@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -29,8 +30,8 @@ const std::vector<Isa>& isas() {  // best first
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512) found.push_back({"avx512", sample_row_avx512});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", sample_row_avx2});
+    if (avx512 && isa_allowed("avx512")) found.push_back({"avx512", sample_row_avx512});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && isa_allowed("avx2")) found.push_back({"avx2", sample_row_avx2});
 #endif
     found.push_back({"baseline", sample_row_baseline});
     return found;
@@ -84,6 +85,15 @@ struct Team {
 };
 
 }  // namespace
+
+bool isa_allowed(const char* isa) {
+  static const std::vector<std::string> all = {"amx", "avx512", "avx2", "baseline"};  // best first
+  const char* const best = std::getenv("NANOGPT_FAST_ISA");
+  if (best == nullptr || *best == 0) return true;
+  const auto place = [](const char* name) { return std::find(all.begin(), all.end(), name); };
+  if (place(best) == all.end()) throw std::invalid_argument("NANOGPT_FAST_ISA is '" + std::string(best) + "'; expected amx, avx512, avx2 or baseline");
+  return place(isa) >= place(best);
+}
 
 const char* cpu_isas() {
   static const std::string names = [] {

@@ -5,6 +5,7 @@
 // all rows of the batch at once; what was 3 vector instructions and a share of a horizontal sum for 16 weights is 2 instructions for 512.
 // Activations are rounded to bf16, as PyTorch's own bf16 products do; sums are fp32.
 #include "decode.h"
+#include "sampler.h"
 
 #ifdef NGF_AMX
 #include <immintrin.h>
@@ -49,7 +50,7 @@ bool amx_works() {
   static const bool works = [] {
     unsigned a, b, c, d;
     constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16 | tile)) != (bf16 | tile)) return false;
+    if (!isa_allowed("amx") || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16 | tile)) != (bf16 | tile)) return false;
     constexpr long request_permission = 0x1023, tile_data = 18;      // the kernel keeps a thread's tiles only for those who ask
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
   }();

@@ -32,6 +32,7 @@ constexpr int64_t MAX_VOCAB = 262144;  // 2^18 weights of at most 2^40 sum to le
 // the tokens are the same. Throws std::invalid_argument for one this CPU or build lacks.
 void sample_cpu(const Batch& batch, int threads, const char* isa);
 const char* cpu_isas();        // those that run here, best first, separated by blanks
+bool isa_allowed(const char* isa);  // "amx", "avx512", "avx2", "baseline": not above NANOGPT_FAST_ISA, where that is set
 
 // One launch on `stream` of device number `device`. Throws std::runtime_error with CUDA's message.
 void sample_cuda(const Batch& batch, int device, void* stream);

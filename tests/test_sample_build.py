@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from nanogpt_fast.ops import sample
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 pytest.importorskip("pybind11")
 pytest.importorskip("ninja")
@@ -79,3 +81,19 @@ def test_the_cpu_part_builds_alone_and_says_why(sources):
 def test_an_architecture_that_nvcc_does_not_know_is_left_out_and_named(sources):
     code, output = build(sources, NANOGPT_FAST_CUDA_ARCHS="90 9999")
     assert code == 0 and "does not know sm_9999; it is left out" in output and len(built(sources)) == 1, output
+
+
+@pytest.mark.skipif(sample._C is None, reason="the extension is not built")
+@pytest.mark.parametrize("best", ("avx512", "avx2", "baseline"))
+def test_an_older_cpu_can_be_played(best):
+    code = "import nanogpt_fast._C as c; i = c.build_info(); print(i['cpu_isas'], i['decode_isas'], c.gemm_works())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "NANOGPT_FAST_ISA": best}).stdout
+    above = {"avx512": ("amx",), "avx2": ("amx", "avx512"), "baseline": ("amx", "avx512", "avx2")}[best]
+    assert not set(above) & set(told.split()) and "baseline" in told and told.split()[-1] == "False"
+
+
+@pytest.mark.skipif(sample._C is None, reason="the extension is not built")
+def test_a_cpu_that_does_not_exist_is_refused():
+    done = subprocess.run([sys.executable, "-c", "import nanogpt_fast._C as c; c.build_info()"], capture_output=True, text=True,
+                          env={**os.environ, "NANOGPT_FAST_ISA": "mmx"})
+    assert done.returncode != 0 and "NANOGPT_FAST_ISA is 'mmx'; expected amx, avx512, avx2 or baseline" in done.stderr
