@@ -10,6 +10,7 @@ With a CUDA GPU both halves run in one process, on the real thing. `make test` r
 import os
 
 import pytest
+import seeds
 import torch
 
 EXECUTES_KERNELS = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
@@ -24,6 +25,8 @@ def pytest_report_header(config):
 
 
 def pytest_addoption(parser):
+    parser.addoption("--seeds", type=int, default=0, metavar="N", help="draw the numbers of each test that holds errors to error_rule.py "
+                     "N times, and tell how many fail and how near to its bounds the others come")
     parser.addoption("--all", action="store_true", help="also run the tests marked slow (`make test-all`)")
 
 
@@ -33,3 +36,8 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+
+
+def pytest_configure(config):
+    if times := config.getoption("--seeds"):
+        config.pluginmanager.register(seeds.Seeds(times))
