@@ -217,7 +217,10 @@ def _observations(errors):
         return FEWEST_OBSERVATIONS
     squares = errors.square()
     standard, _ = _standard_error(squares, squares.numel())
-    return max(2 * (float(squares.mean()) / max(standard, 1e-300))**2, FEWEST_OBSERVATIONS)
+    if standard == 0.0:     # all alike, or none: nothing scatters
+        return math.inf
+    ratio = float(squares.mean()) / standard
+    return max(2 * ratio * ratio, FEWEST_OBSERVATIONS)
 
 
 def _largest_by_chance(rms, exact):

@@ -99,3 +99,12 @@ def test_the_largest_of_many_normal_errors_stays_below_what_chance_is_allowed():
     few, many = (_largest_by_chance(1.0, torch.ones(n, dtype=torch.float64)) for n in (64, 65536))
     assert 6.3 < few < many < 7.9                       # sqrt(2 log(2 n / 1e-8)), less what the tail is below that
     assert _largest_by_chance(1.0, torch.tensor([1.0] * 9999 + [100.0], dtype=torch.float64)) > 100
+
+
+@pytest.mark.parametrize("off", (0.0, 0.5, 1e-30))
+def test_errors_that_are_all_alike_are_no_few_observations(off):
+    """An exact plain path, or one with the same error everywhere, leaves nothing to luck: two units in each element are too much."""
+    x = torch.full((16, 16), 1.0, dtype=torch.float64)
+    plain = (x + off * UNIT).double()
+    assert measure(x.float(), x, plain, "forward", dtype=torch.float32).problem is None
+    assert measure((x + 3 * UNIT).float(), x, plain, "forward", dtype=torch.float32).used["rms"] > 1
