@@ -27,7 +27,13 @@ from .ops import attention, decode, layer_norm, mlp
 from .ops import sample as sampler
 
 
-@torch.no_grad()
+def _gradless(function):
+    """Decorates what makes tensors that outlive the call: without a gradient, and never in inference mode, whose tensors nobody could
+    write to outside of it."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
+
+
+@_gradless
 def generate(model, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, min_p=None, stop=None, seed=None, rng=None,
              num_samples=1, stream=False, use_cache=True):
     """Complete prompts.
@@ -180,6 +186,7 @@ class Run:
         if any(pending[i] and not ended[i] for i in range(len(pending))):
             yield [[] if ended[i] else tokens for i, tokens in enumerate(pending)]
 
+    @_gradless
     def _room(self, n):
         width = self.longest + n
         self.history = torch.zeros(len(self.prompts), width, dtype=torch.long, device=self.device)
@@ -191,7 +198,7 @@ class Run:
         self.rows = torch.arange(len(self.prompts), device=self.device)
         self.ends = torch.tensor(self.lengths, dtype=torch.long, device=self.device)  # `lengths` on the device
 
-    @torch.no_grad()
+    @_gradless
     def step(self):
         """Draw one token for every row; returns them, (rows,) int64 on the device, to be read before the next step."""
         if not self.prompts:
@@ -220,6 +227,7 @@ class Run:
             self.session.start_drawing(self.filters, self.seeds, self.offsets)
         return True
 
+    @_gradless
     def collect(self):
         """Take over what replayed steps have drawn."""
         if self.uncollected:

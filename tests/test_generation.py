@@ -126,6 +126,23 @@ def test_text_by_captured_prefills_and_steps_is_the_text_without(filters):
         generation._sessions.clear()
 
 
+@pytest.mark.parametrize("stream", (False, True))
+@pytest.mark.parametrize("first", (False, True))
+def test_what_inference_mode_leaves_behind_serves_outside_of_it(first, stream):
+    """And the other way about: what a session keeps is written to by later calls."""
+    model, idx = sharpened(), torch.stack(prompts_of(5, 5))
+
+    def text(mode):
+        with torch.inference_mode(mode):
+            found = model.generate(idx.clone(), 30, seed=1, stream=stream)
+            return list(found) if stream else found.tolist()
+    texts = [text(mode) for mode in (first, not first, first)]
+    assert texts[0] == texts[1] == texts[2]
+    kept = next(iter(generation._sessions[model].values()))
+    assert not any(t.is_inference() for t in vars(kept).values() if torch.is_tensor(t))
+    model(idx, idx)[1].backward()
+
+
 def test_long_prompts_and_many_are_not_captured():
     model = sharpened()
     session = recording(model, 400)

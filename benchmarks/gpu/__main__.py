@@ -81,7 +81,7 @@ def stages(part, folder, more, upstream, dry):
         Stage("model", smoke("model"), 90, after=("warm 64", "ops"), environment=one),
         Stage("train 64", train(64, "nanoGPT compiled,our trainer,one import", "--rounds=4", "--steps=8", "--profile=3",
                                 "--again=False", f"--traces={more}", f"--json={results}"), 170, alone=True),
-        Stage("train 12", train(12, "nanoGPT compiled,our trainer", "--rounds=5", "--steps=20", "--profile=3",
+        Stage("train 12", train(12, "nanoGPT compiled,our trainer,one import", "--rounds=5", "--steps=20", "--profile=3",
                                 "--again=False", f"--traces={more}", f"--json={results}"), 100, alone=True),
         Stage("captured", tests("tests/test_captured.py", "tests/test_sample.py", workers=6), 60, alone=True,
               environment=more_examples),
@@ -95,8 +95,8 @@ def stages(part, folder, more, upstream, dry):
         Stage("more tests", tests("tests/test_captured.py", *KERNEL_TESTS[::-1], workers=6), 75, after=("build",),
               environment=more_examples),
         Stage("sweep", [*sweep, "--workers", "0"], 60, alone=True),
-        Stage("train 64 again", train(64, trained, "--rounds=4", "--steps=8", "--again=False", "--profile=3", f"--json={results}"), 80,
-              alone=True),
+        Stage("train 64 again", train(64, f"{trained},our trainer compiled,one import compiled", "--rounds=4", "--steps=8", "--again=False",
+                                      "--profile=3", f"--json={results}"), 130, alone=True),
         Stage("train 12 again", train(12, trained, "--rounds=5", "--steps=20", "--again=False", f"--json={results}"),
               60, alone=True),
     ]
@@ -104,7 +104,7 @@ def stages(part, folder, more, upstream, dry):
     baby = [*train(64, "nanoGPT compiled,our trainer", "--rounds=5", "--steps=50", "--again=False", f"--json={results}"),
             *([] if dry else ["--model=baby"])]
     kernels = module("benchmarks.run", "--without", "compile max-autotune", *(["--device", "cpu", "--quick"] if dry else []))
-    variations = "our trainer,our trainer compiled,trainer with"
+    variations = "our trainer,trainer with"
     rest = [
         by_name["build"],
         Stage("warm baby", [*warm(64, "nanoGPT compiled,our trainer"), *([] if dry else ["--model=baby"])], 70, after=("build",), environment=one),
