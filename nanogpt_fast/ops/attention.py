@@ -97,7 +97,7 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
     if q.dtype != dtype or k.dtype != dtype or v.dtype != dtype:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if _differentiable(q, k, v):
-        return _Attention.apply(q, k, v, (scale, dropout_p), name == "cudnn")
+        return _Attention.apply(q, k, v, (scale, dropout_p, name == "cudnn"))
     if name == "cudnn":
         return (raw.attention_cudnn(q, k, v, scale) if is_compiling() else _cudnn(q, k, v, scale, False))[0].transpose(1, 2)
     run = raw.attention if is_compiling() else _kernels().forward.launch_forward
@@ -163,26 +163,28 @@ def _differentiable(q, k, v):
 
 def _cudnn_why_not(qkv, dtype, D, scale, backend, dropout_p):
     """Of cuDNN's forward where it was measured the fastest: `CUDNN_FORWARD`. "": it is not thought of."""
+    if not qkv.is_cuda or _backend.choice("attention", backend) == "fused":        # first: each later question costs the host more
+        return ""
     if qkv.numel() == 0 or qkv.stride(2) != 1:
         return ""       # what cuDNN's attention does not take
     tokens = 0 if qkv.requires_grad and torch.is_grad_enabled() else qkv.size(0) * qkv.size(1)
-    reason = _cudnn_why_left(qkv, qkv.size(1), dtype, D, backend, dropout_p, tokens)
+    reason = _cudnn_why_left(qkv, qkv.size(1), dtype, D, dropout_p, tokens)
     return _why_not(qkv, dtype, D, scale, backend) if reason is None else reason
 
 
 def _separate_cudnn_why_not(q, k, v, dtype, scale, backend, dropout_p):
+    if not q.is_cuda or _backend.choice("attention", backend) == "fused":
+        return ""
     if q.size(2) != k.size(2) or q.numel() == 0 or not q.stride(3) == k.stride(3) == v.stride(3) == 1:
         return ""       # of fewer queries, its causal mask begins at the first key
     tokens = 0 if _differentiable(q, k, v) else q.size(0) * q.size(2)
-    reason = _cudnn_why_left(q, q.size(2), dtype, q.size(3), backend, dropout_p, tokens)
+    reason = _cudnn_why_left(q, q.size(2), dtype, q.size(3), dropout_p, tokens)
     return _separate_why_not(q, k, v, dtype, scale, backend) if reason is None else reason
 
 
-def _cudnn_why_left(x, T, dtype, D, backend, dropout_p, tokens):
+def _cudnn_why_left(x, T, dtype, D, dropout_p, tokens):
     """tokens: whose attention has no gradient, or 0."""
-    if not x.is_cuda or T < 2 or dropout_p > 0 or _backend.choice("attention", backend) == "fused":
-        return ""
-    if tokens and (tokens < CUDNN_TOKENS or T % CUDNN_LENGTHS):
+    if T < 2 or dropout_p > 0 or tokens and (tokens < CUDNN_TOKENS or T % CUDNN_LENGTHS):
         return ""
     if (_backend.compute_capability(x.get_device()), D) not in CUDNN_FORWARD or dtype == torch.float32 or dtype == torch.float64:
         return ""
@@ -313,13 +315,14 @@ def _cudnn(q, k, v, scale, want_lse=True):
 class _Attention(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, q, k, v, options, by_cudnn):
-        seed = _seed(q, options[1]) if options[1] > 0 else None
+    def forward(ctx, q, k, v, options):
+        scale, dropout_p, by_cudnn = options
+        seed = _seed(q, dropout_p) if dropout_p > 0 else None
         if by_cudnn:
-            out, lse = (raw.attention_cudnn if is_compiling() else _cudnn)(q, k, v, options[0])
+            out, lse = (raw.attention_cudnn if is_compiling() else _cudnn)(q, k, v, scale)
         else:
             run = raw.attention if is_compiling() else _kernels().forward.launch_forward
-            out, lse = run(q, k, v, seed, *options)
+            out, lse = run(q, k, v, seed, scale, dropout_p)
         ctx.save_for_backward(q, k, v, out, lse, seed)
         ctx.options = options
         return out.transpose(1, 2)
@@ -328,8 +331,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, do):
         _refuse_second_derivative()
         run = raw.attention_backward if is_compiling() else _separate_backward
-        gradients = run(do, *ctx.saved_tensors, *ctx.options)
-        return *(g.transpose(1, 2) if need else None for g, need in zip(gradients, ctx.needs_input_grad)), None, None
+        gradients = run(do, *ctx.saved_tensors, *ctx.options[:2])
+        return *(g.transpose(1, 2) if need else None for g, need in zip(gradients, ctx.needs_input_grad)), None
 
 
 def _refuse_second_derivative():
