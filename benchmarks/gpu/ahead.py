@@ -177,7 +177,7 @@ def pretend():
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
 
-    from nanogpt_fast import generation, half_weights, model
+    from nanogpt_fast import half_weights, model
     from nanogpt_fast.kernels import cross_entropy
     from nanogpt_fast.ops import attention, decode, linear_cpu, sample
     FakeTensor.data_ptr = lambda self: self.storage_offset() * self.element_size()      # of an aligned storage
@@ -207,7 +207,7 @@ def pretend():
     attention._why_no_cudnn = lambda: "there is no GPU"
     decoder = decode.decoder
     decode.decoder = lambda session: decoder(session) if session.rows <= decode.max_rows_triton(session) else None     # as on a GPU
-    generation.sampler.prepare = sample.prepare = lambda *args, **more: None
+    sample.prepare = lambda *args, **more: None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,283 @@
+"""A call of `generate`: its prompts and stops are checked, its rows grow by one token a step, and tokens are given out as they are decided.
+
+How the next token's logits come about is session.py's; without a cache the model itself is asked.
+"""
+import torch
+import torch.nn.functional as F
+
+from .. import backend
+from ..ops import sample as sampler
+from .session import cache_why_not, session_of
+
+
+def _gradless(function):
+    """Decorates what makes tensors that outlive the call: without a gradient, and never in inference mode, whose tensors nobody could
+    write to outside of it."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
+
+
+@_gradless
+def generate(model, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, min_p=None, stop=None, seed=None, rng=None,
+             num_samples=1, stream=False, use_cache=True):
+    """Complete prompts.
+
+    idx: (B, T) int64, or a list of 1-D prompts of different lengths.  num_samples: completions of each prompt, one prefill.
+    temperature (0: greedy), top_k, top_p, min_p: see `ops.sample`.
+    stop: a token id, or a list of ids and of sequences of ids; a row ends before the first of them, which is not returned.
+    rng: "torch" draws as nanoGPT does, from torch's generator; "philox" takes our own counter-based sampler, one seed a row.
+        None: "torch" on a CPU unless `seed` is given, else "philox".
+    seed: an int (row i draws from seed + i) or one int a row: a row's text then depends on its seed and prompt alone.
+        None: seeds come from torch's generator, so torch.manual_seed decides.
+
+    Returns (B * num_samples, T + max_new_tokens) int64, or, for a list of prompts or with `stop`, a list of 1-D tensors.
+    stream=True: an iterator instead; each step yields a list with, for every row, the list of its newly decided token ids
+    (empty for a row that has ended, or that waits to see whether a stop sequence goes on).
+    """
+    prompts = idx
+    if not torch.is_tensor(idx):
+        prompts = [torch.as_tensor(prompt, dtype=torch.long) for prompt in idx]
+        for i, prompt in enumerate(prompts):
+            if prompt.dim() != 1:
+                raise ValueError(f"prompt {i} has shape {tuple(prompt.shape)}; a list holds 1-D prompts")
+    elif idx.dim() != 2:
+        raise ValueError(f"idx has shape {tuple(idx.shape)}; expected (B, T), one row a prompt, or a list of 1-D prompts")
+    check(prompts, max_new_tokens, temperature, top_k, top_p, min_p, num_samples)
+    stops = stop_sequences(stop)
+
+    device = next(model.parameters()).device
+    prompts = [prompt.to(device) for prompt in prompts for _ in range(num_samples)]
+    run = Run(model, prompts, num_samples, dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p), rng, seed, use_cache)
+    if stream:
+        return run.stream(max_new_tokens, stops)
+    if stops:
+        new = [[] for _ in prompts]
+        for released in run.stream(max_new_tokens, stops):
+            for tokens, more in zip(new, released):
+                tokens.extend(more)
+        return [torch.cat((prompt, torch.tensor(tokens, dtype=torch.long, device=device))) for prompt, tokens in zip(prompts, new)]
+    new = run.tokens(max_new_tokens)                                                # (rows, max_new_tokens)
+    if torch.is_tensor(idx):
+        return torch.cat((idx.to(device).repeat_interleave(num_samples, dim=0), new), dim=1)
+    return [torch.cat((prompt, tokens)) for prompt, tokens in zip(prompts, new)]
+
+
+def check(prompts, max_new_tokens, temperature, top_k, top_p=None, min_p=None, num_samples=1):
+    """ValueError naming the argument that cannot be."""
+    for i, prompt in enumerate(prompts):
+        if prompt.numel() == 0:
+            raise ValueError(f"the prompt is empty (row {i}); give at least one token (nanoGPT's habit is a newline)")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
+    if not temperature >= 0:
+        raise ValueError(f"temperature is {temperature}; it must be positive, or 0 for greedy")
+    if top_k is not None and top_k <= 0:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1, or None for no limit")
+    for name, value in (("top_p", top_p), ("min_p", min_p)):
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} is {value}; it is a share of the probability, between 0 and 1, or None for no limit")
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+
+
+def stop_sequences(stop):
+    """`stop` as a list of tuples of token ids."""
+    if stop is None:
+        return []
+    stops = [stop] if isinstance(stop, int) else list(stop)
+    sequences = [(s,) if isinstance(s, int) else tuple(int(token) for token in s) for s in stops]
+    if () in sequences:
+        raise ValueError("stop holds an empty sequence; give token ids or non-empty sequences of them")
+    return sequences
+
+
+def draw(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """One token a row from logits (B, V), with torch's generator, as nanoGPT draws it -> (B,) int64."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    if top_p is not None or min_p is not None:
+        probs = sampler.sample_probs(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        return torch.multinomial(probs, num_samples=1)[:, 0]
+    logits = logits / temperature
+    if top_k is not None:
+        kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
+        logits = logits.masked_fill(logits < kth, float("-inf"))                    # ties with the k-th stay
+    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)[:, 0]
+
+
+class Run:
+    """One call of `generate`: rows of tokens that grow by one a step."""
+
+    def __init__(self, model, prompts, num_samples, filters, rng, seed, use_cache):
+        self.model, self.prompts, self.filters = model, prompts, filters
+        self.block_size = model.config.block_size
+        self.device = next(model.parameters()).device
+        if rng not in (None, "torch", "philox"):
+            raise ValueError(f"rng is {rng!r}; expected 'torch', 'philox' or None")
+        if rng == "torch" and seed is not None:
+            raise ValueError("seed needs rng='philox'; with rng='torch' call torch.manual_seed")
+        self.rng = rng or ("torch" if self.device.type == "cpu" and seed is None else "philox")
+        rows = len(prompts)
+        if self.rng == "philox":
+            self.seeds = row_seeds(seed, rows, self.device)
+            self.offsets = torch.zeros(rows, dtype=torch.long, device=self.device)
+
+        self.lengths = [prompt.numel() for prompt in prompts]                       # tokens of each row so far, on the host
+        self.longest = max(self.lengths, default=0)
+        reason = cache_why_not(model) if use_cache else "use_cache=False"
+        if reason is not None and use_cache:
+            backend.notice(f"generate recomputes the whole context for every token: {reason}")
+        self.session = None if reason is not None or rows == 0 else session_of(model, rows)
+        self.num_samples = num_samples                                              # so many rows in a row are still equal
+        self.fresh = True                                                           # the cache does not hold these rows yet
+        self.uncollected = 0                                                        # tokens that only the session holds yet
+
+    def tokens(self, n):
+        """n new tokens of every row, (rows, n) int64 on the device; the host never waits for one."""
+        self._room(n)
+        for _ in range(n):
+            self.step()
+        self.collect()
+        rows = len(self.prompts)
+        if rows == 0 or n == 0:
+            return torch.empty(rows, n, dtype=torch.long, device=self.device)
+        first = torch.tensor([length - n for length in self.lengths], device=self.device)
+        return self.history.gather(1, first[:, None] + torch.arange(n, device=self.device))
+
+    def stream(self, n, stops):
+        """Yields, step by step, the token ids that each row has newly decided."""
+        self._room(n)
+        longest_stop = max(map(len, stops), default=1)
+        pending = [[] for _ in self.prompts]                                        # drawn, but maybe the start of a stop
+        ended = [False] * len(self.prompts)
+        for _ in range(n):
+            if all(ended):
+                return
+            drawn = self.step().tolist()
+            released = []
+            for i, token in enumerate(drawn):
+                out = []
+                if not ended[i]:
+                    pending[i].append(token)
+                    hit = next((s for s in stops if tuple(pending[i][-len(s):]) == s), None)
+                    if hit is not None:
+                        out, ended[i] = pending[i][:-len(hit)], True
+                    else:
+                        keep = could_start(pending[i][-(longest_stop - 1):] if longest_stop > 1 else [], stops)
+                        out, pending[i] = pending[i][:len(pending[i]) - keep], pending[i][len(pending[i]) - keep:]
+                released.append(out)
+            yield released
+        if any(pending[i] and not ended[i] for i in range(len(pending))):
+            yield [[] if ended[i] else tokens for i, tokens in enumerate(pending)]
+
+    @_gradless
+    def _room(self, n):
+        width = self.longest + n
+        self.history = torch.zeros(len(self.prompts), width, dtype=torch.long, device=self.device)
+        if len(set(self.lengths)) == 1:
+            self.history[:, :self.longest] = torch.stack(self.prompts)
+        else:
+            for row, prompt in enumerate(self.prompts):
+                self.history[row, :prompt.numel()] = prompt
+        self.rows = torch.arange(len(self.prompts), device=self.device)
+        self.ends = torch.tensor(self.lengths, dtype=torch.long, device=self.device)  # `lengths` on the device
+
+    @_gradless
+    def step(self):
+        """Draw one token for every row; returns them, (rows,) int64 on the device, to be read before the next step."""
+        if not self.prompts:
+            return self.ends
+        if self._replays():
+            self.session.replay()
+            token, self.uncollected = self.session.token, self.uncollected + 1
+        else:
+            self.collect()
+            token = self.sample(self.logits())
+            self.history[self.rows, self.ends] = token
+            if self.session is not None:
+                self.session.feed(token, self.ends)
+            self.ends += 1
+        self.lengths = [length + 1 for length in self.lengths]
+        self.longest += 1
+        self.fresh = False
+        return token
+
+    def _replays(self):
+        """Whether this step is the session's own (`Session.replay`): the cache holds our rows, all of them inside the window, our own sampler."""
+        if self.session is None or not self.session.steps_whole or self.rng != "philox" or self.fresh or self.longest > self.block_size \
+                or not self.session.belongs_to(self):
+            return False
+        if self.uncollected == 0:
+            self.session.start_drawing(self.filters, self.seeds, self.offsets)
+        return True
+
+    @_gradless
+    def collect(self):
+        """Take over what replayed steps have drawn."""
+        if self.uncollected:
+            at = self.ends[:, None] + torch.arange(self.uncollected, device=self.device)
+            self.history.scatter_(1, at, self.session.drawn.gather(1, at))
+            self.ends += self.uncollected
+            self.offsets += self.uncollected
+            self.uncollected = 0
+            self.session.feed(self.session.token, self.ends - 1)                    # brings positions back into the window
+
+    def sample(self, logits):
+        if self.rng == "torch":
+            return draw(logits, **self.filters)
+        return sampler.sample(logits, **self.filters, seed=self.seeds, offset=self.offsets, backend=self.model.backend)  # moves the offsets on
+
+    def logits(self):
+        """Logits of the next token of every row, (rows, V)."""
+        if self.session is None:
+            return self._windows(range(len(self.prompts)), self._model_logits)
+        if not self.session.belongs_to(self):                                       # first step, or another run took the cache
+            self.session.hand_to(self)
+            self.fresh = True
+        inside = [length <= self.block_size for length in self.lengths]
+        if not any(inside):
+            return self._windows(range(len(self.prompts)), self.session.encode)
+        if self.fresh:
+            copies, self.num_samples = self.num_samples, 1                          # equal prompts go through once
+            logits = self.session.prefill(self.history[::copies, :min(self.longest, self.block_size)],
+                                          self.ends[::copies].clamp(max=self.block_size), copies)
+        else:
+            logits = self.session.decode(min(self.longest, self.block_size))
+        outside = [row for row, is_inside in enumerate(inside) if not is_inside]
+        if outside:
+            logits[torch.tensor(outside, device=self.device)] = self._windows(outside, self.session.encode).to(logits.dtype)
+        return logits
+
+    def _windows(self, rows, encode):
+        """Logits behind the last block_size tokens of the given rows, each encoded from position 0."""
+        logits = None
+        for length in sorted({self.lengths[row] for row in rows}):                  # rows of one length go together
+            group = [row for row in rows if self.lengths[row] == length]
+            window = self.history[torch.tensor(group, device=self.device), max(0, length - self.block_size):length]
+            some = encode(window)                                                   # (len(group), V)
+            if logits is None:
+                logits = some.new_empty(len(rows), some.size(-1))
+            logits[torch.tensor([list(rows).index(row) for row in group], device=self.device)] = some
+        return logits
+
+    def _model_logits(self, window):
+        return self.model(window)[0][:, -1, :]
+
+
+def could_start(tail, stops):
+    """How many of the last tokens of `tail` could be the beginning of a stop sequence."""
+    for keep in range(len(tail), 0, -1):
+        if any(len(s) > keep and tuple(tail[-keep:]) == s[:keep] for s in stops):
+            return keep
+    return 0
+
+
+def row_seeds(seed, rows, device):
+    """One int64 seed a row: given, counted up from an int, or drawn from torch's generator."""
+    if seed is None:
+        return torch.randint(2 ** 62, (rows,), device=device)
+    if isinstance(seed, int):
+        return torch.arange(seed, seed + rows, device=device)
+    seeds = torch.as_tensor(seed, dtype=torch.long)
+    if seeds.shape != (rows,):
+        raise ValueError(f"seed has {seeds.numel()} values for {rows} rows; give an int or one seed a row")
+    return seeds.to(device)

@@ -1,0 +1,281 @@
+"""The state of a model that is being generated from: its weights in the dtype of generation, the key-value cache, and what is captured.
+
+It is checked against the model at every call: nothing in it outlives an optimizer step, a load or a move.
+"""
+import weakref
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .. import backend
+from ..graphs import Recorder
+from ..ops import attention, decode, layer_norm, mlp
+from ..ops import sample as sampler
+
+
+def cache_why_not(model):
+    """None where the cached path computes what calling the model would; else the reason it would not."""
+    from ..model import GPT, LayerNorm, touched
+    if type(model).forward is not GPT.forward or touched(model, type(model)) is not None:
+        return touched(model, GPT)
+    t = model.transformer
+    reason = touched(t.wte, nn.Embedding) or touched(t.wpe, nn.Embedding) or touched(t.drop, nn.Dropout) \
+        or touched(t.ln_f, LayerNorm) or touched(model.lm_head, nn.Linear)
+    for block in t.h:
+        reason = reason or (block.unfused_reason() if hasattr(block, "unfused_reason") else f"a block is a {type(block).__name__}")
+        if reason is not None:
+            return reason
+        reason = touched(block.attn.c_attn, nn.Linear) or touched(block.attn.c_proj, nn.Linear) \
+            or touched(block.mlp.c_fc, nn.Linear) or touched(block.mlp.c_proj, nn.Linear) or touched(block.mlp.gelu, nn.GELU) \
+            or (None if block.attn.flash else "attn.flash is False")
+    dropouts = [m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.training] \
+        + [block.attn.dropout for block in t.h if block.attn.training]
+    return reason or ("the model is in train mode with dropout" if any(dropouts) else None)
+
+
+_sessions = weakref.WeakKeyDictionary()  # model -> {(rows, dtype): Session}
+
+
+def session_of(model, rows):
+    """The session of a model for so many rows, brought up to date with the model's weights."""
+    device = next(model.parameters()).device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else next(model.parameters()).dtype
+    kept = _sessions.setdefault(model, {})
+    session = kept.get((rows, dtype))
+    if session is None or not session.is_of(model):
+        kept.clear()                                                                # one cache at a time: they are large
+        session = kept[rows, dtype] = Session(model, rows, dtype)
+    session.refresh()
+    return session
+
+
+# Up to so many tokens a prefill is captured: GPT-2 124M's takes the host 13 ms and an H100 1 (512 tokens), so the card waits.
+PREFILL_CAPTURED = 8192
+
+
+def prefill_width(T, block_size):
+    """Prompts are padded to so many tokens, that few widths have to be captured: at most a quarter more from 256 on, up to 512 a multiple of 64."""
+    step = max(64, 2 ** (T - 1).bit_length() // 8)
+    return min(-(-T // step) * step, block_size)
+
+
+@dataclass
+class Prompts:
+    """What a captured prefill of one shape reads and writes."""
+    idx: torch.Tensor               # (B, width) int64; behind a prompt's end anything
+    lengths: torch.Tensor           # (B,)
+    logits: torch.Tensor = None     # (B * copies, V)
+    replay: object = None           # from the second on
+
+
+class Layer:
+    """One block's weights, in the dtype that the matmuls take."""
+
+    def __init__(self, block, cast):
+        self.ln_1 = (block.ln_1.weight, block.ln_1.bias)
+        self.ln_2 = (block.ln_2.weight, block.ln_2.bias)
+        self.c_attn = (cast(block.attn.c_attn.weight), cast(block.attn.c_attn.bias))
+        self.c_proj = (cast(block.attn.c_proj.weight), cast(block.attn.c_proj.bias))
+        self.c_fc = (cast(block.mlp.c_fc.weight), cast(block.mlp.c_fc.bias))
+        self.mlp_proj = (cast(block.mlp.c_proj.weight), cast(block.mlp.c_proj.bias))
+        self.activation = "gelu_tanh" if block.mlp.gelu.approximate == "tanh" else "gelu"
+
+
+class Session:
+    """A model's weights in the dtype of generation, and the KV cache of `rows` rows.
+
+    The residual stream is as under autocast: fp32 (the embedding's dtype), every matmul in `dtype`. The cache holds, a layer,
+    keys and values (rows, H, block_size, D).
+    """
+
+    def __init__(self, model, rows, dtype):
+        self.parameters = [(weakref.ref(p), p.data_ptr(), p.dtype) for p in model.parameters()]
+        self.around = backend.current()
+        self.rows, self.dtype = rows, dtype
+        self.n_head = model.config.n_head
+        self.block_size = model.config.block_size
+        self.choices = model.backend
+        self.copies = []                                                            # (parameter, its copy in dtype)
+        self.layers = [Layer(block, self._cast) for block in model.transformer.h]
+        self.head = (self._cast(model.lm_head.weight), self._cast(model.lm_head.bias))
+        self.wte, self.wpe = model.transformer.wte.weight, model.transformer.wpe.weight
+        self.ln_f = (model.transformer.ln_f.weight, model.transformer.ln_f.bias)
+        self.device = device = self.wte.device
+        D = model.config.n_embd // self.n_head
+        self.cache = torch.zeros(len(self.layers), 2, rows, self.n_head, self.block_size, D, dtype=dtype, device=device)
+        self.token = torch.zeros(rows, dtype=torch.long, device=device)             # the last token of each row ...
+        self.position = torch.zeros(rows, dtype=torch.long, device=device)          # ... and where it stands
+        self.row = torch.arange(rows, device=device)
+        self.owner = None                                                           # weakref of the Run whose rows the cache holds
+        self.activation = self.layers[0].activation if self.layers else "gelu"
+        self.native = decode.decoder(self)                                          # one call a step: C++ on a CPU, Triton on CUDA
+        # Decoding and drawing as one step, and what it reads and writes besides; see `start_drawing`.
+        self.steps_whole = device.type == "cuda" or self.native is not None
+        self.recorder = Recorder(device, "generation", "use_cache=False does without") if device.type == "cuda" else None
+        self.replays_step, self.prefills = None, {}                                 # of the recorder; {(prompts, width, copies): Prompts}
+        self.drawn = torch.zeros(rows, self.block_size + 1, dtype=torch.long, device=device)
+        self.seeds, self.offsets, self.top_k = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
+        self.temperature, self.top_p, self.min_p = (torch.zeros(rows, dtype=torch.float32, device=device) for _ in range(3))
+        self.logits = self.draw = None                                              # of every step, where they always lie in one place
+        if device.type == "cpu" and self.native is not None and self.wte.size(0) <= sampler.MAX_VOCAB:
+            self.logits = torch.zeros(rows, self.wte.size(0), dtype=torch.float32, device=device)
+            self.draw = sampler.prepare(self.logits, **self._drawing())
+
+    def _drawing(self):
+        return dict(out=self.token, seed=self.seeds, offset=self.offsets, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
+                    min_p=self.min_p, backend=self.choices)
+
+    def is_of(self, model):
+        """Whether the model still has the very parameters, in the very memory, and the choices that this was built for."""
+        now = list(model.parameters())
+        return (self.choices, self.block_size, self.around, len(self.parameters)) == (
+            model.backend, model.config.block_size, backend.current(), len(now)) and all(
+            kept() is p and (pointer, dtype) == (p.data_ptr(), p.dtype) for p, (kept, pointer, dtype) in zip(now, self.parameters))
+
+    def _cast(self, parameter):
+        if parameter is None or parameter.dtype == self.dtype:
+            return parameter
+        copy = torch.empty_like(parameter, dtype=self.dtype, requires_grad=False)
+        self.copies.append((weakref.ref(parameter), copy))
+        return copy
+
+    def refresh(self):
+        """Bring the half-precision copies up to date: the weights may have been trained since."""
+        if self.copies:
+            torch._foreach_copy_([copy for _, copy in self.copies], [parameter() for parameter, _ in self.copies])
+
+    def weights(self):
+        """Every matrix and bias that a matmul takes."""
+        return [tensor for layer in self.layers for pair in (layer.c_attn, layer.c_proj, layer.c_fc, layer.mlp_proj) for tensor in pair] \
+            + list(self.head)
+
+    def belongs_to(self, run):
+        return self.owner is not None and self.owner() is run
+
+    def hand_to(self, run):
+        """Give the cache to another run. What the former one has drawn and not yet taken over, it takes now."""
+        former = self.owner() if self.owner is not None else None
+        if former is not None:
+            former.collect()
+        self.owner = weakref.ref(run)
+
+    def start_drawing(self, filters, seeds, offsets):
+        """Set what the captured step draws with. A filter that is None gets the value that turns it off."""
+        self.seeds.copy_(seeds)
+        self.offsets.copy_(offsets)
+        for name, off in (("temperature", None), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
+            getattr(self, name).fill_(off if filters[name] is None else filters[name])
+
+    def replay(self):
+        """One more token for every row, drawn into `token` and `drawn`. On CUDA a graph, captured at the first call."""
+        if self.recorder is None:
+            return self._decode_and_draw()
+        if self.replays_step is None:
+            state = [(tensor, tensor.clone()) for tensor in (self.token, self.position, self.offsets)]
+
+            def warm_up():                  # what it writes into the cache lies at `position` and is overwritten
+                self._decode_and_draw()
+                for tensor, value in state:
+                    tensor.copy_(value)     # also between the two: `position` may be the last
+            for _ in range(2):
+                self.recorder.run(warm_up)
+            self.replays_step = self.recorder.record(self._decode_and_draw)
+        self.replays_step()
+
+    def _decode_and_draw(self):
+        logits = self.decode(self.block_size)
+        if logits is self.logits:                                                   # the extension has filled them
+            self.draw()
+        else:
+            sampler.sample_out(logits, **self._drawing())
+        self.position += 1
+        self.drawn.scatter_(1, self.position[:, None], self.token[:, None])
+
+    def feed(self, token, position):
+        """Set the token that the next `decode` processes, and its position, a row each."""
+        self.token.copy_(token)
+        self.position.copy_(position.clamp(max=self.block_size - 1))                # a row past the window is encoded elsewhere
+
+    def prefill(self, idx, lengths, copies=1):
+        """Encode prompts idx (B, T), padded on the right to their lengths (B,), into the cache -> logits (B * copies, V).
+
+        Row i of the prompts becomes rows i * copies ... of the cache. Padding is harmless: attention is causal, and decoding
+        overwrites it from position `lengths` on.
+        """
+        B, T = idx.shape
+        width = prefill_width(T, self.block_size)
+        if self.recorder is None or B * width > PREFILL_CAPTURED:
+            return self._encode_into_cache(idx, lengths, copies)
+        key = B, width, copies
+        if key not in self.prefills:
+            self.prefills[key] = Prompts(*(torch.zeros(shape, dtype=torch.long, device=self.device) for shape in ((B, width), (B,))))
+        prompts = self.prefills[key]
+        prompts.idx[:, :T] = idx            # padded also where it is no replay, so that both give the same bits
+        prompts.lengths.copy_(lengths)
+
+        def run():
+            logits = self._encode_into_cache(prompts.idx, prompts.lengths, copies)
+            if prompts.logits is None:
+                prompts.logits = torch.empty_like(logits)
+            prompts.logits.copy_(logits)
+        if prompts.logits is None:
+            self.recorder.run(run)
+        else:
+            prompts.replay = prompts.replay or self.recorder.record(run)
+            prompts.replay()
+        return prompts.logits
+
+    def _encode_into_cache(self, idx, lengths, copies):
+        def attend(layer, qkv):                                                     # (B, T, 3C)
+            B, T, _ = qkv.shape
+            kv = qkv.view(B, T, 3, self.n_head, -1)[:, :, 1:].permute(2, 0, 3, 1, 4)        # (2, B, H, T, D)
+            self.cache[layer][:, :, :, :T] = kv if copies == 1 else kv.repeat_interleave(copies, dim=1)
+            return attention.causal_attention_qkvpacked(qkv, self.n_head, backend=self.choices)
+        x = self._trunk(idx, attend)                                                # (B, T, C)
+        last = x[torch.arange(x.size(0), device=x.device), lengths - 1]             # (B, C)
+        logits = self._head(last)
+        return logits if copies == 1 else logits.repeat_interleave(copies, dim=0)
+
+    def encode(self, idx):
+        """Logits behind idx (B, T), without the cache -> (B, V)."""
+        def attend(layer, qkv):
+            return attention.causal_attention_qkvpacked(qkv, self.n_head, backend=self.choices)
+        return self._head(self._trunk(idx, attend)[:, -1])
+
+    def decode(self, upto):
+        """Process `token` at `position` in every row, with the cache -> logits (rows, V). upto: longest row, in tokens."""
+        if self.native is not None:
+            return decode.step(self.native, self.token, self.position, self.wte.size(0), out=self.logits)
+
+        def attend(layer, qkv):                                                     # (rows, 3C)
+            q, *kv = qkv.view(self.rows, 3, self.n_head, -1).split((1, 2), dim=1)   # (rows, 1 and 2, H, D)
+            self.cache[layer][:, self.row, :, self.position] = kv[0]
+            keys, values = self.cache[layer][:, :, :, :upto]
+            y = attention.decode_attention(q.transpose(1, 2), keys, values, lengths, backend=self.choices)
+            return y.transpose(1, 2).flatten(1)                                     # (rows, C)
+        lengths = self.position + 1
+        x = self.wte[self.token] + self.wpe[self.position]                          # (rows, C)
+        return self._head(self._layers(x, attend))
+
+    def _trunk(self, idx, attend):
+        x = self.wte[idx] + self.wpe[:idx.size(1)]                                  # (B, T, C)
+        return self._layers(x, attend)
+
+    def _layers(self, x, attend):
+        """The blocks and the final norm, on x (..., C) -> (..., C) in `dtype`."""
+        with torch.autocast(x.device.type, enabled=False):                          # the weights are cast already
+            branch = None
+            for i, layer in enumerate(self.layers):
+                x, h = self._norm(x, branch, layer.ln_1)
+                x, h = self._norm(x, F.linear(attend(i, F.linear(h, *layer.c_attn)), *layer.c_proj), layer.ln_2)
+                branch = mlp.gelu_mlp(h, *layer.c_fc, *layer.mlp_proj, activation=layer.activation, backend=self.choices)
+            return self._norm(x, branch, self.ln_f)[1]
+
+    def _norm(self, x, branch, weights):
+        return layer_norm.add_layer_norm(x, branch, *weights, out_dtype=self.dtype, backend=self.choices)
+
+    def _head(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, *self.head)
