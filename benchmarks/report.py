@@ -179,9 +179,11 @@ def loss(records, device):
 
 def _untimed(record):
     """What stood before the clock of a loss curve, as text."""
-    steps, seconds = (record.get("untimed") or {"steps": 0, "seconds": {}}).values()
-    took = ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
-    return f"; without the first {steps} steps, which compile ({took})" if steps else ""
+    untimed = record.get("untimed")
+    if not untimed or not untimed["steps"]:
+        return ""
+    took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in untimed["seconds"].items())
+    return f"; without the first {untimed['steps']} steps, which compile ({took})"
 
 
 def recipes(records):

@@ -247,7 +247,7 @@ PYBIND11_MODULE(_C, module) {
   }, "The GELU-MLP's matmul with its activation, as one launch on a CUDA stream: see csrc/linear_act.h.");
   // A tensor of heads: its address and its strides of the batch, the heads and the tokens.
   using Heads = std::array<int64_t, 4>;
-  module.def("attention_backward_sm90", [](bool bf16, const Heads& q, const Heads& k, const Heads& v, const Heads& grad, const Heads& out, uintptr_t lse,
+  module.def("attention_backward_heads_sm90", [](bool bf16, const Heads& q, const Heads& k, const Heads& v, const Heads& grad, const Heads& out, uintptr_t lse,
                                            const Heads& dq, const Heads& dk, const Heads& dv, uintptr_t terms, uintptr_t taken, int B, int H, int T,
                                            double scale, int device, uintptr_t stream) {
     py::gil_scoped_release others_may_run;

@@ -152,9 +152,9 @@ def test_it_says_why_not(monkeypatch):
     monkeypatch.setattr(mlp_hopper, "card_why_not", lambda index: "no extension")
     assert attention_hopper.why_not(card, torch.bfloat16, 64) == "no extension"
     monkeypatch.setattr(mlp_hopper, "card_why_not", lambda index: "")
-    monkeypatch.setattr(attention_hopper.sample, "_C", type("", (), {"linear_act_sm90": None}))         # of a commit before
+    monkeypatch.setattr(attention_hopper.sample, "_C", type("", (), {"attention_backward_sm90": None}))      # of a commit before, with other arguments
     assert "install the package again" in attention_hopper.why_not(card, torch.bfloat16, 64)
-    monkeypatch.setattr(attention_hopper.sample, "_C", type("", (), {"attention_backward_sm90": None}))
+    monkeypatch.setattr(attention_hopper.sample, "_C", type("", (), {"attention_backward_heads_sm90": None}))
     for allowed in (dict(), dict(dtype=torch.float16), dict(scale=1.0)):
         assert attention_hopper.why_not(card, **{"dtype": torch.bfloat16, "D": 64, **allowed}) is None
     for refused, reason in ((dict(dtype=torch.float32), "bfloat16 or float16"), (dict(D=128), "heads of 64, not 128"),
@@ -165,7 +165,7 @@ def test_it_says_why_not(monkeypatch):
 def test_the_launch_is_told_where_everything_lies(monkeypatch):
     """On a CPU, with the launch taken down: addresses, strides in elements, scratch of the right size."""
     told = []
-    monkeypatch.setattr(attention_hopper.sample, "_C", type("", (), {"attention_backward_sm90": staticmethod(lambda *args: told.append(args))}))
+    monkeypatch.setattr(attention_hopper.sample, "_C", type("", (), {"attention_backward_heads_sm90": staticmethod(lambda *args: told.append(args))}))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("", (), {"cuda_stream": 7}))
     half = functools.partial(torch.zeros, dtype=torch.bfloat16)
     storage = half(2, 200, 512)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import devices
+from .. import devices, measure
 from ..options import option
 from ..training import learning_rate
 from .common import MODELS, BenchOptions, record, shape_of
@@ -51,6 +51,7 @@ def run(o, device, dtype):
     untimed = UNTIMED if device.type == "cuda" else 0
     sides = {name: Side(Trainer(o, variant, config, B, device, dtype), batches("train", 1), untimed) for name, variant in both.items()}
     print(f"{o.model} on {o.data}, {o.steps} steps of {B} x {config['block_size']} tokens, on {devices.describe(device)}")
+    told = None
     try:
         for step in range(0, o.steps + 1, o.eval_interval):
             for name, side in sides.items():
@@ -61,12 +62,17 @@ def run(o, device, dtype):
                 side.advance(step, min(o.eval_interval, o.steps - step), schedule, device)
         if untimed:
             print("; ".join(f"{name}: {side.before:.1f} s more for the first {untimed} steps" for name, side in sides.items()))
-    finally:        # also where it is told to end
+    except measure.ToldToEnd as error:      # what was had until then counts
+        told = error
+    finally:
         for side in sides.values():
             side.batches.close()
+    if all(side.rows for side in sides.values()):
         record(o, "loss", device, shape=dict(config, batch_size=B), dtype=str(dtype).removeprefix("torch."), compiled=compiled,
                untimed=dict(steps=untimed, seconds={name: side.before for name, side in sides.items()}),
                curves={name: side.rows for name, side in sides.items()})
+    if told:
+        raise told
 
 
 @dataclass

@@ -17,7 +17,7 @@ def why_not(device, dtype, D, scale=None, dropout_p=0.0):
         return "the kernels are for GPUs of compute capability 9.0 (H100, H200)"
     if reason := mlp_hopper.card_why_not(device.index or 0):
         return reason
-    if not hasattr(sample._C, "attention_backward_sm90"):
+    if not hasattr(sample._C, "attention_backward_heads_sm90"):
         return "the extension was built before it had these kernels: install the package again"
     if dtype not in DTYPES:
         return f"the kernels compute in bfloat16 or float16, not {dtype}"
@@ -68,7 +68,7 @@ def _launch(x, inputs, lse, gradients, B, H, T, scale):
     terms = 2 * B * H * -(-T // 128) * 128
     scratch = torch.empty(terms + 2, dtype=torch.float32, device=x.device)
     device = x.get_device()
-    sample._C.attention_backward_sm90(
+    sample._C.attention_backward_heads_sm90(
         x.dtype == torch.bfloat16, *inputs, lse.data_ptr(), *gradients, scratch.data_ptr(), scratch.data_ptr() + 4 * terms, B, H, T,
         HEAD**-0.5 if scale is None else scale, device, torch.cuda.current_stream(device).cuda_stream)
 
