@@ -19,10 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanogpt_fast import backend as ops_backend
-from nanogpt_fast import reference
-from nanogpt_fast.ops import attention, cross_entropy, layer_norm, mlp
-from nanogpt_fast.ops import sample as sampler
+from nanogpt_fast import backend as ops_backend, reference
+from nanogpt_fast.ops import attention, cross_entropy, layer_norm, mlp, sample as sampler
 
 FORWARD, BOTH = "forward", "both"
 AUTO, FUSED = ops_backend.parse("auto"), ops_backend.parse("fused")

@@ -12,11 +12,11 @@ import statistics
 import torch
 
 from benchmarks import RESULTS
-from nanogpt_fast import devices, measure, options
-from nanogpt_fast.bench import common, loss, train
-from nanogpt_fast.text.batches import Batches
+from nanogpt_fast import devices, options
+from nanogpt_fast.bench import common, loss, measure, train
 from nanogpt_fast.text import prepare
-from nanogpt_fast.training import learning_rate
+from nanogpt_fast.text.batches import Batches
+from nanogpt_fast.training.trainer import learning_rate
 
 SIDES = {"float32": train.Variant(nanogpt=True), "bf16": train.Variant(nanogpt=True, bf16=True),
          "ours": train.Variant(logits=False, bf16=True)}

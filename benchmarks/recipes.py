@@ -17,10 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from nanogpt_fast import measure
-from nanogpt_fast.text.corpora import SHAKESPEARE_SHA256
-
 from benchmarks import RESULTS
+from nanogpt_fast.bench import measure
+from nanogpt_fast.text.corpora import SHAKESPEARE_SHA256
 
 DEMO_PICTURE = Path(__file__).parent.parent / "docs" / "demo.png"
 RECIPE = ("train --dataset=shakespeare_char --out_dir=out --gradient_accumulation_steps=1 --device=cpu --compile=False "

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import RESULTS
 from benchmarks.cases import cases
-from nanogpt_fast import measure
+from nanogpt_fast.bench import measure
 
 
 def main(argv=None):

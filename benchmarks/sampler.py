@@ -15,8 +15,8 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from nanogpt_fast import measure
-from nanogpt_fast.ops import sample as sampler
+from nanogpt_fast.bench import measure
+from nanogpt_fast.ops import extension, sample as sampler
 
 V, TEMPERATURE = 50304, 0.8
 CALLS = 20  # on a GPU, so many steps between two synchronisations, which cost more than a step
@@ -61,7 +61,7 @@ def on_threads(threads, step):
 def bare_step(logits, top_k):
     held = streams(logits)
     addresses = [tensor.data_ptr() for tensor in (held[1], held[2], held[0])]
-    return lambda: held and sampler._C.sample_cpu(logits.data_ptr(), "float32", 1, V, V, 0, TEMPERATURE, 0, top_k or 0, 0, 1.0, 0, 0.0, *addresses, 1, "")
+    return lambda: held and extension._C.sample_cpu(logits.data_ptr(), "float32", 1, V, V, 0, TEMPERATURE, 0, top_k or 0, 0, 1.0, 0, 0.0, *addresses, 1, "")
 
 
 def captured(logits, **filters):
@@ -87,7 +87,7 @@ def compare(title, variants, rounds, path, calls=1):
         against = "" if name == rival else f"{median[rival] / median[name]:7.1f} times as fast as {rival}"
         print(f"{title:30} {name:13} median {median[name] * 1e6:9.1f} us, fastest {min(samples[name]) * 1e6:9.1f} us {against}", flush=True)
     if path:
-        measure.append(path, "sampler", row=title, rival=rival, median=median, samples=samples, extension=sampler._C.build_info(),
+        measure.append(path, "sampler", row=title, rival=rival, median=median, samples=samples, extension=extension._C.build_info(),
                        load=os.getloadavg()[0])
 
 
@@ -122,8 +122,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--json", help="append one line a row to this file, with every sample and the machine")
     options = parser.parse_args()
-    if sampler._C is None:
-        sys.exit(f"nothing to measure: {sampler._missing()}")
+    if extension._C is None:
+        sys.exit(f"nothing to measure: {extension.missing()}")
     (on_cuda if torch.cuda.is_available() else on_cpu)(options.rounds, options.json)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import RESULTS
-from nanogpt_fast import measure
+from nanogpt_fast.bench import measure
 
 SHAPES = {
     "CPU recipe, B=12, T=64": (dict(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128), 12),

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors; at run time see __getattr__
     from .backend import use
+    from .checks.explanation import explain
     from .config import GPTConfig
-    from .explanation import explain
     from .model import GPT, MLP, Block, CausalSelfAttention, LayerNorm
     from .swap import accelerate, restore
 
@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 __all__ = ["LayerNorm", "CausalSelfAttention", "MLP", "Block", "GPTConfig", "GPT"]  # what nanoGPT's model.py defines
 
 # Where each public name lives. No module of the package may have one of these names: importing it would hide the name.
-_HOME = {**{name: "model" for name in __all__}, "GPTConfig": "config", "use": "backend", "explain": "explanation",
+_HOME = {**{name: "model" for name in __all__}, "GPTConfig": "config", "use": "backend", "explain": "checks.explanation",
          "accelerate": "swap", "restore": "swap"}
 
 

@@ -21,7 +21,8 @@ import warnings
 
 import torch
 
-OPS = ("attention", "layer_norm", "mlp", "cross_entropy", "sample", "decode")
+OPS = ("attention", "layer_norm", "linear", "mlp", "cross_entropy", "sample", "decode")
+LIBRARY_OPS = ("linear",)      # whose reference is one call of a vendor's library: nobody asks for a kernel there, not even "fused"
 CHOICES = ("auto", "fused", "reference")
 
 
@@ -103,7 +104,7 @@ def choose(op, candidates, model_choices=None, args=()):
     if _local.record is not None:
         _local.record.append((op, wanted, name, ["asked for"] if wanted == "reference" else reasons))
         return "reference"  # nothing is launched while recording
-    if name != "reference" or wanted == "reference":
+    if name != "reference" or wanted == "reference" or op in LIBRARY_OPS:
         return name
     if wanted == "fused":
         raise RuntimeError(f"backend='fused', but no kernel can run {op}: {'; '.join(reasons) or 'there is none'}. "

@@ -12,7 +12,7 @@ All of them are called alike: `logits, loss = model(idx, targets)` with idx and 
 `LADDER` builds them by name, `train` trains any of them, `nanogpt-fast ladder` compares them.
 
 ClassicGPT keeps query, key and value in three separate projections, which is how one first writes attention down. model.py
-holds nanoGPT's form of the same function, with the three packed into one matrix; convert.py goes from either to the other.
+holds nanoGPT's form of the same function, with the three packed into one matrix; checkpoints/convert.py goes from either to the other.
 
 B batch, T sequence, C = n_embd width, H = n_head heads, D = C / H head size, V vocabulary.
 """
@@ -24,8 +24,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .files import replacing
 from .devices import choose_device
+from .files import replacing
 from .text import tokenizers
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -9,19 +9,18 @@ import os
 import sys
 import traceback
 from importlib import import_module
-from importlib.util import find_spec
 
 COMMANDS = {  # name: (module, function, what it does)
-    "demo": ("demo", "main", "train a small GPT on text that Python carries, and complete a prompt"),
+    "demo": ("commands.demo", "main", "train a small GPT on text that Python carries, and complete a prompt"),
     "prepare": ("text.prepare", "main", "turn a text into token files: embedded, shakespeare, a file, a folder"),
-    "train": ("training", "run", "train a GPT, with nanoGPT's config files and names"),
-    "sample": ("sampling", "sample", "complete a prompt with a trained GPT, or with GPT-2"),
-    "chat": ("sampling", "chat", "complete prompts that you type"),
-    "ladder": ("ladder", "main", "train the small models from bigram to GPT and compare them"),
-    "convert": ("convert", "main", "convert a step-by-step GPT's checkpoint to nanoGPT's layout, and back"),
-    "run": ("run", "main", "run a nanoGPT script unedited on the fused kernels"),
-    "doctor": ("doctor", "main", "what runs here, what does not, and why"),
-    "verify": ("verify", "main", "check every op against float64, on this machine"),
+    "train": ("training.trainer", "run", "train a GPT, with nanoGPT's config files and names"),
+    "sample": ("commands.sampling", "sample", "complete a prompt with a trained GPT, or with GPT-2"),
+    "chat": ("commands.sampling", "chat", "complete prompts that you type"),
+    "ladder": ("commands.ladder", "main", "train the small models from bigram to GPT and compare them"),
+    "convert": ("checkpoints.convert", "main", "convert a step-by-step GPT's checkpoint to nanoGPT's layout, and back"),
+    "run": ("swap.run", "main", "run a nanoGPT script unedited on the fused kernels"),
+    "doctor": ("checks.doctor", "main", "what runs here, what does not, and why"),
+    "verify": ("checks.verify", "main", "check every op against float64, on this machine"),
     "bench": ("bench", "main", "time training and generation end to end"),
 }
 
@@ -29,20 +28,19 @@ COMMANDS = {  # name: (module, function, what it does)
 def main(argv=None):
     """Run the command line (default: sys.argv) and return the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands = available()
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage(commands))
+        print(usage())
         return 0
     if argv[0] in ("-V", "--version"):
         from nanogpt_fast import __version__
         print(f"nanogpt-fast {__version__}")
         return 0
-    if argv[0] not in commands:
+    if argv[0] not in COMMANDS:
         from nanogpt_fast.options import nearest
-        print(f"nanogpt-fast: no command {argv[0]!r}; the nearest is {nearest(argv[0], commands)} "
+        print(f"nanogpt-fast: no command {argv[0]!r}; the nearest is {nearest(argv[0], COMMANDS)} "
               "(`nanogpt-fast --help` lists them all)", file=sys.stderr)
         return 2
-    module, function, _ = commands[argv[0]]
+    module, function, _ = COMMANDS[argv[0]]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character is no reason to stop
     try:
@@ -60,14 +58,9 @@ def main(argv=None):
         return 2
 
 
-def available():
-    """The part of COMMANDS whose modules are installed."""
-    return {name: entry for name, entry in COMMANDS.items() if find_spec(f"nanogpt_fast.{entry[0]}")}
-
-
-def usage(commands):
+def usage():
     lines = ["usage: nanogpt-fast COMMAND [...]        (COMMAND --help says more)", ""]
-    lines += [f"  {name:<10}{about}" for name, (_, _, about) in commands.items()]
+    lines += [f"  {name:<10}{about}" for name, (_, _, about) in COMMANDS.items()]
     return "\n".join(lines + ["", "To begin with: nanogpt-fast train --dataset=embedded",
                               "NANOGPT_FAST_TRACEBACK=1 shows where in the code an error was raised."])
 

@@ -5,7 +5,7 @@ a fused kernel where one can run and otherwise exactly nanoGPT's PyTorch calls (
 
 One thing more is fused on a GPU: the residual add, its dropout and the LayerNorm behind them are one kernel. A block then
 hands on the residual stream and the branch still to be added to it (`Block.fused`) instead of their sum. That path bypasses
-the calls of a few submodules, so it is taken block by block, only where `unfused_reason` finds them untouched: a hook, a
+the calls of a few submodules, so it is taken block by block, only where `why_not_fused` finds them untouched: a hook, a
 subclass, a replaced or parametrized submodule always gets the ordinary two lines of `Block.forward`.
 
 B batch, T sequence, C = n_embd, H = n_head, D = C / H head size, V = vocab_size.
@@ -15,12 +15,11 @@ import math
 
 import torch
 import torch.nn as nn
-from torch.nn.modules import module as _nn_module
 
-from . import backend as _backend
-from . import reference
+from . import backend as _backend, devices, reference
 from .config import GPTConfig
-from .ops import attention, cross_entropy, layer_norm, mlp
+from .ops import attention, cross_entropy, layer_norm, linear, mlp
+from .touched import touched
 
 
 class LayerNorm(nn.Module):
@@ -41,6 +40,7 @@ class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention with one packed projection: rows q, k, v of c_attn."""
 
     backend = None
+    copies = None   # ((c_attn.weight, c_proj.weight), (copy, copy)) while the trainer keeps copies (training/half_weights.py)
 
     def __init__(self, config):
         super().__init__()
@@ -57,14 +57,15 @@ class CausalSelfAttention(nn.Module):
 
     def branch(self, x):
         """The attention without its residual dropout: x (B, T, C) -> (B, T, C)."""
-        qkv = self.c_attn(x)                                                     # (B, T, 3C)
+        copies = _copies_of(self, self.c_attn, self.c_proj)
+        qkv = self.c_attn(x) if copies is None else _linear(x, self.c_attn, copies[0], self.backend)        # (B, T, 3C)
         if self.flash:
             p = self.dropout if self.training else 0.0
             y = attention.causal_attention_qkvpacked(qkv, self.n_head, dropout_p=p, backend=self.backend)
         else:
             y = reference.causal_attention_qkvpacked(qkv, self.n_head, dropout_p=_p(self.attn_dropout),
                                                      attend=reference.causal_attention_manual)
-        return self.c_proj(y)                                                    # (B, T, C)
+        return self.c_proj(y) if copies is None else _linear(y, self.c_proj, copies[1], self.backend)       # (B, T, C)
 
     def forward(self, x):
         return self.resid_dropout(self.branch(x))
@@ -77,7 +78,7 @@ class MLP(nn.Module):
     # True: the fused op computes GELU again in its backward, and a block keeps 28C bytes a token instead of 36C: of GPT-2
     # 124M's step of 64 x 1024 tokens 4.8 GB of 24, for 4.8 GB more to write (its time is not measured yet).
     recompute = False
-    copies = None   # ((weight, weight), (copy, copy)) of c_fc and c_proj in half precision, while somebody keeps them (half_weights.py)
+    copies = None   # ((c_fc.weight, c_proj.weight), (copy, copy)) while the trainer keeps copies (training/half_weights.py)
 
     def __init__(self, config):
         super().__init__()
@@ -92,14 +93,10 @@ class MLP(nn.Module):
         if reason is not None:
             _backend.notice_unfused(f"an MLP calls its own modules, not the fused op: {reason}")
             return self.c_proj(self.gelu(self.c_fc(x)))
-        copies = None
-        if self.copies is not None:
-            (fc, proj), copies = self.copies
-            if fc is not self.c_fc.weight or proj is not self.c_proj.weight:     # a Linear was replaced meanwhile
-                copies = None
         return mlp.gelu_mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias,
                             activation="gelu_tanh" if self.gelu.approximate == "tanh" else "gelu",
-                            recompute=self.recompute, backend=self.backend, copies=copies)
+                            recompute=self.recompute, backend=self.backend,
+                            copies=_copies_of(self, self.c_fc, self.c_proj))
 
     def forward(self, x):
         return self.dropout(self.branch(x))
@@ -131,35 +128,24 @@ class Block(nn.Module):
                                          dropout_p=_p(self.attn.resid_dropout), backend=self.ln_2.backend)
         return x, self.mlp.branch(h), _p(self.mlp.dropout)
 
-    def unfused_reason(self):
+    def why_not_fused(self):
         """None where `fused` computes what calling this block would; else why it would not."""
         return (touched(self, Block) or touched(self.ln_1, LayerNorm) or touched(self.ln_2, LayerNorm)
                 or touched(self.attn, CausalSelfAttention) or touched(self.attn.resid_dropout, nn.Dropout)
                 or touched(self.mlp, MLP) or touched(self.mlp.dropout, nn.Dropout))
 
 
-def touched(module, cls):
-    """None where calling `module` is exactly cls.forward on plain parameters; else what somebody did to it, as text.
+def _copies_of(module, *linears):
+    """The copies that the trainer keeps of the weights of these Linears of `module`; None without, and where one was touched meanwhile."""
+    if module.copies is None:
+        return None
+    weights, copies = module.copies
+    same = all(touched(linear, nn.Linear) is None and linear.weight is weight for linear, weight in zip(linears, weights))
+    return copies if same else None
 
-    Seen are: another class (a replacement, a subclass, nn.utils.parametrize), a hook of any kind, a `forward` set on the
-    instance, a parameter that is a tensor subclass (DTensor, a quantized weight).
-    """
-    own = type(module)
-    if own is not cls:
-        # swap makes classes that stand for ours. `itself` tells one from what was built on it; torch.compile can trace no vars(class).
-        if getattr(own, "itself", None) is not own or getattr(own, "stands_for", None) is not cls:
-            return f"{own.__name__} stands where {cls.__name__} did"
-        if (reason := module.changed()) is not None:
-            return reason
-    if (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-            or _nn_module._has_any_global_hook()):
-        return f"{cls.__name__} has a hook"
-    if "forward" in module.__dict__:
-        return f"{cls.__name__}.forward was replaced on the instance"
-    for name, parameter in module._parameters.items():
-        if parameter is not None and type(parameter) not in (nn.Parameter, torch.Tensor):
-            return f"{cls.__name__}.{name} is a {type(parameter).__name__}"
-    return None
+
+def _linear(x, module, copy, choices):
+    return linear.linear(x, module.weight, module.bias, copy=copy, backend=choices)
 
 
 def _p(dropout):
@@ -170,7 +156,8 @@ def _p(dropout):
 class GPT(nn.Module):
     """nanoGPT's GPT. backend: "auto" (default), "fused", "reference", or e.g. "auto,attention=reference"; see backend.py."""
 
-    head_copied_from = None  # the fp32 weight, while lm_head holds a half-precision copy of it (half_weights.py)
+    copies = None   # ((lm_head.weight,), (copy,)) while the trainer keeps copies (training/half_weights.py)
+    lookup = None   # called instead of wte while the trainer takes its gradient by row (training/cpu.py)
 
     def __init__(self, config, backend=None):
         super().__init__()
@@ -230,16 +217,17 @@ class GPT(nn.Module):
             logits = self.lm_head(x)                                                # (B, T, V)
             loss = nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
             return logits if return_logits else None, loss
+        copies = _copies_of(self, self.lm_head)
         loss, logits = cross_entropy.linear_cross_entropy(x, self.lm_head.weight, targets, ignore_index=-1,
                                                           return_logits=return_logits, backend=self.backend,
-                                                          copied_from=self.head_copied_from)
+                                                          copy=None if copies is None else copies[0])
         return logits, loss
 
     def embed(self, idx, start=0):
         """Token plus position embeddings with dropout: idx (B, T) at positions start .. start + T - 1 -> (B, T, C)."""
         pos = torch.arange(start, start + idx.size(1), dtype=torch.long, device=idx.device)
         try:
-            tok_emb = self.transformer.wte(idx)                                     # (B, T, C)
+            tok_emb = (self.lookup or self.transformer.wte)(idx)                                     # (B, T, C)
         except IndexError as error:
             raise IndexError(f"token ids must lie in 0..{self.config.vocab_size - 1} (vocab_size {self.config.vocab_size}); "
                              f"these run from {idx.min().item()} to {idx.max().item()}") from error
@@ -259,7 +247,7 @@ class GPT(nn.Module):
         """Whether a block's residual adds move into its LayerNorms: a kernel has to do it, and nothing may have been touched."""
         if _backend.choice("layer_norm", self.backend) == "reference":
             return False
-        reason = block.unfused_reason() if isinstance(block, Block) else f"{type(block).__name__} stands where Block did"
+        reason = block.why_not_fused() if isinstance(block, Block) else f"{type(block).__name__} stands where Block did"
         if reason is not None:
             _backend.notice_unfused(f"a block runs unfused: {reason}")
             return False
@@ -291,7 +279,7 @@ class GPT(nn.Module):
         override_args: only {"dropout": p}. activation: "gelu" (erf) or "gelu_tanh"; None is nanoGPT's erf for the four names
         (OpenAI trained them with tanh, which is a little closer), and what the folder's config.json says for a folder.
         """
-        from .pretrained import load_gpt2
+        from .checkpoints.huggingface import load_gpt2
         config, state_dict = load_gpt2(model_type, override_args or {}, activation)
         model = cls(config, backend=backend)
         model.load_state_dict(state_dict)
@@ -299,7 +287,7 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, which transformers' GPT2LMHeadModel and `GPT.from_pretrained` read. Exact."""
-        from .pretrained import write_folder
+        from .checkpoints.huggingface import write_folder
         write_folder(self, folder)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
@@ -331,10 +319,27 @@ class GPT(nn.Module):
 
     def estimate_hardware_mfu(self, fwdbwd_per_iter, dt, device=None):
         """The same share of the peak of the GPU that is really there, or None where its peak is not known."""
-        from .hardware import peak_flops
         device = next(self.parameters()).device if device is None else torch.device(device)
-        peak = peak_flops(device)
+        peak = devices.peak_flops(device)
         return None if peak is None else self.estimate_mfu(fwdbwd_per_iter, dt) * 312e12 / peak
+
+    def why_not_cached(self):
+        """None where generation with a key-value cache computes what calling this model would; else why it would not."""
+        if type(self).forward is not GPT.forward or touched(self, type(self)) is not None:
+            return touched(self, GPT)
+        t = self.transformer
+        reason = touched(t.wte, nn.Embedding) or touched(t.wpe, nn.Embedding) or touched(t.drop, nn.Dropout) \
+            or touched(t.ln_f, LayerNorm) or touched(self.lm_head, nn.Linear)
+        for block in t.h:
+            reason = reason or (block.why_not_fused() if isinstance(block, Block) else f"a block is a {type(block).__name__}")
+            if reason is not None:
+                return reason
+            linears = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+            reason = next(filter(None, (touched(linear, nn.Linear) for linear in linears)), None) or touched(block.mlp.gelu, nn.GELU) \
+                or (None if block.attn.flash else "attn.flash is False")
+        dropouts = [m.p for m in self.modules() if isinstance(m, nn.Dropout) and m.training] \
+            + [block.attn.dropout for block in t.h if block.attn.training]
+        return reason or ("the model is in train mode with dropout" if any(dropouts) else None)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **more):

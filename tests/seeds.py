@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from nanogpt_fast import error_rule
+from nanogpt_fast.checks import error_rule
 
 FIRST = 10**6   # far from the seeds in tests
 

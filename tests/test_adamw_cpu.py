@@ -1,4 +1,4 @@
-"""The end of a step on a CPU (adamw_cpu.py, csrc/adamw.h): PyTorch's AdamW, its state, its cast and norm; what is left to it."""
+"""The end of a step on a CPU (ops/cpu/adamw.py, csrc/adamw.h): PyTorch's AdamW, its state, its cast and norm; what is left to it."""
 import copy
 import dataclasses
 import warnings
@@ -9,13 +9,14 @@ import tiny
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from nanogpt_fast import adamw_cpu, cpu, training
-from nanogpt_fast.error_rule import measure
-from nanogpt_fast.half_weights import HalfWeights
-from nanogpt_fast.ops import linear_cpu, sample
+from nanogpt_fast.checks.error_rule import measure
+from nanogpt_fast.ops import extension
+from nanogpt_fast.ops.cpu import adamw as adamw_cpu, linear as linear_cpu
+from nanogpt_fast.training import cpu, trainer as training
+from nanogpt_fast.training.half_weights import HalfWeights
 
 pytestmark = pytest.mark.skipif(adamw_cpu.MISSING is not None, reason=f"not here: {adamw_cpu.MISSING}")
-ISAS = sample._C.build_info()["cpu_isas"].split() if adamw_cpu.MISSING is None else []
+ISAS = extension._C.build_info()["cpu_isas"].split() if adamw_cpu.MISSING is None else []
 SIZES = ((1,), (15,), (17,), (40, 33), (1000003,))   # less than a vector, more, several pieces and a bit
 
 
@@ -129,7 +130,7 @@ def test_without_copies_and_without_weights_too():
 def test_a_default_device_of_the_users_is_not_where_steps_and_norms_are_kept(monkeypatch):
     side, gradient = Side(((17,), (3,))), torch.ones(16)
     side.draw(0)
-    monkeypatch.setattr(sample._C, "adamw_cpu", lambda *_: None)     # a count on another device would be no address
+    monkeypatch.setattr(extension._C, "adamw_cpu", lambda *_: None)     # a count on another device would be no address
     with torch.device("meta"):
         adamw_cpu.step(side.optimizer, side.copies)
         assert adamw_cpu.norm([gradient]).item() == 4
@@ -292,7 +293,7 @@ def test_gradients_of_other_kinds_have_pytorchs_norm(monkeypatch):
     gradients = [torch.randn(5, 7), torch.randn(3).double(), torch.randn(4)]
     assert torch.equal(adamw_cpu.norm(gradients), torch.nn.utils.get_total_norm(gradients))
     monkeypatch.setattr(adamw_cpu, "MISSING", "not built")
-    monkeypatch.setattr(sample, "_C", None)
+    monkeypatch.setattr(extension, "_C", None)
     assert torch.equal(adamw_cpu.norm(gradients[2:]), torch.nn.utils.get_total_norm(gradients[2:]))
 
 

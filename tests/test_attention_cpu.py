@@ -1,15 +1,15 @@
-"""Attention on a CPU in bf16 (ops/attention_cpu.py, csrc/attention.h) against fp64: shapes, tiles, instruction sets, where it steps aside."""
+"""Attention on a CPU in bf16 (ops/cpu/attention.py, csrc/attention.h) against fp64: shapes, tiles, instruction sets, where it steps aside."""
 import pytest
 import torch
 
 from nanogpt_fast import backend, reference
-from nanogpt_fast.error_rule import measure
-from nanogpt_fast.ops import attention_cpu as cpu
-from nanogpt_fast.ops import sample
+from nanogpt_fast.checks.error_rule import measure
+from nanogpt_fast.ops import extension
 from nanogpt_fast.ops.attention import CANDIDATES, causal_attention_qkvpacked
+from nanogpt_fast.ops.cpu import attention as cpu
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=f"not here: {cpu.MISSING}")
-ISAS = sample._C.build_info()["cpu_isas"].split() if cpu.MISSING is None else []
+ISAS = extension._C.build_info()["cpu_isas"].split() if cpu.MISSING is None else []
 AUTO, FUSED = backend.parse("auto"), backend.parse("fused")
 
 

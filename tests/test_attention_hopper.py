@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from nanogpt_fast import backend
-from nanogpt_fast.error_rule import measure
-from nanogpt_fast.ops import attention, attention_hopper, mlp_hopper
+from nanogpt_fast.checks.error_rule import measure
+from nanogpt_fast.ops import attention, extension
+from nanogpt_fast.ops.hopper import attention as attention_hopper
 
 HERE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 on_hopper = pytest.mark.skipif(attention_hopper.why_not(HERE, torch.bfloat16, 64) is not None, reason="needs an H100 or H200 and the extension")
@@ -149,12 +150,12 @@ def test_the_op_on_separate_tensors_takes_it(compiled, monkeypatch):
 def test_it_says_why_not(monkeypatch):
     card = torch.device("cuda", 0)
     assert "compute capability 9.0" in attention_hopper.why_not(torch.device("cpu"), torch.bfloat16, 64)
-    monkeypatch.setattr(mlp_hopper, "card_why_not", lambda index: "no extension")
+    monkeypatch.setattr(attention_hopper, "card_why_not", lambda index: "no extension")
     assert attention_hopper.why_not(card, torch.bfloat16, 64) == "no extension"
-    monkeypatch.setattr(mlp_hopper, "card_why_not", lambda index: "")
-    monkeypatch.setattr(attention_hopper.sample, "_C", type("", (), {"attention_backward_sm90": None}))      # of a commit before, with other arguments
+    monkeypatch.setattr(attention_hopper, "card_why_not", lambda index: "")
+    monkeypatch.setattr(extension, "_C", type("", (), {"attention_backward_sm90": None}))      # of a commit before, with other arguments
     assert "install the package again" in attention_hopper.why_not(card, torch.bfloat16, 64)
-    monkeypatch.setattr(attention_hopper.sample, "_C", type("", (), {"attention_backward_heads_sm90": None}))
+    monkeypatch.setattr(extension, "_C", type("", (), {"attention_backward_heads_sm90": None}))
     for allowed in (dict(), dict(dtype=torch.float16), dict(scale=1.0)):
         assert attention_hopper.why_not(card, **{"dtype": torch.bfloat16, "D": 64, **allowed}) is None
     for refused, reason in ((dict(dtype=torch.float32), "bfloat16 or float16"), (dict(D=128), "heads of 64, not 128"),
@@ -165,7 +166,7 @@ def test_it_says_why_not(monkeypatch):
 def test_the_launch_is_told_where_everything_lies(monkeypatch):
     """On a CPU, with the launch taken down: addresses, strides in elements, scratch of the right size."""
     told = []
-    monkeypatch.setattr(attention_hopper.sample, "_C", type("", (), {"attention_backward_heads_sm90": staticmethod(lambda *args: told.append(args))}))
+    monkeypatch.setattr(extension, "_C", type("", (), {"attention_backward_heads_sm90": staticmethod(lambda *args: told.append(args))}))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("", (), {"cuda_stream": 7}))
     half = functools.partial(torch.zeros, dtype=torch.bfloat16)
     storage = half(2, 200, 512)
@@ -207,7 +208,7 @@ def test_what_a_tensor_map_cannot_describe_is_copied(x):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_it_compiles_to_what_it_was_written_for(tmp_path):
     """No product waits for another because the compiler had doubts (C75.. are its words for that), and nothing is spilled beside them."""
-    source = Path(attention_hopper.__file__).parents[2] / "csrc/attention_backward_sm90.cu"
+    source = Path(attention_hopper.__file__).parents[3] / "csrc/attention_backward_sm90.cu"
     done = subprocess.run(["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin", source, "-o",
                            tmp_path / "out.cubin"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-
-from nanogpt_fast import bench, measure, options
-from nanogpt_fast.bench import common, generate, train
-from nanogpt_fast.bench import loss as bench_loss
 from tiny import data
+
+from nanogpt_fast import bench, options
+from nanogpt_fast.bench import common, generate, loss as bench_loss, measure, train
 
 CPU = torch.device("cpu")
 
@@ -70,7 +69,7 @@ def test_what_was_built_is_timed_when_the_process_is_told_to_end(tmp_path, monke
     step = train.Trainer.step
 
     def told(self, x, y):
-        if self.more:  # our trainer's, the second that is built
+        if self.ours:  # our trainer's, the second that is built
             raise measure.ToldToEnd
         return step(self, x, y)
 

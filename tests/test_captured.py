@@ -15,9 +15,9 @@ import tiny
 import torch
 import torch.nn as nn
 
-from nanogpt_fast import captured
-from nanogpt_fast.captured import CapturedStep
-from nanogpt_fast.training import TrainOptions, train
+from nanogpt_fast.training import captured
+from nanogpt_fast.training.captured import CapturedStep
+from nanogpt_fast.training.trainer import TrainOptions, train
 
 
 @pytest.fixture

@@ -14,9 +14,11 @@ import pytest
 import tiny
 import torch
 
-from nanogpt_fast import GPT, GPTConfig, checkpoint, options, training
-from nanogpt_fast.checkpoint import CheckpointError, load_model, read, save
-from nanogpt_fast.training import train
+from nanogpt_fast import GPT, GPTConfig, options
+from nanogpt_fast.checkpoints import nanogpt as checkpoint
+from nanogpt_fast.checkpoints.nanogpt import CheckpointError, load_model, read, save
+from nanogpt_fast.training import start, trainer as training
+from nanogpt_fast.training.trainer import train
 
 ARGS = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=40, dropout=0.0)
 
@@ -110,7 +112,7 @@ def test_nanogpts_meta_pkl_is_found_where_its_sample_py_looks(tmp_path, monkeypa
 
 def tiny_vocab(folder):
     tiny.data(folder)
-    return training._tokenizer(folder / "data" / "sums").vocab_size
+    return start.load_tokenizer(folder / "data" / "sums").vocab_size
 
 
 def test_a_folder_without_ckpt_pt_gives_its_last_pt(trained, tmp_path):
@@ -202,7 +204,7 @@ def test_kill_9_in_the_middle_of_a_write_leaves_the_former_checkpoint_whole(tmp_
     save({**untrained(), "iter_num": 1}, tmp_path / "ckpt.pt")
     half_way = textwrap.dedent("""
         import sys, time, torch
-        from nanogpt_fast import checkpoint
+        from nanogpt_fast.checkpoints import nanogpt as checkpoint
         def half(value, file):                       # torch.save, stopped in the middle
             file.write(b"PK" + bytes(100_000))
             file.flush()

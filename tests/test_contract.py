@@ -23,12 +23,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from plain import upstream
 
 import nanogpt_fast
-from nanogpt_fast import GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm
-from nanogpt_fast import checkpoint, convert, options, training
+from nanogpt_fast import GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm, options
+from nanogpt_fast.checkpoints import convert, nanogpt as checkpoint
 from nanogpt_fast.text import batches, prepare
-from plain import upstream
+from nanogpt_fast.training import trainer as training
 
 SMALL = dict(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
 
@@ -339,21 +340,21 @@ class Doubled(nn.Linear):
 
 def test_c21_touched_modules_step_aside():
     block = ours().transformer.h[0]
-    assert block.unfused_reason() is None
+    assert block.why_not_fused() is None
     handle = block.attn.register_forward_hook(lambda *args: None)
-    assert "hook" in block.unfused_reason()
+    assert "hook" in block.why_not_fused()
     handle.remove()
-    assert block.unfused_reason() is None
+    assert block.why_not_fused() is None
     nn.utils.parametrize.register_parametrization(block.ln_1, "weight", nn.Identity())
-    assert "LayerNorm" in block.unfused_reason()
+    assert "LayerNorm" in block.why_not_fused()
     block.ln_1 = nn.Identity()
-    assert "Identity" in block.unfused_reason()
+    assert "Identity" in block.why_not_fused()
     class Halved(CausalSelfAttention):
         def forward(self, x):
             return 0.5 * super().forward(x)
     block = ours().transformer.h[1]
     block.attn.__class__ = Halved
-    assert "Halved" in block.unfused_reason()
+    assert "Halved" in block.why_not_fused()
 
 
 def test_c21_a_replaced_linear_a_custom_mlp_and_a_hooked_head_are_honoured():

@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch.nn as nn
 
-from nanogpt_fast import GPT, GPTConfig, checkpoint, classic
+from nanogpt_fast import GPT, GPTConfig, classic
+from nanogpt_fast.checkpoints import nanogpt as checkpoint
+from nanogpt_fast.checkpoints.convert import ConversionError, convert_checkpoint, save_gpt, to_classic, to_gpt, untie_head
 from nanogpt_fast.classic import ClassicConfig, ClassicGPT
-from nanogpt_fast.convert import ConversionError, convert_checkpoint, save_gpt, to_classic, to_gpt, untie_head
 from nanogpt_fast.text.tokenizers import CharTokenizer
 
 SMALL = dict(vocab_size=31, block_size=16, n_layer=3, n_head=2, n_embd=24)

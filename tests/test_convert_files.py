@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 
-from nanogpt_fast import GPT, GPTConfig, checkpoint, classic, cli, convert
-from nanogpt_fast.checkpoint import CheckpointError
-from nanogpt_fast.convert import ConversionError, convert_checkpoint
+from nanogpt_fast import GPT, GPTConfig, classic, cli
+from nanogpt_fast.checkpoints import convert, nanogpt as checkpoint
+from nanogpt_fast.checkpoints.convert import ConversionError, convert_checkpoint
+from nanogpt_fast.checkpoints.nanogpt import CheckpointError
 
 pytest.importorskip("safetensors")
 SMALL = dict(vocab_size=31, block_size=16, n_layer=2, n_head=2, n_embd=16)

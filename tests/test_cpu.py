@@ -7,13 +7,15 @@ import pytest
 import tiny
 import torch
 
-from nanogpt_fast import GPT, GPTConfig, checkpoint, cpu, devices, generation, training
+from nanogpt_fast import GPT, GPTConfig, devices
+from nanogpt_fast.checkpoints import nanogpt as checkpoint
+from nanogpt_fast.training import cpu, trainer as training
 
 CPU = torch.device("cpu")
 
 FAULTS = """
 import resource, sys, torch
-from nanogpt_fast import cpu
+from nanogpt_fast.training import cpu
 torch.set_num_threads(1)
 def step():
     for _ in range(8):
@@ -154,7 +156,7 @@ def test_between_its_steps_a_run_generates_with_the_cache(tmp_path, monkeypatch)
     tiny.data(tmp_path)
     reasons, by_row = [], []
     def sample_text(model, *rest):
-        reasons.append(generation.cache_why_not(model.eval()))
+        reasons.append(model.eval().why_not_cached())
         model.train()
 
     monkeypatch.setattr(training, "sample_text", sample_text)

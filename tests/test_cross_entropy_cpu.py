@@ -1,16 +1,16 @@
-"""The linear cross-entropy on a CPU (ops/cross_entropy_cpu.py, csrc/cross_entropy.h): the rules of the Triton one, in every instruction set."""
+"""The linear cross-entropy on a CPU (ops/cpu/cross_entropy.py, csrc/cross_entropy.h): the rules of the Triton one, in every instruction set."""
 import pytest
 import torch
 from made import Made
 
 from nanogpt_fast import backend, reference
-from nanogpt_fast.error_rule import measure
-from nanogpt_fast.ops import cross_entropy_cpu as cpu
-from nanogpt_fast.ops import sample
+from nanogpt_fast.checks.error_rule import measure
+from nanogpt_fast.ops import extension
+from nanogpt_fast.ops.cpu import cross_entropy as cpu
 from nanogpt_fast.ops.cross_entropy import implementation, linear_cross_entropy
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=f"not here: {cpu.MISSING}")
-ISAS = sample._C.build_info()["cpu_isas"].split() if cpu.MISSING is None else []
+ISAS = extension._C.build_info()["cpu_isas"].split() if cpu.MISSING is None else []
 AUTO, FUSED = backend.parse("auto"), backend.parse("fused")
 DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 ROUTES = pytest.mark.parametrize("return_logits", (True, False), ids=("with logits", "without"))

@@ -8,16 +8,18 @@ import pytest
 import tiny
 import torch
 
-from nanogpt_fast import GPT, GPTConfig, training
+from nanogpt_fast import GPT, GPTConfig
 from nanogpt_fast.devices import Ranks
 from nanogpt_fast.text.batches import Batches
-from nanogpt_fast.training import learning_rate
+from nanogpt_fast.training import trainer as training
+from nanogpt_fast.training.trainer import learning_rate
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 
 EACH_RANK = textwrap.dedent("""
     import os, signal, sys, torch
-    from nanogpt_fast import options, progress, training
+    from nanogpt_fast import options
+    from nanogpt_fast.training import progress, trainer as training
     stop_at, out, *words = sys.argv[1:]
     if os.environ["RANK"] == "1":             # the rank that prints nothing is told to stop: all must hear of it
         real = training.learning_rate

@@ -8,10 +8,11 @@ import torch
 
 import nanogpt_fast
 from nanogpt_fast import GPT, GPTConfig, generation
-from nanogpt_fast.ops import decode
+from nanogpt_fast.generation import decode
+from nanogpt_fast.ops import extension
 
-pytestmark = pytest.mark.skipif(not hasattr(decode.sample._C, "Decoder"), reason="the extension is not built: no C++ compiler")
-ISAS = decode.sample._C.build_info()["decode_isas"].split() if hasattr(decode.sample._C, "Decoder") else []
+pytestmark = pytest.mark.skipif(not hasattr(extension._C, "Decoder"), reason="the extension is not built: no C++ compiler")
+ISAS = extension._C.build_info()["decode_isas"].split() if hasattr(extension._C, "Decoder") else []
 
 
 def model_of(**changes):

@@ -14,10 +14,9 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") != "0":
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled in this process", allow_module_level=True)
 
+from nanogpt_fast.kernels import decode, decode_rows  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-
-from nanogpt_fast.kernels import decode, decode_rows  # noqa: E402
 
 PARAMETERS = {"w_ptr", "b_ptr", "ln_weight_ptr", "ln_bias_ptr"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_fast import doctor
+from nanogpt_fast.checks import doctor
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 FAKE_SMI = """#!/bin/sh
@@ -145,7 +145,7 @@ def test_whatever_part_is_broken_the_report_is_made(broken):
 
 
 def test_the_files_of_the_package_that_it_needs_import_no_torch():
-    code = "import sys; sys.modules['torch'] = None; import nanogpt_fast.cli, nanogpt_fast.doctor"
+    code = "import sys; sys.modules['torch'] = None; import nanogpt_fast.cli, nanogpt_fast.checks.doctor"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(doctor.PACKAGE).parent)
 
 

@@ -14,12 +14,11 @@ import socket
 import pytest
 import torch
 import torch.nn as nn
+from forks import fork
 
 import nanogpt_fast
-from forks import fork
 from nanogpt_fast import GPT, GPTConfig
-from nanogpt_fast.swap import gpt2 as gpt2_parts
-from nanogpt_fast.swap import parts
+from nanogpt_fast.swap import gpt2 as gpt2_parts, parts
 
 
 @pytest.fixture

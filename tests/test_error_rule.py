@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from nanogpt_fast.error_rule import _largest_by_chance, _student, measure
+from nanogpt_fast.checks.error_rule import _largest_by_chance, _student, measure
 
 UNIT = 2.0 ** -23   # of fp32
 SHAPES = pytest.mark.parametrize("shape", [(33, 384), (9, 100), (2, 2048), (40, 32), (64,)], ids=str)

@@ -5,7 +5,7 @@ import torch.nn as nn
 
 from nanogpt_fast import GPT, GPTConfig
 from nanogpt_fast.classic import ClassicConfig, ClassicGPT
-from nanogpt_fast.finetune import freeze, unfreeze
+from nanogpt_fast.training.finetune import freeze, unfreeze
 
 SIZES = dict(vocab_size=17, block_size=8, n_layer=2, n_head=2, n_embd=8)
 

@@ -4,7 +4,9 @@ import json
 import pytest
 import torch
 
-from nanogpt_fast import checkpoint, classic, ladder
+from nanogpt_fast import classic
+from nanogpt_fast.checkpoints import nanogpt as checkpoint
+from nanogpt_fast.commands import ladder
 from nanogpt_fast.text import prepare
 
 TEXT = "to be, or not to be, that is the question:\nwhether 'tis nobler in the mind to suffer\n" * 30

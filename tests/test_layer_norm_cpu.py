@@ -1,4 +1,4 @@
-"""The residual add and LayerNorm on a CPU (ops/layer_norm_cpu.py, csrc/layer_norm.h) against fp64, in every instruction set; where it steps aside."""
+"""The residual add and LayerNorm on a CPU (ops/cpu/layer_norm.py, csrc/layer_norm.h) against fp64, in every instruction set; where it steps aside."""
 import math
 
 import pytest
@@ -7,14 +7,16 @@ import torch.nn.functional as F
 from gpts import small
 from torch.utils.checkpoint import checkpoint
 
-from nanogpt_fast import backend, cpu, explain, reference
-from nanogpt_fast.error_rule import measure
-from nanogpt_fast.half_weights import HalfWeights
-from nanogpt_fast.ops import layer_norm_cpu, sample
+from nanogpt_fast import backend, explain, reference
+from nanogpt_fast.checks.error_rule import measure
+from nanogpt_fast.ops import extension
+from nanogpt_fast.ops.cpu import layer_norm as layer_norm_cpu
 from nanogpt_fast.ops.layer_norm import CANDIDATES, add_layer_norm, implementation, layer_norm
+from nanogpt_fast.training import cpu
+from nanogpt_fast.training.half_weights import HalfWeights
 
 pytestmark = pytest.mark.skipif(layer_norm_cpu.MISSING is not None, reason=f"not here: {layer_norm_cpu.MISSING}")
-ISAS = sample._C.build_info()["cpu_isas"].split() if layer_norm_cpu.MISSING is None else []
+ISAS = extension._C.build_info()["cpu_isas"].split() if layer_norm_cpu.MISSING is None else []
 FUSED, REFERENCE = backend.parse("fused"), backend.parse("reference")
 f32, bf16 = torch.float32, torch.bfloat16
 KINDS = {  # x, branch (None: no branch), y, parameters
@@ -429,10 +431,10 @@ def graph_of(tensor):
 
 
 def train(choice, autocast, batches, trainer=False):
-    """Losses of SGD, batch by batch, at a rate where differences do not grow (at 0.02 they sometimes do). trainer: with half-precision copies and the embedding's gradient by row, as training.py."""
+    """Losses of SGD, batch by batch, at a rate where differences do not grow (at 0.02 they sometimes do). trainer: with half-precision copies and the embedding's gradient by row, as the trainer."""
     model = small(backend=choice, n_embd=64)
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.01), []
-    weights = HalfWeights(model, bf16, own_gradients=True) if trainer else HalfWeights(model, f32)
+    weights = HalfWeights(model, bf16) if trainer else HalfWeights(model, f32)
     for ids in batches:
         with cpu.embedding_gradient_by_row(model, wanted=trainer), weights.in_use():
             loss = loss_of(model, ids, autocast)

@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from nanogpt_fast import backend
 from nanogpt_fast.ops.layer_norm import add_layer_norm, implementation, layer_norm
 

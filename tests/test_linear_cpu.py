@@ -8,9 +8,10 @@ import time
 import pytest
 import torch
 
-from nanogpt_fast.error_rule import measure
-from nanogpt_fast.ops import linear_cpu, sample
-from nanogpt_fast.ops.linear_cpu import AMX, matmul, weight_gradient
+from nanogpt_fast.checks.error_rule import measure
+from nanogpt_fast.ops import extension
+from nanogpt_fast.ops.cpu import linear as linear_cpu
+from nanogpt_fast.ops.cpu.linear import AMX, matmul, weight_gradient
 
 needs_amx = pytest.mark.skipif(not AMX, reason="this CPU has no AMX")
 
@@ -23,7 +24,7 @@ def assert_close(out, exact, plain, what):
 def linear(x, w, by_input, bias, threads):
     """The extension's own call, also where `matmul` would leave it to PyTorch."""
     y = torch.full((x.size(0), w.size(1 if by_input else 0)), float("nan"), dtype=torch.bfloat16)
-    sample._C.linear_cpu(x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), by_input, 0 if bias is None else bias.data_ptr(),
+    extension._C.linear_cpu(x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), by_input, 0 if bias is None else bias.data_ptr(),
                          *x.shape, y.size(1), y.data_ptr(), threads)
     return y
 
@@ -57,7 +58,7 @@ def test_the_weights_gradient_is_as_near_to_fp64_as_pytorchs(K, M, N):
     assert_close(weight_gradient(dy, x), dy.double().t() @ x.double(), dy.t() @ x, "dW")
     in_fp32, results = torch.empty(M, N), []
     for threads in (1, 3):
-        sample._C.weight_gradient_cpu(dy.data_ptr(), x.data_ptr(), dy.stride(0), x.stride(0), K, M, N, in_fp32.data_ptr(), False, threads)
+        extension._C.weight_gradient_cpu(dy.data_ptr(), x.data_ptr(), dy.stride(0), x.stride(0), K, M, N, in_fp32.data_ptr(), False, threads)
         results.append(in_fp32.clone())
     assert torch.equal(*results)
     assert_close(in_fp32, dy.double().t() @ x.double(), dy.float().t() @ x.float(), "dW in fp32")
@@ -68,10 +69,10 @@ def test_sums_of_many_rows_are_fp32_and_pytorchs_matmuls_do_not_mind_the_tiles()
     dy, x, dw = torch.randn(2500, 40).bfloat16(), torch.randn(2500, 70).bfloat16(), torch.empty(40, 70)
     arguments = (dy.data_ptr(), x.data_ptr(), 40, 70, 2500, 40, 70, dw.data_ptr())
     with pytest.raises(ValueError, match="more than 1024 rows are fp32"):
-        sample._C.weight_gradient_cpu(*arguments, True, 1)
+        extension._C.weight_gradient_cpu(*arguments, True, 1)
     a = torch.randn(256, 256).bfloat16()
     before = a @ a
-    sample._C.weight_gradient_cpu(*arguments, False, 2)
+    extension._C.weight_gradient_cpu(*arguments, False, 2)
     assert torch.equal(a @ a, before)
     torch.testing.assert_close(dw.double(), dy.double().t() @ x.double(), rtol=1e-4, atol=1e-3)
     weight_gradient(torch.full((4, 5), float("nan")).bfloat16(), a[:4])[0, 0].isnan() or pytest.fail("NaN was lost")
@@ -80,7 +81,7 @@ def test_sums_of_many_rows_are_fp32_and_pytorchs_matmuls_do_not_mind_the_tiles()
 def product(a, b, bias=None, threads=2):
     """The extension's own call, also where `matmul` would leave it to PyTorch."""
     c = torch.full((a.size(0), b.size(1)), float("nan"))
-    sample._C.product_fp32(a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), 0 if bias is None else bias.data_ptr(), *a.shape, b.size(1),
+    extension._C.product_fp32(a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), 0 if bias is None else bias.data_ptr(), *a.shape, b.size(1),
                            c.data_ptr(), threads)
     return c
 
@@ -140,7 +141,7 @@ def test_sums_of_nothing_are_zero_and_nothing_is_as_good_as_any_matrix():
     assert linear(torch.randn(0, 3).bfloat16(), torch.randn(4, 3).bfloat16(), False, None, 2).shape == (0, 4)
     for rows, outputs, inputs in ((0, 40, 70), (40, 0, 70), (40, 40, 0)):
         dy, x, dw = torch.randn(rows, outputs).bfloat16(), torch.randn(rows, inputs).bfloat16(), torch.full((outputs, inputs), float("nan"))
-        sample._C.weight_gradient_cpu(dy.data_ptr(), x.data_ptr(), outputs, inputs, rows, outputs, inputs, dw.data_ptr(), False, 2)
+        extension._C.weight_gradient_cpu(dy.data_ptr(), x.data_ptr(), outputs, inputs, rows, outputs, inputs, dw.data_ptr(), False, 2)
         assert (dw == 0).all()
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanogpt_fast.error_rule import measure
-from nanogpt_fast.ops import mlp_hopper
+from nanogpt_fast.checks.error_rule import measure
+from nanogpt_fast.ops import extension, hopper
+from nanogpt_fast.ops.hopper import mlp as mlp_hopper
 
 HERE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 on_hopper = pytest.mark.skipif(mlp_hopper.why_not(HERE, torch.bfloat16, 768, 3072, "gelu") is not None, reason="needs an H100 or H200 and the extension")
@@ -115,8 +116,8 @@ def test_elsewhere_it_says_why_not():
 
 def test_torch_compile_can_ask_why_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))    # PyTorch asks too, where there is a GPU
-    monkeypatch.setattr(mlp_hopper.sample, "_C", None)
-    mlp_hopper._cached_card_why_not.cache_clear()
+    monkeypatch.setattr(extension, "_C", None)
+    hopper._cached_card_why_not.cache_clear()
     card = torch.device("cuda", 0)
 
     def asked(x):
@@ -125,14 +126,14 @@ def test_torch_compile_can_ask_why_not(monkeypatch):
         assert torch.equal(torch.compile(asked, backend="eager", fullgraph=True)(torch.zeros(2)), torch.zeros(2))
         assert "nanogpt_fast._C" in mlp_hopper.why_not(card, torch.bfloat16, 768, 3072, "gelu")
     finally:
-        mlp_hopper._cached_card_why_not.cache_clear()
+        hopper._cached_card_why_not.cache_clear()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_it_compiles_to_what_it_was_written_for(tmp_path):
     """At most a few spilled registers outside of the main loop, and products that no compiler's doubt made wait for each other."""
-    source = Path(mlp_hopper.__file__).parents[2] / "csrc/linear_act_sm90.cu"
+    source = Path(mlp_hopper.__file__).parents[3] / "csrc/linear_act_sm90.cu"
     done = subprocess.run(["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin", source, "-o",
                            tmp_path / "out.cubin"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -91,7 +91,7 @@ def forms(x, F=3072, activation="gelu"):
 
 def test_each_form_is_taken_only_where_it_was_measured_faster(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(op.mlp_hopper, "card_why_not", lambda index: "no extension")
+    monkeypatch.setattr(op._hopper, "card_why_not", lambda index: "no extension")
     assert forms(OnH100()) == ("pointwise", "epilogue")       # as an H100 was measured
     monkeypatch.setattr(op, "EPILOGUE_SPEEDUP", {})
     assert forms(OnH100()) == ("pointwise", "pointwise")
@@ -100,7 +100,7 @@ def test_each_form_is_taken_only_where_it_was_measured_faster(monkeypatch):
     monkeypatch.setattr(op, "EPILOGUE_SPEEDUP", {(80, 768): (1.08, 1.02), (90, 1024): (1.1, 1.1)})
     assert forms(OnH100()) == ("pointwise", "pointwise")
 
-    monkeypatch.setattr(op.mlp_hopper, "card_why_not", lambda index: "")
+    monkeypatch.setattr(op._hopper, "card_why_not", lambda index: "")
     assert forms(OnH100()) == ("hopper", "hopper")
     assert forms(OnH100(dtype=torch.float16), activation="gelu_tanh") == ("hopper", "hopper")
     with monkeypatch.context() as under_autocast:       # which PyTorch switches on only where there is a GPU

@@ -1,9 +1,10 @@
 """What Inductor makes of our operators. Nothing runs: fakes are traced, and their graph is lowered."""
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
 from nanogpt_fast.ops import cross_entropy, layer_norm, mlp, sample  # noqa: F401  (they register their operators)
 from nanogpt_fast.ops.registration import raw
-from torch.fx.experimental.proxy_tensor import make_fx
 
 inductor = pytest.importorskip("torch._inductor.graph")
 

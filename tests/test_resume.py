@@ -10,9 +10,12 @@ import pytest
 import tiny
 import torch
 
-from nanogpt_fast import GPT, checkpoint, progress
-from nanogpt_fast.checkpoint import CheckpointError
-from nanogpt_fast.training import run, train
+from nanogpt_fast import GPT
+from nanogpt_fast.checkpoints import nanogpt as checkpoint
+from nanogpt_fast.checkpoints import state
+from nanogpt_fast.checkpoints.nanogpt import CheckpointError
+from nanogpt_fast.training import progress
+from nanogpt_fast.training.trainer import run, train
 
 
 @pytest.fixture
@@ -159,9 +162,9 @@ def test_random_states_come_back():
     import random
 
     import numpy
-    states = checkpoint.random_states()
+    states = state.random_states()
     drawn = torch.rand(3), numpy.random.rand(3), random.random(), numpy.random.randn()
-    checkpoint.set_random_states(states)
+    state.set_random_states(states)
     again = torch.rand(3), numpy.random.rand(3), random.random(), numpy.random.randn()
     assert torch.equal(drawn[0], again[0]) and (drawn[1] == again[1]).all() and drawn[2:] == again[2:]
 

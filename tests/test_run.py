@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
-import forks
-from nanogpt_fast import cli, run
+from nanogpt_fast import cli
+from nanogpt_fast.swap import run
 
 HERE = Path(__file__).parent
 
@@ -93,7 +94,7 @@ def test_backend_gloo_is_the_scripts_own(checkout, capfd):
 def test_an_error_in_the_script_is_shown_as_python_shows_it(checkout, capfd):
     assert status_of(["train.py", "--max_iters=1", "--status=99"]) == 1
     err = capfd.readouterr().err
-    assert "OSError: the disk is full" in err and 'File "train.py"' in err and "nanogpt_fast/run.py" not in err
+    assert "OSError: the disk is full" in err and 'File "train.py"' in err and "nanogpt_fast/swap/run.py" not in err
 
 
 @pytest.mark.parametrize("words,message", [

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from nanogpt_fast import backend
-from nanogpt_fast.ops import sample as sampler
+from nanogpt_fast.ops import extension, sample as sampler
 from nanogpt_fast.ops.sample import sample, sample_out, sample_probs
 
-needs_extension = pytest.mark.skipif(sampler._C is None, reason=f"no extension: {sampler._C is None and sampler._missing()}")
+needs_extension = pytest.mark.skipif(extension._C is None, reason=f"no extension: {extension._C is None and extension.missing()}")
 IMPLEMENTATIONS = [pytest.param(backend.parse("fused"), id="cpp", marks=needs_extension), pytest.param(backend.parse("reference"), id="plain")]
 
 
@@ -184,9 +184,9 @@ def test_a_row_draws_the_same_in_any_slot_of_any_batch(filters, implementation):
 @needs_extension
 def test_threads_and_instruction_sets_do_not_change_a_token(filters):
     x, expected = rows(n=40, V=5003), None
-    for isa, threads in itertools.product(sampler._C.build_info()["cpu_isas"].split(), (1, 2, 7, 64)):
+    for isa, threads in itertools.product(extension._C.build_info()["cpu_isas"].split(), (1, 2, 7, 64)):
         seed, offset, out = torch.arange(40), torch.zeros(40, dtype=torch.long), torch.full((40,), -1)
-        sampler._C.sample_cpu(x.data_ptr(), "float32", *x.shape, x.stride(0), 0, filters.get("temperature", 1.0), 0, filters.get("top_k", 0),
+        extension._C.sample_cpu(x.data_ptr(), "float32", *x.shape, x.stride(0), 0, filters.get("temperature", 1.0), 0, filters.get("top_k", 0),
                               0, filters.get("top_p", 1.0), 0, filters.get("min_p", 0.0), seed.data_ptr(), offset.data_ptr(), out.data_ptr(),
                               threads, isa)
         expected = out if expected is None else expected
@@ -322,9 +322,9 @@ def test_the_extension_refuses_what_it_cannot_read():
     good = [1, "float32", 1, 5, 5, 0, 1.0, 0, 0, 0, 1.0, 0, 0.0, 1, 1, 1, 1, ""]
     for place, value, message in ((1, "float64", "type is"), (2, -1, "rows is"), (3, 0, "vocab is"), (13, 0, "must not be null")):
         with pytest.raises(ValueError, match=message):
-            sampler._C.sample_cpu(*good[:place], value, *good[place + 1:])
+            extension._C.sample_cpu(*good[:place], value, *good[place + 1:])
     with pytest.raises(ValueError, match="isa is 'mmx'"):
-        sampler._C.sample_cpu(*good[:2], 0, *good[3:-1], "mmx")
+        extension._C.sample_cpu(*good[:2], 0, *good[3:-1], "mmx")
 
 
 # ---------------------------------------------------------------- sample_out, torch.compile, the fallback
@@ -372,7 +372,7 @@ def test_the_registered_op_keeps_its_schema():
 def test_without_the_extension_the_reason_is_told_and_pytorch_draws(monkeypatch):
     x = rows(2)
     expected = sample(x, seed=1, top_k=9)
-    monkeypatch.setattr(sampler, "_C", None)
+    monkeypatch.setattr(extension, "_C", None)
     assert "nanogpt_fast._C" in sampler.why_not(x) and sampler.implementation(x) == "reference"
     assert torch.equal(sample(x, seed=1, top_k=9), expected)
     with pytest.raises(RuntimeError, match="nanogpt_fast._C"):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nanogpt_fast.ops import sample
+from nanogpt_fast.ops import extension
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 pytest.importorskip("pybind11")
@@ -83,7 +83,7 @@ def test_an_architecture_that_nvcc_does_not_know_is_left_out_and_named(sources):
     assert code == 0 and "does not know sm_9999; it is left out" in output and len(built(sources)) == 1, output
 
 
-@pytest.mark.skipif(sample._C is None, reason="the extension is not built")
+@pytest.mark.skipif(extension._C is None, reason="the extension is not built")
 @pytest.mark.parametrize("best", ("avx512", "avx2", "baseline"))
 def test_an_older_cpu_can_be_played(best):
     code = "import nanogpt_fast._C as c; i = c.build_info(); print(i['cpu_isas'], i['decode_isas'], c.gemm_works())"
@@ -92,7 +92,7 @@ def test_an_older_cpu_can_be_played(best):
     assert not set(above) & set(told.split()) and "baseline" in told and told.split()[-1] == "False"
 
 
-@pytest.mark.skipif(sample._C is None, reason="the extension is not built")
+@pytest.mark.skipif(extension._C is None, reason="the extension is not built")
 def test_a_cpu_that_does_not_exist_is_refused():
     done = subprocess.run([sys.executable, "-c", "import nanogpt_fast._C as c; c.build_info()"], capture_output=True, text=True,
                           env={**os.environ, "NANOGPT_FAST_ISA": "mmx"})

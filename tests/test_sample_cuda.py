@@ -13,14 +13,14 @@ import subprocess
 import pytest
 import torch
 
-from nanogpt_fast.ops import sample as sampler
+from nanogpt_fast.ops import extension, sample as sampler
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KERNEL = os.path.join(ROOT, "csrc", "cuda.cu")
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
-pytestmark = pytest.mark.skipif(COMPILER is None or sampler._C is None, reason="needs a C++ compiler and the extension")
+pytestmark = pytest.mark.skipif(COMPILER is None or extension._C is None, reason="needs a C++ compiler and the extension")
 
 
 class Rows(ctypes.Structure):

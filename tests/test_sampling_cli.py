@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanogpt_fast import GPT, GPTConfig, checkpoint, cli, sampling
+from nanogpt_fast import GPT, GPTConfig, cli
+from nanogpt_fast.checkpoints import nanogpt as checkpoint
+from nanogpt_fast.commands import sampling
 from nanogpt_fast.text.tokenizers import CharTokenizer
 
 CHARS = "\n !,.?abcdefghijklmnopqrstuvwxyzé"

@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from forks import SMALL, fork
 
 import nanogpt_fast
-from forks import SMALL, fork
 from nanogpt_fast import backend, classic
-from nanogpt_fast.ops import attention_cpu
+from nanogpt_fast.ops.cpu import attention as attention_cpu
 from nanogpt_fast.swap import parts
 
 
@@ -304,8 +304,8 @@ def gpt2(dropout=0.0):
     (fork, 0.0, True, 2), (fork, 0.1, True, 0), (fork, 0.1, False, 2), (classic_gpt, 0.0, True, 0), (classic_gpt, 0.1, True, 0),
     (gpt2, 0.0, True, 2), (gpt2, 0.1, True, 0)])
 def test_a_call_counts_as_a_kernel_s_where_a_kernel_runs(make, dropout, training, kernels, monkeypatch):
-    ran, packed = [], attention_cpu.packed
-    monkeypatch.setattr(attention_cpu, "packed", lambda *args: ran.append(1) or packed(*args))
+    ran, forward = [], attention_cpu.forward
+    monkeypatch.setattr(attention_cpu, "forward", lambda *args: ran.append(1) or forward(*args))
     model = make(dropout=dropout).train(training)
     report = nanogpt_fast.accelerate(model, backend="auto,layer_norm=reference")  # fused blocks call no attention module
     with torch.autocast("cpu", torch.bfloat16):

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from forks import fork
 
 import nanogpt_fast
-from forks import fork
 from nanogpt_fast.swap import Swapped, parts, stage
 
 

@@ -7,8 +7,7 @@ import types
 
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
 from nanogpt_fast.text import tokenizers
 from nanogpt_fast.text.tokenizers import CharTokenizer, GPT2Tokenizer, TokenizerError, WordTokenizer

@@ -8,9 +8,10 @@ import pytest
 import tiny
 import torch
 
-from nanogpt_fast import GPT, GPTConfig, devices, options, training
+from nanogpt_fast import GPT, GPTConfig, devices, options
 from nanogpt_fast.text.batches import Batches
-from nanogpt_fast.training import NonFiniteLoss, TrainOptions, learning_rate, split_backend, train
+from nanogpt_fast.training import start, trainer as training
+from nanogpt_fast.training.trainer import NonFiniteLoss, TrainOptions, learning_rate, split_backend, train
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_a_step_is_nanogpts_step_bit_for_bit(folder):
 
 
 def tiny_vocab(folder):
-    return training._tokenizer(folder / "data" / "sums").vocab_size
+    return start.load_tokenizer(folder / "data" / "sums").vocab_size
 
 
 def test_a_run_learns_and_leaves_its_metrics_its_picture_and_its_checkpoints(folder, capsys):
@@ -226,7 +227,7 @@ def test_a_terminal_shows_a_bar_with_step_loss_validation_speed_and_time_left(fo
 
 
 def test_samples_leave_out_the_padding_of_the_vocabulary(folder):
-    tokenizer = training._tokenizer(folder / "data" / "sums")
+    tokenizer = start.load_tokenizer(folder / "data" / "sums")
     model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.vocab_size + 100, n_layer=1, n_head=2, n_embd=32))
     o = tiny.options(folder, sample_tokens=50)
     text = training.sample_text(model, tokenizer, o, torch.device("cpu"), devices.autocast(torch.device("cpu"), torch.float32))

@@ -4,8 +4,9 @@ import json
 import pytest
 import torch
 
-from nanogpt_fast import backend, verify
-from nanogpt_fast.ops import cross_entropy_cpu
+from nanogpt_fast import backend
+from nanogpt_fast.checks import verify
+from nanogpt_fast.ops.cpu import cross_entropy as cross_entropy_cpu
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or backend.triton_import_error() is not None, reason="for Triton without a GPU")

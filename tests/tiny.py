@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 from nanogpt_fast.text import prepare
-from nanogpt_fast.training import TrainOptions
+from nanogpt_fast.training.trainer import TrainOptions
 
 TEXT = "".join(f"{i} times {i} is {i * i},\nand {i} plus one is {i + 1}.\n" for i in range(400))
 

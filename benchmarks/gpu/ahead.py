@@ -175,11 +175,14 @@ def pretend():
     """Let every tensor claim to lie on GPU 0, an H100, where our code asks. The tensors stay a CPU's, so that PyTorch computes with
     them: its autograd starts a thread for a GPU, and fails without one."""
     import torch
+    from nanogpt_fast.kernels import cross_entropy
     from torch._subclasses.fake_tensor import FakeTensor
 
-    from nanogpt_fast import half_weights, model
-    from nanogpt_fast.kernels import cross_entropy
-    from nanogpt_fast.ops import attention, decode, linear_cpu, sample
+    from nanogpt_fast import model
+    from nanogpt_fast.generation import decode
+    from nanogpt_fast.ops import attention, sample
+    from nanogpt_fast.ops.cpu import linear as linear_cpu
+    from nanogpt_fast.training import half_weights
     FakeTensor.data_ptr = lambda self: self.storage_offset() * self.element_size()      # of an aligned storage
     torch.Tensor.is_cuda = property(lambda self: True)
     torch.Tensor.get_device = lambda self: 0
@@ -213,7 +216,7 @@ def pretend():
 @contextlib.contextmanager
 def hopper():
     """Inside, the extension's kernels for Hopper are there and do nothing, so that the code around them asks Triton for the rest."""
-    from nanogpt_fast.ops import attention_hopper, mlp_hopper
+    from nanogpt_fast.ops.hopper import attention as attention_hopper, mlp as mlp_hopper
     def attention(device, dtype, D, scale=None, dropout_p=0.0):
         return None if D == attention_hopper.HEAD and dropout_p == 0 and dtype in attention_hopper.DTYPES else "not for it"
 
@@ -237,7 +240,7 @@ def training():
     from benchmarks.gpu.smoke import SMALL
     from nanogpt_fast import GPT, GPTConfig
     from nanogpt_fast.bench.common import GPT2
-    from nanogpt_fast.half_weights import HalfWeights
+    from nanogpt_fast.training.half_weights import HalfWeights
     baby = dict(block_size=256, vocab_size=65, n_head=6, n_embd=384, dropout=0.2, bias=False)
     verified = dict(block_size=256, vocab_size=1000, n_head=4, n_embd=256)
     half = (torch.bfloat16,)
@@ -247,7 +250,7 @@ def training():
         for B, dtype, around, logits in itertools.product(batches, dtypes, (hopper, contextlib.nullcontext), (False, True)):
             tokens = torch.randint(shape["vocab_size"], (2, B, shape["block_size"]))
             autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-            for copies in (HalfWeights(model, dtype, own_gradients=True).in_use, contextlib.nullcontext):
+            for copies in (HalfWeights(model, dtype).in_use, contextlib.nullcontext):
                 with around(), copies():
                     with autocast:
                         loss = model(*tokens, return_logits=logits)[1]
@@ -261,8 +264,7 @@ def generation():
     import torch
 
     from benchmarks.gpu.smoke import SMALL
-    from nanogpt_fast import GPT, GPTConfig
-    from nanogpt_fast import generation as generating
+    from nanogpt_fast import GPT, GPTConfig, generation as generating
     from nanogpt_fast.bench.common import GPT2
     for shape in (GPT2, SMALL):
         model = GPT(GPTConfig(**{**shape, "n_layer": 2}), backend="fused").eval()
@@ -280,7 +282,7 @@ def checks():
     import torch
 
     from benchmarks.gpu import smoke
-    from nanogpt_fast import verify
+    from nanogpt_fast.checks import verify
 
     def ours_alone(call, inputs, differentiate=0):
         leaves = {name: t.detach().requires_grad_(t.requires_grad) for name, t in inputs.items()}

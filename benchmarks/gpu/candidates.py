@@ -6,9 +6,8 @@ thread asks for a whole tile, where pointers, masks and 64-bit offsets take regi
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
-
 from nanogpt_fast.kernels.mlp import _quarters, _store_act, _store_dact
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit

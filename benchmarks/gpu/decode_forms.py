@@ -15,9 +15,9 @@ import traceback
 
 import torch
 import triton
+from nanogpt_fast.kernels import attention_decode, decode, decode_rows
 
 from nanogpt_fast import generation
-from nanogpt_fast.kernels import attention_decode, decode, decode_rows
 from nanogpt_fast.model import GPT, GPTConfig
 
 POSITION, BLOCK_SIZE = 640, 1024

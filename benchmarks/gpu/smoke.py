@@ -19,10 +19,13 @@ from pathlib import Path
 
 import torch
 
-from nanogpt_fast import GPT, GPTConfig, backend, captured, measure
+from nanogpt_fast import GPT, GPTConfig, backend
+from nanogpt_fast.bench import measure
 from nanogpt_fast.bench.common import GPT2
-from nanogpt_fast.half_weights import HalfWeights
-from nanogpt_fast.ops import attention, attention_hopper, cross_entropy, layer_norm, mlp, mlp_hopper
+from nanogpt_fast.ops import attention, cross_entropy, layer_norm, mlp
+from nanogpt_fast.ops.hopper import attention as attention_hopper, mlp as mlp_hopper
+from nanogpt_fast.training import captured
+from nanogpt_fast.training.half_weights import HalfWeights
 
 BF16 = torch.bfloat16
 
@@ -229,8 +232,9 @@ def prefills(device):
 
 def early_launches(device):
     """One decoding step with and without early launches: the same bits, 300 times."""
-    from nanogpt_fast import generation
     from nanogpt_fast.kernels import decode
+
+    from nanogpt_fast import generation
     model = quiet_gpt(device, "auto", **SMALL).eval()
     with torch.no_grad():
         model.generate(torch.randint(1024, (1, 60), device=device), 20, temperature=0, rng="philox")
@@ -249,7 +253,7 @@ def steps(model, device, B, T, V, take, capture, dtype=BF16, network=None, accum
     """The losses of `take` training steps, as bench train takes them: trainer's way, captured or not."""
     with contextlib.redirect_stdout(io.StringIO()):
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
-    weights = HalfWeights(model, dtype, own_gradients=network is None)
+    weights = HalfWeights(model, dtype, compiled=network is not None)
     x, y = torch.randint(V, (2, B, T), device=device, generator=torch.Generator(device).manual_seed(5))
 
     def forward_backward(x, y):

@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from nanogpt_fast.kernels import attention_backward, attention_forward, cross_entropy, layer_norm, mlp
+from nanogpt_fast.kernels.attention_common import Tile
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu import candidates
 from benchmarks.gpu.smoke import relative
-from nanogpt_fast import backend, measure, reference
-from nanogpt_fast.kernels import attention_backward, attention_forward, cross_entropy, layer_norm, mlp
-from nanogpt_fast.kernels.attention_common import Tile
+from nanogpt_fast import backend, reference
+from nanogpt_fast.bench import measure
 from nanogpt_fast.ops import attention as attention_op
-from nanogpt_fast.ops import attention_hopper, mlp_hopper
+from nanogpt_fast.ops.hopper import attention as attention_hopper, mlp as mlp_hopper
 
 BF16 = torch.bfloat16
 FUSED = backend.parse("fused")

@@ -14,8 +14,8 @@ import sys
 
 import torch
 
-from .. import devices, measure, options
-from . import generate, loss, train
+from .. import devices, options
+from . import generate, loss, measure, train
 
 COMMANDS = {"train": (train.BenchTrainOptions, train.run), "generate": (generate.BenchGenerateOptions, generate.run),
             "loss": (loss.BenchLossOptions, loss.run)}

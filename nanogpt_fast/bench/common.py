@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from .. import backend as ops_backend
-from .. import measure
 from ..config import GPTConfig
 from ..model import GPT
 from ..options import option
+from . import measure
 
 # name: (config, batch size). On a CPU GPT-2's context is 256 and 4 sequences are a batch, so that a step takes seconds.
 GPT2 = dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=False)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .. import devices, measure, reference
+from .. import devices, reference
 from ..options import option
+from . import measure
 from .common import MODELS, BenchOptions, build, record, wanted
 
 

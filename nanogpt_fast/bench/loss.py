@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import devices, measure
+from .. import devices
 from ..options import option
-from ..training import learning_rate
+from ..training.trainer import learning_rate
+from . import measure
 from .common import MODELS, BenchOptions, record, shape_of
 from .train import Trainer, Variant
 

@@ -18,13 +18,15 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import captured, cpu, devices, measure
+from .. import devices
+from ..checks.explanation import explain
 from ..config import GPTConfig
-from ..explanation import explain
-from ..half_weights import HalfWeights
 from ..model import GPT
 from ..ops import mlp
 from ..options import option
+from ..training import captured, cpu
+from ..training.step import TrainingStep
+from . import measure
 from .common import BenchOptions, build, quiet, record, shape_of, wanted
 
 
@@ -80,12 +82,11 @@ TRAIN_VARIANTS_CPU = {  # what nanoGPT's user could switch on beside ours
 class Trainer:
     """One variant: a model, its optimizer, and `step(x, y)`, x and y (B, T), which returns the loss.
 
-    Our trainer's way is training.py's: no logits, half-precision copies of the weights, the step captured in CUDA graphs
-    where it can be. The others do what nanoGPT's train.py does.
+    Our trainer's is the step that `nanogpt-fast train` takes (training/step.py). The others do what nanoGPT's train.py does.
     """
 
     def __init__(self, o, variant, config, B, device, dtype, seed=0):
-        dtype = torch.bfloat16 if variant.bf16 else dtype
+        self.dtype = torch.bfloat16 if variant.bf16 else dtype
         if variant.mlp_form:
             mlp._faster_forms = lambda *_: (variant.mlp_form, variant.mlp_form)
         self.model = build(o, variant.nanogpt, config, device, seed)
@@ -96,45 +97,23 @@ class Trainer:
                 block.mlp.recompute = variant.recompute
         self.optimizer = _optimizer(o, variant, self.model, device)
         self.network = torch.compile(self.model) if variant.compiled else self.model
-        self.parameters = list(self.model.parameters())
-        self.dtype, self.context = dtype, devices.autocast(device, dtype)
-        self.more, self.weights, self.graphs, self.not_captured = {}, None, None, "not our trainer"
+        self.context = devices.autocast(device, self.dtype)
+        self.ours, self.not_captured = None, "not our trainer"
         if not variant.logits:
-            self.more = dict(return_logits=False)
-            self.weights = HalfWeights(self.model, dtype, own_gradients=not variant.compiled)
-            # Until the process ends: this model is nobody else's.
-            self.sparse = cpu.embedding_gradient_by_row(self.model, wanted=device.type == "cpu" and not variant.compiled)
-            self.sparse.__enter__()  # it would be undone if nobody kept it
             self.not_captured = captured.why_not(self.model, self.optimizer, device)
-        if self.not_captured is None:
-            self.graphs = captured.CapturedStep(self.forward_backward, self.update, self.optimizer,
-                                                (B, config["block_size"]), device)
+            self.ours = TrainingStep(self.model, self.optimizer, self.network, dtype=self.dtype, batch_shape=(B, config["block_size"]),
+                                     not_captured=self.not_captured, compiled=variant.compiled)
 
     def step(self, x, y):
-        if self.graphs is not None:
-            self.graphs.micro_step(x, y, first=True)
-            self.graphs.update()
-            return self.graphs.loss
-        loss = self.forward_backward(x, y)
-        self.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    def forward_backward(self, x, y):
-        with self.weights.in_use() if self.weights else contextlib.nullcontext():
-            with self.context:
-                loss = self.network(x, y, **self.more)[1]
-            loss.backward()
-        return loss.detach()
-
-    def update(self):
-        if self.weights and self.parameters[0].device.type == "cpu":
-            cpu.update(self.optimizer, self.weights, 1.0)
-            return
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if self.ours is not None:
+            return self.ours(lambda: (x, y))
+        with self.context:
+            loss = self.network(x, y)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        if self.weights:
-            self.weights.refresh()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
 
 def _optimizer(o, variant, model, device):
@@ -280,11 +259,12 @@ class Runner:
         trainer, start = self.trainer, time.perf_counter()
         trainer.step(*next(self.batches)).item()
         first = time.perf_counter() - start
-        for _ in range(captured.WARM_UP_STEPS + 1 if trainer.graphs else 1):  # up to the step that is recorded
+        for _ in range(captured.WARM_UP_STEPS + 1 if trainer.not_captured is None else 1):  # up to the step that is recorded
             trainer.step(*next(self.batches))
         ops = {}
         if isinstance(trainer.model, GPT):
-            rows = explain(trainer.model, dtype=trainer.dtype, return_logits=not trainer.more)
+            with trainer.ours.weights.in_use() if trainer.ours else contextlib.nullcontext():
+                rows = explain(trainer.model, dtype=trainer.dtype, return_logits=trainer.ours is None)
             ops = {row.op: row.implementation for row in rows}
         return dict(first_step_s=first, peak_memory=_peak(self.device, self.before), ops=ops, not_captured=trainer.not_captured)
 

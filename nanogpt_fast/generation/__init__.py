@@ -18,6 +18,6 @@ a CUDA graph. It is checked against the model at every call: nothing in it outli
     session.py    weights, cache and graphs, kept from call to call
 """
 from .run import Run, check, draw, generate
-from .session import Session, _sessions, cache_why_not, prefill_width, session_of
+from .session import Session, _sessions, prefill_width, session_of
 
-__all__ = ["Run", "Session", "_sessions", "cache_why_not", "check", "draw", "generate", "prefill_width", "session_of"]
+__all__ = ["Run", "Session", "_sessions", "check", "draw", "generate", "prefill_width", "session_of"]

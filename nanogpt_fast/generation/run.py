@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from .. import backend
 from ..ops import sample as sampler
-from .session import cache_why_not, session_of
+from .session import session_of
 
 
 def _gradless(function):
@@ -105,7 +105,12 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
 
 
 class Run:
-    """One call of `generate`: rows of tokens that grow by one a step."""
+    """One call of `generate`: rows of tokens that grow by one a step.
+
+    `history` (the tokens), `ends` (each row's length, on the device) and `offsets` (of its draws) belong to the run. While steps are
+    replayed, the session's `drawn`, `position` and `offsets` are `uncollected` tokens ahead of them; `collect` brings the run's up to
+    date. `lengths`, on the host, count every token at once.
+    """
 
     def __init__(self, model, prompts, num_samples, filters, rng, seed, use_cache):
         self.model, self.prompts, self.filters = model, prompts, filters
@@ -123,11 +128,11 @@ class Run:
 
         self.lengths = [prompt.numel() for prompt in prompts]                       # tokens of each row so far, on the host
         self.longest = max(self.lengths, default=0)
-        reason = cache_why_not(model) if use_cache else "use_cache=False"
+        reason = model.why_not_cached() if use_cache else "use_cache=False"
         if reason is not None and use_cache:
             backend.notice(f"generate recomputes the whole context for every token: {reason}")
         self.session = None if reason is not None or rows == 0 else session_of(model, rows)
-        self.num_samples = num_samples                                              # so many rows in a row are still equal
+        self.num_samples = num_samples                                              # consecutive identical rows; prefilled once
         self.fresh = True                                                           # the cache does not hold these rows yet
         self.uncollected = 0                                                        # tokens that only the session holds yet
 

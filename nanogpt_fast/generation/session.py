@@ -6,34 +6,12 @@ import weakref
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from .. import backend
-from ..graphs import Recorder
-from ..ops import attention, decode, layer_norm, mlp
-from ..ops import sample as sampler
-
-
-def cache_why_not(model):
-    """None where the cached path computes what calling the model would; else the reason it would not."""
-    from ..model import GPT, LayerNorm, touched
-    if type(model).forward is not GPT.forward or touched(model, type(model)) is not None:
-        return touched(model, GPT)
-    t = model.transformer
-    reason = touched(t.wte, nn.Embedding) or touched(t.wpe, nn.Embedding) or touched(t.drop, nn.Dropout) \
-        or touched(t.ln_f, LayerNorm) or touched(model.lm_head, nn.Linear)
-    for block in t.h:
-        reason = reason or (block.unfused_reason() if hasattr(block, "unfused_reason") else f"a block is a {type(block).__name__}")
-        if reason is not None:
-            return reason
-        reason = touched(block.attn.c_attn, nn.Linear) or touched(block.attn.c_proj, nn.Linear) \
-            or touched(block.mlp.c_fc, nn.Linear) or touched(block.mlp.c_proj, nn.Linear) or touched(block.mlp.gelu, nn.GELU) \
-            or (None if block.attn.flash else "attn.flash is False")
-    dropouts = [m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.training] \
-        + [block.attn.dropout for block in t.h if block.attn.training]
-    return reason or ("the model is in train mode with dropout" if any(dropouts) else None)
-
+from ..ops import attention, layer_norm, mlp, sample as sampler
+from ..ops.graphs import Recorder
+from . import decode
 
 _sessions = weakref.WeakKeyDictionary()  # model -> {(rows, dtype): Session}
 

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import torch
 from torch.compiler import is_compiling
 
-from .. import backend as _backend
-from .. import reference
-from . import attention_cpu, attention_hopper
+from .. import backend as _backend, reference
+from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_second_derivative
+from .cpu import attention as _cpu
+from .hopper import attention as _hopper
 from .registration import define, raw
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
 LOG2_E = math.log2(math.e)
 
@@ -66,20 +66,20 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backen
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (B, T, 3C) with C a multiple of n_head={n_head}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
-    dtype = _autocast_dtype(qkv)
+    dtype = autocast_dtype(qkv)
     name = _backend.choose("attention", CANDIDATES, backend, (qkv, dtype, shape[2] // (3 * n_head), scale, backend, dropout_p))
     if name == "reference":
         return reference.causal_attention_qkvpacked(qkv, n_head, dropout_p=dropout_p, scale=scale)
     if qkv.dtype != dtype:      # a `to` that changes nothing still costs a microsecond
         qkv = qkv.to(dtype)
     if name == "cpp":
-        return attention_cpu.packed(qkv, n_head, scale)
+        return _CPUAttention.apply(qkv, n_head, scale)
     if qkv.requires_grad and torch.is_grad_enabled():
         return _PackedAttention.apply(qkv, (n_head, scale, dropout_p), name == "cudnn")
     if name == "cudnn":
         return raw.attention_qkvpacked_cudnn(qkv, n_head, scale)[0] if is_compiling() else _cudnn_packed(qkv, n_head, scale, False)[0]
     run = raw.attention_qkvpacked if is_compiling() else _kernels().forward.launch_forward_qkvpacked
-    return run(qkv, _seed(qkv, dropout_p), n_head, scale, dropout_p)[0]
+    return run(qkv, dropout_seed(qkv, dropout_p), n_head, scale, dropout_p)[0]
 
 
 def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
@@ -90,7 +90,7 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
     backend and what raises: as for `causal_attention_qkvpacked`.
     """
     _check_qkv(q, k, v, dropout_p)
-    dtype = _autocast_dtype(q)
+    dtype = autocast_dtype(q)
     name = _backend.choose("attention", SEPARATE_CANDIDATES, backend, (q, k, v, dtype, scale, backend, dropout_p))
     if name == "reference":
         return reference.causal_attention(q, k, v, dropout_p=dropout_p, scale=scale)
@@ -101,7 +101,7 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
     if name == "cudnn":
         return (raw.attention_cudnn(q, k, v, scale) if is_compiling() else _cudnn(q, k, v, scale, False))[0].transpose(1, 2)
     run = raw.attention if is_compiling() else _kernels().forward.launch_forward
-    return run(q, k, v, _seed(q, dropout_p), scale, dropout_p)[0].transpose(1, 2)
+    return run(q, k, v, dropout_seed(q, dropout_p), scale, dropout_p)[0].transpose(1, 2)
 
 
 def decode_attention(q, k, v, lengths, *, scale=None, backend=None):
@@ -115,7 +115,7 @@ def decode_attention(q, k, v, lengths, *, scale=None, backend=None):
     _check_qkv(q, k, v, 0.0)
     if lengths.shape != q.shape[:1]:
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected ({q.size(0)},)")
-    dtype = _autocast_dtype(q)
+    dtype = autocast_dtype(q)
     if _backend.choose("attention", _DECODE_CANDIDATES, backend, (q, k, v, dtype, scale, backend)) == "reference":
         visible = (torch.arange(k.size(2), device=k.device) < lengths[:, None])[:, None, None]          # (B, 1, 1, T)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
@@ -145,7 +145,7 @@ def _why_not(x, dtype, D, scale, backend, dropout_p=0.0, left_to_pytorch=True):
     """None where the kernels can take x (any of q, k, v, or qkv) in dtype, head size D, and are the choice, else the reason."""
     if (reason := _backend.triton_why_not(x)) is not None:
         return reason
-    if dtype not in _DTYPES:
+    if dtype not in KERNEL_DTYPES:
         return f"the input is {dtype}; the kernels take float32, float16 and bfloat16"
     if not 1 <= D <= LARGEST_HEAD:
         return f"the head size is {D}; the kernels take 1 to {LARGEST_HEAD}"
@@ -207,7 +207,7 @@ def _separate_why_not(q, k, v, dtype, scale, backend, dropout_p=0.0, left_to_pyt
     device, given = q.device, q.dtype
     if k.device != device or v.device != device:
         return f"q is on {device}, k on {k.device}, v on {v.device}"
-    if (k.dtype != given or v.dtype != given) and not _autocast_dtype(k) == _autocast_dtype(v) == dtype:
+    if (k.dtype != given or v.dtype != given) and not autocast_dtype(k) == autocast_dtype(v) == dtype:
         return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}"           # the reference raises PyTorch's own error
     return _why_not(q, dtype, q.shape[3], scale, backend, dropout_p, left_to_pytorch)
 
@@ -237,35 +237,19 @@ def _why_left_in_training(arch, x, D, dropout_p):
     return reason if tokens >= least else None
 
 
-CANDIDATES = (("cudnn", _cudnn_why_not), ("triton", _why_not), ("cpp", attention_cpu.why_not))  # args: (qkv, dtype, head size, scale, backend, dropout_p)
+CANDIDATES = (("cudnn", _cudnn_why_not), ("triton", _why_not), ("cpp", _cpu.why_not))  # args: (qkv, dtype, head size, scale, backend, dropout_p)
 SEPARATE_CANDIDATES = (("cudnn", _separate_cudnn_why_not), ("triton", _separate_why_not))        # args: (q, k, v, dtype, scale, backend, dropout_p)
 _DECODE_CANDIDATES = (("triton", _decode_why_not),)
 
 
-def _autocast_dtype(x):
-    """The dtype that x is computed in."""
-    kind = "cuda" if x.is_cuda else "cpu"                   # a third of the time of x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return x.dtype
-    return torch.get_autocast_dtype(kind)
-
-
 # --------------------------------------------------------------------------------------------------------------------- autograd
-
-
-def _seed(x, dropout_p):
-    """One number a call, as a tensor: a captured graph draws anew at each replay, and a recomputed forward gets the same one.
-
-    31 bits: Inductor writes the bound as an int32 constant.
-    """
-    return torch.randint(2**31 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_p > 0 else None
 
 
 class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, options, by_cudnn):       # a tuple, since each argument of a Function costs 0.2 us
-        seed = _seed(qkv, options[2]) if options[2] > 0 else None
+        seed = dropout_seed(qkv, options[2]) if options[2] > 0 else None
         if by_cudnn:
             out, lse = (raw.attention_qkvpacked_cudnn if is_compiling() else _cudnn_packed)(qkv, options[0], options[1])
         else:
@@ -277,22 +261,22 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
-        _refuse_second_derivative()
+        no_second_derivative("attention")
         run = raw.attention_qkvpacked_backward if is_compiling() else _packed_backward
         return run(do, *ctx.saved_tensors, *ctx.options), None, None
 
 
 def _packed_backward(do, qkv, out, lse, seed, n_head, scale, dropout_p):
     """By the kernels for Hopper where they can run: on an H100 1.2 to 1.4 times as fast as Triton's at all sizes timed (docs/gpu.md)."""
-    if qkv.numel() and attention_hopper.why_not(qkv.device, qkv.dtype, qkv.size(2) // (3 * n_head), scale, dropout_p) is None:
-        return attention_hopper.backward_qkvpacked(do, qkv, out, lse, n_head, scale)
+    if qkv.numel() and _hopper.why_not(qkv.device, qkv.dtype, qkv.size(2) // (3 * n_head), scale, dropout_p) is None:
+        return _hopper.backward_qkvpacked(do, qkv, out, lse, n_head, scale)
     return _kernels().backward.launch_backward_qkvpacked(do, qkv, out, lse, seed, n_head, scale, dropout_p)
 
 
 def _separate_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
     """Likewise, of as many queries as keys."""
-    if q.numel() and q.size(2) == k.size(2) and attention_hopper.why_not(q.device, q.dtype, q.size(3), scale, dropout_p) is None:
-        return attention_hopper.backward(do, q, k, v, out, lse, scale)
+    if q.numel() and q.size(2) == k.size(2) and _hopper.why_not(q.device, q.dtype, q.size(3), scale, dropout_p) is None:
+        return _hopper.backward(do, q, k, v, out, lse, scale)
     return _kernels().backward.launch_backward(do, q, k, v, out, lse, seed, scale, dropout_p)
 
 
@@ -317,7 +301,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, options):
         scale, dropout_p, by_cudnn = options
-        seed = _seed(q, dropout_p) if dropout_p > 0 else None
+        seed = dropout_seed(q, dropout_p) if dropout_p > 0 else None
         if by_cudnn:
             out, lse = (raw.attention_cudnn if is_compiling() else _cudnn)(q, k, v, scale)
         else:
@@ -329,15 +313,27 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
-        _refuse_second_derivative()
+        no_second_derivative("attention")
         run = raw.attention_backward if is_compiling() else _separate_backward
         gradients = run(do, *ctx.saved_tensors, *ctx.options[:2])
         return *(g.transpose(1, 2) if need else None for g, need in zip(gradients, ctx.needs_input_grad)), None
 
 
-def _refuse_second_derivative():
-    if torch.is_grad_enabled() and not is_compiling():
-        raise RuntimeError("the attention kernels have no second derivative (create_graph=True); use backend='reference'")
+class _CPUAttention(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, qkv, n_head, scale):
+        run = raw.attention_cpu if is_compiling() else _cpu.forward
+        out, lse = run(qkv, n_head, scale)
+        ctx.save_for_backward(qkv, lse)
+        ctx.options = n_head, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, do):
+        no_second_derivative("attention")
+        run = raw.attention_backward_cpu if is_compiling() else _cpu.backward
+        return run(do, *ctx.saved_tensors, *ctx.options), None, None
 
 
 @functools.cache
@@ -424,3 +420,7 @@ define("attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, 
         "float dropout_p) -> (Tensor, Tensor, Tensor)", _raw_backward, _fake_backward)
 define("attention_decode(Tensor q, Tensor k, Tensor v, Tensor lengths, float? scale) -> Tensor",
         _decode, lambda q, *args: q.new_empty(q.shape))
+define("attention_cpu(Tensor qkv, int n_head, float? scale) -> (Tensor, Tensor)", lambda *args: _cpu.forward(*args),
+       lambda qkv, n_head, scale: _fake_packed(qkv, None, n_head, scale, 0.0))
+define("attention_backward_cpu(Tensor do, Tensor qkv, Tensor lse, int n_head, float? scale) -> Tensor",
+       lambda *args: _cpu.backward(*args), lambda do, qkv, *args: qkv.new_empty(qkv.shape))

@@ -1,24 +1,23 @@
-"""Linear cross-entropy: the vocabulary head and its loss in one op, so that the logits need not exist for the loss to be had.
+"""Linear cross-entropy: the vocabulary head and its loss in one op, without materialising the logits.
 
     logits = x W^T,   loss = mean or sum over rows of  -log softmax(logits)[target]
 
 `return_logits=True` is the drop-in (nanoGPT's forward returns its logits): they are written once, in half precision under
 autocast, and stay intact; the backward makes its gradient from them, and adds what arrives through them. `return_logits=False`
 is for training: loss and gradients are made together, a chunk of rows at a time, and the memory for the logits is never needed.
-Formulas, traffic and the kernels are in `kernels/cross_entropy.py`; what a CPU does is in `cross_entropy_cpu.py`.
+Formulas, traffic and the kernels are in `kernels/cross_entropy.py`; what a CPU does is in `cpu/cross_entropy.py`.
 """
 import torch
 
-from .. import backend as _backend
-from .. import reference
-from . import cross_entropy_cpu as _cpu
+from .. import backend as _backend, reference
+from . import linear
+from .common import KERNEL_DTYPES, autocast_dtype, no_second_derivative
+from .cpu import cross_entropy as _cpu
 from .registration import define, raw
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean", return_logits=True, backend=None,
-                         copied_from=None):
+                         copy=None):
     """Cross-entropy of logits = x weight^T against targets: (loss, logits), or (loss, None) with return_logits=False.
 
     x (..., C) and weight (V, C), floating point; targets int64 with one element a row of x. loss: a scalar, fp32 under
@@ -26,8 +25,8 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
     each starts aligned. Rows whose target is `ignore_index` count for nothing; reduction "mean" divides by the number of the
     others (none: nan), "sum" does not. A target outside of the vocabulary raises IndexError on a CPU and makes the loss nan on
     a GPU: asking would stop the host. Changing the returned logits in place before the backward raises there.
-    backend: a choice for each op as `backend.parse` gives it, or None. copied_from: where weight is the copy in half precision of
-    another (half_weights.py), that one: what makes dW in fp32 may then send it there, instead of a rounded one to the copy.
+    backend: a choice for each op as `backend.parse` gives it, or None. copy: weight in the dtype to compute in, where somebody
+    keeps it (training/half_weights.py): it is taken instead of casting, and dW is not rounded to that dtype by a kernel.
 
     Raises ValueError (shapes, devices, reduction), TypeError (dtypes), RuntimeError (backend "fused" where the kernel can't
     run; a second derivative, which only the reference has).
@@ -41,7 +40,9 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
     if targets.numel() * x.size(-1) != x.numel():
         raise ValueError(f"targets {tuple(targets.shape)}: expected one for each row of x {tuple(x.shape)}")
     name = implementation(x, weight, targets, return_logits=return_logits, backend=backend)
+    copy = copy if copy is not None and copy.dtype == autocast_dtype(x) else None
     if name == "reference":
+        weight = weight if copy is None else linear.cast(weight, copy)
         targets = targets if targets.is_contiguous() else targets.contiguous()
         loss, logits = reference.linear_cross_entropy(x, weight, targets, ignore_index=ignore_index, reduction=reduction)
         return loss, logits if return_logits else None
@@ -51,12 +52,10 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
         op = _LossAndLogits if return_logits else _Loss
     else:
         op = _CPULossAndLogits if return_logits else _CPULoss
-    options = targets, _dtype(x), ignore_index, reduction, need_dx, need_dw
+    options = targets, autocast_dtype(x), ignore_index, reduction, need_dx, need_dw
     if return_logits:
-        return op.apply(x, weight, *options)
-    if copied_from is not None and weight.dtype == _dtype(x):
-        return op.apply(x, copied_from, *options, weight.detach()), None
-    return op.apply(x, weight, *options), None
+        return op.apply(x, weight if copy is None else linear.cast(weight, copy), *options)
+    return op.apply(x, weight, *options, copy), None
 
 
 def implementation(x, weight, targets, *, return_logits=True, backend=None):
@@ -69,7 +68,7 @@ def _triton_why_not(x, weight, targets, return_logits=True):
         return reason
     if not x.device == weight.device == targets.device:
         return f"x is on {x.device}, weight on {weight.device}, targets on {targets.device}"
-    if x.dtype not in _DTYPES or weight.dtype not in _DTYPES:
+    if x.dtype not in KERNEL_DTYPES or weight.dtype not in KERNEL_DTYPES:
         return f"x is {x.dtype} and weight {weight.dtype}; the kernel takes float32, float16 and bfloat16"
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return f"x is {x.dtype}, weight {weight.dtype} and autocast is off"  # the reference raises PyTorch's own error
@@ -82,11 +81,6 @@ CANDIDATES = (("triton", _triton_why_not), ("cpp", _cpu.why_not))
 def _kernels():
     from ..kernels import cross_entropy  # here, since importing Triton takes 0.2 s and not every user runs a kernel
     return cross_entropy
-
-
-def _dtype(x):
-    """Of the logits: what the vocabulary head's matmul computes in."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def _reduce(losses, targets, ignore_index, reduction, dtype):
@@ -109,12 +103,6 @@ def _loss_dtype(x):
     return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
-def _no_second_derivative():
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("linear_cross_entropy has no second derivative on its kernels (create_graph=True); "
-                           "backend='reference' has one")
-
-
 class _Loss(torch.autograd.Function):
     """The loss alone. The forward also makes the gradients of the sum of the losses; the backward scales them."""
 
@@ -130,7 +118,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        _no_second_derivative()
+        no_second_derivative("linear_cross_entropy")
         dx, dw, count = ctx.saved_tensors
         scale = grad_loss.to(torch.float32) / count
         need_dx, need_dw = ctx.needs_input_grad[:2]
@@ -157,7 +145,7 @@ class _LossAndLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, grad_logits):
-        _no_second_derivative()
+        no_second_derivative("linear_cross_entropy")
         x, weight, targets, logits, maxima, log_sums, count = ctx.saved_tensors
         scale = torch.zeros_like(count) if grad_loss is None else grad_loss.to(torch.float32) / count
         if grad_logits is not None:
@@ -189,7 +177,7 @@ class _CPULoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        _no_second_derivative()
+        no_second_derivative("linear_cross_entropy")
         if torch.compiler.is_compiling():
             gradients, saved = [gradient.to(torch.float32) * grad_loss for gradient in ctx.saved_tensors], False
         else:
@@ -220,7 +208,7 @@ class _CPULossAndLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, grad_logits):
-        _no_second_derivative()
+        no_second_derivative("linear_cross_entropy")
         x, weight, targets, logits = ctx.saved_tensors
         grad_loss = torch.zeros(()) if grad_loss is None else grad_loss.to(torch.float32)
         grad_logits = None if grad_logits is None else grad_logits.reshape(-1, logits.size(-1))

@@ -4,7 +4,7 @@
 
 A block of nanoGPT adds a branch to the residual stream and normalises the sum for the next branch; `Block.fused` calls this
 instead, and the stream passes through memory once. Formulas, traffic and kernels are in `kernels/layer_norm.py`; what a CPU does in
-bf16 is in `layer_norm_cpu.py`.
+bf16 is in `cpu/layer_norm.py`.
 """
 import functools
 
@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
 
-from .. import backend as _backend
-from .. import reference
-from . import layer_norm_cpu
+from .. import backend as _backend, reference
+from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_second_derivative
+from .cpu import layer_norm as _cpu
 from .registration import define, raw
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_C = 8192  # a row lies in the registers of one program
 
 
@@ -58,14 +57,12 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
         s, y = reference.add_layer_norm(x, branch, weight, bias, eps=eps, dropout_p=dropout_p)
         return s, y if out_dtype is None else y.to(out_dtype)
     if out_dtype is None:
-        kind = "cuda" if x.is_cuda else "cpu"  # a third of the time of x.device.type
-        out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        out_dtype = autocast_dtype(x)
     if branch is None:
         return x, _LayerNorm.apply(x, weight, bias, (name, eps, out_dtype))
     if name == "cpp" and dropout_p > 0:  # nanoGPT's random numbers
         branch, dropout_p = F.dropout(branch, dropout_p), 0.0
-    seed = torch.randint(2**31 - 1, (1,), device=x.device) if dropout_p > 0 else None
-    return _AddLayerNorm.apply(x, branch, weight, bias, seed, (name, dropout_p, eps, out_dtype))
+    return _AddLayerNorm.apply(x, branch, weight, bias, dropout_seed(x, dropout_p), (name, dropout_p, eps, out_dtype))
 
 
 def implementation(x, weight, bias, *, backend=None):
@@ -87,9 +84,9 @@ def _triton_why_not(x, weight, bias, branch=None, out_dtype=None):
     if (reason := _backend.triton_why_not(x)) is not None:
         return reason
     device, dtype = x.get_device(), x.dtype  # the number of a GPU: half the time of x.device
-    if not (dtype in _DTYPES and weight.dtype in _DTYPES and weight.get_device() == device
-            and (bias is None or bias.dtype in _DTYPES and bias.get_device() == device)
-            and (branch is None or branch.dtype in _DTYPES and branch.get_device() == device)):
+    if not (dtype in KERNEL_DTYPES and weight.dtype in KERNEL_DTYPES and weight.get_device() == device
+            and (bias is None or bias.dtype in KERNEL_DTYPES and bias.get_device() == device)
+            and (branch is None or branch.dtype in KERNEL_DTYPES and branch.get_device() == device)):
         given = ", ".join(f"{name} is {t.dtype} on {t.device}" for name, t in (
             ("x", x), ("branch", branch), ("weight", weight), ("bias", bias)) if t is not None)
         return f"{given}; the kernel takes float32, float16 and bfloat16 on one device"
@@ -100,7 +97,7 @@ def _triton_why_not(x, weight, bias, branch=None, out_dtype=None):
     return None
 
 
-CANDIDATES = (("triton", _triton_why_not), ("cpp", layer_norm_cpu.why_not))  # fastest first; what `explain` and `doctor` read too
+CANDIDATES = (("triton", _triton_why_not), ("cpp", _cpu.why_not))  # fastest first; what `explain` and `doctor` read too
 
 
 @functools.cache
@@ -109,15 +106,10 @@ def _kernels():
     return layer_norm
 
 
-def _no_second_derivative():
-    if torch.is_grad_enabled() and not is_compiling():
-        raise RuntimeError("layer_norm's kernel has no second derivative (create_graph=True); use backend='reference'")
-
-
 def _forward(name, x, branch, weight, bias, seed, p, eps, y_dtype):
     """(s, y, statistics). A tensor that is no contiguous block (a transposed or expanded view) is copied into one."""
     if name == "cpp":
-        return layer_norm_cpu.forward(x, branch, weight, bias, eps, y_dtype)
+        return _cpu.forward(x, branch, weight, bias, eps, y_dtype)
     launch = raw.layer_norm_forward if is_compiling() else _kernels().launch_forward
     return launch(x.contiguous(), None if branch is None else branch.contiguous(), weight.contiguous(),
                   None if bias is None else bias.contiguous(), seed, p, eps, y_dtype)
@@ -126,7 +118,7 @@ def _forward(name, x, branch, weight, bias, seed, p, eps, y_dtype):
 def _backward(name, dy, ds, s, weight, statistics, seed, p, branch_dtype, bias_dtype, need_dweight, need_dbias):
     """(dx, dbranch or None where it is dx, dweight, dbias)."""
     if name == "cpp":
-        dx, dbranch, dweight, dbias = layer_norm_cpu.backward(dy, ds, s, weight, statistics, branch_dtype)
+        dx, dbranch, dweight, dbias = _cpu.backward(dy, ds, s, weight, statistics, branch_dtype)
         return dx, dbranch, dweight.to(weight.dtype) if need_dweight else None, dbias.to(bias_dtype) if need_dbias else None
     arguments = (dy.contiguous(), None if ds is None else ds.contiguous(), s.contiguous(), weight.contiguous(), statistics,
                  seed, p, branch_dtype, weight.dtype if need_dweight else None, bias_dtype if need_dbias else None)
@@ -150,7 +142,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        _no_second_derivative()
+        no_second_derivative("layer_norm")
         x, weight, statistics = ctx.saved_tensors
         name, bias_dtype = ctx.options
         dx, _, dweight, dbias = _backward(name, dy, None, x, weight, statistics, None, 0.0, None, bias_dtype,
@@ -173,7 +165,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ds, dy):
-        _no_second_derivative()
+        no_second_derivative("layer_norm")
         if ds is None and dy is None:
             return (None,) * 6
         s, weight, statistics, seed = ctx.saved_tensors

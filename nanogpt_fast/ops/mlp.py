@@ -4,17 +4,17 @@
 
 cuBLAS does the matmuls. Where the activation is computed is the op's choice of form: "epilogue", inside the matmul that makes
 its input, "pointwise", by a kernel of its own after cuBLAS (kernels/mlp.py says what each moves), or "hopper", in the epilogue of a
-CUDA kernel for Hopper's tensor cores (mlp_hopper.py). All keep, for a token in half precision, x (2C bytes), h before the activation
+CUDA kernel for Hopper's tensor cores (hopper/mlp.py). All keep, for a token in half precision, x (2C bytes), h before the activation
 (8C) and post after it (8C); with `recompute=True` the backward makes post again.
 """
-import contextlib
-
 import torch
 import torch.nn.functional as F
 
-from .. import backend as _backend
-from .. import reference
-from . import mlp_hopper
+from .. import backend as _backend, reference
+from . import linear
+from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_autocast, no_second_derivative
+from .cpu import linear as _cpu_linear
+from .hopper import mlp as _hopper
 from .registration import define, raw
 
 # {(architecture, C): (forward, backward)}: the time of the pointwise form over that of the epilogue form, measured side by side
@@ -27,7 +27,6 @@ EPILOGUE_SPEEDUP = {(90, 768): (0.79, 1.06)}
 HOPPER_MIN_ROWS = 2048
 
 FORMS = ("epilogue", "pointwise", "hopper")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0, recompute=False, form=None, backend=None,
@@ -39,7 +38,7 @@ def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0,
     x's device. recompute: keep 10C instead of 18C bytes a token for the backward (half precision), which computes post again.
     form: "epilogue", "pointwise" or "hopper" forces where the kernels compute the activation; None takes what was measured faster.
     backend: a choice for each op as `backend.parse` gives it, or None. copies: both weights in the dtype to compute in, where somebody
-    keeps them (half_weights.py): the kernels take them instead of casting, and the weights' gradients are not rounded to it.
+    keeps them (training/half_weights.py): they are taken instead of casting, and the weights' gradients are not rounded to it by a kernel.
 
     Raises ValueError (shapes, options), RuntimeError (backend "fused" where no kernel can run; a second derivative, which only
     the reference has). Source: kernels/mlp.py.
@@ -51,8 +50,15 @@ def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0,
     if form is not None and form not in FORMS:
         raise ValueError(f"form is {form!r}; expected one of {', '.join(FORMS)}, or None for the faster one")
     _check_shapes(x, w_fc, b_fc, w_proj, b_proj)
-    if _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj)) == "reference":
+    name = _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj, copies))
+    if name == "reference":
+        if copies is not None:
+            w_fc, w_proj = linear.cast(w_fc, copies[0]), linear.cast(w_proj, copies[1])
         return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, activation_name=activation, dropout_p=dropout_p)
+    if name == "cpp":
+        h = linear.linear(x, w_fc, b_fc, copy=copies[0], backend=backend)
+        y = linear.linear(reference.activation(h, activation), w_proj, b_proj, copy=copies[1], backend=backend)
+        return F.dropout(y, dropout_p) if dropout_p > 0 else y
     if form == "hopper" and (reason := _hopper_why_not(x, w_fc, activation)) is not None:
         raise RuntimeError(f"form is 'hopper', but {reason}")
     forms = (form, form) if form else _faster_forms(x, w_fc, activation)
@@ -60,29 +66,36 @@ def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0,
 
 
 def implementation(x, w_fc, b_fc, w_proj, b_proj, *, backend=None):
-    """The name of the implementation that gelu_mlp takes for these arguments ("triton", "reference")."""
+    """The name of the implementation that gelu_mlp takes for these arguments ("triton", "cpp", "reference")."""
     return _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj))
 
 
-def _triton_why_not(x, w_fc, b_fc, w_proj, b_proj):
+def _triton_why_not(x, w_fc, b_fc, w_proj, b_proj, copies=None):
     if (reason := _backend.triton_why_not(x)) is not None:
         return reason
     device, dtype = x.device, x.dtype
-    if dtype not in _DTYPES:
+    if dtype not in KERNEL_DTYPES:
         return f"x is {dtype}; the kernels take float32, float16 and bfloat16"
     for name, t in (("w_fc", w_fc), ("b_fc", b_fc), ("w_proj", w_proj), ("b_proj", b_proj)):
         if t is None or t.dtype == dtype and t.device == device:
             continue
         if t.device != device:
             return f"x is on {device}, {name} on {t.device}"
-        if t.dtype not in _DTYPES:
+        if t.dtype not in KERNEL_DTYPES:
             return f"{name} is {t.dtype}; the kernels take float32, float16 and bfloat16"
         if not torch.is_autocast_enabled(device.type):
             return f"x is {dtype}, {name} {t.dtype} and autocast is off"        # the reference raises PyTorch's own error
     return None
 
 
-CANDIDATES = (("triton", _triton_why_not),)
+def _cpp_why_not(x, w_fc, b_fc, w_proj, b_proj, copies=None):
+    """Of the extension's products with PyTorch's activation between them."""
+    fc, proj = (None, None) if copies is None else copies
+    reason = _cpu_linear.why_not(w_fc, fc)
+    return _cpu_linear.why_not(w_proj, proj) if reason is None else reason
+
+
+CANDIDATES = (("triton", _triton_why_not), ("cpp", _cpp_why_not))
 
 
 def _check_shapes(x, w_fc, b_fc, w_proj, b_proj):
@@ -111,8 +124,7 @@ def _faster_forms(x, w_fc, activation):
 
 
 def _hopper_why_not(x, w_fc, activation):
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    return mlp_hopper.why_not(x.device, dtype, x.size(-1), w_fc.size(0), activation)
+    return _hopper.why_not(x.device, autocast_dtype(x), x.size(-1), w_fc.size(0), activation)
 
 
 def _operands(x, w_fc, w_proj, dropout_p, copies):
@@ -120,12 +132,11 @@ def _operands(x, w_fc, w_proj, dropout_p, copies):
 
     Biases stay as they are: kernels add them in fp32. What is right isn't touched: a `.to` that does nothing takes 0.7 us.
     """
-    kind = "cuda" if x.is_cuda else "cpu"       # where kernels run; x.device.type takes five times as long
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype = autocast_dtype(x)
     rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
     if rows.dtype != dtype or rows.stride(1) != 1:
         rows = rows.to(dtype).contiguous()
-    seed = torch.randint(2**31 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_p > 0 else None
+    seed = dropout_seed(x, dropout_p)
     if copies is not None and copies[0].dtype == dtype:
         return rows, *copies, seed
     if w_fc.dtype != dtype or not w_fc.is_contiguous():
@@ -156,29 +167,23 @@ class _GeluMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("gelu_mlp's kernels have no second derivative (create_graph=True); use backend='reference'")
+        no_second_derivative("gelu_mlp")
         rows, fc, b_fc, proj, h, post, seed = ctx.saved_tensors
         shape, dtypes, options, needs = ctx.call
         dy = dy.reshape(-1, dy.size(-1)).contiguous()       # an expanded or transposed gradient has no rows a kernel could read
         run = raw.mlp_backward if torch.compiler.is_compiling() else _backward
-        with _no_autocast(dy.device.type):
+        with no_autocast(dy.device.type):
             gradients = run(dy, rows, fc, b_fc, proj, h, post, seed, *options, *needs)
             dx, *others = (gradient.to(dtype) if need else None
                            for gradient, dtype, need in zip(gradients, dtypes, needs, strict=True))
         return dx if dx is None else dx.view(shape), *others, None, None, None, None, None, None
 
 
-def _no_autocast(device_type):
-    """A backward called under autocast must compute in the forward's dtypes."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else contextlib.nullcontext()
-
-
 # --------------------------------------------------------------------------------------- matmuls and kernels, without autograd
 
 
 def _kernels():
-    from ..kernels import mlp       # here, since importing Triton takes 0.2 s and not every user runs a kernel
+    from ..kernels import mlp  # here, since importing Triton takes 0.2 s and not every user runs a kernel
     return mlp
 
 
@@ -188,7 +193,7 @@ def _forward(x, w_fc, b_fc, w_proj, b_proj, seed, activation, dropout_p, form, k
     if activation == "relu" and b_fc is not None:
         b_fc = b_fc.to(x.dtype)                                     # as PyTorch adds it
     if form == "hopper":
-        post, h = mlp_hopper.linear_act(x, w_fc, b_fc, activation=activation, keep_h=keep_h)
+        post, h = _hopper.linear_act(x, w_fc, b_fc, activation=activation, keep_h=keep_h)
     elif form == "epilogue":
         post, h = kernels.linear_act(x, w_fc, b_fc, activation=activation, keep_h=keep_h)
     elif _h_has_bias(form, activation):
@@ -230,7 +235,7 @@ def _backward(dy, x, w_fc, b_fc, w_proj, h, post, seed, activation, dropout_p, f
     need_post = need_w_proj and post is None
     if need_x or need_w_fc or need_b_fc:
         if backward_form == "hopper":       # after the same form forward: h has its bias
-            dh, sums = mlp_hopper.linear_dact(dy, w_proj, h, activation=activation, want_db=need_b_fc)
+            dh, sums = _hopper.linear_dact(dy, w_proj, h, activation=activation, want_db=need_b_fc)
             again = kernels.act(h, activation=activation) if need_post else None
         elif backward_form == "epilogue":
             dh, again, sums = kernels.linear_dact(dy, w_proj, h, bias, activation=activation,

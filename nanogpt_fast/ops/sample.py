@@ -18,21 +18,16 @@ Sources: nucleus sampling, Holtzman et al. 2020, section 3.1; min-p, Nguyen et a
 """
 import functools
 import math
-import os
 
 import torch
 
 from .. import backend as _backend
+from . import extension
+from .extension import address
 from .registration import register_fake
 
 MAX_VOCAB = 262144
 LOGIT_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-try:
-    from .. import _C
-    _import_error = None
-except ImportError as error:
-    _C, _import_error = None, error
 
 
 # ---------------------------------------------------------------- public
@@ -95,7 +90,7 @@ def prepare(logits, *, out, seed, offset, temperature=1.0, top_k=None, top_p=Non
     parameters = _check_out(logits, out, seed, offset, temperature, top_k, top_p, min_p)
     if logits.is_cpu and implementation(logits, backend=backend) == "cpp":
         tensors = (logits, parameters, seed, offset, out)
-        batch = _C.Batch(*_addresses(*tensors))
+        batch = extension._C.Batch(*_addresses(*tensors))
         return functools.partial(_draw_prepared, batch, tensors)                        # which keeps the memory alive
     return functools.partial(sample_out, logits, out=out, seed=seed, offset=offset, temperature=temperature, top_k=top_k, top_p=top_p,
                              min_p=min_p, backend=backend)
@@ -215,36 +210,16 @@ def _check_values(parameters):
 
 def why_not(logits):
     """None where the extension can sample from these logits, else the reason."""
-    if _C is None:
-        return _missing()
+    if extension._C is None:
+        return extension.missing()
     if logits.is_cpu:
         return None
     if logits.device.type != "cuda":
         return f"the extension samples on CPU and CUDA, these logits are on {logits.device.type}"
-    return _cuda_why_not(torch.cuda.current_device() if logits.device.index is None else logits.device.index)
+    return extension.cuda_why_not(torch.cuda.current_device() if logits.device.index is None else logits.device.index)
 
 
 CANDIDATES = (("cpp", why_not),)
-_cuda_reasons = {}  # by device: asking takes several calls of the CUDA runtime
-
-
-def _cuda_why_not(device):
-    if device not in _cuda_reasons:
-        reason = _C.cuda_why_not(device)
-        info = _C.build_info()
-        if reason and info["cuda"]:
-            reason = f"the extension (CUDA {info['cuda']}, {info['cuda_archs']}) cannot launch: {reason}"
-        _cuda_reasons[device] = reason or None
-    return _cuda_reasons[device]
-
-
-def _missing():
-    """Why there is no extension: what the build wrote down, or what importing it said."""
-    try:
-        with open(os.path.join(os.path.dirname(os.path.dirname(__file__)), "_C_missing.txt")) as file:
-            return f"the extension nanogpt_fast._C was not built: {file.read().strip()}"
-    except OSError:
-        return f"the extension nanogpt_fast._C cannot be imported ({_import_error}); install nanogpt_fast with pip"
 
 
 def implementation(logits, *, backend=None):
@@ -253,7 +228,7 @@ def implementation(logits, *, backend=None):
 
 
 def _call(logits, parameters, seed, offset, out, check, backend):
-    """The launcher directly, or, when torch.compile traces, the registered op. The choice is made there, since tracing cannot ask _C."""
+    """The launcher directly, or, when torch.compile traces, the registered op. The choice is made there, since tracing cannot ask extension._C."""
     if torch.compiler.is_compiling():
         flat = [part for pair in parameters for part in pair]
         torch.ops.nanogpt_fast.sample(logits, *flat, seed, offset, out, check, _backend.choice("sample", backend))
@@ -270,9 +245,9 @@ def _launch(logits, parameters, seed, offset, out, check, backend):
         return
     arguments = _addresses(logits, parameters, seed, offset, out)
     if logits.is_cuda:
-        _C.sample_cuda(*arguments, logits.device.index, torch.cuda.current_stream(logits.device).cuda_stream)
+        extension._C.sample_cuda(*arguments, logits.device.index, torch.cuda.current_stream(logits.device).cuda_stream)
     else:
-        _C.sample_cpu(*arguments, torch.get_num_threads(), "")
+        extension._C.sample_cpu(*arguments, torch.get_num_threads(), "")
 
 
 def _run(logits, temperature_rows, temperature, top_k_rows, top_k, top_p_rows, top_p, min_p_rows, min_p, seed, offset, out, check, choice):
@@ -283,12 +258,8 @@ def _run(logits, temperature_rows, temperature, top_k_rows, top_k, top_p_rows, t
 def _addresses(logits, parameters, seed, offset, out):
     """The batch as the extension takes it."""
     (temperatures, temperature), (top_ks, top_k), (top_ps, top_p), (min_ps, min_p) = parameters
-    return (logits.data_ptr(), LOGIT_TYPES[logits.dtype], *logits.shape, logits.stride(0), _address(temperatures), temperature,
-            _address(top_ks), top_k, _address(top_ps), top_p, _address(min_ps), min_p, seed.data_ptr(), offset.data_ptr(), out.data_ptr())
-
-
-def _address(rows):
-    return 0 if rows is None else rows.data_ptr()
+    return (logits.data_ptr(), LOGIT_TYPES[logits.dtype], *logits.shape, logits.stride(0), address(temperatures), temperature,
+            address(top_ks), top_k, address(top_ps), top_p, address(min_ps), min_p, seed.data_ptr(), offset.data_ptr(), out.data_ptr())
 
 
 def _draw_prepared(batch, tensors):

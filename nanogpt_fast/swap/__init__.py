@@ -40,8 +40,7 @@ from typing import NamedTuple
 
 import torch.nn as nn
 
-from .. import backend as _backend
-from .. import model as nano
+from .. import backend as _backend, model as nano
 from . import parts, recognise, trial
 from .swapped import State, Swapped, unswap
 
@@ -79,9 +78,9 @@ class Report:
         """[(path, reason)] of swapped blocks whose residual adds stay out of the LayerNorms now: a hook, another MLP ..."""
         found = []
         for path, module in self.model.named_modules():
-            if isinstance(module, parts.Block) and (reason := module.unfused_reason()) is not None:
+            if isinstance(module, parts.Block) and (reason := module.why_not_fused()) is not None:
                 found.append((path, reason))
-            elif isinstance(module, parts.Mlp) and (reason := module.unfused_reason()) is not None:
+            elif isinstance(module, parts.Mlp) and (reason := module.why_not_fused()) is not None:
                 found.append((path, reason))
         return found
 

@@ -29,9 +29,9 @@ import inspect
 import torch
 import torch.nn as nn
 
-from .. import model as nano
-from .. import reference
+from .. import model as nano, reference
 from ..ops import attention, layer_norm, mlp
+from ..touched import touched
 from . import parts
 from .swapped import Swapped
 
@@ -94,7 +94,7 @@ class GPT2Attention(FromTransformers):
     part = "attention"
     obeyed = ("scaling", "layer_idx")
 
-    def why_own(self, call):
+    def why_not(self, call):
         if call.get("attention_mask") is not None:
             return "an attention mask"
         if call.get("head_mask") is not None:
@@ -114,7 +114,7 @@ class GPT2Attention(FromTransformers):
                 return f"a {type(cache).__name__}"
             if cache.get_seq_length(self.layer_idx) > 0:
                 return "past key values"
-        return parts._why_own_packed(call["hidden_states"], self.head_dim, self._scale(), self.backend,
+        return parts._why_not_packed(call["hidden_states"], self.head_dim, self._scale(), self.backend,
                                      nano._p(self.attn_dropout))
 
     def _scale(self):
@@ -143,10 +143,10 @@ def _cache(call):
 class GPT2Mlp(parts.Mlp):
     """GPT2MLP. A Conv1D's weight is (in, out), the op's (out, in): a view, made contiguous by the cast."""
 
-    def unfused_reason(self):
+    def why_not_fused(self):
         conv = _conv1d()
-        return (nano.touched(self.c_fc, conv) or nano.touched(self.c_proj, conv) or nano.touched(self.act, type(self.act))
-                or nano.touched(self.dropout, nn.Dropout))
+        return (touched(self.c_fc, conv) or touched(self.c_proj, conv) or touched(self.act, type(self.act))
+                or touched(self.dropout, nn.Dropout))
 
     def weights(self):
         return self.c_fc.weight.t(), self.c_fc.bias, self.c_proj.weight.t(), self.c_proj.bias
@@ -170,13 +170,13 @@ class GPT2Block(FromTransformers, parts.Block):
     def norms(self):
         return self.ln_1, self.ln_2
 
-    def unfused_reason(self):
+    def why_not_fused(self):
         return parts._norm_touched(self.ln_2)
 
-    def why_own(self, call):
+    def why_not(self, call):
         if call.get("encoder_hidden_states") is not None or call.get("output_attentions"):
             return "cross-attention or output_attentions"
-        return super().why_own(call["hidden_states"])
+        return super().why_not(call["hidden_states"])
 
     def fast(self, call):
         hidden_states, use_cache = call["hidden_states"], bool(call.get("use_cache"))

@@ -1,16 +1,16 @@
 """The parts of a GPT on the ops: a class a part and a layout (nanoGPT's, separate q, k and v; transformers' are in gpt2.py).
 
-Each says `why_own`, why a call has to take the module's own forward, and `fast`, the formula that takes its place. swapped.py
+Each says `why_not`, why a call has to take the module's own forward, and `fast`, the formula that takes its place. swapped.py
 makes of such a class and a module's own class the one that the module gets.
 
 B batch, T sequence, C = n_embd, H = n_head, D = C / H head size.
 """
 import torch.nn as nn
 
-from .. import backend as _backend
-from .. import model as nano
-from .. import reference
+from .. import backend as _backend, model as nano, reference
 from ..ops import attention, cross_entropy, layer_norm, mlp
+from ..ops.common import autocast_dtype
+from ..touched import touched
 from .swapped import Swapped
 
 
@@ -32,7 +32,7 @@ class Norm(Swapped):
     part = "layer_norm"
     obeyed = ("weight", "bias", "eps")
 
-    def why_own(self, input):
+    def why_not(self, input):
         return _why_reference("layer_norm", layer_norm.CANDIDATES, self.backend, (input, self.weight, self.bias))
 
     def fast(self, input):
@@ -47,10 +47,10 @@ class NanoNorm(Norm, nano.LayerNorm):
 
 # Attention
 
-def _why_own_packed(x, D, scale, choices, dropout_p):
+def _why_not_packed(x, D, scale, choices, dropout_p):
     """As `_why_reference`, asked before the projection: x (B, T, C) stands for the packed q, k and v made of it."""
     return _why_reference("attention", attention.CANDIDATES, choices,
-                          (x, attention._autocast_dtype(x), D, scale, choices, dropout_p))
+                          (x, autocast_dtype(x), D, scale, choices, dropout_p))
 
 
 class NanoAttention(Swapped, nano.CausalSelfAttention):
@@ -66,8 +66,8 @@ class NanoAttention(Swapped, nano.CausalSelfAttention):
     def _attention_p(self):
         return self.dropout if self.training else 0.0
 
-    def why_own(self, x):
-        return _why_own_packed(x, self.n_embd // self.n_head, None, self.backend, self._attention_p())
+    def why_not(self, x):
+        return _why_not_packed(x, self.n_embd // self.n_head, None, self.backend, self._attention_p())
 
     def branch(self, x):
         y = attention.causal_attention_qkvpacked(self.c_attn(x), self.n_head, dropout_p=self._attention_p(), backend=self.backend)
@@ -92,10 +92,10 @@ class SeparateAttention(Swapped):
     part = "attention"
     dropouts = ("attn_drop", "resid_drop")
 
-    def why_own(self, x):
+    def why_not(self, x):
         heads = x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)                  # (B, H, T, D), for each of q, k and v
         return _why_reference("attention", attention.SEPARATE_CANDIDATES, self.backend,
-                              (heads, heads, heads, attention._autocast_dtype(heads), None, self.backend, nano._p(self.attn_drop)))
+                              (heads, heads, heads, autocast_dtype(heads), None, self.backend, nano._p(self.attn_drop)))
 
     def fast(self, x):
         B, T, C = x.shape
@@ -112,8 +112,8 @@ class Mlp(Swapped):
 
     part = "mlp"
 
-    def why_own(self, x):
-        return self.unfused_reason() or _why_reference("mlp", mlp.CANDIDATES, self.backend, (x, *self.weights()))
+    def why_not(self, x):
+        return self.why_not_fused() or _why_reference("mlp", mlp.CANDIDATES, self.backend, (x, *self.weights()))
 
 
 class NanoMlp(Mlp, nano.MLP):
@@ -131,11 +131,11 @@ class NanoMlp(Mlp, nano.MLP):
 
     def _linears_touched(self):
         _, act = self._act()
-        return (nano.touched(self.c_fc, nn.Linear) or nano.touched(self.c_proj, nn.Linear)
-                or (None if act is None else nano.touched(act, type(act))))
+        return (touched(self.c_fc, nn.Linear) or touched(self.c_proj, nn.Linear)
+                or (None if act is None else touched(act, type(act))))
 
-    def unfused_reason(self):
-        return self._linears_touched() or nano.touched(self.dropout, nn.Dropout)
+    def why_not_fused(self):
+        return self._linears_touched() or touched(self.dropout, nn.Dropout)
 
     def weights(self):
         return self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
@@ -165,9 +165,9 @@ class SequentialMlp(Mlp):
     def _activation(self):
         return activation_name(self[1])
 
-    def unfused_reason(self):
-        return (nano.touched(self[0], nn.Linear) or nano.touched(self[1], type(self[1])) or nano.touched(self[2], nn.Linear)
-                or (nano.touched(self[3], nn.Dropout) if len(self) > 3 else None))
+    def why_not_fused(self):
+        return (touched(self[0], nn.Linear) or touched(self[1], type(self[1])) or touched(self[2], nn.Linear)
+                or (touched(self[3], nn.Dropout) if len(self) > 3 else None))
 
     def weights(self):
         return self[0].weight, self[0].bias, self[2].weight, self[2].bias
@@ -215,9 +215,9 @@ class Block(Swapped):
 
     part = "block"
 
-    def why_own(self, x):
+    def why_not(self, x):
         ln = self.norms()[1]
-        return self.unfused_reason() or _why_reference("layer_norm", layer_norm.CANDIDATES, ln.backend, (x, ln.weight, ln.bias))
+        return self.why_not_fused() or _why_reference("layer_norm", layer_norm.CANDIDATES, ln.backend, (x, ln.weight, ln.bias))
 
 
 class NanoBlock(Block, nano.Block):
@@ -238,7 +238,7 @@ class SeparateBlock(Block):
     def norms(self):
         return self.ln1, self.ln2
 
-    def unfused_reason(self):
+    def why_not_fused(self):
         return _norm_touched(self.ln2) or (None if getattr(self, "pre_norm", True) else "post-norm")
 
     def feed_forward(self):
@@ -261,7 +261,7 @@ def _norm_touched(module):
     """None where a LayerNorm is a swapped one and calling it does nothing else; else what somebody did to it."""
     if not (isinstance(module, Norm) and type(module).itself is type(module)):
         return f"{type(module).__name__} stands where a swapped LayerNorm did"
-    return nano.touched(module, type(module)) or module.changed()
+    return touched(module, type(module)) or module.changed()
 
 
 # The model: the loop over blocks that carries a residual and a branch, and the fused loss
@@ -273,7 +273,7 @@ class NanoGPT(Swapped, nano.GPT):
     tensors, rank = 2, 2
     obeyed = ("config.block_size",)
 
-    def why_own(self, idx, targets=None):
+    def why_not(self, idx, targets=None):
         head, norm = self.lm_head.weight, self.transformer.ln_f.weight              # they stand for the residual stream
         reason = _why_reference("layer_norm", layer_norm.CANDIDATES, self.backend, (norm, norm, None))
         if reason is None or targets is None:

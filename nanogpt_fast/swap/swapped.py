@@ -35,7 +35,7 @@ class MISSING:
 class Swapped:
     """A module whose forward is `fast` where nothing is found against it, else its own. A subclass serves one part.
 
-    `why_own` says what speaks against a call, `fast` is the formula; both take what `inputs` returns.
+    `why_not` says what speaks against a call, `fast` is the formula; both take what `inputs` returns.
     """
 
     part = None
@@ -47,7 +47,7 @@ class Swapped:
         inputs, reason = (), self.changed() or self.why_not_bound(args, kwargs)
         if reason is None:
             inputs = self.inputs(args, kwargs)
-            reason = self.why_own(*inputs)
+            reason = self.why_not(*inputs)
         if not torch.compiler.is_compiling():  # a counter in a compiled graph would be a guard, and recompile at every call
             self._swap_state.calls[self.part, "kernels" if reason is None else f"own path: {reason}"] += 1
         return self.fast(*inputs) if reason is None else self._own.forward(self, *args, **kwargs)
@@ -140,8 +140,8 @@ def _mentioned_in(code, names):
             _mentioned_in(constant, names)
 
 
-# nn.Module's own, what swap keeps, and what half_weights.py sets.
-_MACHINERY = frozenset((*vars(nn.Module()), *vars(nn.Module), "_swap_state", "_swap_tried", "_swap_known", "copies", "head_copied_from"))
+# nn.Module's own, what swap keeps, and what training/half_weights.py sets.
+_MACHINERY = frozenset((*vars(nn.Module()), *vars(nn.Module), "_swap_state", "_swap_tried", "_swap_known", "copies"))
 
 
 def watch(module):
@@ -219,7 +219,7 @@ def swapped_class(own, mixin, lacking=()):
 # What a forward needs of each class of model.py. A fork that uses one of these names for something else is not swapped.
 TAKEN = {
     nano.GPT: {"forward", "embed", "_blocks", "_runs_fused", "_final_norm"},
-    nano.Block: {"forward", "fused", "unfused_reason"},
+    nano.Block: {"forward", "fused", "why_not_fused"},
     nano.CausalSelfAttention: {"forward", "branch", "backend"},
     nano.MLP: {"forward", "branch", "backend"},
     nano.LayerNorm: {"forward", "backend"},

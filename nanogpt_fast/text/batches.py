@@ -21,7 +21,7 @@ import torch
 
 
 class Batches:
-    """Random windows of one split of a data folder (C29).
+    """Random windows of one split of a data folder, drawn as nanoGPT draws them.
 
     split:       "train" or "val"
     batch_size:  B windows of block_size = T tokens each

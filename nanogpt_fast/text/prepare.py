@@ -1,4 +1,4 @@
-"""Prepare a data set: text in, nanoGPT's files out (C29), and `nanogpt-fast prepare`.
+"""Prepare a data set: text in, nanoGPT's files out, and `nanogpt-fast prepare`.
 
     data/<name>/train.bin, val.bin   token ids, raw little-endian uint16, no header: the first 90 % of the text and the rest
     data/<name>/meta.pkl             nanoGPT's character vocabulary; a word or GPT-2 tokenizer goes to tokenizer.json instead

@@ -30,12 +30,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import triton
+from nanogpt_fast.kernels.interpreter import (INTERPRETED, before_patches, bf16_to_fp32, fp32_to_bf16,
+                                              install_interpreter_patches, interpreter_patches, interpreter_problem)
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
-from nanogpt_fast.error_rule import first_index, measure
-from nanogpt_fast.kernels.interpreter import (  # noqa: F401 (tests and conftest take them from here)
-    INTERPRETED, before_patches, bf16_to_fp32, fp32_to_bf16, install_interpreter_patches, interpreter_patches, interpreter_problem)
+from nanogpt_fast.checks.error_rule import first_index, measure
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 

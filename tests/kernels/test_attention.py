@@ -8,14 +8,12 @@ import math
 import harness
 import pytest
 import torch
-from harness import (assert_close_to_oracle, assert_fault_is_seen, assert_grid_order_is_free, guarded_outputs, pairwise, same_bits,
-                     with_nan_margins)
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from test_decode_kernels import counted_launches
-
+from harness import (assert_close_to_oracle, assert_fault_is_seen, assert_grid_order_is_free, guarded_outputs, pairwise,
+                     same_bits, with_nan_margins)
+from hypothesis import HealthCheck, given, settings, strategies as st
 from nanogpt_fast.kernels import attention_backward, attention_common, attention_decode, attention_forward, dropout
 from nanogpt_fast.kernels.attention_common import Tile
+from test_decode_kernels import counted_launches
 
 ON_GPU = not harness.INTERPRETED
 LENGTHS = [1, 2, 31, 64, 65, 127, 128, 129, 200] + [1024, 2000] * ON_GPU

@@ -13,9 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import assert_close_to_oracle, assert_fault_is_seen, assert_grid_order_is_free, guarded_outputs, with_nan_margins
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
+from hypothesis import given, settings, strategies as st
 from nanogpt_fast.kernels import cross_entropy as ce
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -5,10 +5,10 @@ import torch
 import torch._dynamo.testing
 from harness import assert_close_to_oracle
 from made import Made
+from nanogpt_fast.kernels import cross_entropy as kernels
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt_fast import backend, reference
-from nanogpt_fast.kernels import cross_entropy as kernels
 from nanogpt_fast.ops.cross_entropy import implementation, linear_cross_entropy
 
 FUSED = backend.parse("fused")

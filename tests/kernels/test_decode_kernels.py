@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gpts import sharpened
+from nanogpt_fast.kernels import attention_decode, decode, decode_rows, dependent_launch
 
 import nanogpt_fast
 from nanogpt_fast import generation
-from nanogpt_fast.kernels import attention_decode, decode, decode_rows, dependent_launch
-from nanogpt_fast.ops import decode as op
+from nanogpt_fast.generation import decode as op
 
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
 pytestmark = pytest.mark.filterwarnings("ignore:nanogpt_fast")

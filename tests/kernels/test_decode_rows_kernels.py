@@ -6,12 +6,12 @@ import harness
 import pytest
 import torch
 import torch.nn.functional as F
+from nanogpt_fast.kernels import decode, decode_rows
 from test_decode_kernels import FUSED, Problem, attention, counted_launches, model_of, prompts_of, same_tokens
 
 import nanogpt_fast
 from nanogpt_fast import generation
-from nanogpt_fast.kernels import decode, decode_rows
-from nanogpt_fast.ops import decode as op
+from nanogpt_fast.generation import decode as op
 
 f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
 pytestmark = pytest.mark.filterwarnings("ignore:nanogpt_fast")

@@ -6,10 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from nanogpt_fast.kernels import dropout
-from nanogpt_fast.kernels import layer_norm as kernels
+from hypothesis import HealthCheck, given, settings, strategies as st
+from nanogpt_fast.kernels import dropout, layer_norm as kernels
 
 ON_GPU = not harness.INTERPRETED
 # 1; odd and short; a power of two; multiples of 4 and 32 that are none; GPT-2's smallest width and its largest, 1,600

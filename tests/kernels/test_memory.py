@@ -3,7 +3,7 @@ import pytest
 import torch
 from test_model import batch, model_of
 
-from nanogpt_fast.half_weights import HalfWeights
+from nanogpt_fast.training.half_weights import HalfWeights
 
 B, T, C = 1, 32, 64
 

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from harness import (assert_close_to_oracle, assert_fault_is_seen, assert_grid_order_is_free, guarded_outputs, pairwise,
                      same_bits, with_nan_margins)
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
+from hypothesis import HealthCheck, given, settings, strategies as st
 from nanogpt_fast.kernels import dropout, mlp
+
 from nanogpt_fast.reference import activation as plain_activation
 
 ROWS = (1, 2, 31, 64, 65, 127, 128, 129, 200)

@@ -7,10 +7,10 @@ import torch
 import torch._dynamo.testing
 from harness import assert_close_to_oracle, same_bits
 from made import Made
+from nanogpt_fast.kernels import dropout
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt_fast import backend, reference
-from nanogpt_fast.kernels import dropout
 from nanogpt_fast.ops import mlp as op
 from nanogpt_fast.ops.mlp import gelu_mlp
 

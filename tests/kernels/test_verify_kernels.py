@@ -3,9 +3,9 @@ import json
 
 import pytest
 from harness import planted_fault
-
-from nanogpt_fast import verify
 from nanogpt_fast.kernels import cross_entropy
+
+from nanogpt_fast.checks import verify
 
 
 def run(tmp_path, *words):

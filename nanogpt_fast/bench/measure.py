@@ -1,0 +1,194 @@
+"""How everything that is measured here is timed and recorded: `nanogpt-fast bench` and the scripts of benchmarks/.
+
+Variants of one thing take turns, in an order that changes from round to round, so that a slow minute of the machine falls on
+all of them alike; what is compared is the ratio of their medians. Every sample is kept. A record is one line of JSON with the
+machine, the versions and the commit beside the samples.
+"""
+import contextlib
+import datetime
+import functools
+import json
+import os
+import platform
+import random
+import signal
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+
+class ToldToEnd(BaseException):
+    """SIGTERM, as `timeout` sends it. Not an Exception: a compiler would take it for an error of its own."""
+
+
+@contextlib.contextmanager
+def told_to_end():
+    """Inside, SIGTERM raises ToldToEnd, so that what was measured until then can still be written."""
+    def tell(number, frame):
+        raise ToldToEnd
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def interleaved(variants, rounds, warmup=2, seed=0, until=None):
+    """Time functions in turns. variants: {name: function}. Returns {name: [seconds, one a round]}.
+
+    A CPU clock around each call, with the GPU synchronised on both sides where there is one. until: a time.monotonic() after
+    which no further round begins (one is always had). On ToldToEnd the samples that there are.
+    """
+    sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    order, shuffle = list(variants), random.Random(seed).shuffle
+    samples = {name: [] for name in variants}
+    with contextlib.suppress(ToldToEnd):
+        for _ in range(warmup):
+            for function in variants.values():
+                function()
+        for done in range(rounds):
+            if done and until is not None and time.monotonic() > until:
+                break
+            shuffle(order)
+            for name in order:
+                sync()
+                start = time.perf_counter()
+                variants[name]()
+                sync()
+                samples[name].append(time.perf_counter() - start)
+    return samples
+
+
+def interleaved_on_gpu(variants, rounds, warmup=3, seed=0, until=None):
+    """`interleaved` by the GPU's own clock: events around each call, with cold caches.
+
+    Before each call the L2 cache is overwritten, and the GPU is kept busy for as long as the host needs to queue the call, so
+    that neither a warm cache nor a launch that comes late is measured. What the host costs is seen end to end.
+    """
+    cycles = {}
+    for name, function in variants.items():
+        for _ in range(warmup):
+            function()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        # 2e9 cycles a second is more than any of these GPUs has: half as long again as the host has just needed.
+        cycles[name] = int(1.5 * 2e9 * (time.perf_counter() - start)) + 20_000
+        torch.cuda.synchronize()
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    dirt = torch.empty(max(2 * l2, 1 << 20), dtype=torch.uint8, device="cuda")
+    order, shuffle = list(variants), random.Random(seed).shuffle
+    samples = {name: [] for name in variants}
+    for done in range(rounds):
+        if done and until is not None and time.monotonic() > until:
+            break
+        shuffle(order)
+        events = []
+        for name in order:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            dirt.zero_()
+            torch.cuda._sleep(cycles[name])
+            start.record()
+            variants[name]()
+            end.record()
+            events.append((name, start, end))
+        torch.cuda.synchronize()
+        for name, start, end in events:
+            samples[name].append(start.elapsed_time(end) / 1e3)
+    return samples
+
+
+def limits(device, dtype=torch.bfloat16):
+    """What this machine reaches now, in bytes and FLOP a second.
+
+    "copy": read and written. "memory": the higher of that and of reading alone (a matrix times a vector, as decoding does
+    it): a CPU reads what it writes, so a copy says too little there. "matmul": in `dtype`.
+    """
+    gpu = torch.device(device).type == "cuda"
+    matrix = torch.ones(1 << (16 if gpu else 15), 4096, device=device)  # 1 GiB, 0.5 GiB: larger than any cache
+    target, vector = torch.empty_like(matrix), torch.ones(4096, device=device)
+    n = 8192 if gpu else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    size = matrix.numel() * matrix.itemsize
+    median = medians((interleaved_on_gpu if gpu else interleaved)(
+        {"copy": lambda: target.copy_(matrix), "read": lambda: matrix @ vector, "matmul": lambda: a @ b}, 10 if gpu else 5))
+    return {"copy": 2 * size / median["copy"], "memory": max(2 * size / median["copy"], size / median["read"]),
+            "matmul": 2 * n ** 3 / median["matmul"]}
+
+
+def medians(samples):
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def environment():
+    """The machine, the versions and the commit."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    env = {"time": now.isoformat(timespec="seconds"), "python": platform.python_version(),
+           "torch": torch.__version__, "cpu": cpu_name(), "cores": cores(), "threads": torch.get_num_threads(),
+           "commit": commit(), "load": os.getloadavg()[0]}
+    try:
+        import triton
+        env["triton"] = triton.__version__
+    except Exception:  # a broken Triton is no reason to lose what was measured
+        pass
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        env |= {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda,
+                "clocks": nvidia_smi("clocks.sm,clocks.mem,power.draw,temperature.gpu"), "driver": nvidia_smi("driver_version")}
+    return env
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    known = (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("amx_bf16", "AMX"))
+    return " ".join([name] + [label for flag, label in known if flag in flags])
+
+
+@functools.cache
+def commit():
+    """The commit that was measured: what NANOGPT_FAST_COMMIT says, for a copy of the tree without its history or with another; else
+    the checkout's, with "+" behind it where the tree had changes; else "unknown"."""
+    told = os.environ.get("NANOGPT_FAST_COMMIT")
+    root = Path(__file__).parents[2]
+    if told or not (root / "setup.py").exists():  # installed: the folder around it may be somebody else's checkout
+        return told or "unknown"
+
+    def git(*words):
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def nvidia_smi(query):
+    try:
+        return subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True,
+                              check=True).stdout.strip().splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+def append(path, benchmark, **record):
+    """Add one record to a JSON-lines file: what was measured, where, and every sample."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"benchmark": benchmark, **record, "environment": environment()}) + "\n"
+    target = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:  # one call, so that the records of two processes do not mix
+        os.write(target, line.encode())
+    finally:
+        os.close(target)

@@ -1,0 +1,334 @@
+"""From the classic GPT with separate query, key and value to nanoGPT's fused GPT, and back, with equal logits.
+
+    gpt = to_gpt(classic_model)              also a state dict: to_gpt(state_dict, config=ClassicConfig(...))
+    classic_model = to_classic(gpt)
+    convert_checkpoint("classic.pt", "out/ckpt.pt")      or the other way round: the file says which it is
+    convert_checkpoint("out/ckpt.pt", "my-gpt2")         a folder for transformers, and back (huggingface.py)
+
+Attention does not care whether three matrices (C, C) multiply x or one (3C, C) that stacks them: the fused layout is the same
+numbers in fewer, larger matmuls. Everything else only changes its name:
+
+    classic                              nanoGPT
+    tok_emb.weight (V, C)                transformer.wte.weight
+    pos_emb (1, T, C)                    transformer.wpe.weight (T, C)
+    blocks.i.sa.{query,key,value}        transformer.h.i.attn.c_attn, rows q, k, v
+    blocks.i.sa.proj                     transformer.h.i.attn.c_proj
+    blocks.i.{ln1,ln2}                   transformer.h.i.{ln_1,ln_2}
+    blocks.i.ff.{0,2}                    transformer.h.i.mlp.{c_fc,c_proj}
+    ln_f, head                           transformer.ln_f, lm_head
+
+nanoGPT's head is the token embedding's own matrix and has no bias. A classic head that is a matrix of its own, with a bias,
+replaces it (`untie_head`); such a GPT is trained and sampled like any other, but nanoGPT's own model.py refuses its weights.
+What has no counterpart at all, post-norm or a ReLU, raises ConversionError, which names it. Where a live model comes in, both
+models are asked for logits at the end, and a difference raises, too: no conversion is silently wrong.
+"""
+import contextlib
+import io
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from .. import classic, options
+from ..classic import ClassicConfig, ClassicGPT
+from ..config import GPTConfig
+from ..model import GPT
+from ..options import option
+from . import nanogpt
+from .state import plain_names, untie_head
+
+# One linear layer or LayerNorm each, by its names in a block; c_attn is the only one that is not one to one.
+IN_A_BLOCK = {"ln1": "ln_1", "sa.proj": "attn.c_proj", "ln2": "ln_2", "ff.0": "mlp.c_fc", "ff.2": "mlp.c_proj"}
+
+
+class ConversionError(ValueError):
+    """This model has no equal in the other layout; the text names what does not fit."""
+
+
+def to_gpt(source, config=None, *, backend=None):
+    """The nanoGPT-style GPT that computes what `source` computes.
+
+    source: a ClassicGPT; any module with the same parameter names; or such a state dict. Without a `.config` of its own it
+    needs a ClassicConfig, which says what tensors cannot: n_head, norm, activation. Query, key and value may lack biases.
+    The result has the source's dtype, device and train/eval mode; all its parameters require gradients. The random state is
+    left alone. Raises ConversionError.
+    """
+    state, config = _state_of(source), config or getattr(source, "config", None)
+    if not isinstance(config, ClassicConfig):
+        raise ConversionError("tensors alone do not say how many heads there are, nor where the norms stand: "
+                              "pass config=ClassicConfig(n_head=..., norm=..., activation=..., ...)")
+    _refuse(["post-norm blocks (norm='post'): GPT normalises before each branch"] * (config.norm == "post")
+            + ["the ReLU feed-forward (activation='relu'): GPT has GELU"] * (config.activation == "relu"))
+    state = fused_layout(state)
+    args = {"activation": config.activation} if config.activation != "gelu" else {}
+    gpt = _quietly(lambda: GPT(GPTConfig(block_size=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer,
+                                         n_head=config.n_head, n_embd=config.n_embd, dropout=config.dropout, bias=True, **args),
+                               backend=backend))
+    if "lm_head.bias" in state:
+        untie_head(gpt)
+    return _filled(gpt, state, source)
+
+
+def to_classic(source):
+    """The ClassicGPT that computes what `source`, a GPT (nanoGPT's own also), computes. Absent biases become zeros.
+
+    Dtype, device, mode and what is raised as in `to_gpt`.
+    """
+    cfg = source.config
+    state = separate_layout(_state_of(source))
+    tied = source.lm_head.weight is source.transformer.wte.weight
+    if tied:
+        state.pop("head.bias", None)  # zeros that were filled in: a tied head has none
+    model = _quietly(lambda: ClassicGPT(ClassicConfig(vocab_size=cfg.vocab_size, block_size=cfg.block_size, n_layer=cfg.n_layer,
+                                                      n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=cfg.dropout, tied=tied,
+                                                      activation=getattr(cfg, "activation", "gelu"))))
+    for name, buffer in model.named_buffers():  # the causal masks: the fused layout has none
+        state[name] = buffer
+    return _filled(model, state, source)
+
+
+FORMATS = ("nanogpt", "classic", "huggingface")
+
+
+def convert_checkpoint(source, target, to=None):
+    """Convert a checkpoint: nanoGPT's ckpt.pt, what classic.save_checkpoint wrote, or a folder of transformers' GPT-2, each to
+    each.
+
+    to: "nanogpt", "classic" or "huggingface"; None: what the target's name and the source leave, see `ConvertOptions`. The
+    target is read back, its logits are compared with the source's, and only then it gets its name. The tokenizer goes along
+    between the two .pt formats; the optimizer's state does not: the result is for sampling and fine-tuning. Returns the
+    converted model. Raises ConversionError, ValueError (a damaged file), FileNotFoundError, CheckpointError.
+    """
+    model, tokenizer, found = _load(source)
+    to = to or ("huggingface" if Path(target).suffix not in (".pt", ".pth") else "classic" if found == "nanogpt" else "nanogpt")
+    if to == found:
+        raise ConversionError(f"{source} is in the form of {found} already; --to={'|'.join(FORMATS)} names another")
+    gpt = to_gpt(model) if isinstance(model, ClassicGPT) else model
+    if to == "huggingface":
+        _write_folder(gpt, target)
+        return gpt
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    converted = to_classic(gpt) if to == "classic" else gpt
+    with _proved(target, converted) as temporary:
+        write = classic.save_checkpoint if to == "classic" else save_gpt
+        write(temporary, converted, tokenizer)
+    return converted
+
+
+def _load(source):
+    """(model in eval mode, tokenizer or None, its format) from a file or a folder, whichever it is."""
+    source = Path(source)
+    if source.is_dir() and (source / "config.json").is_file():
+        return _quietly(lambda: GPT.from_pretrained(str(source))).eval(), None, "huggingface"
+    if source.is_file():
+        nanogpt.refuse_damage(source)
+    if source.is_file() and classic.is_checkpoint(source):
+        model, tokenizer = classic.load_checkpoint(source, device="cpu")
+        if not isinstance(model, ClassicGPT):
+            raise ConversionError(f"{source} holds a {type(model).__name__}: only the last step of the ladder is a GPT")
+        return model, tokenizer, "classic"
+    gpt, tokenizer, _ = _quietly(lambda: nanogpt.load_model(source))
+    return gpt, tokenizer, "nanogpt"
+
+
+@contextlib.contextmanager
+def _proved(target, model):
+    """Write to a temporary name, read it back, compare logits with `model`'s, rename."""
+    temporary = Path(f"{target}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _prove(model, _load(temporary)[0])
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_folder(gpt, target):
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file; a model of transformers' is a folder")
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=target, prefix=".") as temporary:
+            gpt.save_pretrained(temporary)
+            _prove(gpt, _load(temporary)[0])
+            _prove(gpt, _TransformersGPT(temporary)) if find_spec("transformers") else None
+            for file in Path(temporary).iterdir():
+                os.replace(file, target / file.name)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
+
+
+class _TransformersGPT(nn.Module):
+    """transformers' own reading of a folder, called as a GPT is."""
+
+    def __init__(self, folder):
+        super().__init__()
+        from transformers import GPT2LMHeadModel
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            self.model = GPT2LMHeadModel.from_pretrained(folder)
+        self.config = GPTConfig(block_size=self.model.config.n_positions, vocab_size=self.model.config.vocab_size)
+
+    def forward(self, idx, targets=None):
+        return self.model(idx).logits, None
+
+
+@dataclass
+class ConvertOptions:
+    """Convert a checkpoint between nanoGPT's ckpt.pt, the classic GPT's (separate query, key and value), and a folder of
+    transformers' GPT-2 (config.json and model.safetensors). What the source is, its content says.
+
+    Without --to, a target that ends in .pt becomes nanoGPT's, or the classic GPT's where the source is nanoGPT's; any other
+    name becomes a folder of transformers'. The result is read back and its logits are compared with the source's before it gets
+    its name. Examples: nanogpt-fast convert classic.pt out/ckpt.pt; nanogpt-fast convert out/ckpt.pt my-gpt2
+    """
+
+    source: str = option("", "the checkpoint to read: a file or a folder", positional=True)
+    target: str = option("", "the checkpoint to write", positional=True)
+    to: str = option("auto", "the form to write", choices=("auto", *FORMATS))
+
+    def __post_init__(self):
+        if not self.source or not self.target:
+            raise ValueError("two names are needed: nanogpt-fast convert SOURCE TARGET")
+
+
+def main(argv):
+    """The command `nanogpt-fast convert`."""
+    o = options.parse(ConvertOptions, argv, "nanogpt-fast convert")
+    model = convert_checkpoint(o.source, o.target, None if o.to == "auto" else o.to)
+    print(f"{o.target} holds the {type(model).__name__} that computes what {o.source} does: read back, and its logits compared")
+
+
+def save_gpt(path, gpt, tokenizer=None, *, iter_num=0, best_val_loss=float("inf"), config=None):
+    """Write a GPT as nanoGPT's ckpt.pt, with a fresh optimizer: `nanogpt-fast sample` and `chat` read it."""
+    optimizer = _quietly(lambda: gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu"))
+    nanogpt.save(nanogpt.contents(gpt, optimizer, iter_num=iter_num, best_val_loss=best_val_loss, config=config or {},
+                                  tokenizer=tokenizer), path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The two layouts, as state dicts
+
+
+def fused_layout(state):
+    """Classic names to nanoGPT's; query, key and value are stacked. Raises ConversionError on missing and foreign names."""
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(".sa.tril")}  # a mask, no weights
+    take = _Taker(state)
+    fused = {"transformer.wte.weight": take("tok_emb.weight"), "transformer.wpe.weight": take("pos_emb").squeeze(0)}
+    for i in range(_count(state, r"blocks\.(\d+)\.")):
+        old, new = f"blocks.{i}.", f"transformer.h.{i}."
+        weights = [take(f"{old}sa.{part}.weight") for part in ("query", "key", "value")]
+        fused[new + "attn.c_attn.weight"] = torch.cat(weights)                                       # (3C, C)
+        fused[new + "attn.c_attn.bias"] = torch.cat([take(f"{old}sa.{part}.bias", zeros=len(weight))
+                                                     for part, weight in zip(("query", "key", "value"), weights)])
+        for classic_name, name in IN_A_BLOCK.items():
+            for kind in ("weight", "bias"):
+                fused[f"{new}{name}.{kind}"] = take(f"{old}{classic_name}.{kind}")
+    for kind in ("weight", "bias"):
+        fused[f"transformer.ln_f.{kind}"] = take(f"ln_f.{kind}")
+    fused["lm_head.weight"] = weight = take("head.weight")
+    if "head.bias" in state or not torch.equal(weight, fused["transformer.wte.weight"]):
+        fused["lm_head.bias"] = take("head.bias", zeros=len(weight))
+    take.refuse_the_rest()
+    return fused
+
+
+def separate_layout(state):
+    """nanoGPT's names to classic ones; c_attn is cut into query, key and value. Biases that are not there become zeros."""
+    take = _Taker(plain_names(state))
+    separate = {"tok_emb.weight": take("transformer.wte.weight"), "pos_emb": take("transformer.wpe.weight").unsqueeze(0)}
+    for i in range(_count(state, r"transformer\.h\.(\d+)\.")):
+        old, new = f"transformer.h.{i}.", f"blocks.{i}."
+        for kind, zeros in (("weight", None), ("bias", 3 * separate["pos_emb"].size(-1))):
+            parts = take(f"{old}attn.c_attn.{kind}", zeros=zeros).chunk(3)
+            for part, tensor in zip(("query", "key", "value"), parts):
+                separate[f"{new}sa.{part}.{kind}"] = tensor.clone()
+        for classic_name, name in IN_A_BLOCK.items():
+            separate[f"{new}{classic_name}.weight"] = weight = take(f"{old}{name}.weight")
+            separate[f"{new}{classic_name}.bias"] = take(f"{old}{name}.bias", zeros=len(weight))
+    separate["ln_f.weight"] = weight = take("transformer.ln_f.weight")
+    separate["ln_f.bias"] = take("transformer.ln_f.bias", zeros=len(weight))
+    separate["head.weight"] = weight = take("lm_head.weight")
+    separate["head.bias"] = take("lm_head.bias", zeros=len(weight))
+    take.refuse_the_rest()
+    return separate
+
+
+class _Taker:
+    """Takes tensors out of a state dict by name, and knows what is missing and what nobody took."""
+
+    def __init__(self, state):
+        self.state = dict(state)
+        self.like = next(iter(state.values()), None)
+
+    def __call__(self, name, zeros=None):
+        if name in self.state:
+            return self.state.pop(name).detach()
+        if zeros is None:
+            raise ConversionError(f"there is no {name}")
+        return self.like.new_zeros(zeros)
+
+    def refuse_the_rest(self):
+        _refuse([f"{name} {tuple(tensor.shape)}, which has no place there" for name, tensor in self.state.items()])
+
+
+def _count(state, pattern):
+    return 1 + max((int(match[1]) for match in (re.match(pattern, name) for name in state) if match), default=-1)
+
+
+def _refuse(reasons):
+    if reasons:
+        raise ConversionError("this model cannot be converted; what does not fit: " + "; ".join(reasons))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Filling a model, and the proof
+
+
+def _state_of(source):
+    return source.state_dict(keep_vars=True) if isinstance(source, nn.Module) else source
+
+
+def _quietly(make):
+    """Build without printing (GPT reports its size, which is no news here) and without advancing the random state."""
+    with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
+        return make()
+
+
+def _filled(model, state, source):
+    like = next(iter(state.values()))
+    model.to(device=like.device, dtype=like.dtype)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # torch lists every shape that differs from what the config asks for
+        raise ConversionError(f"the weights are not those that the config describes: {error}") from None
+    if isinstance(source, nn.Module):
+        _prove(source, model)
+        model.train(source.training)
+    return model
+
+
+# What two orders of the same additions may differ by, relative to the largest logit: some hundred roundings.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@torch.no_grad()
+def _prove(source, result):
+    """Raise ConversionError unless both models give the same logits for one row of tokens."""
+    cfg = result.config
+    logits = []
+    for model in (source, result):
+        mode = model.training
+        idx = (7 * torch.arange(min(cfg.block_size, 32), device=next(model.parameters()).device) % cfg.vocab_size)[None]
+        logits.append(model.eval()(idx, idx)[0].double().flatten(0, -2))    # with targets, all positions' logits: (T, V)
+        model.train(mode)
+    expected, found = logits
+    difference = ((expected - found).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+    if not difference <= TOLERANCE[next(result.parameters()).dtype]:
+        raise ConversionError(f"the converted model's logits differ by {difference:.1e} of the largest: the source computes "
+                              "what its weights and config do not show (a replaced submodule, a hook, another norm or activation)")

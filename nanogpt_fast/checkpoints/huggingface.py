@@ -1,0 +1,202 @@
+"""GPT-2 in transformers' form, read and written: names, sizes, the four transposed matrices, folders of config.json and
+safetensors.
+
+A folder is read without transformers, and nothing in it can run: safetensors holds tensors only. What does not fit (a missing
+or foreign name, another shape, a setting that GPT has no equal for) raises CheckpointError, where transformers would initialise
+what is missing.
+"""
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from ..config import GPTConfig
+from ..files import replacing
+from .state import CheckpointError, plain_names
+
+SIZES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),           # 124M
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),   # 350M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),    # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),       # 1558M
+}
+# OpenAI's checkpoints hold these as Conv1D, (in, out); nn.Linear holds (out, in).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# transformers' activation_function -> ours
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+
+
+def load_gpt2(model_type, override_args, activation):
+    """(GPTConfig, state_dict in nanoGPT's layout) of one of the four names or of a local folder."""
+    unknown = [key for key in override_args if key != "dropout"]
+    if unknown:
+        raise ValueError(f"override_args has {', '.join(unknown)}; only dropout can be overridden, the rest is the checkpoint's")
+    local = os.path.isdir(model_type)
+    if model_type not in SIZES and not local:
+        raise ValueError(f"from_pretrained({model_type!r}): expected one of {', '.join(SIZES)}, or a folder written by save_pretrained")
+    if local and not os.path.isfile(os.path.join(model_type, "pytorch_model.bin")):
+        print(f"loading weights from folder: {model_type}")
+        return read_folder(model_type, activation, **override_args)
+    try:
+        from transformers import GPT2LMHeadModel
+    except ImportError as error:
+        raise ImportError("GPT.from_pretrained reads GPT-2's weights with the transformers library; pip install 'nanogpt-fast[gpt2]'") from error
+
+    print(f"loading weights from pretrained gpt: {model_type}")
+    source = GPT2LMHeadModel.from_pretrained(model_type)
+    theirs = source.config
+    if activation is None:
+        activation = "gelu" if not local else ACTIVATIONS.get(theirs.activation_function)
+        if activation is None:
+            raise ValueError(f"{model_type} uses the activation {theirs.activation_function!r}; "
+                             f"GPT has {', '.join(ACTIVATIONS)}. Pass activation='gelu' or 'gelu_tanh' to take one of them all the same.")
+    config = GPTConfig(block_size=theirs.n_positions, vocab_size=theirs.vocab_size, n_layer=theirs.n_layer, n_head=theirs.n_head,
+                       n_embd=theirs.n_embd, bias=True, activation=activation, **override_args)
+    return config, to_nanogpt(source.state_dict())
+
+
+def to_nanogpt(state_dict):
+    """transformers' GPT2LMHeadModel state in nanoGPT's layout: mask buffers dropped, Conv1D weights transposed."""
+    kept = {key: value for key, value in state_dict.items() if not key.endswith((".attn.bias", ".attn.masked_bias"))}
+    return {key: value.t().contiguous() if key.endswith(TRANSPOSED) else value for key, value in kept.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ folders
+
+# What GPT computes; a folder whose config.json says otherwise is refused.
+FIXED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+         "add_cross_attention": False}
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_folder(folder, activation=None, dropout=None):
+    """(GPTConfig, state_dict in nanoGPT's layout) from a folder with config.json and model.safetensors (or its shards).
+
+    activation, dropout: instead of the folder's. Raises CheckpointError.
+    """
+    folder = Path(folder)
+    theirs = _json(folder / "config.json")
+    for name, value in FIXED.items():
+        if theirs.get(name, value) != value:
+            raise CheckpointError(f"{folder}/config.json has {name}={theirs[name]!r}; GPT computes what {value!r} means")
+    sizes = {ours: theirs.get(name) for ours, name in (("block_size", "n_positions"), ("vocab_size", "vocab_size"),
+                                                       ("n_layer", "n_layer"), ("n_head", "n_head"), ("n_embd", "n_embd"))}
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise CheckpointError(f"{folder}/config.json has no {name}, or one that is no size ({value!r})")
+    if theirs.get("n_inner") not in (None, 4 * sizes["n_embd"]):
+        raise CheckpointError(f"{folder}/config.json has n_inner={theirs['n_inner']}; GPT's MLP is 4 n_embd wide")
+    activation = activation or ACTIVATIONS.get(theirs.get("activation_function", "gelu_new"))
+    if activation is None:
+        raise CheckpointError(f"{folder} uses the activation {theirs['activation_function']!r}; GPT has {', '.join(ACTIVATIONS)}. "
+                              "Pass activation='gelu' or 'gelu_tanh' to take one of them all the same.")
+    dropout = float(theirs.get("resid_pdrop", 0.0)) if dropout is None else dropout
+    config = GPTConfig(**sizes, dropout=dropout, bias=True, activation=activation)
+    return config, _checked(_tensors(folder), config, folder)
+
+
+def _json(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}. A folder written by save_pretrained holds one.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON, or a damaged one ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object of settings")
+    return content
+
+
+def _tensors(folder):
+    """{name: tensor} of all safetensors files of a folder."""
+    load = _safetensors().load_file
+    names = [WEIGHTS]
+    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        names = sorted(set(_json(folder / INDEX).get("weight_map", {}).values()))
+        if any(os.path.basename(name) != name for name in names):
+            raise CheckpointError(f"{folder / INDEX} names files outside of its folder")
+    tensors = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"there is no {folder / name}; a folder holds config.json and {WEIGHTS}")
+        try:
+            tensors.update(load(folder / name))
+        except Exception as error:  # safetensors' own, or whatever a file of something else meets first
+            raise CheckpointError(f"{folder / name} is no safetensors file, or a damaged one ({error})") from None
+    return tensors
+
+
+def _checked(tensors, config, folder):
+    """transformers' tensors in nanoGPT's layout, with every name and shape as the config has it."""
+    tensors = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
+               for name, tensor in plain_names(tensors).items()}
+    wte = tensors.get("transformer.wte.weight")
+    head = tensors.setdefault("lm_head.weight", wte)  # a tied head is written once
+    expected = shapes(config)
+    problems = [f"{name} is missing" for name in expected if tensors.get(name) is None]
+    problems += [f"{name} does not belong there" for name in tensors if name not in expected]
+    problems += [f"{name} has shape {tuple(tensors[name].shape)}, its config asks for {shape}" for name, shape in expected.items()
+                 if tensors.get(name) is not None and tuple(tensors[name].shape) != shape]
+    if not problems and not torch.equal(head, wte):
+        problems = ["the head and the embedding are two matrices, GPT's are one"]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"{folder}: the weights do not fit: {'; '.join(problems[:3])}{more}")
+    return to_nanogpt({name: tensors[name] for name in expected})
+
+
+def shapes(config):
+    """{name: shape} of transformers' GPT2LMHeadModel for this config."""
+    C, V = config.n_embd, config.vocab_size
+    found = {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (config.block_size, C)}
+    for i in range(config.n_layer):
+        block = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "ln_2": (C,), "mlp.c_fc": (C, 4 * C),
+                 "mlp.c_proj": (4 * C, C)}
+        for name, shape in block.items():
+            found[f"transformer.h.{i}.{name}.weight"] = shape
+            found[f"transformer.h.{i}.{name}.bias"] = shape[-1:]
+    return {**found, "transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,), "lm_head.weight": (V, C)}
+
+
+def write_folder(model, folder):
+    """Write a GPT as config.json and model.safetensors, which transformers' GPT2LMHeadModel.from_pretrained reads. Exact.
+
+    Absent biases become zeros. Raises ValueError for a head that is a matrix of its own: nothing in transformers' GPT-2 is
+    equal.
+    """
+    if model.lm_head.weight is not model.transformer.wte.weight or model.lm_head.bias is not None:
+        raise ValueError("this GPT's head is a matrix of its own, or has a bias; transformers' GPT-2 has the "
+                         "embedding's matrix and no bias")
+    cfg, state = model.config, plain_names(model.state_dict())
+    tensors = {}
+    for name, shape in shapes(cfg).items():
+        if name == "lm_head.weight":  # tied: written once
+            continue
+        tensor = state[name] if name in state else state["transformer.wte.weight"].new_zeros(shape)
+        tensors[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).detach().cpu().contiguous()
+    dtype = str(state["transformer.wte.weight"].dtype).removeprefix("torch.")
+    activation = "gelu_new" if getattr(cfg, "activation", "gelu") == "gelu_tanh" else "gelu"
+    settings = {"architectures": ["GPT2LMHeadModel"], **FIXED, "activation_function": activation, "vocab_size": cfg.vocab_size,
+                "n_positions": cfg.block_size, "n_embd": cfg.n_embd, "n_layer": cfg.n_layer, "n_head": cfg.n_head,
+                "n_inner": None,
+                "resid_pdrop": cfg.dropout, "embd_pdrop": cfg.dropout, "attn_pdrop": cfg.dropout, "tie_word_embeddings": True,
+                "torch_dtype": dtype, "bos_token_id": _end_of_text(cfg), "eos_token_id": _end_of_text(cfg)}
+    content = _safetensors().save(tensors, metadata={"format": "pt"})
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, data in ((WEIGHTS, content), ("config.json", json.dumps(settings, indent=2).encode() + b"\n")):
+        with replacing(Path(folder, name)) as file:
+            file.write(data)
+
+
+def _end_of_text(config):
+    """GPT-2's <|endoftext|> where the vocabulary is GPT-2's, padded or not."""
+    return 50256 if config.vocab_size in (50257, 50304) else None
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("folders of transformers' models are safetensors files; pip install 'nanogpt-fast[gpt2]'") from error
+    return safetensors.torch

@@ -1,0 +1,59 @@
+"""What the formats of checkpoints share: their error, the names of weights, a head of its own, the state of the random generators."""
+import random
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read or used; the text says why and what to do."""
+
+
+def plain_names(state_dict):
+    """A state dict under nanoGPT's names: without the prefixes of torch.compile and DDP, without the old mask buffers."""
+    plain = {}
+    for name, tensor in state_dict.items():
+        name = name.replace("_orig_mod.", "")
+        while name.startswith("module."):
+            name = name.removeprefix("module.")
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # a causal mask; the biases are .attn.c_attn.bias, ...
+            plain[name] = tensor
+    return plain
+
+
+def untie_head(gpt):
+    """Give a GPT a vocabulary head of its own, with a bias: a copy of the shared matrix, and zeros. In place; returns gpt.
+
+    There is no such head without bias: as a checkpoint its weight would be loaded over the token embedding by every reader
+    that ties the two, without a word. The bias's name makes such a reader stop.
+    """
+    shared = gpt.lm_head.weight
+    head = nn.utils.skip_init(nn.Linear, shared.size(1), shared.size(0), device=shared.device, dtype=shared.dtype)
+    with torch.no_grad():
+        head.weight.copy_(shared)
+        head.bias.zero_()
+    gpt.lm_head = head
+    return gpt
+
+
+def random_states():
+    """The states of every generator a training step may draw from, as tensors and plain Python types."""
+    name, keys, *rest = np.random.get_state()
+    states = {"torch": torch.get_rng_state(), "python": random.getstate(),
+              "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest)}
+    accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ... or None
+    if accelerator is not None:
+        states[accelerator.type] = torch.get_device_module(accelerator).get_rng_state()
+    return states
+
+
+def set_random_states(states):
+    """Put back what `random_states` returned. A device that is not there any more is passed over."""
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type in states:
+        torch.get_device_module(accelerator).set_rng_state(states[accelerator.type])

@@ -1,0 +1,427 @@
+"""`nanogpt-fast verify`: is what runs on this machine right?
+
+Every op in every implementation that can run here, in each dtype, forward and backward, is held to float64 on the same numbers
+by the rule of `error_rule.py`: at most twice (gradients: three times) the error that plain PyTorch makes in that dtype, and no
+bias. Then the whole GPT: logits, loss, the gradient of every parameter, and the losses of 20 training steps.
+
+Without a GPU the Triton kernels run in Triton's interpreter, on small shapes, in a second process (Triton decides when it is
+imported whether it interprets), and what the C++ extension has for a CPU, the sampler too, runs as it is. What can't run here says
+why. The exit
+status is 1 if anything is wrong.
+"""
+import contextlib
+import io
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass
+
+import torch
+
+from .. import backend as _backend, options
+from ..config import GPTConfig
+from ..files import replacing
+from ..model import GPT
+from ..ops import attention, cross_entropy, layer_norm, mlp, sample
+from ..ops.hopper import mlp as mlp_hopper
+from ..options import option
+from .error_rule import measure
+
+REFERENCE, FUSED, AUTO = (_backend.parse(choice) for choice in ("reference", "fused", "auto"))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+STEPS = 20
+
+
+@dataclass
+class VerifyOptions:
+    """Checks every op, in every implementation that this machine can run, against float64; then the whole GPT. Exit status 1 if
+    anything is wrong."""
+    quick: bool = option(False, "one shape an op: under a minute on two cores")
+    only: str = option("", "check only these, separated by commas: attention, layer_norm, mlp, cross_entropy, sample, gpt")
+    json: str = option("", "also write the table to this file")
+
+
+@dataclass
+class Row:
+    """One line of the table: one tensor of one op, or why there is none."""
+    op: str
+    implementation: str
+    dtype: str
+    shape: str
+    direction: str              # which tensor: the name of a result, or d and the name of an input
+    largest: float = 0.0        # absolute error
+    relative: float = 0.0       # L2
+    plain: float = 0.0          # plain PyTorch's relative error in this dtype
+    bound: float = 0.0          # on relative
+    bias: float = 0.0           # of the mean error, in standard errors
+    result: str = "pass"        # pass, FAIL, or -: not run here
+    why: str = ""
+
+    def __str__(self):
+        start = f"{self.op:<15} {self.implementation:<9} {self.dtype:<5} {self.shape:<28} {self.direction:<34}"
+        if self.result == "-":
+            return f"{start.rstrip()}  not run here: {self.why}"
+        if self.bound == 0.0:  # nothing was measured: tokens, which are equal or not, or an error
+            return f"{start}{'':51}{self.result}" + (f": {self.why}" if self.why else "")
+        numbers = f"{self.largest:>9.2e} {self.relative:>9.2e} {self.plain:>9.2e} {self.bound:>9.2e} {self.bias:>6.1f}"
+        return f"{start} {numbers}  {self.result}" + (f": {self.why}" if self.why else "")
+
+
+HEADER = (f"{'op':<15} {'runs as':<9} {'dtype':<5} {'shape':<28} {'what':<34} "
+          f"{'largest':>9} {'relative':>9} {'PyTorch':>9} {'bound':>9} {'bias':>6}")
+
+
+def main(argv):
+    """The command `nanogpt-fast verify`: prints the table, returns the exit status."""
+    o = options.parse(VerifyOptions, argv, "nanogpt-fast verify")
+    only = tuple(filter(None, o.only.split(",")))
+    if unknown := set(only) - {*_backend.OPS, "gpt"}:
+        raise ValueError(f"--only={o.only}: there is no {min(unknown)!r}; expected some of {', '.join(_backend.OPS)}, gpt")
+    if not torch.cuda.is_available() and not _backend.interpreted() and _backend.triton_import_error() is None:
+        environment = {"TRITON_DEFAULT_FP_FUSION": "1", **os.environ, "TRITON_INTERPRET": "1"}  # fusion: what is not said warns
+        return subprocess.run([sys.executable, "-m", "nanogpt_fast", "verify", *argv], env=environment).returncode
+    if _backend.interpreted() and (problem := _backend.triton_import_error()) is not None:
+        raise RuntimeError(problem)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = {"python": platform.python_version(), "torch": torch.__version__, "triton": _triton_version(),
+             "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
+             "interpreted": _backend.interpreted(), "quick": o.quick}
+    print(f"PyTorch {about['torch']}, Triton {about['triton']}, {about['device']}"
+          + (", Triton kernels in the interpreter" if _backend.interpreted() else "") + "\n\n" + HEADER)
+    start, rows = time.perf_counter(), []
+    for row in check(device, o.quick, only):
+        print(row, flush=True)
+        rows.append(row)
+    failed, skipped = (sum(row.result == result for row in rows) for result in ("FAIL", "-"))
+    print(f"\n{len(rows) - skipped} checks in {time.perf_counter() - start:.0f} s, {failed} failed, "
+          f"{skipped} could not run here")
+    if o.json:
+        with replacing(o.json) as f:
+            f.write(json.dumps({**about, "failed": failed, "rows": [asdict(row) for row in rows]}, indent=1).encode() + b"\n")
+    return 1 if failed else 0
+
+
+def _triton_version():
+    if _backend.triton_import_error() is not None:
+        return "none"
+    import triton
+    return triton.__version__
+
+
+def check(device, quick, only=()):
+    """All rows, one by one as they are had. only: names of ops, and "gpt"; empty is all."""
+    for case in cases(device, quick):
+        if not only or case.op in only:
+            for name, dtype in itertools.product(implementations(case.op, device), DTYPES):
+                with only_implementation(case.op, name):
+                    yield from _survive(case.op, dtype, case.shape, check_op(case, name, dtype, device))
+    for op, dtypes, function in (("sample", DTYPES, check_sampler), ("gpt", DTYPES[:2], check_gpt)):
+        if not only or op in only:
+            for dtype in dtypes:
+                yield from _survive(op, dtype, "", function(dtype, device, quick))
+
+
+MODULES = {"attention": attention, "layer_norm": layer_norm, "mlp": mlp, "cross_entropy": cross_entropy}
+
+
+def implementations(op, device):
+    """The names of those that are checked: of the extension's only where it computes, on a CPU."""
+    elsewhere = "cudnn" if device.type == "cpu" else "cpp"
+    return [name for name, _ in MODULES[op].CANDIDATES if name != elsewhere]
+
+
+@contextlib.contextmanager
+def only_implementation(op, name):
+    """Inside, "fused" means this one, or why it can't run."""
+    module = MODULES[op]
+    before = module.CANDIDATES
+    module.CANDIDATES = tuple(candidate for candidate in before if candidate[0] == name)
+    try:
+        yield
+    finally:
+        module.CANDIDATES = before
+
+
+def _survive(op, dtype, shape, rows):
+    """The rows; and if one raises, a failed one. A kernel that can't be compiled or launched is a finding, and others wait."""
+    try:
+        yield from rows
+    except Exception as error:
+        yield Row(op=op, implementation="", dtype=NAMES[dtype], shape=shape, direction="", result="FAIL",
+                  why=f"{type(error).__name__}: {error}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ the ops
+
+
+@dataclass
+class Case:
+    """An op on one shape, as a training step under autocast calls it.
+
+    make(half): {name: tensor}; half(tensor) is what arrives in the low precision, the others are fp32 (parameters, the
+    residual). call(inputs, backend): {name: result}. differentiate: which results send a gradient back; None is all.
+    stored(inputs in fp64, dtype): {name: what `error_rule.measure` calls so}, or None.
+    """
+    op: str
+    shape: str
+    make: object
+    call: object
+    differentiate: tuple | None = None
+    stored: object = None
+
+
+def cases(device, quick):
+    """The shapes: small in the interpreter, where a program takes milliseconds; a training step's on a GPU."""
+    gpu = device.type == "cuda"
+
+    def randn(*shape):
+        return torch.randn(*shape, device=device)
+
+    def attention_case(B, T, H, D):
+        return Case("attention", f"B={B} T={T} H={H} D={D}", lambda half: {"qkv": half(randn(B, T, 3 * H * D))},
+                    lambda t, backend: {"out": attention.causal_attention_qkvpacked(t["qkv"], H, backend=backend)})
+
+    def layer_norm_case(rows, C, bias=True):
+        def call(t, backend):
+            x, y = layer_norm.add_layer_norm(t["x"], t["branch"], t["weight"], t.get("bias"), backend=backend)
+            return {"x": x, "y": y}
+
+        def make(half):
+            vectors = {"weight": 1 + 0.1 * randn(C), "bias": 0.1 * randn(C)}
+            return {"x": randn(rows, C), "branch": half(randn(rows, C)), **(vectors if bias else {"weight": vectors["weight"]})}
+        return Case("layer_norm", f"rows={rows} C={C}" + " no bias" * (not bias), make, call)
+
+    def mlp_case(rows, C, form):
+        return Case("mlp", f"rows={rows} C={C} {form}", lambda half: {
+            "x": half(randn(rows, C)), "w_fc": randn(4 * C, C) / C**0.5, "b_fc": 0.1 * randn(4 * C),
+            "w_proj": randn(C, 4 * C) / (4 * C)**0.5, "b_proj": 0.1 * randn(C)},
+            lambda t, backend: {"out": mlp.gelu_mlp(**t, form=form_in(t["x"], form), backend=backend)})
+
+    def form_in(x, form):   # the one for Hopper computes in half precision only
+        half = torch.is_autocast_enabled(device.type) or x.dtype in mlp_hopper.DTYPES
+        return form if half or form != "hopper" else "pointwise"
+
+    hopper = mlp_hopper.why_not(device, torch.bfloat16, 768, 3072, "gelu") is None
+    forms = [form for form in mlp.FORMS if hopper or form != "hopper"]
+
+    def cross_entropy_case(rows, C, V, return_logits):
+        targets = torch.randint(0, V, (rows,), device=device)
+        targets[::7] = -1
+        fixed = dict(targets=targets, return_logits=return_logits)
+
+        def call(t, backend):
+            loss, logits = cross_entropy.linear_cross_entropy(**t, **fixed, backend=backend)
+            return {"loss": loss, "logits": logits} if return_logits else {"loss": loss}
+
+        def stored(t, dtype):   # softmax - 1 at the target, unscaled, is what lies in the buffer of the logits
+            dlogits = torch.softmax(t["x"] @ t["weight"].t(), 1)
+            dlogits[torch.arange(rows, device=device), targets.clamp(min=0)] -= 1
+            dlogits[targets < 0] = 0
+            dlogits, n = dlogits.to(dtype), (targets >= 0).sum()
+            return {"d x": products(dlogits, t["weight"], n), "d weight": products(dlogits.t(), t["x"], n)}
+
+        def products(a, b, n):  # by exact sums, which explain an H100's d weight, and by its tensor cores', which explain its d x
+            exact = a.double() @ b / n
+            if gpu and a.dtype in mlp_hopper.DTYPES:
+                return exact, torch.mm(a, b.to(a.dtype), out_dtype=torch.float32).double() / n
+            return exact
+
+        return Case("cross_entropy", f"rows={rows} C={C} V={V}" + " logits" * return_logits, lambda half: {
+            "x": half(randn(rows, C)), "weight": randn(V, C) / C**0.5}, call, ("loss",), stored)
+
+    if gpu:
+        yield from (attention_case(4, 1024, 12, 64), attention_case(2, 777, 4, 128))
+        yield from (layer_norm_case(8192, 768), layer_norm_case(8192, 768, bias=False))
+        yield from (mlp_case(4096, 768, form) for form in forms)
+        # 8,192 rows are two chunks. Where the logits themselves are compared, fewer columns: eight fp64 copies of them are alive.
+        yield from (cross_entropy_case(8192, 768, 5003 if logits else 50304, logits) for logits in (False, True))
+        if quick:
+            return
+    on_tiles = cross_entropy_case(256, 128, 130, return_logits=False)   # as small as goes to a CPU's AMX tiles in every dtype
+    if quick:
+        yield attention_case(1, 65, 2, 32)
+        yield layer_norm_case(24, 96)
+        yield from (mlp_case(70, 32, form) for form in forms)
+        yield from (cross_entropy_case(21, 32, 257, return_logits) for return_logits in (False, True))
+        yield on_tiles
+        return
+    yield from (attention_case(1, T, 2, D) for T, D in ((1, 64), (65, 32), (129, 64), (130, 128), (70, 80)))
+    yield from (layer_norm_case(rows, C) for rows, C in ((1, 768), (24, 96), (9, 1600)))
+    yield layer_norm_case(40, 768, bias=False)
+    yield from (mlp_case(rows, C, form) for rows, C in ((1, 32), (70, 32), (130, 72)) for form in forms)
+    yield from (cross_entropy_case(rows, 32, V, return_logits)
+                for rows, V in ((1, 1000), (50, 65), (21, 257), (5, 50304)) for return_logits in (False, True))
+    yield on_tiles
+
+
+def check_op(case, name, dtype, device):
+    """Rows of one case in one implementation and dtype: every result and every gradient."""
+    torch.manual_seed(zlib.crc32(f"{case.op} {case.shape}".encode()))  # the same numbers in each run and each dtype
+    inputs = case.make(lambda tensor: tensor.to(dtype))
+    autocast = dtype if dtype != torch.float32 else None
+    start = dict(op=case.op, dtype=NAMES[dtype], shape=case.shape)
+    leaves = {key: t.detach().requires_grad_() for key, t in inputs.items()}
+    ours = AUTO if name == "cudnn" else FUSED   # cuDNN's forward before our backward: `auto` takes it, where nothing else is left
+    implementation, reasons = chosen(case.op, lambda: case.call(leaves, ours), device, autocast, "auto" if name == "cudnn" else "fused")
+    if implementation == "reference":
+        yield Row(implementation=name, direction="", result="-", why="; ".join(reasons) or "there is no kernel", **start)
+        return
+    plain, cotangents = evaluate(case, inputs, REFERENCE, device, autocast)
+    exact, _ = evaluate(case, {name: t.double() for name, t in inputs.items()}, REFERENCE, device, None, cotangents)
+    found, _ = evaluate(case, inputs, ours, device, autocast, cotangents)
+    stored = case.stored({name: t.double() for name, t in inputs.items()}, dtype) if case.stored else {}
+    for name in exact:
+        mean = dict(dtype=dtype, averaged=inputs["x"].size(0)) if name == "loss" else {}
+        kind = "gradient" if name in _gradient_names(inputs) else "forward"
+        measured = measure(found[name], exact[name], plain[name], kind, stored=stored.get(name), **mean)
+        yield Row(implementation=implementation, direction=name, **_numbers(measured),
+                  result="FAIL" if measured.problem else "pass", why=measured.problem or "", **start)
+
+
+def _numbers(measured):
+    return dict(largest=measured.largest, relative=measured.relative, plain=measured.plain_relative, bound=measured.bound,
+                bias=measured.bias)
+
+
+def _gradient_names(inputs):
+    return [f"d {name}" for name in inputs]
+
+
+def chosen(op, call, device, autocast, choice="fused"):
+    """(implementation that `call()` would take under this choice, the reasons against the others); nothing is launched."""
+    with _backend.use(choice), _backend.recording() as record, _autocast(device, autocast):
+        call()
+    return next(((name, reasons) for named, _, name, reasons in record if named == op), ("reference", []))
+
+
+def _autocast(device, dtype):
+    return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
+
+
+def evaluate(case, inputs, backend, device, autocast, cotangents=None):
+    """({name: result or gradient}, {name of a result: the gradient that was sent back through it}).
+
+    cotangents None draws them, in numbers that the low precision holds exactly, so that all three evaluations get the same
+    ones.
+    """
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
+    with _autocast(device, autocast):
+        results = case.call(leaves, backend)
+    sources = {name: t for name, t in results.items() if case.differentiate is None or name in case.differentiate}
+    if cotangents is None:
+        cotangents = {name: torch.randn_like(t, dtype=torch.float32).to(torch.bfloat16) if t.dim() else torch.ones_like(t)
+                      for name, t in sources.items()}
+    gradients = torch.autograd.grad(list(sources.values()), list(leaves.values()),
+                                    [cotangents[name].to(t.dtype) for name, t in sources.items()])
+    found = {name: t.detach() for name, t in results.items()}
+    return found | dict(zip(_gradient_names(inputs), gradients)), cotangents
+
+
+# -------------------------------------------------------------------------------------------------------------- the sampler
+
+
+def check_sampler(dtype, device, quick):
+    """Rows of the sampler: the extension's tokens are those of the definition in PyTorch, every one of them."""
+    rows, V = (16, 1000) if quick else (64, 50304)
+    torch.manual_seed(zlib.crc32(b"sample"))
+    logits = (torch.randn(rows, V, device=device) * 3).to(dtype)
+    start = dict(op="sample", dtype=NAMES[dtype], shape=f"rows={rows} V={V}")
+    implementation, reasons = chosen("sample", lambda: sample.sample(logits[:1], seed=0, backend=FUSED), device, None)
+    if implementation == "reference":
+        yield Row(implementation="-", direction="", result="-", why="; ".join(reasons) or "there is none", **start)
+        return
+    for name, filters in (("temperature", dict(temperature=0.8)), ("top-k", dict(top_k=40)), ("top-p", dict(top_p=0.9)),
+                          ("min-p", dict(min_p=0.05)), ("all three", dict(temperature=1.3, top_k=200, top_p=0.95, min_p=0.01)),
+                          ("greedy", dict(temperature=0.0))):
+        ours, theirs = (sample.sample(logits, seed=1, offset=3, backend=backend, **filters) for backend in (FUSED, REFERENCE))
+        equal = int((ours == theirs).sum())
+        yield Row(implementation=implementation, direction=f"tokens, {name}", largest=rows - equal,
+                  result="pass" if equal == rows else "FAIL", why=f"{equal} of {rows} tokens are the definition's", **start)
+
+
+# ------------------------------------------------------------------------------------------------------------ the whole GPT
+
+# Of the reference path's own error, in L2. In fp32 both are a few roundings, so there the ops' rule holds.
+GPT_FACTOR = {torch.float32: {"forward": 2.0, "gradient": 3.0}, torch.bfloat16: {"forward": 1.2, "gradient": 2.0}}
+
+
+def check_gpt(dtype, device, quick):
+    """Rows of a small GPT on all kernels: logits, loss, every gradient, and 20 losses of training with AdamW."""
+    if device.type == "cuda":
+        config = GPTConfig(block_size=256, vocab_size=1000, n_layer=4, n_head=4, n_embd=256)
+    elif quick:
+        config = GPTConfig(block_size=12, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
+    else:
+        config = GPTConfig(block_size=48, vocab_size=257, n_layer=2, n_head=2, n_embd=64)
+    shape = f"L={config.n_layer} T={config.block_size} C={config.n_embd} V={config.vocab_size}"
+    start = dict(op="gpt", dtype=NAMES[dtype], shape=shape)
+    autocast = dtype if dtype != torch.float32 else None
+    torch.manual_seed(zlib.crc32(b"gpt"))
+    B = 8 if device.type == "cuda" else 2
+    tokens = torch.randint(0, config.vocab_size, (STEPS, B, config.block_size + 1), device=device)
+    plain = _build(config, "reference").to(device)
+    exact, fused = _build(config, "reference").to(device).double(), _build(config, "fused").to(device)
+    exact.load_state_dict(plain.state_dict()), fused.load_state_dict(plain.state_dict())
+    missing = _missing(fused, tokens[0], device, autocast)
+    if missing:
+        yield Row(implementation="-", direction="", result="-", why=missing, **start)
+        return
+
+    def rows(kind, found, oracle, reference):
+        for name in oracle:
+            mean = dict(dtype=dtype, averaged=B * config.block_size) if "loss" in name else {}
+            measured = measure(found[name], oracle[name], reference[name], kind, check_bias=False,
+                               factor=GPT_FACTOR[dtype][kind], **mean)
+            wrong = not measured.relative <= measured.bound
+            yield Row(implementation="fused", direction=name, **_numbers(measured), result="FAIL" if wrong else "pass",
+                      why=measured.problem or "" if wrong else "", **start)
+
+    three = [(fused, autocast), (exact, None), (plain, autocast)]
+    yield from rows("forward", *({name: t for name, t in zip(("logits", "loss"), _forward(model, tokens[0], device, cast))}
+                                 for model, cast in three))
+    yield from rows("gradient", *(_gradients(model, tokens[0], device, cast) for model, cast in three))
+    yield from rows("forward", *({f"losses of {STEPS} steps": _train(model, tokens, device, cast)} for model, cast in three))
+
+
+def _build(config, backend):
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its size
+        return GPT(config, backend=backend)
+
+
+def _missing(model, tokens, device, autocast):
+    """Why the model can't run on kernels alone, or "" where it can."""
+    with _backend.recording() as record, _autocast(device, autocast), torch.no_grad():
+        model(tokens[:, :-1], tokens[:, 1:])
+    return "; ".join(dict.fromkeys(f"{op}: {', '.join(reasons) or 'there is no kernel'}" for op, _, name, reasons in record
+                                   if name == "reference"))
+
+
+def _forward(model, tokens, device, autocast):
+    with _autocast(device, autocast):
+        return model(tokens[:, :-1], tokens[:, 1:].contiguous())
+
+
+def _gradients(model, tokens, device, autocast):
+    _, loss = _forward(model, tokens, device, autocast)
+    names, parameters = zip(*model.named_parameters())
+    return {f"d {name.removeprefix('transformer.')}": g for name, g in zip(names, torch.autograd.grad(loss, parameters))}
+
+
+def _train(model, tokens, device, autocast):
+    """The losses of one AdamW step a batch of tokens, as one tensor."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for batch in tokens:
+        _, loss = _forward(model, batch, device, autocast)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach().double())
+    return torch.stack(losses)

@@ -1,0 +1,132 @@
+"""One token a row through a whole GPT: what `generate` does between two draws.
+
+Every weight is read once and used twice, so the memory's bandwidth is the limit. On a GPU five Triton kernels a layer reach for
+it, up to 16 rows: those of kernels/decode.py or kernels/decode_rows.py. On a CPU one call of the extension does it
+(csrc/decode.h). The session holds weights and cache; this file hands them over, and says where it can't.
+"""
+import torch
+
+from .. import backend as _backend
+from ..ops import extension
+from ..ops.extension import address
+
+MAX_ROWS = 16  # csrc/decode.h; with more rows PyTorch's matrix products do as well
+# What a step takes, in us: GPT-2 124M in bf16 at position 640 on an H100 80GB HBM3, PyTorch 2.11, Triton 3.6, a captured graph
+# (python -m benchmarks.gpu.decode_forms). From 3 rows on, those below 17 share a tile of 8 or 16 rows.
+#
+#   rows                                            1      4      8     16     32     64
+#   kernels/decode.py, the weights once a row     241    480    847
+#   kernels/decode_rows.py, on tensor cores              364    406    533    900  1,388
+#   the step made of ops                          559    587    592    730    879  1,178
+#
+# 2 and 3 rows lie between: about 320 and 400 by the first row, 350 and 360 by the second. Tensor cores need half precision.
+MAX_ROWS_MATVEC = 4             # where tensor cores can't serve; where they can
+MAX_ROWS_BEFORE_TENSOR_CORES = 2
+MAX_ROWS_TENSOR_CORES = 16
+LARGEST_C_TENSOR_CORES = 2048
+LARGEST_K = 8192  # inputs of a matrix (kernels/decode.py)
+LARGEST_HEAD = 256
+_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+MISSING = extension.lacks("Decoder")
+
+
+def decoder(session):
+    """What decodes a generation.Session, or None where the step is made of ops. It holds addresses: keep the session alive."""
+    device = session.device.type
+    if device not in ("cpu", "cuda") or device == "cuda" and session.rows > max_rows_triton(session):
+        return None  # not a lack: with many rows the ops, which are kernels too, are the faster way
+    name = _backend.choose("decode", CANDIDATES, session.choices, (session,))
+    if name == "reference":
+        return None
+    if name == "triton":
+        from ..kernels import decode as kernels, decode_rows
+        layers = [kernels.Layer(layer.ln_1, layer.c_attn, layer.c_proj, layer.ln_2, layer.c_fc, layer.mlp_proj,
+                                *session.cache[i], layer.activation) for i, layer in enumerate(session.layers)]
+        few = MAX_ROWS_BEFORE_TENSOR_CORES if tensor_cores_serve(session) else MAX_ROWS_MATVEC
+        form = kernels.Decoder if session.rows <= few else decode_rows.RowsDecoder
+        return form(session.wte, session.wpe, session.ln_f, session.head, layers)
+    layers = []
+    for i, layer in enumerate(session.layers):
+        tensors = (*layer.ln_1, *layer.ln_2, *layer.c_attn, *layer.c_proj, *layer.c_fc, *layer.mlp_proj, *session.cache[i])
+        layers.append([address(tensor) for tensor in tensors])
+    return extension._C.Decoder(rows=session.rows, width=session.wte.size(1), heads=session.n_head, context=session.block_size,
+                             vocab=session.wte.size(0), type=_TYPES[session.dtype], activation=session.activation,
+                             wte=session.wte.data_ptr(), wpe=session.wpe.data_ptr(), ln_f=[address(t) for t in session.ln_f],
+                             head=[address(t) for t in session.head], layers=layers)
+
+
+def step(native, token, position, vocab, isa="", out=None):
+    """Process token (rows,) int64 at position (rows,) int64 -> logits (rows, vocab) fp32.
+
+    On a CPU: isa, the instruction set, "" for the best; out, where the logits shall lie.
+    """
+    if MISSING is not None or not isinstance(native, extension._C.Decoder):
+        return native(token, position)
+    logits = token.new_empty((token.size(0), vocab), dtype=torch.float32) if out is None else out
+    native.step(token.data_ptr(), position.data_ptr(), logits.data_ptr(), torch.get_num_threads(), isa)
+    return logits
+
+
+def tensor_cores_serve(session):
+    """True where kernels/decode_rows.py takes the session's width and dtype."""
+    return session.dtype in (torch.float16, torch.bfloat16) and session.wte.size(1) <= LARGEST_C_TENSOR_CORES
+
+
+def max_rows_triton(session):
+    """How many rows the Triton kernels take, by the table above."""
+    return MAX_ROWS_TENSOR_CORES if tensor_cores_serve(session) else MAX_ROWS_MATVEC
+
+
+def why_not_triton(session):
+    """None where the Triton kernels can decode this session, else the reason."""
+    if (reason := _backend.triton_why_not(session.wte)) is not None:
+        return reason
+    if session.wte.is_cuda and torch.cuda.get_device_capability(session.device) < (8, 0):
+        return "the GPU has a compute capability below 8.0"
+    if session.dtype not in _HALF_OR_FLOAT:
+        return f"weights are {session.dtype}; the kernels take float32, float16 and bfloat16"
+    if not 1 <= session.rows <= (most := max_rows_triton(session)):
+        return f"{session.rows} rows; the kernels take up to {most} of this width and dtype, with more a library's products do better"
+    if not session.layers:
+        return "the model has no layers"
+    C, H = session.wte.size(1), session.n_head
+    if not 1 <= (D := C // H) <= LARGEST_HEAD:
+        return f"the head size is {D}; the kernels take 1 to {LARGEST_HEAD}"
+    padded = H * max(16, 1 << (D - 1).bit_length())
+    if (widest := max([C, padded] + [layer.c_fc[0].size(0) for layer in session.layers])) > LARGEST_K:
+        return f"a matrix has {widest} inputs, each head padded to a power of two; the kernels take up to {LARGEST_K}"
+    norms = [tensor for layer in session.layers for tensor in (*layer.ln_1, *layer.ln_2)]
+    for tensor in (t for t in (session.wte, session.wpe, *session.ln_f, *norms, *session.weights()) if t is not None):
+        if tensor.dtype not in _HALF_OR_FLOAT:
+            return f"a parameter is {tensor.dtype}; the kernels take float32, float16 and bfloat16"
+        if not tensor.is_contiguous():
+            return "a weight is not contiguous"
+    return None
+
+
+_HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def why_not(session):
+    """None where the extension can decode this session, else the reason."""
+    if session.device.type != "cpu":
+        return f"the extension decodes on a CPU, the model is on {session.device.type}"
+    if MISSING is not None:
+        return MISSING
+    if session.dtype not in _TYPES:
+        return f"weights are {session.dtype}; the extension takes float32 and bfloat16"
+    if not 1 <= session.rows <= MAX_ROWS:
+        return f"{session.rows} rows; the extension takes up to {MAX_ROWS}, with more PyTorch's matrix products do as well"
+    fp32 = [session.wte, session.wpe, *session.ln_f]
+    for layer in session.layers:
+        fp32 += [*layer.ln_1, *layer.ln_2]
+        if layer.activation != session.activation:
+            return "blocks have different activations"
+    if any(t is not None and t.dtype != torch.float32 for t in fp32):
+        return "embeddings or norms are not float32"
+    if not all(p.is_contiguous() for p in (*fp32, *session.weights()) if p is not None):
+        return "a weight is not contiguous"
+    return None
+
+
+CANDIDATES = (("triton", why_not_triton), ("cpp", why_not))

@@ -1,0 +1,6 @@
+"""Training: `train(TrainOptions(...))`, and the command `nanogpt-fast train`. trainer.py says what is in which file."""
+from .losses import NonFiniteLoss
+from .options import TrainOptions
+from .trainer import TrainResult, learning_rate, run, train
+
+__all__ = ["NonFiniteLoss", "TrainOptions", "TrainResult", "learning_rate", "run", "train"]

@@ -1,0 +1,57 @@
+"""Looking at a model that is being trained: its loss on both splits, and what it writes. Neither changes the run."""
+import contextlib
+import math
+
+import torch
+
+from ..checkpoints.state import random_states, set_random_states
+
+
+@torch.no_grad()
+def estimate_loss(network, batches, o, context, ranks, stop):
+    """{"train", "val"}: the mean loss of eval_iters batches of each split, or None if a signal came in between.
+
+    The batches are the same at every evaluation, so that what changes from one to the next is the model. The ranks share them.
+    """
+    network.eval()
+    losses = {}
+    count = math.ceil(o.eval_iters / ranks.size)
+    for split in ("train", "val"):
+        total = 0.0
+        seed = o.seed + 1_000_003 * (1 + ranks.rank)  # far from every rank's training seed
+        with contextlib.closing(batches(split, torch.Generator().manual_seed(seed))) as source:
+            for _ in range(count):
+                if stop.signal is not None and ranks.size == 1:  # with more, all must take part in `mean`
+                    network.train()
+                    return None
+                x, y = source.next()
+                source.prefetch()
+                with context:
+                    total = total + network(x, y, return_logits=False)[1].float()
+        losses[split] = ranks.mean(total / count).item()
+    network.train()
+    return losses
+
+
+def sample_text(model, tokenizer, o, device, context):
+    """What the model writes after a line break, as text; None where there is no tokenizer or none is wanted.
+
+    Always from the same seed; every random state is put back, so looking at a run does not change it.
+    """
+    if tokenizer is None or o.sample_tokens == 0:
+        return None
+    try:
+        prompt = tokenizer.encode("\n")
+    except ValueError:  # a vocabulary without line breaks
+        prompt = [0]
+    states = random_states()
+    model.eval()
+    try:
+        torch.manual_seed(o.seed)
+        with context:
+            ids = model.generate(torch.tensor([prompt], device=device), o.sample_tokens, temperature=0.8, top_k=200)
+    finally:
+        model.train()
+        set_random_states(states)
+    drawn = ids[0, len(prompt):].tolist()
+    return tokenizer.decode([i for i in drawn if i < tokenizer.vocab_size])  # the ids that pad a vocabulary mean nothing

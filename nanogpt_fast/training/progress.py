@@ -1,0 +1,215 @@
+"""What a run shows and what it leaves to read: the progress bar or plain lines, metrics.jsonl, loss.png, TensorBoard, W&B.
+
+metrics.jsonl has one JSON object a line, of two kinds:
+    {"iter", "loss", "lr", "ms_per_step", "tokens_per_s", "mfu"}     a training step: its loss is of the weights before the step
+    {"iter", "train_loss", "val_loss", "lr"}                         an evaluation, before the step of that number
+"""
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from ..files import replacing
+
+SMOOTHING = 0.95  # of the loss that the bar shows: an average over about the last 20 steps
+
+
+class Progress:
+    """Shows and records a run; where `active` is false (every rank but the first) it does nothing.
+
+    start, total: steps done before and wanted. tokens: of one step, over all ranks. evaluated_at: the step whose evaluation
+    a resumed run has already behind it.
+    """
+
+    def __init__(self, options, *, start, total, tokens, evaluated_at=None, active=True):
+        self.active, self.tokens = active, tokens
+        if not active:
+            return
+        self.total, self.log_interval = total, options.log_interval
+        self.folder = Path(options.out_dir)
+        self.smoothed = self.val_loss = self.rate = None
+        self.rows = _rows_before(self.folder / "metrics.jsonl", start, evaluated_at)
+        with replacing(self.folder / "metrics.jsonl") as f:
+            f.writelines(json.dumps(row).encode() + b"\n" for row in self.rows)
+        self.file = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # a row is on its way when it is written
+        self.trackers = _trackers(options)
+        self.bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+            self.bar = tqdm(total=total, initial=start, dynamic_ncols=True, smoothing=0.1, leave=False, postfix="",
+                            bar_format="step {n_fmt}/{total_fmt} |{bar}| {postfix} ETA {remaining}")
+        self.since = (time.perf_counter(), start)  # of the last row
+        self.paused = 0.0                          # seconds since then that were not training
+
+    def say(self, text):
+        """Print a line for a person, above the bar."""
+        if not self.active:
+            return
+        if self.bar is None:
+            print(text, flush=True)
+        else:
+            self.bar.write(text)
+
+    def step(self, iter_num, loss, lr, mfu):
+        """Step `iter_num` is done. mfu: the model's FLOPs utilisation as a function of seconds a step."""
+        if not self.active:
+            return
+        self.smoothed = loss if self.smoothed is None else SMOOTHING * self.smoothed + (1 - SMOOTHING) * loss
+        if iter_num % self.log_interval == 0:
+            now = time.perf_counter()
+            seconds = (now - self.since[0] - self.paused) / (iter_num + 1 - self.since[1])
+            self.since, self.paused = (now, iter_num + 1), 0.0
+            self.rate = self.tokens / seconds
+            self._record({"iter": iter_num, "loss": loss, "lr": lr, "ms_per_step": round(seconds * 1e3, 3),
+                          "tokens_per_s": round(self.rate, 1), "mfu": round(mfu(seconds), 7)})
+            if self.bar is None:
+                left = (self.total - iter_num - 1) * seconds
+                print(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms, mfu {mfu(seconds) * 100:.2f}%, "
+                      f"{_short(self.rate)} tok/s, ETA {_clock(left)}", flush=True)
+        if self.bar is not None:
+            val = "" if self.val_loss is None else f"val {self.val_loss:.4f} "
+            rate = "" if self.rate is None else f"{_short(self.rate)} tok/s"
+            self.bar.postfix = f"loss {self.smoothed:.4f} {val}{rate}"
+            self.bar.update(1)
+
+    def evaluated(self, iter_num, losses, lr, note, sample):
+        """An evaluation is done. losses: {"train", "val"}; note: what came of it; sample: text, or None."""
+        if not self.active:
+            return
+        self.val_loss = losses["val"]
+        self.say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}{note}")
+        if sample is not None:
+            self.say("\n".join("    | " + line for line in sample.splitlines()))
+        self._record({"iter": iter_num, "train_loss": losses["train"], "val_loss": losses["val"], "lr": lr})
+        draw(self.rows, self.folder / "loss.png")
+
+    def pause(self):
+        """`with progress.pause(): ...` for work that tokens/s should not count: evaluation, saving."""
+        return _Pause(self)
+
+    def close(self):
+        """Write what is still to be written."""
+        if not self.active:
+            return
+        if self.bar is not None:
+            self.bar.close()
+        self.file.close()
+        for tracker in self.trackers:
+            tracker.close()
+        if self.rows:
+            try:
+                draw(self.rows, self.folder / "loss.png")
+            except OSError as error:  # of a full disk the caller knows already, by a better error
+                print(f"loss.png: {error}", file=sys.stderr)
+
+    def _record(self, row):
+        self.rows.append(row)
+        try:
+            self.file.write(json.dumps(row).encode() + b"\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.folder / "metrics.jsonl")) from None
+        for tracker in self.trackers:
+            tracker.log(row)
+
+
+class _Pause:
+    def __init__(self, progress):
+        self.progress = progress
+
+    def __enter__(self):
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_):
+        if self.progress.active:
+            self.progress.paused += time.perf_counter() - self.began
+
+
+def _rows_before(path, start, evaluated_at):
+    """The rows that a resumed run keeps: a killed one may have logged steps that its last checkpoint does not know."""
+    if start == 0 or not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the line that a kill -9 or a full disk cut short
+            continue
+        if row["iter"] < start or ("val_loss" in row and row["iter"] == evaluated_at):
+            rows.append(row)
+    return rows
+
+
+def draw(rows, path):
+    """Write the loss curves of these rows of metrics.jsonl as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display, whatever backend the user's pyplot has
+    axes = figure.subplots()
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if "val_loss" in row]
+    axes.plot([row["iter"] for row in steps], [row["loss"] for row in steps], color="0.8", lw=1, label="training batches")
+    for key, label, color in (("train_loss", "training", "tab:blue"), ("val_loss", "validation", "tab:orange")):
+        axes.plot([row["iter"] for row in evaluations], [row[key] for row in evaluations], color=color, marker=".", label=label)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    if evaluations:
+        best = min(evaluations, key=lambda row: row["val_loss"])
+        axes.set_title(f"best validation loss {best['val_loss']:.4f} at step {best['iter']}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(path) as f:
+        figure.savefig(f, format="png", dpi=120)
+
+
+def _trackers(options):
+    """The outside loggers that the options ask for, each with log(row) and close()."""
+    return [tracker(options) for tracker, wanted in ((TensorBoard, options.tensorboard), (WandB, options.wandb_log)) if wanted]
+
+
+class TensorBoard:
+    def __init__(self, options):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise RuntimeError(f"tensorboard=True needs the package: pip install tensorboard ({error})") from None
+        self.writer = SummaryWriter(os.path.join(options.out_dir, "tensorboard"))
+
+    def log(self, row):
+        for key, value in row.items():
+            if key != "iter":
+                self.writer.add_scalar(key, value, row["iter"])
+
+    def close(self):
+        self.writer.close()
+
+
+class WandB:
+    def __init__(self, options):
+        try:
+            import wandb
+        except ImportError:
+            raise RuntimeError("wandb_log=True needs the package: pip install wandb, or --wandb_log=False "
+                               "(metrics.jsonl and loss.png are always written)") from None
+        self.run = wandb.init(project=options.wandb_project, name=options.wandb_run_name, config=vars(options))
+
+    def log(self, row):
+        names = {"train_loss": "train/loss", "val_loss": "val/loss"}  # nanoGPT's names
+        self.run.log({names.get(key, key): value for key, value in row.items()})
+
+    def close(self):
+        self.run.finish()
+
+
+def _short(number):
+    """12345.6 -> "12.3k"."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def _clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"

@@ -1,0 +1,82 @@
+"""How a run begins: its data, its model, and, where it goes on from a checkpoint, where it stood."""
+import torch
+
+from ..checkpoints import nanogpt as checkpoints
+from ..checkpoints.state import CheckpointError, set_random_states
+from ..config import GPTConfig
+from ..model import GPT
+from ..text import prepare
+
+
+def find_data(o, ranks):
+    """The folder with the token files. The first rank of each machine prepares what is missing, the others wait for it."""
+    folder = prepare.find(o.dataset, o.data_dir) if ranks.local_rank == 0 else None
+    ranks.gather(None)
+    return folder or prepare.find(o.dataset, o.data_dir)
+
+
+def load_tokenizer(folder):
+    """The data's tokenizer, or None where it can't be had: training needs only the ids."""
+    try:
+        return prepare.load_tokenizer(folder)
+    except RuntimeError as error:
+        print(f"no text samples: {error}")
+        return None
+
+
+def initial_model(o, tokenizer, ops):
+    """(model, checkpoint): fresh, GPT-2's, or of the checkpoint in out_dir, which is returned with it."""
+    if o.init_from == "scratch":
+        # nanoGPT's rule: the vocabulary of meta.pkl, and GPT-2's padded to a multiple of 64 without one.
+        vocab_size = 50304 if tokenizer is None or tokenizer.to_state()["kind"] == "gpt2" else tokenizer.vocab_size
+        config = GPTConfig(block_size=o.block_size, vocab_size=vocab_size, n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd,
+                           dropout=o.dropout, bias=o.bias, activation=o.activation)
+        return GPT(config, backend=ops), None
+    if o.init_from != "resume":
+        return GPT.from_pretrained(o.init_from, dict(dropout=o.dropout), activation=o.activation, backend=ops), None
+
+    path = checkpoints.latest(o.out_dir)
+    checkpoint = checkpoints.read(path)
+    print(f"resuming from {path}, step {checkpoint['iter_num']}")
+    known = checkpoint.get("tokenizer")
+    if known is not None and tokenizer is not None and known != tokenizer.to_state():
+        raise CheckpointError(
+            f"{path} was trained with another vocabulary than the data set {o.dataset!r} has: the same ids mean other text. "
+            "Resume on the data it was trained on.")
+    model = checkpoints.build_model(checkpoint, path, dropout=o.dropout, backend=ops)
+    return model, {**checkpoint, "path": path}
+
+
+def continue_exactly(start, optimizer, scaler, batches, ranks):
+    """Put back optimizer, scaler, random states and data position; returns the step whose evaluation is done already.
+
+    nanoGPT's ckpt.pt has only the optimizer: the run goes on from there with fresh random numbers, as nanoGPT's does.
+    """
+    if "optimizer" in start:
+        checkpoints.load_optimizer(optimizer, start["optimizer"], start["path"])
+    resume = start.get("resume")
+    if resume is None:
+        return None
+    if scaler.is_enabled() and resume["scaler"]:
+        scaler.load_state_dict(resume["scaler"])
+    if len(resume["ranks"]) == ranks.size:
+        mine = resume["ranks"][ranks.rank]
+        set_random_states(mine["random"])
+        try:
+            batches.load_state_dict(mine["batches"])
+        except ValueError as error:  # another batch size or text may be what is wanted; that it is another run is said
+            print(f"not an exact continuation: {error}")
+    else:
+        print(f"saved by {len(resume['ranks'])} ranks, resumed by {ranks.size}: batches and dropout start from fresh seeds")
+    return resume["evaluated_at"]
+
+
+def memory_is_short(model, device, dtype, tokens):
+    """Whether a step of so many tokens would take more than nine tenths of the GPU's free memory, if GELU's results were kept."""
+    if device.type != "cuda":
+        return False
+    c = model.config
+    parameters = 14 * sum(p.numel() for p in model.parameters())        # gradients, two moments, copies in half precision
+    # Of a token in half precision: 36C a block, a quarter of the logits.
+    activations = tokens * (36 * c.n_embd * c.n_layer + 16 * c.n_embd + c.vocab_size // 2) * dtype.itemsize // 2
+    return parameters + activations > 0.9 * torch.cuda.mem_get_info(device)[0]

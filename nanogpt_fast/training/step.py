@@ -1,0 +1,81 @@
+"""The training step: forward and backward of some micro-batches, clipping, AdamW, and the weights' copies for the next one.
+
+`nanogpt-fast train` takes it, and `nanogpt-fast bench train` times it. On a GPU it is replayed as CUDA graphs where it can be (captured.py);
+on a CPU the extension ends it in one pass over memory (cpu.py).
+"""
+import torch
+
+from .. import devices
+from . import captured, cpu
+from .half_weights import HalfWeights
+
+
+class TrainingStep:
+    """`loss = step(next_batch)`: one step of a GPT and its optimizer.
+
+    network: what is called: the model itself, compiled, or wrapped in DDP. dtype: of the forward pass, by autocast. batch_shape: (B, T) of
+    a micro-batch. accumulation: micro-batches a step. grad_clip: the largest norm of the gradient; 0: any. ranks: processes that train
+    together. not_captured: why the step is not captured in CUDA graphs (`captured.why_not`); None: it is.
+
+    weights: the copies of the weights that the forward takes (HalfWeights). scaler: float16's.
+    """
+
+    def __init__(self, model, optimizer, network=None, *, dtype, batch_shape, not_captured, compiled=False, accumulation=1, grad_clip=1.0,
+                 ranks=1):
+        self.model, self.optimizer, self.network = model, optimizer, model if network is None else network
+        self.accumulation, self.grad_clip, self.ranks = accumulation, grad_clip, ranks
+        self.device = next(model.parameters()).device
+        self.context = devices.autocast(self.device, dtype)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        # DDP cuts a compiled graph into buckets where its parameters are, so that gradients travel while others are computed; copies are
+        # no parameters, and all gradients would leave at the end.
+        self.weights = HalfWeights(model, dtype, "DDP cuts a compiled graph by its parameters" if compiled and ranks > 1 else None,
+                                   compiled=compiled)
+        self._on_cpu = self.device.type == "cpu"
+        self._by_row = self._on_cpu and ranks == 1 and not compiled
+        self.graphs = None if not_captured is not None else captured.CapturedStep(
+            self.forward_backward, self.update, optimizer, batch_shape, self.device)
+
+    def __call__(self, next_batch, meanwhile=lambda: None):
+        """Train on `accumulation` micro-batches; returns their mean loss, 0-d on the device, which the next step may overwrite.
+
+        next_batch(): (x, y), each (B, T) int64 on the device. meanwhile(): what the host does while the device computes, once a
+        micro-batch: as a rule it draws the next one.
+        """
+        if self.graphs is not None:
+            for micro_step in range(self.accumulation):
+                self.graphs.micro_step(*next_batch(), first=micro_step == 0)
+                meanwhile()
+            self.graphs.update()
+            return self.graphs.loss
+        loss = torch.zeros((), device=self.device)
+        for micro_step in range(self.accumulation):
+            if self.ranks > 1:  # gradients are averaged over the ranks once, with the last micro-batch
+                self.network.require_backward_grad_sync = micro_step == self.accumulation - 1
+            loss += self.forward_backward(*next_batch(), meanwhile)
+        self.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def forward_backward(self, x, y, meanwhile=lambda: None):
+        """Add the gradients of one micro-batch; returns its share of the step's loss. `meanwhile` runs between the passes."""
+        # By row here alone: `generate`, and whoever looks at the model between steps, finds the embedding untouched.
+        with cpu.embedding_gradient_by_row(self.model, wanted=self._by_row), self.weights.in_use():
+            with self.context:
+                _, loss = self.network(x, y, return_logits=False)
+                loss = loss / self.accumulation
+            meanwhile()
+            self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def update(self):
+        """Clip, let the optimizer move the weights, and cast them anew."""
+        if self._on_cpu and not self.scaler.is_enabled():
+            cpu.update(self.optimizer, self.weights, self.grad_clip)
+            return
+        if self.grad_clip != 0.0:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.weights.refresh()

@@ -1,0 +1,229 @@
+"""The trainer: nanoGPT's train.py with its options, as `train(options)` and as `nanogpt-fast train`.
+
+Read `_train` from top to bottom: data, model, optimizer and step, then one loop that evaluates, saves and steps.
+
+    options.py      what can be set                  step.py         one step: forward, backward, clip, AdamW
+    start.py        data, model, where it goes on    evaluation.py   the loss of both splits, a sample
+    progress.py     what a run shows and logs        losses.py       the losses of steps, read late
+    ../checkpoints/nanogpt.py: what it writes and reads back;  ../devices.py: devices and ranks
+
+A run is a function of its options: evaluation and the printed samples draw from generators of their own, so a run that was
+stopped and resumed takes the same steps, bit for bit on a CPU, as one that never stopped.
+"""
+import contextlib
+import dataclasses
+import io
+import math
+import shlex
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import backend as ops_backend, devices, options
+from ..checkpoints import nanogpt as checkpoints
+from ..checkpoints.state import random_states
+from ..model import GPT
+from ..text.batches import Batches
+from . import captured, cpu, start
+from .banner import banner
+from .evaluation import estimate_loss, sample_text
+from .interrupt import StopOnSignal
+from .losses import Losses, NonFiniteLoss, advice
+from .options import TrainOptions, split_backend
+from .progress import Progress
+from .step import TrainingStep
+
+
+@dataclass
+class TrainResult:
+    """What a run came to. val_loss, train_loss: of the last evaluation, None without one; stopped: the signal that ended it."""
+
+    model: GPT
+    out_dir: Path
+    iter_num: int
+    best_val_loss: float
+    train_loss: float | None
+    val_loss: float | None
+    stopped: signal.Signals | None
+
+
+def run(argv):
+    """`nanogpt-fast train`: exit status 0, or 128 + the signal's number after Ctrl-C (130) or SIGTERM (143)."""
+    o = options.parse(TrainOptions, argv, "nanogpt-fast train")
+    result = train(o)
+    if result.stopped is None:
+        if devices.is_master() and not o.eval_only:
+            print(f"Done: best validation loss {result.best_val_loss:.4f}. Weights, metrics.jsonl and loss.png are in "
+                  f"{result.out_dir}. Try: nanogpt-fast sample --out_dir={shlex.quote(str(result.out_dir))}")
+        return 0
+    if devices.is_master():
+        words = [word for word in argv if not word.startswith(("--init_from=", "--init-from="))]
+        print(f"Stopped at step {result.iter_num}; everything is in {result.out_dir / 'last.pt'}. To go on exactly there:\n"
+              f"    nanogpt-fast train {shlex.join(words)} --init_from=resume")
+    return 128 + result.stopped
+
+
+def train(o):
+    """Train as the TrainOptions `o` say -> TrainResult.
+
+    Raises ValueError for options that can't be, FileNotFoundError for missing data, CheckpointError (a RuntimeError) where a
+    checkpoint can't be read or written, NonFiniteLoss where the loss stops being a number.
+    """
+    options.check(o)
+    group, ops = split_backend(o.backend)
+    with devices.ranks(group, devices.choose_device(o.device)) as (ranks, device):
+        with (contextlib.nullcontext() if ranks.is_master else contextlib.redirect_stdout(io.StringIO()),
+              cpu.keep_freed_memory(device.type == "cpu" and o.malloc == "auto") as malloc):
+            return _train(o, ranks, device, ops, malloc)
+
+
+def _train(o, ranks, device, ops, malloc):
+    if o.gradient_accumulation_steps % ranks.size:
+        raise ValueError(f"gradient_accumulation_steps is {o.gradient_accumulation_steps}; {ranks.size} ranks share them, so it"
+                         f" must be a multiple of {ranks.size}")
+    accumulation = o.gradient_accumulation_steps // ranks.size
+    torch.manual_seed(o.seed + ranks.rank)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+
+    # data and model
+    folder = start.find_data(o, ranks)
+    tokenizer = start.load_tokenizer(folder)
+    model, checkpoint = start.initial_model(o, tokenizer, ops)  # the checkpoint that it continues, or None
+    model.to(device)
+    dtype = devices.choose_dtype(o.dtype, device, model.config.n_embd)
+    T = min(o.block_size, model.config.block_size)
+    if T < model.config.block_size:
+        model.crop_block_size(T)
+    recompute = o.recompute if o.recompute != "auto" else start.memory_is_short(model, device, dtype, o.batch_size * T)
+    for block in model.transformer.h:
+        block.mlp.recompute = recompute
+
+    def batches(split, generator=None):
+        return Batches(folder, split, o.batch_size, T, device=device, generator=generator, vocab_size=model.config.vocab_size)
+
+    train_batches = batches("train")  # drawn from torch's own generator, where nanoGPT draws: the same seed, the same batches
+
+    # optimizer and step
+    optimizer = model.configure_optimizers(o.weight_decay, o.learning_rate, (o.beta1, o.beta2), device.type)
+    not_captured = "cuda_graph=off" if o.cuda_graph == "off" else captured.why_not(
+        model, optimizer, device, ranks=ranks.size, scaled=dtype == torch.float16)
+    if o.cuda_graph == "on" and not_captured is not None:
+        raise ValueError(f"cuda_graph is 'on', but the step cannot be captured: {not_captured}. cuda_graph=auto trains without")
+    compiled = _compiled(o, model, device, dtype, not_captured)
+    if compiled:
+        print("compiling the model... (takes a ~minute)")
+    alone = torch.compile(model) if compiled else model
+    network = alone
+    if ranks.size > 1:
+        network = DistributedDataParallel(alone, device_ids=[device] if device.type == "cuda" else None)
+    step = TrainingStep(model, optimizer, network, dtype=dtype, batch_shape=(o.batch_size, T), not_captured=not_captured, compiled=compiled,
+                        accumulation=accumulation, grad_clip=o.grad_clip, ranks=ranks.size)
+
+    # where a resumed run stands
+    iter_num, best_val_loss, evaluated_at = 0, 1e9, None
+    if checkpoint is not None:
+        iter_num, best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
+        evaluated_at = start.continue_exactly(checkpoint, optimizer, step.scaler, train_batches, ranks)
+        checkpoint = None  # its weights are in the model now: free the memory
+
+    def save(name, resume=None):
+        if ranks.is_master:
+            checkpoints.save(checkpoints.contents(model, optimizer, iter_num=iter_num, best_val_loss=best_val_loss,
+                                                  config=dataclasses.asdict(o), tokenizer=tokenizer, resume=resume), Path(o.out_dir, name))
+
+    def save_last():
+        of_each_rank = ranks.gather(dict(random=random_states(), batches=train_batches.state_dict()))
+        save("last.pt", dict(ranks=of_each_rank, scaler=step.scaler.state_dict(), evaluated_at=evaluated_at))
+
+    if ranks.is_master:
+        Path(o.out_dir).mkdir(parents=True, exist_ok=True)
+        checkpoints.remove_leftovers(o.out_dir)
+    tokens = o.gradient_accumulation_steps * o.batch_size * T
+    banner(o, step, dtype, compiled, not_captured, malloc, ranks, folder, tokens)
+    progress = Progress(o, start=iter_num, total=o.max_iters, tokens=tokens, evaluated_at=evaluated_at, active=ranks.is_master)
+    losses = Losses(o, ranks, train_batches, dtype, device)
+    stop = StopOnSignal(alone=ranks.size == 1)
+
+    def report(at, loss, lr):
+        progress.step(at, loss, lr, lambda seconds: model.estimate_mfu(o.batch_size * accumulation, seconds))
+
+    def told_to_stop():
+        return ranks.size == 1 and stop.signal is not None      # with more ranks all must hear of it first
+
+    # the loop
+    stopping, measured = False, None
+    train_batches.prefetch()
+    with contextlib.closing(progress), contextlib.closing(train_batches), stop:
+        while True:
+            lr = learning_rate(iter_num, o)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            # measure both splits, show a sample, write checkpoints
+            due = (iter_num % o.eval_interval == 0 or iter_num == o.max_iters) and iter_num != evaluated_at
+            if due or o.eval_only:
+                stopping |= losses.read(report) or told_to_stop()
+                with progress.pause():
+                    with step.weights.in_use():
+                        found = None if stopping else estimate_loss(alone, batches, o, step.context, ranks, stop)
+                    if found is None:       # a signal came
+                        stopping = True
+                    else:
+                        if not math.isfinite(found["val"]):
+                            raise NonFiniteLoss(advice(o, iter_num, found["val"], dtype, "those of the validation"))
+                        improved = found["val"] < best_val_loss
+                        measured, best_val_loss, evaluated_at = found, min(best_val_loss, found["val"]), iter_num
+                        text = sample_text(model, tokenizer, o, device, step.context) if ranks.is_master else None
+                        progress.evaluated(iter_num, found, lr, " (best)" if improved else "", text)
+                        if iter_num > 0 and not o.eval_only:
+                            if improved or o.always_save_checkpoint:
+                                save("ckpt.pt")
+                            save_last()
+            if stopping or o.eval_only or iter_num >= o.max_iters:
+                break
+
+            windows = []        # where in the text the step's batches lie
+
+            def next_batch():
+                windows.append(train_batches.drawn)
+                return train_batches.next()
+            # The next batch is drawn behind the forward pass, as nanoGPT does, and gathered while the GPU or the backward runs.
+            loss = step(next_batch, meanwhile=train_batches.prefetch)
+            losses.put(iter_num, lr, windows, loss, stop.signal is not None)
+            iter_num += 1
+            stopping = losses.read(report, late=losses.late) or told_to_stop()
+
+        losses.read(report)
+        if stopping and not o.eval_only:
+            save_last()
+    train_loss, val_loss = (None, None) if measured is None else (measured["train"], measured["val"])
+    return TrainResult(model, Path(o.out_dir), iter_num, best_val_loss, train_loss, val_loss,
+                       (stop.signal or signal.SIGTERM) if stopping else None)
+
+
+def _compiled(o, model, device, dtype, not_captured):
+    """Whether the model is compiled."""
+    if o.compile != "auto":
+        return o.compile
+    # A captured step of our kernels is as fast eager (H100, GPT-2 124M, 64 x 1024 tokens: 129.8 ms, compiled 130.1) and begins at once.
+    # What PyTorch computes, compiling fuses.
+    kernels = dtype != torch.float32 and not any(ops_backend.choice(op, model.backend) == "reference"
+                                                 for op in ("attention", "layer_norm", "mlp", "cross_entropy"))
+    return device.type == "cuda" and not (kernels and not_captured is None) and ops_backend.triton_import_error() is None
+
+
+def learning_rate(it, o):
+    """Of step `it`: linear warm-up, cosine down to min_lr at lr_decay_iters, min_lr from there on, as nanoGPT."""
+    if not o.decay_lr:
+        return o.learning_rate
+    if it < o.warmup_iters:
+        return o.learning_rate * (it + 1) / (o.warmup_iters + 1)
+    if it >= o.lr_decay_iters:
+        return o.min_lr
+    decayed = (it - o.warmup_iters) / (o.lr_decay_iters - o.warmup_iters)  # 0 .. 1
+    return o.min_lr + 0.5 * (1.0 + math.cos(math.pi * decayed)) * (o.learning_rate - o.min_lr)
