@@ -37,9 +37,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_common import (APART, FORMS, LARGEST_STRIDE, LOG2_E, OCCUPANCY, Program, Tile, check_inputs, head_offset, in_place,
-                               keys_of_head, load_tile, machine, model_case, padded_head, program, rows_are_contiguous, rows_in_place,
-                               scheduled_tile, store_tile, table_rows)
+from .attention_common import (LARGEST_STRIDE, LOG2_E, Program, Tile, check_inputs, head_offset, in_place, keys_of_head, load_tile,
+                               machine, padded_head, program, rows_are_contiguous, rows_in_place, scheduled_tile, store_tile,
+                               table_rows)
 from .dot import add_dot
 from .dropout import keep_scale, keep_scores
 from .host import elsewhere
@@ -295,38 +295,6 @@ def _table(mma_sync, mma_sync_dropout, hopper, hopper_dropout, float32):
 HEAD_TILES = _table(_HEAD_MMA_SYNC, _HEAD_MMA_SYNC_DROPOUT, _HEAD_90, _HEAD_90_DROPOUT, _HEAD_FLOAT32)
 DKDV_TILES = _table(_DKDV_MMA_SYNC, _DKDV_MMA_SYNC_DROPOUT, _DKDV_90, _DKDV_90_DROPOUT, _DKDV_FLOAT32)
 DQ_TILES = _table(_DQ_MMA_SYNC, _DQ_MMA_SYNC, _DQ_90, _DQ_90_DROPOUT, _DQ_FLOAT32)
-# {(kernel, form, HEAD): {architecture: bytes a thread}, why}: the rows that spill; of Triton 3.6, 3.7 and 3.9, packed and apart, the most.
-_PHILOX = "Philox's words beside five tiles. 64x64 computes each exponential twice, and the split form draws the mask twice"
-_WHOLE_ROWS = "without tensor cores a thread keeps whole rows of both factors in registers, and no tile is smaller than 16x16"
-SPILLS = {
-    ("head", "bf16", 32): ({80: 16}, "a few registers too many"),
-    ("head", "dropout", 64): ({86: 24, 89: 24, 90: 64, 100: 72}, _PHILOX),
-    ("dkdv", "float32 dropout", 32): ({100: 8}, OCCUPANCY),
-    ("dkdv", "float32 dropout", 64): (dict.fromkeys((80, 86, 89, 90, 100), 8), OCCUPANCY),
-    ("dkdv", "float32 dropout", 256): ({100: 24}, "by Triton 3.7 alone, whose ptxas has a few registers too many"),
-    ("dq", "bf16", 32): ({100: 8}, OCCUPANCY),
-    ("dq", "bf16", 128): ({100: 16}, "by Triton 3.9 alone, which has a few registers too many"),
-    ("dq", "float32", 32): ({90: 8, 100: 8}, OCCUPANCY),
-    ("dq", "float32", 256): (dict.fromkeys((80, 86, 89, 90, 100), 240), _WHOLE_ROWS),
-    ("dq", "float32 dropout", 256): ({80: 288, 86: 264, 89: 264, 90: 296, 100: 296}, _WHOLE_ROWS),
-    ("dq", "dropout", 64): ({80: 72}, "by Triton 3.6 and, most, 3.7, which have a few registers too many"),
-    ("dq", "float32 dropout", 64): ({100: 32}, "by Triton 3.7 alone, whose ptxas has a few registers too many"),
-    ("dq", "dropout", 256): ({90: 48}, "by Triton 3.6 alone, where 64x16 in 8 warps has its wgmma serialised"),
-}
-# Loads of less than 16 bytes. Half precision: the terms of a thread's columns, two neighbours (8 bytes) a load, for two loops.
-# With dropout minus_delta reaches a factor of a matmul, so its loads are copied ahead, and Triton 3.6 copies for each stage.
-NARROW = {"head": {"bf16": 33, "dropout": 66, "float32": 9, "float32 dropout": 10},
-          "dkdv": {"bf16": 32, "dropout": 49, "float32": 8, "float32 dropout": 9},
-          "dq": {"bf16": 9, "dropout": 10, "float32": 9, "float32 dropout": 10}}
-# {(kernel, column): {HEAD: architectures}} where the form without dropout asks no more than the one with it. Elsewhere it loads
-# lse and delta in narrower pieces, or spills more by one Triton or the other.
-_ALL = (80, 86, 89, 90, 100)
-ASKS_NO_MORE = {
-    ("head", "half"): {32: (100,)}, ("head", "float32"): {32: (80, 100), 64: (80,)},
-    ("dkdv", "half"): {32: (100,), 64: (100,), 128: (80, 86, 89)}, ("dkdv", "float32"): dict.fromkeys((32, 64, 128, 256), _ALL),
-    ("dq", "half"): dict.fromkeys((32, 64, 256), _ALL) | {128: (80, 86, 89, 90)},
-    ("dq", "float32"): {32: (80, 86, 89)} | dict.fromkeys((64, 128, 256), _ALL),
-}
 
 
 class Programs(NamedTuple):
@@ -444,31 +412,3 @@ def _launch(do, q, k, v, out, lse, dq, dk, dv, seed, B, H, Tq, Tk, D, strides, s
     tile, constants, _ = made.dkdv
     backward_dkdv_kernel[(B * H * -(-Tk // tile.BLOCK_N),)](
         q, k, v, do, terms, dq if dk is None else dk, dv, seed, *numbers, *heads, **constants)
-
-
-def gate_cases(arch):
-    """The compile gate's cases. At GPT-2 124M shapes: q, k, v, out, four gradients once; 5, 4 and 3 matmuls."""
-    rows, heads, T, D = 64 * 1024, 64 * 12, 1024, 64
-    tensor, matmul = rows * 768 * 2, 2 * heads * T * T // 2 * D
-    kernels = (("head", backward_head_kernel, HEAD_TILES, 8 * tensor, 5),
-               ("dkdv", backward_dkdv_kernel, DKDV_TILES, 6 * tensor, 4),
-               ("dq", backward_dq_kernel, DQ_TILES, 6 * tensor, 3))
-    tensors = [f"{name}_ptr" for name in ("q", "k", "v", "out", "do", "dq", "dk", "dv")]
-    for name, kernel, tables, moved, matmuls in kernels:
-        for form, (dtype, column, with_dropout) in FORMS.items():
-            for HEAD, tile in tables[column][arch].items():
-                counted = HEAD == 64 and form == "bf16"
-                variant = (with_dropout and arch in ASKS_NO_MORE.get((name, column), {}).get(HEAD, ())
-                           and tile == tables[FORMS[with_dropout][1]][arch][HEAD])
-                spills, why = SPILLS.get((name, form, HEAD), ({}, ""))
-                pointers = dict.fromkeys(tensors, f"*{dtype}") | dict.fromkeys(("lse_ptr", "terms_ptr", "dq_sum_ptr"), "*fp32")
-                title = f"attention.backward {name} D={HEAD} {form}"
-                base = f"attention.backward {name} D={HEAD} {with_dropout}" if variant else ""
-                limits = dict(allowed_narrow_loads=NARROW[name][form], narrow_reason="lse and delta; the seed",
-                              allowed_spill_bytes=spills.get(arch, 0), spill_reason=why if arch in spills else "")
-                yield model_case(title, kernel, tile, arch, HEAD, not with_dropout, pointers, variant_of=base,
-                                 in_model=counted and name == "head", bytes=moved if counted else None,
-                                 flops=matmuls * matmul if counted else None, **limits)
-                if (form, HEAD) == APART:
-                    yield model_case(f"{title} apart", kernel, tile, arch, HEAD, not with_dropout, pointers, packed=False,
-                                     variant_of=base or title, **limits)

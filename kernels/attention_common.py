@@ -204,28 +204,3 @@ def _check_numbers(q, D, scale, dropout_p, seed):
         raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
     if dropout_p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device):
         raise ValueError("dropout needs a seed: an int64 tensor of one element on the same device")
-
-
-# How the gate compiles a row of a tile table: {form: (dtype, column of the table, the form with dropout in the same dtype)}.
-FORMS = {"bf16": ("bf16", "half", "dropout"), "dropout": ("bf16", "dropout", None),
-         "float32": ("fp32", "float32", "float32 dropout"), "float32 dropout": ("fp32", "float32", None)}
-OCCUPANCY = "ptxas stops at the registers with which one more program fits a multiprocessor"      # why a row spills some bytes
-# Compiled is the packed projection, which the model has. q, k and v apart ask no more, but for nine rows in fp32 or with dropout that
-# spill 8 to 24 bytes more (`SPILLS` covers them): all rows of both compiled by Triton 3.6 and 3.9. These are compiled apart, too.
-APART = ("bf16", 64)
-
-
-def model_case(name, kernel, tile, arch, HEAD, dropout, pointers, packed=True, **more):
-    """A `gate_case.Case` of an attention kernel with strides that are multiples of 16, as GPT-2's are; passes `more` on."""
-    from .gate_case import Case
-    constexprs = dict(D=HEAD, HEAD=HEAD, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, DROPOUT=dropout)
-    if packed:          # of the gradients one pointer is there: dq's, in the split form's second half dk's
-        absent = {"k_ptr", "v_ptr", "dv_ptr"} | ({"dk_ptr"} if "dq_ptr" in kernel.arg_names else set())
-        constexprs |= {name: None for name in kernel.arg_names if name in absent}
-    kinds = {**pointers, "seed_ptr": "*i64", "scale": "fp32", "scale2": "fp32", "dropout_p": "fp32"}
-    if not dropout:
-        constexprs["seed_ptr"] = None
-    signature = {n: kinds.get(n, "i32") for n in kernel.arg_names if n not in constexprs}
-    return Case(name=name, kernel=kernel, signature=signature, constexprs=constexprs, num_warps=tile.num_warps,
-                num_stages=tile.num_stages, divisible=tuple(n for n in signature if n.startswith("stride_")),
-                tile_row=f"{arch}: {tile.BLOCK_M}x{tile.BLOCK_N}, {tile.num_warps} warps, {tile.num_stages} stages", **more)

@@ -182,32 +182,3 @@ def attention_decode(q, k, v, lengths, *, scale):
         combine_kernel[(B * H,)](
             part, lse, lengths, out, H, n_chunks, D=D, HEAD=HEAD, CHUNK=CHUNK, COMBINED=COMBINED, num_warps=WARPS)
     return out
-
-
-def gate_cases(arch):
-    """The compile gate's cases: the same constants on every architecture."""
-    from .gate_case import Case
-    strides = ("stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_kt")
-    for dtype, HEAD in (("bf16", 32), ("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 256)):
-        CHUNK, BLOCK = CHUNK_ELEMENTS // HEAD, keys_of_tile(HEAD, WARPS, 4 if dtype == "fp32" else 2)
-        row = f"all: {CHUNK} keys, {WARPS} warps"
-        yield Case(
-            name=f"attention.whole D={HEAD} {dtype}", kernel=whole_kernel, num_warps=WARPS,
-            tile_row=f"all: {BLOCK} keys, {WARPS} warps",
-            signature={**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}"), "length_ptr": "*i32",
-                       **dict.fromkeys(strides, "i32"), "scale2": "fp32", "H": "i32"},
-            constexprs={"D": HEAD, "HEAD": HEAD, "BLOCK": BLOCK}, divisible=strides,
-            allowed_narrow_loads=3, narrow_reason="the row's length and its one query, 2 to 4 bytes a thread")
-        yield Case(
-            name=f"attention.decode D={HEAD} {dtype}", kernel=decode_kernel, num_warps=WARPS, tile_row=row,
-            signature={**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}"), "length_ptr": "*i32", "part_ptr": "*fp32",
-                       "lse_ptr": "*fp32", **dict.fromkeys(strides, "i32"), "scale2": "fp32", "H": "i32", "n_chunks": "i32"},
-            constexprs={"D": HEAD, "HEAD": HEAD, "CHUNK": CHUNK, "DEPENDENT": False}, divisible=strides,
-            allowed_narrow_loads=3, narrow_reason="the row's length and its one query, 2 to 4 bytes a thread")
-        if dtype == "bf16":
-            yield Case(
-                name=f"attention.combine D={HEAD}", kernel=combine_kernel, num_warps=WARPS, tile_row=row,
-                signature={"part_ptr": "*fp32", "lse_ptr": "*fp32", "length_ptr": "*i32", "out_ptr": "*bf16",
-                           "H": "i32", "n_chunks": "i32"},
-                constexprs={"D": HEAD, "HEAD": HEAD, "CHUNK": CHUNK, "COMBINED": COMBINED},
-                allowed_narrow_loads=10, narrow_reason="the row's length, and the chunks' sums: 64 bytes a head")

@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_common import (APART, FORMS, LOG2_E, OCCUPANCY, Tile, check_inputs, head_offset, in_place, keys_of_head, load_tile,
-                               model_case, padded_head, program, rows_in_place, scheduled_tile, store_tile, table_rows)
+from .attention_common import (LOG2_E, Tile, check_inputs, head_offset, in_place, keys_of_head, load_tile, padded_head, program,
+                               rows_in_place, scheduled_tile, store_tile, table_rows)
 from .dot import add_dot
 from .dropout import keep_scale, keep_scores
 from .host import elsewhere
@@ -103,15 +103,6 @@ TILES = {
     "dropout": {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _DROPOUT_90, 100: _DROPOUT_90 | {32: Tile(128, 64, 8, 3)}},
     "float32": dict.fromkeys((80, 86, 89, 90), _FLOAT32) | {100: _FLOAT32 | {256: Tile(32, 16, 8, 1)}},
 }
-# {(form, HEAD): {architecture: bytes a thread}, why}: the rows that spill; of Triton 3.6, 3.7 and 3.9, packed and apart, the most.
-_BY_3_7 = "by Triton 3.7 alone, whose ptxas has a few registers too many"
-SPILLS = {("dropout", 64): ({86: 24, 89: 24}, _BY_3_7), ("float32", 32): ({90: 8}, _BY_3_7), ("float32", 256): ({86: 16, 89: 16}, OCCUPANCY), ("float32 dropout", 32): ({86: 16, 89: 16}, OCCUPANCY),
-          ("float32 dropout", 256): ({86: 8, 89: 8, 100: 8}, OCCUPANCY)}
-# {(form, HEAD): architectures} where the form without dropout asks more than the one with it, by one Triton or the other.
-ASKS_MORE = {("float32", 64): (100,), ("float32", 256): (86, 89)}
-# {(form, HEAD, architecture): loads of less than 16 bytes, why}; elsewhere the seed's alone.
-_V_IN_PIECES = "the seed; by Triton 3.6 alone, v: with dropout it copies a thread's elements of a tile one by one"
-NARROW = {("float32 dropout", 32, 100): (17, _V_IN_PIECES), ("float32 dropout", 64, 100): (33, _V_IN_PIECES)}
 
 
 def attention_forward(q, k, v, *, scale, dropout_p=0.0, seed=None, tile=None):
@@ -162,25 +153,3 @@ def _launch(q, k, v, out, seed, B, H, Tq, Tk, D, strides, scale, dropout_p, tile
         forward_kernel[(B * H * -(-Tq // tile.BLOCK_M),)](
             q, k, v, out, lse, seed, *strides, scale * LOG2_E, dropout_p, H, Tq, Tk, B * H, keys_in_l2 // Tk or 1, **constants)
     return lse
-
-
-def gate_cases(arch):
-    """The compile gate's cases. At GPT-2 124M shapes: q, k, v in and out once; two matmuls of T x T/2 x D a head."""
-    rows, heads, T, D = 64 * 1024, 64 * 12, 1024, 64
-    for form, (dtype, column, with_dropout) in FORMS.items():
-        for HEAD, tile in TILES[column][arch].items():
-            model = HEAD == 64 and form == "bf16"
-            variant = with_dropout and tile == TILES[FORMS[with_dropout][1]][arch][HEAD] and not model \
-                and arch not in ASKS_MORE.get((form, HEAD), ())
-            pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}") | {"lse_ptr": "*fp32"}
-            spills, why = SPILLS.get((form, HEAD), ({}, ""))
-            narrow, what = NARROW.get((form, HEAD, arch), (0, "") if with_dropout else (1, "the seed"))
-            name, base = f"attention.forward D={HEAD} {form}", f"attention.forward D={HEAD} {with_dropout}" if variant else ""
-            limits = dict(allowed_narrow_loads=narrow, narrow_reason=what, allowed_spill_bytes=spills.get(arch, 0),
-                          spill_reason=why if arch in spills else "")
-            yield model_case(name, forward_kernel, tile, arch, HEAD, not with_dropout, pointers, in_model=model, variant_of=base,
-                             bytes=4 * rows * 768 * 2 + heads * T * 4 if model else None,
-                             flops=2 * 2 * heads * T * T // 2 * D if model else None, **limits)
-            if (form, HEAD) == APART:
-                yield model_case(f"{name} apart", forward_kernel, tile, arch, HEAD, not with_dropout, pointers, packed=False,
-                                 variant_of=base or name, **limits)

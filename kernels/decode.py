@@ -41,7 +41,6 @@ import triton.language as tl
 from .attention_common import DTYPES, LARGEST_HEAD, LOG2_E, padded_head
 from .attention_decode import CHUNK_ELEMENTS, WARPS as ATTEND_WARPS, decode_kernel
 from .dependent_launch import launch_dependents, options as launch_options, wait_for_predecessor
-from .gate_case import Case
 from .host import multiprocessors
 from .layer_norm import row_mean
 from .mlp import ACTIVATIONS, _act
@@ -407,64 +406,3 @@ class Decoder:
         head_kernel[(self.B, programs)](
             self.x, *self.ln_f, *self.head, out, self.V, self.eps, C=self.C, OUT=tile.OUT, BLOCK_K=BLOCK_K,
             num_warps=tile.warps, **launch_options(self.x))
-
-
-# ----------------------------------------------------------------------------------------------- what the compile gate compiles
-
-
-def gate_cases(arch):
-    """Each kernel at GPT-2 124M's shapes for one row (in bf16 with bytes, at position 1,023), and in each row of TILES."""
-    dependent = arch >= 90
-    scalars = {"T": "i32", "V": "i32", "n_chunks": "i32", "eps": "fp32"}
-    fixed = {"token_ptr": "*i64", "position_ptr": "*i64", "length_ptr": "*i32"}
-    floats = [f"{name}_ptr" for name in ("x", "q", "h", "part", "lse", "logits", "wte", "wpe", "ln_weight", "ln_bias")]
-
-    def case(name, kernel, tile, dtype, constexprs, moved=None, reason="", narrow=0, variant_of=""):
-        pointers = [arg for arg in kernel.arg_names if arg.endswith("_ptr")]
-        kinds = {arg: fixed.get(arg, "*fp32" if arg in floats else f"*{dtype}") for arg in pointers}
-        signature = {arg: kind for arg, kind in (kinds | scalars).items() if arg in kernel.arg_names and arg not in constexprs}
-        return Case(name=f"decode.{name} {dtype}", kernel=kernel, signature=signature,
-                    constexprs={**constexprs, "OUT": tile.OUT, "DEPENDENT": dependent}, num_warps=tile.warps,
-                    tile_row=f"all: {tile.OUT} outputs, {tile.warps} warps", bytes=moved, flops=None,
-                    options={"launch_pdl": True} if dependent else {}, allowed_narrow_loads=narrow, narrow_reason=reason,
-                    variant_of=variant_of)
-
-    def cases(C, F, H, D, dtype, counted=False):
-        """The kernels of one model; its bytes where they are counted: weights, and what the kernel before has left."""
-        K, tile = tile_for("norm", C)
-        HEAD = padded_head(D)
-        combine_K, combine_tile = tile_for("combine", H * HEAD)
-        F_K, linear_tile = tile_for("add", F)
-        CHUNK = CHUNK_ELEMENTS // HEAD
-        bytes = lambda weights, rest: 2 * weights + 4 * rest if counted else None
-        norm, bias = dict(C=C, BLOCK_K=K), "a bias of OUT outputs"
-        short, more = ("", 0) if C >= 256 else ("rows too short for 16 bytes in each thread", 4)
-        for first in (True, False):
-            none = {} if first else {"token_ptr": None, "wte_ptr": None, "wpe_ptr": None}
-            yield case(f"norm_qkv{' first' * first} {C}", norm_qkv_kernel, tile, dtype, {**norm, **none, "D": D},
-                       bytes(3 * C * C, 6 * C), f"{bias}, the position{', the token' * first}", 4 + more,
-                       "" if first else f"decode.norm_qkv first {C} {dtype}")
-        yield case(f"combine_add {C}", combine_add_kernel, combine_tile, dtype,
-                   dict(H=H, D=D, HEAD=HEAD, CHUNK=CHUNK, COMBINED=combined_chunks(combine_K, combine_tile), BLOCK_K=combine_K),
-                   bytes(C * C, 1024 // CHUNK * (C + H) + 3 * C), f"{bias} and of x, the row's length, the sums of heads", 40)
-        yield case(f"norm_act {C}", norm_act_kernel, tile, dtype, {**norm, "F": F, "ACTIVATION": "gelu"},
-                   bytes(F * C, 4 * C + F), bias, 4 + more)
-        yield case(f"linear_add {C}", linear_add_kernel, linear_tile, dtype, dict(C=C, F=F, BLOCK_K=F_K),
-                   bytes(C * F, F + 3 * C), f"{bias}, OUT elements of x", 4 + more)
-        yield case(f"head {C}", head_kernel, tile, dtype, {**norm, "b_ptr": None}, bytes(50304 * C, 3 * C + 50304), short, more)
-
-    strides = ("stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_kt")
-    yield Case(name="decode.attend D=64 bf16", kernel=decode_kernel, num_warps=ATTEND_WARPS,
-               signature={"q_ptr": "*fp32", "k_ptr": "*bf16", "v_ptr": "*bf16", "length_ptr": "*i32", "part_ptr": "*fp32",
-                          "lse_ptr": "*fp32", **dict.fromkeys(strides, "i32"), "scale2": "fp32", "H": "i32", "n_chunks": "i32"},
-               constexprs={"D": 64, "HEAD": 64, "CHUNK": CHUNK_ELEMENTS // 64, "DEPENDENT": dependent}, divisible=strides,
-               tile_row=f"all: {CHUNK_ELEMENTS // 64} keys, {ATTEND_WARPS} warps",
-               bytes=2 * 2 * 1024 * 768 + 4 * (16 + 1) * 768,
-               options={"launch_pdl": True} if dependent else {}, allowed_narrow_loads=1,
-               narrow_reason="the row's length")
-    yield from cases(768, 3072, 12, 64, "bf16", counted=True)
-    yield from cases(768, 3072, 12, 64, "fp32")
-    yield from cases(1600, 6400, 25, 64, "bf16")                        # GPT-2 XL: rows of 2,048 and 8,192, padded
-    # With those above, every row of TILES (a test looks); F is a row of `add` that no other has.
-    for C, F in ((16, 16), (32, 32), (64, 64), (128, 128), (256, 256), (512, 512), (4096, 1024), (8192, 2048)):
-        yield from cases(C, F, max(1, C // 64), min(C, 64), "bf16")

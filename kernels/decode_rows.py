@@ -40,7 +40,6 @@ from .attention_common import LOG2_E, load_tile
 from .attention_decode import LOWEST, attend_slots, keys_of_tile
 from .decode import vector
 from .dependent_launch import launch_dependents, options as launch_options, wait_for_predecessor
-from .gate_case import Case
 from .host import multiprocessors
 from .mlp import _act
 
@@ -420,51 +419,3 @@ class RowsDecoder(decode.Decoder):
         head_kernel[(programs,)](
             self.x, self.stats, *self.ln_f, *self.head, out, self.B, self.V, self.eps, C=self.C, **self.groups, **constants,
             num_warps=warps, **launch_options(self.x))
-
-
-# ----------------------------------------------------------------------------------------------- what the compile gate compiles
-
-
-def gate_cases(arch):
-    """Each kernel at GPT-2 124M's shapes for 8 rows and 16; GPT-2 XL's matrices for 16."""
-    dependent = arch >= 90
-    scalars = {"B": "i32", "T": "i32", "V": "i32", "eps": "fp32", "scale2": "fp32"}
-    fixed = {"token_ptr": "*i64", "position_ptr": "*i64", "length_ptr": "*i32"}
-    floats = [f"{name}_ptr" for name in ("x", "stats", "q", "logits", "wte", "wpe", "ln_weight", "ln_bias")]
-    narrow = dict(allowed_narrow_loads=80, narrow_reason="pairs of statistics, the norm's parameters, biases, the rows' lengths, x")
-
-    def case(name, kernel, constexprs, warps, moved=None):
-        constexprs = {**constexprs, "DEPENDENT": dependent}
-        kinds = {arg: (fixed | scalars).get(arg, "*fp32" if arg in floats else "*bf16") for arg in kernel.arg_names}
-        signature = {arg: kind for arg, kind in kinds.items() if arg not in constexprs}
-        return Case(name=f"decode_rows.{name} bf16", kernel=kernel, signature=signature, num_warps=warps, bytes=moved,
-                    constexprs=constexprs, tile_row=f"all: {warps} warps",
-                    options={"launch_pdl": True} if dependent else {}, **narrow)
-
-    def cases(B, C, F, H, D, wide=False):
-        """bytes: at position 1,023."""
-        GROUP = OUTPUTS["linear_add"]
-        groups = dict(GROUP=GROUP, GROUPS=triton.next_power_of_2(-(-C // GROUP)))
-        bytes = lambda weights, rest: None if wide else 2 * weights + B * rest
-        norm, warps = cut("norm_act", B, C, 4)
-        yield case(f"norm_act {C} B={B}", norm_act_kernel, dict(C=C, F=F, ACTIVATION="gelu", **groups, **norm), warps,
-                   bytes(F * C, 4 * C + 2 * F))
-        linear, warps = cut("linear_add", B, F, 2)
-        yield case(f"linear_add {F} B={B}", linear_add_kernel, dict(C=C, K=F, **linear), warps, bytes(C * F, 2 * F + 8 * C))
-        head, warps = cut("head", B, C, 4)
-        yield case(f"head {C} B={B}", head_kernel, dict(C=C, b_ptr=None, **groups, **head), warps,
-                   bytes(50304 * C, 4 * C + 4 * 50304))
-        if not wide:
-            yield case(f"embed {C} B={B}", embed_kernel, dict(C=C, **groups), 4, bytes(0, 12 * C))
-            norm, warps = cut("norm_qkv", B, C, 4)
-            yield case(f"norm_qkv {C} B={B}", norm_qkv_kernel, dict(C=C, D=D, **groups, **norm), warps,
-                       bytes(3 * C * C, 4 * C + 8 * C))
-            BLOCK, warps = attend_tile(decode.padded_head(D), B * H)
-            yield case(f"attend D={D} B={B}", attend_kernel, dict(H=H, D=D, HEAD=decode.padded_head(D), BLOCK=BLOCK), warps,
-                       bytes(0, 4 * 1024 * C + 6 * C))
-            linear, warps = cut("linear_add", B, C, 2)
-            yield case(f"linear_add {C} B={B}", linear_add_kernel, dict(C=C, K=C, **linear), warps, bytes(C * C, 10 * C))
-
-    for B in (8, 16):
-        yield from cases(B, 768, 3072, 12, 64)
-    yield from cases(16, 1600, 6400, 25, 64, wide=True)

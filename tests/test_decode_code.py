@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET", "0") != "0":
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled in this process", allow_module_level=True)
 
 from nanogpt_fast.kernels import decode, decode_rows  # noqa: E402
+from nanogpt_fast.kernels.gate.decode import gate_cases  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -36,7 +37,7 @@ def accesses(code):
 
 
 def gpt2_cases(arch):
-    return [case for module in (decode, decode_rows) for case in module.gate_cases(arch) if case.bytes is not None]
+    return [case for case in gate_cases(arch) if case.bytes is not None]
 
 
 def early_elements(case):

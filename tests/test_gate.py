@@ -17,23 +17,24 @@ if os.environ.get("TRITON_INTERPRET", "0") != "0":
 
 import triton.language as tl  # noqa: E402
 
-from nanogpt_fast.kernels import decode, gate  # noqa: E402
-from nanogpt_fast.kernels.gate_case import Case  # noqa: E402
+from nanogpt_fast.kernels import decode  # noqa: E402
+from nanogpt_fast.kernels.gate import __main__ as command, compiling, families, measure  # noqa: E402
+from nanogpt_fast.kernels.gate.case import Case  # noqa: E402
 
 
 def test_every_launch_at_gpt2_shapes_keeps_the_limits_on_sm_90():
-    rows = gate.compile_all((90,), counted=True, workers=2)
+    rows = compiling.compile_all((90,), counted=True, workers=2)
     assert {row.name.split(".")[0] for row in rows} >= {"attention", "layer_norm", "mlp", "cross_entropy"}
-    assert not [line for row in rows for line in gate.failures(row)]
+    assert not [line for row in rows for line in measure.failures(row)]
 
 
 @pytest.mark.slow
 def test_every_kernel_in_every_tile_row_keeps_the_limits_on_every_architecture():
-    rows = gate.compile_all(workers=2)
-    assert {row.arch for row in rows} == set(gate.ARCHITECTURES)
-    assert not [line for row in rows for line in gate.failures(row)]
+    rows = compiling.compile_all(workers=2)
+    assert {row.arch for row in rows} == set(measure.ARCHITECTURES)
+    assert not [line for row in rows for line in measure.failures(row)]
     of_90 = {row.name: row for row in rows if row.arch == 90}
-    for name, case in gate.all_cases(90).items():
+    for name, case in families.all_cases(90).items():
         if case.variant_of:     # it may be left out elsewhere because it asks no more than
             row, other = of_90[name], of_90[case.variant_of]
             # A declared spill is a compiler's whim: ptxas of Triton 3.7 spills 8 bytes without dropout, and none with it.
@@ -46,7 +47,7 @@ def test_every_kernel_in_every_tile_row_keeps_the_limits_on_every_architecture()
     ("mlp.linear_dact gelu fp32", True), ("attention.backward dkdv D=32 bf16", False)])
 def test_float32_products_of_a_tile_are_summed_apart(name, apart):
     """No dot starts from a sum that a loop carries on, after Triton's pass that folds additions into dots. kernels/dot.py says why."""
-    text = gate._compile(gate.all_cases(90)[name], 90).texts["ttir"]
+    text = compiling._compile(families.all_cases(90)[name], 90).texts["ttir"]
     made = dict(re.findall(r"(%\w+) = ([\w.]+) ", text))
     starts = {made.get(start) for start in re.findall(r"tt\.dot %\w+, %\w+, (%\w+)", text)}
     assert (starts <= {"arith.constant", "tt.broadcast"}) == apart      # a broadcast: minus delta, at the size of the product
@@ -58,52 +59,50 @@ def test_float32_products_of_a_tile_are_summed_apart(name, apart):
     ("attention.backward dkdv D=32 dropout", False), ("layer_norm.backward add dropout 1024", True),
     ("attention.backward head D=32 float32 dropout", True), ("layer_norm.forward add dropout 64", False)])
 def test_sharing_stages_with_another_architecture_changes_nothing(name, is_portable):
-    cases = {arch: gate.all_cases(arch)[name] for arch in gate.ARCHITECTURES}
-    shared = gate._compile_for(cases)
-    assert gate.portable(shared[90].texts["ptx"]) == is_portable
+    cases = {arch: families.all_cases(arch)[name] for arch in measure.ARCHITECTURES}
+    shared = compiling._compile_for(cases)
+    assert compiling.portable(shared[90].texts["ptx"]) == is_portable
     for arch, case in cases.items():
-        assert gate._same_launch(case, cases[90])
-        direct = gate._compile(case, arch)
+        assert compiling._same_launch(case, cases[90])
+        direct = compiling._compile(case, arch)
         assert shared[arch].texts["ptx"] == direct.texts["ptx"] and set(shared[arch].seconds) == set(direct.seconds)
-        rows = [dataclasses.replace(gate._row(case, made), compile_seconds=0) for made in (direct, shared[arch])]
+        rows = [dataclasses.replace(measure.measured(case, made), compile_seconds=0) for made in (direct, shared[arch])]
         assert rows[0] == rows[1]
 
 
 def test_leaving_out_passes_spares_other_modules_and_ends_with_an_exception():
-    run = gate.ir.pass_manager.run
-    lowered, alone = gate._compile(copy_case(), 80).module, gate._compile(matmul_case(num_stages=2), 80)
-    with pytest.raises(ValueError, match="in the stage"), gate._without_passes(lowered):
-        beside = gate._compile(matmul_case(num_stages=2), 80)
+    run = compiling.ir.pass_manager.run
+    lowered, alone = compiling._compile(copy_case(), 80).module, compiling._compile(matmul_case(num_stages=2), 80)
+    with pytest.raises(ValueError, match="in the stage"), compiling._without_passes(lowered):
+        beside = compiling._compile(matmul_case(num_stages=2), 80)
         raise ValueError("in the stage")
-    assert gate.ir.pass_manager.run is run
+    assert compiling.ir.pass_manager.run is run
     assert beside.texts["ptx"] == alone.texts["ptx"]
 
 
 def test_leaving_out_passes_that_a_module_still_needs_is_refused():
-    made, context = gate._compile(copy_case(), 80), gate.ir.context()
-    gate.ir.load_dialects(context)
-    raw = dataclasses.replace(made, module=gate._parsed(made.texts["ttir"], context))
+    made, context = compiling._compile(copy_case(), 80), compiling.ir.context()
+    compiling.ir.load_dialects(context)
+    raw = dataclasses.replace(made, module=compiling._parsed(made.texts["ttir"], context))
     with pytest.raises(RuntimeError, match="operations that are not LLVM's: .*tt.load"):
-        gate._compile(copy_case(), 86, raw, gate.LOWERED)
+        compiling._compile(copy_case(), 86, raw, compiling.LOWERED)
 
 
 def test_a_stage_whose_passes_come_another_way_is_refused():
-    with pytest.raises(RuntimeError, match="did not come"), gate._without_passes(gate._compile(copy_case(), 80).module):
+    with pytest.raises(RuntimeError, match="did not come"), compiling._without_passes(compiling._compile(copy_case(), 80).module):
         pass                            # as if a later Triton ran them by itself: they would have lowered the module twice
 
 
 def test_every_kernel_is_in_a_case():
-    for module in gate.kernel_modules():
-        kernels = {name for name, value in vars(module).items()
-                   if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
-                   and value.__module__ == module.__name__}
-        covered = {case.kernel.__name__ for arch in gate.ARCHITECTURES for case in module.gate_cases(arch)}
-        assert kernels <= covered, f"{module.__name__}: no gate case compiles {', '.join(sorted(kernels - covered))}"
+    covered = {case.kernel for arch in measure.ARCHITECTURES for case in families.gate_cases(arch)}
+    for module in families.kernel_modules():
+        missing = [name for name, kernel in families.kernels_of(module).items() if kernel not in covered]
+        assert not missing, f"{module.__name__}: no gate case compiles {', '.join(missing)}"
 
 
-@pytest.mark.parametrize("arch", gate.ARCHITECTURES)
+@pytest.mark.parametrize("arch", measure.ARCHITECTURES)
 def test_a_variant_has_the_kernel_and_the_tile_of_a_case_that_every_architecture_compiles(arch):
-    described = {case.name: case for module in gate.kernel_modules() for case in module.gate_cases(arch)}
+    described = {case.name: case for case in families.gate_cases(arch)}
 
     def tile(case):
         constants = {name: value for name, value in case.constexprs.items() if "BLOCK" in name or name in ("HEAD", "OUT")}
@@ -113,24 +112,24 @@ def test_a_variant_has_the_kernel_and_the_tile_of_a_case_that_every_architecture
         if case.variant_of:
             other = described[case.variant_of]
             assert not other.variant_of and not case.in_model and tile(case) == tile(other), case.name
-    left_out = described.keys() - gate.all_cases(arch)
+    left_out = described.keys() - families.all_cases(arch)
     assert left_out == (set() if arch == 90 else {name for name, case in described.items() if case.variant_of})
 
 
-@pytest.mark.parametrize("arch", gate.ARCHITECTURES)
+@pytest.mark.parametrize("arch", measure.ARCHITECTURES)
 def test_every_row_of_the_decode_table_is_compiled(arch):
     inputs = {"norm": lambda c: c["C"], "combine": lambda c: c["H"] * c["HEAD"], "add": lambda c: c["F"]}
     used = {"norm_qkv_kernel": "norm", "norm_act_kernel": "norm", "head_kernel": "norm", "combine_add_kernel": "combine",
             "linear_add_kernel": "add"}
     for kernel, rows in used.items():
-        cases = [case for case in gate.all_cases(arch).values() if case.kernel is getattr(decode, kernel)]
+        cases = [case for case in families.all_cases(arch).values() if case.kernel is getattr(decode, kernel)]
         compiled = {(decode.tile_for(rows, inputs[rows](case.constexprs))) for case in cases}
         assert compiled == set(decode.TILES[rows].items()), kernel
 
 
-def test_every_module_with_kernels_describes_them():
-    folder = pathlib.Path(gate.__file__).parent
-    described = {module.__name__.rsplit(".", 1)[1] for module in gate.kernel_modules()}
+def test_every_module_that_launches_kernels_is_described():
+    folder = pathlib.Path(decode.__file__).parent
+    described = {case.kernel.__module__.rsplit(".", 1)[1] for case in families.gate_cases(90)}
     launching = {path.stem for path in folder.glob("*.py") if "_kernel[" in path.read_text()}
     assert launching <= described, f"{', '.join(sorted(launching - described))}: kernels without gate_cases"
 
@@ -186,8 +185,8 @@ def test_what_is_compiled_is_what_triton_compiles(make_case, tmp_path, monkeypat
     source = triton.compiler.ASTSource(
         case.kernel, {name: case.signature.get(name, "constexpr") for name in case.kernel.arg_names}, case.constexprs,
         {(i,): [["tt.divisibility", 16]] for i in range(4)})
-    for arch, ours in gate._compile_for(dict.fromkeys(gate.ARCHITECTURES, case)).items():
-        theirs = triton.compile(source, target=gate.GPUTarget("cuda", arch, 32), options=dict(num_warps=4, num_stages=2))
+    for arch, ours in compiling._compile_for(dict.fromkeys(measure.ARCHITECTURES, case)).items():
+        theirs = triton.compile(source, target=compiling.GPUTarget("cuda", arch, 32), options=dict(num_warps=4, num_stages=2))
         assert ours.texts["ptx"] == theirs.asm["ptx"] and ours.metadata["shared"] == theirs.metadata.shared, arch
 
 
@@ -196,56 +195,56 @@ def test_what_is_compiled_is_what_triton_compiles(make_case, tmp_path, monkeypat
     dict(signature={"x_ptr": "*fp32", "y_ptr": "*bf16", "stride": "i32", "N": "i32"}), dict(kernel=copy_again_kernel)))
 def test_launches_that_differ_share_nothing(change, monkeypatch):
     cases = {90: copy_case(), 80: copy_case(), 86: copy_case(**change)}
-    assert gate._same_launch(cases[90], cases[80]) and not gate._same_launch(cases[80], cases[86])
-    monkeypatch.setattr(gate, "all_cases", lambda arch, every=False: {"copy": cases[arch]})
-    *_, row = gate._compile_by_name(("copy", tuple(cases)))
-    alone = gate.compile_case(cases[86], 86)
+    assert compiling._same_launch(cases[90], cases[80]) and not compiling._same_launch(cases[80], cases[86])
+    monkeypatch.setattr(compiling, "all_cases", lambda arch, every=False: {"copy": cases[arch]})
+    *_, row = compiling._compile_by_name(("copy", tuple(cases)))
+    alone = compiling.compile_case(cases[86], 86)
     assert dataclasses.replace(row, compile_seconds=0) == dataclasses.replace(alone, compile_seconds=0)
 
 
 def test_a_good_kernel_passes():
-    row = gate.compile_case(copy_case(), 90)
+    row = compiling.compile_case(copy_case(), 90)
     assert (row.widest_load, row.widest_store, row.narrow_loads, row.spill_bytes) == (16, 16, 0, 0)
-    assert gate.failures(row) == []
+    assert measure.failures(row) == []
 
 
 def test_a_stride_not_marked_divisible_is_found_as_narrow_loads():
-    row = gate.compile_case(copy_case(divisible=()), 90)
+    row = compiling.compile_case(copy_case(divisible=()), 90)
     assert row.widest_load == 2
-    assert "narrower than 16 bytes" in gate.failures(row)[0]
-    declared = gate.compile_case(copy_case(divisible=(), allowed_narrow_loads=row.narrow_loads, narrow_reason="test"), 90)
-    assert gate.failures(declared) == []
+    assert "narrower than 16 bytes" in measure.failures(row)[0]
+    declared = compiling.compile_case(copy_case(divisible=(), allowed_narrow_loads=row.narrow_loads, narrow_reason="test"), 90)
+    assert measure.failures(declared) == []
 
 
 def test_a_kernel_that_spills_is_found():
     case = matmul_case(block=(128, 256, 64), num_stages=2)      # 128 x 256 fp32 on 128 threads: all 256 registers
-    row = gate.compile_case(case, 90)
+    row = compiling.compile_case(case, 90)
     assert row.registers == 255 and row.spill_bytes > 0
-    assert "spills" in gate.failures(row)[0]
+    assert "spills" in measure.failures(row)[0]
     allowed = dict(allowed_spill_bytes=row.spill_bytes, spill_reason="test")
-    declared = gate.compile_case(matmul_case(block=(128, 256, 64), num_stages=2, **allowed), 90)
-    assert gate.failures(declared) == []
+    declared = compiling.compile_case(matmul_case(block=(128, 256, 64), num_stages=2, **allowed), 90)
+    assert measure.failures(declared) == []
 
 
 @pytest.mark.parametrize("arch, stages, fits", [(86, 2, True), (86, 5, False), (90, 5, True)])
 def test_shared_memory_over_the_limit_of_the_architecture_is_found(arch, stages, fits):
-    row = gate.compile_case(matmul_case(num_stages=stages), arch)
-    complaints = [line for line in gate.failures(row) if "shared memory" in line]
+    row = compiling.compile_case(matmul_case(num_stages=stages), arch)
+    complaints = [line for line in measure.failures(row) if "shared memory" in line]
     assert bool(complaints) != fits, (row.shared, complaints)
 
 
 def test_a_half_precision_matmul_without_wgmma_is_found():
-    good = gate.compile_case(matmul_case(), 90)
-    assert good.wgmma > 0 and good.large_half_dots == 1 and gate.failures(good) == []
-    row = gate.compile_case(matmul_case(num_warps=2), 90)       # wgmma needs groups of four warps
+    good = compiling.compile_case(matmul_case(), 90)
+    assert good.wgmma > 0 and good.large_half_dots == 1 and measure.failures(good) == []
+    row = compiling.compile_case(matmul_case(num_warps=2), 90)       # wgmma needs groups of four warps
     assert row.wgmma == 0 and row.mma > 0
-    assert any("no wgmma" in line for line in gate.failures(row))
+    assert any("no wgmma" in line for line in measure.failures(row))
 
 
 def test_tensor_core_instructions_are_counted_by_architecture():
-    assert gate.compile_case(matmul_case(num_stages=2), 80).mma > 0
-    assert gate.compile_case(matmul_case(num_stages=2), 100).tcgen05 > 0
-    assert gate.compile_case(matmul_case("fp16", (32, 64, 64), num_stages=2), 90).small_half_dots == 1
+    assert compiling.compile_case(matmul_case(num_stages=2), 80).mma > 0
+    assert compiling.compile_case(matmul_case(num_stages=2), 100).tcgen05 > 0
+    assert compiling.compile_case(matmul_case("fp16", (32, 64, 64), num_stages=2), 90).small_half_dots == 1
 
 
 # Expected values by hand from the limits in the CUDA programming guide.
@@ -259,13 +258,13 @@ def test_tensor_core_instructions_are_counted_by_architecture():
     (86, 64, 100 * 1024, 4, 0),     # over the 99 KB a block may have
 ])
 def test_resident_blocks(arch, registers, shared, warps, blocks):
-    assert gate.resident_blocks(arch, registers, shared, warps) == blocks
+    assert measure.resident_blocks(arch, registers, shared, warps) == blocks
 
 
 def test_the_floor_is_the_slower_of_memory_and_arithmetic():
-    assert gate.floor_us(4.3e6, None) == pytest.approx(1.0)
-    assert gate.floor_us(4.3e6, 790e6 * 3) == pytest.approx(3.0)
-    assert gate.floor_us(None, None) is None
+    assert measure.floor_us(4.3e6, None) == pytest.approx(1.0)
+    assert measure.floor_us(4.3e6, 790e6 * 3) == pytest.approx(3.0)
+    assert measure.floor_us(None, None) is None
 
 
 def test_a_case_that_forgets_an_argument_or_a_reason_is_refused():
@@ -280,12 +279,12 @@ def test_a_case_that_forgets_an_argument_or_a_reason_is_refused():
 
 
 def test_the_command_prints_a_line_per_kernel_and_writes_json(tmp_path, monkeypatch, capsys):
-    row = gate.compile_case(copy_case(bytes=4_300_000, in_model=True), 90)
-    monkeypatch.setattr(gate, "compile_all", lambda *args, **kwargs: [row])
-    assert gate.main(["--arch", "90", "--json", str(tmp_path / "rows.json")]) == 0
+    row = compiling.compile_case(copy_case(bytes=4_300_000, in_model=True), 90)
+    monkeypatch.setattr(command, "compile_all", lambda *args, **kwargs: [row])
+    assert command.main(["--arch", "90", "--json", str(tmp_path / "rows.json")]) == 0
     out = capsys.readouterr().out
     assert "copy" in out and "1 compiled" in out and "all within the limits" in out and "the 1 kernels of a GPT-2" in out
     written = (tmp_path / "rows.json").read_text()
     assert [each["floor_us"] for each in json.loads(written)] == [1.0] and written.count("\n") == 3    # a row a line
-    monkeypatch.setattr(gate, "compile_all", lambda *args, **kwargs: [gate.compile_case(copy_case(divisible=()), 90)])
-    assert gate.main(["--arch", "90"]) == 1
+    monkeypatch.setattr(command, "compile_all", lambda *args, **kwargs: [compiling.compile_case(copy_case(divisible=()), 90)])
+    assert command.main(["--arch", "90"]) == 1

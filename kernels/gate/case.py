@@ -1,14 +1,13 @@
-"""What a kernel file tells the compile gate: which launches there are, and what each may cost.
+"""A case: one kernel, specialised one way, with its cost at GPT-2 124M shapes and the limits that it may exceed.
 
-Every module of this package that holds `@triton.jit` kernels has a function
+Each family's file in this package has a function
 
     def gate_cases(arch):
-        '''One Case for each kernel, in each row of this file's tile table for `arch` (80, 86, 89, 90 or 100).'''
+        '''One Case for each kernel, in each row of its tile table for `arch` (80, 86, 89, 90 or 100).'''
         yield Case(...)
 
-and `gate.py` finds it, compiles each case for that architecture without a GPU and holds it to the limits. Nothing is
-registered. Names decide what is a kernel: a jitted function that is launched on a grid is called `..._kernel` and must be in at
-least one case (a test looks); a jitted function that kernels call is called otherwise.
+and `families.py` lists these files. A jitted function that is launched on a grid is called `..._kernel` and must be in at least
+one case (a test checks); a jitted function that kernels call has another name.
 
 A case describes the launch as Triton's own launcher would specialise it on a GPU:
 
@@ -25,24 +24,24 @@ A case describes the launch as Triton's own launcher would specialise it on a GP
         variant_of="mlp.fc gelu bf16 recompute",        # see below
     )
 
-Leave an int out of `divisible` and loads of a row that starts at a multiple of it become narrow: 2 bytes instead of 16.
+An int that is missing from `divisible` makes loads narrow, 2 bytes instead of 16, in rows that start at a multiple of it.
 
-`bytes` counts each input once and each output once (what no cache can save), `flops` counts a multiply-add as two; both for
-GPT-2 124M at B=64, T=1024 (C=768, H=12, D=64, V=50304; generation: one row, its last position) and None where a case isn't a
-launch of that model. The gate turns them into the floor in microseconds on an H200.
+`bytes` counts each input once and each output once (no cache can save these), `flops` counts a multiply-add as two. Both are for
+GPT-2 124M at B=64, T=1024 (C=768, H=12, D=64, V=50304; generation: one row, its last position), and None where that model makes
+no such launch. The gate turns them into the floor in microseconds on an H200.
 
-`variant_of` names a case of the same kernel with the same tile that asks as much of the compiler: with dropout where this one
-has none, with one input or output more, bf16 for fp16. Every architecture compiles each kernel in each tile in that form; a
-variant is compiled for sm_90 alone, for which the gate shows every form. What may be called a variant on an architecture: a
-case that was compiled for it, by Triton 3.6 and 3.9, and had no more spills, shared memory or narrow loads than the other;
-`--every` compiles them wherever they are. A launch of GPT-2's training step never is a variant.
+`variant_of` names a case with the same kernel and tile that needs as many resources or more: it has dropout where this one has
+none, one input or output more, or bf16 for fp16. Every architecture compiles that case; the variant is compiled for sm_90 alone,
+so that the gate shows every form of a kernel there. A case may be a variant on an architecture if both were compiled for it by
+Triton 3.6 and 3.9, and it had no more spills, shared memory or narrow loads than the other; `--every` compiles variants for all
+architectures. A launch of GPT-2's training step is never a variant.
 
-The gate finds by itself which kernels must use `wgmma` on sm_90 (a half-precision `tl.dot` with 64 rows or more). What a case
-must declare is the exception:
+The gate itself finds which kernels must use `wgmma` on sm_90: those with a half-precision `tl.dot` of 64 rows or more. A case
+declares only exceptions:
 
     allowed_spill_bytes=16, spill_reason="..."      # stack bytes of a thread; the reason is printed beside them
     allowed_narrow_loads=9, narrow_reason="..."     # load instructions under 16 bytes: scalars, a row's statistics, a bias
-    serial_reason="..."                             # why it may be that ptxas makes each wgmma wait for the one before
+    serial_reason="..."                             # why ptxas may make each wgmma wait for the one before
 """
 import dataclasses
 import typing
@@ -50,7 +49,7 @@ import typing
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One kernel, specialised one way, for one architecture. The fields are explained in this module's docstring."""
+    """One kernel, specialised one way, for one architecture. The module's docstring explains the fields."""
     name: str
     kernel: typing.Any                      # the @triton.jit function
     signature: dict
@@ -78,7 +77,7 @@ class Case:
             raise ValueError(f"{self.name}: allowed_narrow_loads and narrow_reason come together, got "
                              f"{self.allowed_narrow_loads} and {self.narrow_reason!r}")
         if self.variant_of and self.in_model:
-            raise ValueError(f"{self.name} is in the model and a variant of {self.variant_of!r}; expected one of the two")
+            raise ValueError(f"{self.name} has in_model=True and variant_of={self.variant_of!r}; expected one of the two")
         named = set(self.signature) | set(self.constexprs)
         expected = set(self.kernel.arg_names)
         if named != expected:
