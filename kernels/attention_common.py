@@ -1,8 +1,9 @@
-"""What the attention kernels share: how a tile is loaded and stored, which tile a program takes, what a launcher checks.
+"""Shared by the attention kernels: loading and storing a tile, which tile a program takes, the checks of the launchers.
 
-The notation of all attention files: q, k, v are (B, H, T, D) views with any strides but 1 in D, so the three thirds of a packed
-(B, T, 3C) projection serve as they are. Tq queries are the last Tq of Tk positions: query i sees keys 0 .. Tk - Tq + i. Scores
-live in base 2 (exp2 is one instruction, exp is two): s2 = scale * log2(e) * q k^T, and the log-sum-exp that is kept is log2.
+The notation of all attention files: q, k, v are (B, H, T, D) views with stride 1 in D and any strides before it, so the three
+thirds of a packed (B, T, 3C) projection need no copy. Tq queries are the last Tq of Tk positions: query i sees keys
+0 .. Tk - Tq + i. Scores are kept in base 2 (exp2 is one instruction, exp is two): s2 = scale * log2(e) * q k^T, and the
+log-sum-exp kept for the backward is a log2 too.
 """
 import functools
 import math
@@ -12,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-LOG2_E = math.log2(math.e)      # multiplied into the scale by launchers, in fp64: in the kernel it would be one rounding more
+LOG2_E = math.log2(math.e)      # launchers multiply it into the scale, in fp64; in the kernel it would cost one more rounding
 
 
 # ------------------------------------------------------------------------------------------------------------- device functions
@@ -20,7 +21,7 @@ LOG2_E = math.log2(math.e)      # multiplied into the scale by launchers, in fp6
 
 @triton.jit
 def load_tile(ptr, first, stride, count, D: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, BOUNDED: tl.constexpr):
-    """Rows first .. first+ROWS of the matrix at ptr: [ROWS, HEAD]; zeros from column D and, if BOUNDED, from row `count` on."""
+    """Rows first .. first+ROWS of the matrix at ptr: [ROWS, HEAD]; zeros from column D on and, if BOUNDED, from row `count` on."""
     row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, HEAD)[None, :]
     # Only the start of a tile needs 64 bits: a tile spans at most 128 rows.
     ptrs = ptr + tl.cast(first, tl.int64) * stride + row * stride + col
@@ -47,15 +48,15 @@ def store_tile(ptr, tile, first, stride, count, D: tl.constexpr, ROWS: tl.conste
 
 @triton.jit
 def head_offset(head, H, stride_b, stride_h):
-    """Where head `head` of B*H begins, in elements, 64 bits: B*T*3C passes 2^31."""
+    """Offset of head `head` of B*H, in elements; 64 bits because B*T*3C exceeds 2^31."""
     return (head // H).to(tl.int64) * stride_b + (head % H).to(tl.int64) * stride_h
 
 
 @triton.jit
 def keys_of_head(q_ptr, k_ptr, v_ptr, head, H, stride_kb, stride_kh, D: tl.constexpr):
-    """Where k and v of the head begin whose queries are at q_ptr. k_ptr None: in the packed projection k follows q in a row, and v k.
+    """(k_ptr, v_ptr) of the head whose queries are at q_ptr. k_ptr None: q is the packed projection, whose rows hold q, k and v.
 
-    Asked where it is used: a base for k held from the start would be a register more through every loop.
+    Called where the pointers are used: computed at the start of a kernel, k's would take a register through every loop.
     """
     if k_ptr is None:
         return q_ptr + H * D, q_ptr + 2 * H * D
@@ -68,8 +69,8 @@ def keys_of_head(q_ptr, k_ptr, v_ptr, head, H, stride_kb, stride_kh, D: tl.const
 def scheduled_tile(n_tiles, n_heads, group):
     """(rank, head) of this program: rank 0 of every head of a group first, then rank 1, and so on; then the next group.
 
-    Rank 0 is the longest tile, so the multiprocessors finish together; the heads of one group are those whose keys and values
-    stay in the L2 cache, so a tile of rank 1 finds there what rank 0 fetched.
+    Rank 0 is the longest tile, so the multiprocessors finish together. A group has as many heads as have room for their keys and
+    values in the L2 cache, so a tile of rank 1 finds there what rank 0 fetched.
     """
     pid = tl.program_id(0)
     first_head = pid // (group * n_tiles) * group
@@ -82,7 +83,7 @@ def scheduled_tile(n_tiles, n_heads, group):
 
 
 class Tile(typing.NamedTuple):
-    """How a kernel is cut: queries and keys of a tile, warps of a program, stages of its software pipeline."""
+    """Queries and keys of a tile, warps of a program, stages of its software pipeline."""
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
@@ -96,34 +97,37 @@ LARGEST_STRIDE = 2**23          # a tile spans up to 128 rows, and its offsets a
 
 @functools.cache
 def machine(device):
-    """(architecture of the tile tables, multiprocessors, bytes of L2) of the GPU with this number; -1 is none (interpreter): an H200's."""
+    """(architecture of the tile tables, multiprocessors, bytes of L2) of a GPU; device=-1 (interpreter) returns H200 values."""
     if device < 0:
         return 90, 132, 50 * 2**20
     properties = torch.cuda.get_device_properties(device)
     arch = 10 * properties.major + properties.minor
     if arch < 80:
         raise RuntimeError(f"the attention kernels need compute capability 8.0 or more; {properties.name} has {arch / 10}")
-    # Relatives that no table names: 8.7 has 8.6's instructions; 12.x is a consumer chip with 99 KB of shared memory, like 8.9.
+    # Architectures without a row: 8.7 has 8.6's instructions; 12.x is a consumer chip with 99 KB of shared memory, like 8.9.
     known = 89 if arch >= 120 else max(row for row in (80, 86, 89, 90, 100) if row <= arch)
     return known, properties.multi_processor_count, properties.L2_cache_size
 
 
 @functools.cache
 def padded_head(D):
-    """HEAD: D rounded up to a power of two that a matmul takes."""
+    """HEAD: D rounded up to a power of two that `tl.dot` accepts."""
     return max(16, triton.next_power_of_2(D))
 
 
 def table_rows(tiles, dtype, dropout, device):
-    """The rows {HEAD: Tile} of a table {column: {arch: rows}}: IEEE fp32 has no tensor cores, and dropout's generator takes registers."""
+    """The rows {HEAD: Tile} of a table {column: {arch: rows}}.
+
+    fp32 has its own column because it doesn't use tensor cores, dropout because its random numbers take registers.
+    """
     return tiles["float32" if dtype == torch.float32 else "dropout" if dropout else "half"][machine(device)[0]]
 
 
 class Program(typing.NamedTuple):
-    """What a launch needs to know that does not depend on the lengths: made once for a dtype, a head size and a GPU."""
+    """The part of a launch that does not depend on the lengths, computed once per dtype, head size and GPU."""
     tile: Tile
-    constants: dict         # the kernel's
-    keys_in_l2: int         # keys that take half of L2 with their values: `scheduled_tile` groups keys_in_l2 // Tk heads
+    constants: dict         # the kernel's constexprs, warps and stages
+    keys_in_l2: int         # keys that fill half of L2 together with their values: `scheduled_tile` groups keys_in_l2 // Tk heads
 
 
 def program(tile, dtype, D, dropout, device):
@@ -137,7 +141,7 @@ def rows_are_contiguous(x):
 
 
 def same_layout(k, v):
-    """True where v has k's strides, so that one set of offsets serves both."""
+    """True where v has k's strides, so that the kernels can use the same offsets for both."""
     return all(a == b or n == 1 for a, b, n in zip(k.stride(), v.stride(), k.shape, strict=True))
 
 
@@ -173,14 +177,14 @@ def check_inputs(q, k, v, scale, dropout_p, seed):
             raise ValueError(f"{name} is on {x.device}, q on {q.device}; expected one device")
         if not rows_are_contiguous(x):
             raise ValueError(f"{name} has strides {x.stride()}; expected 1 in the last dimension and at most {LARGEST_STRIDE} "
-                             "before it: make it contiguous first")
+                             "before it; make it contiguous first")
     (B, H, Tq, D), Tk = q.shape, k.size(2)
     if k.shape != (B, H, Tk, D) or v.shape != k.shape:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected the same B, H and D, "
                          "and k like v")
     if Tq > Tk:
-        raise ValueError(f"{Tq} queries and {Tk} keys; expected the queries to be the last of the keys' positions, so at most "
-                         "as many")
+        raise ValueError(f"{Tq} queries and {Tk} keys; expected at most as many queries as keys: they are the last "
+                         "positions")
     if not same_layout(k, v):
         raise ValueError(f"k has strides {k.stride()}, v {v.stride()}; expected the same")
     _check_numbers(q, D, scale, dropout_p, seed)

@@ -1,33 +1,33 @@
-"""One token through a GPT in five kernels a layer, for generation at batch 1: matrix-vector products, each weight read once.
+"""One token through a GPT in five kernels a layer, for generation at batch 1: matrix-vector products that read each weight once.
 
-    1  norm_qkv      x -> LayerNorm -> w_attn h + b: the query, and key and value into the cache; in the first layer x is the
-                     embedding, and is stored
+    1  norm_qkv      x -> LayerNorm -> w_attn h + b: the query, and key and value into the cache; the first layer computes x, the
+                     embedding, and stores it
     2  attend        the query over the cache, in chunks of keys (attention_decode.py)
     3  combine_add   the chunks combined -> w_proj y + b, added to x
     4  norm_act      x -> LayerNorm -> GELU(w_fc h + b)
     5  linear_add    w_proj h + b, added to x
        head          after the last layer: LayerNorm -> logits
 
-A token uses each weight once, so nothing but bytes counts, and a kernel has few of them: GPT-2 124M in bf16 has matrices of
-1.2 to 4.7 MB, 0.3 to 1.1 us at 4.3 TB/s, where starting a kernel and waiting for its first byte take longer. Hence
+A token uses each weight once, so memory traffic decides the time, and a kernel has little of it: GPT-2 124M in bf16 has matrices
+of 1.2 to 4.7 MB, 0.3 to 1.1 us at 4.3 TB/s. Starting a kernel and waiting for its first byte takes longer. So there are
 
-- few kernels. The norm is computed by every program of the matvec that follows, again and again: it reads C floats, which lie
-  in the L2 cache, and it replaces a launch. For the same reason `combine_add` combines the chunks of attention in each of its
-  programs: 49 KB from L2 at T=1024, which at some 100 bytes a nanosecond and multiprocessor is half a microsecond or one.
-- all bytes in flight at once. A program holds its whole tile of weights, OUT outputs x K inputs, in registers: one load
-  without a loop, 16 bytes a thread and instruction. 4.3 TB/s at a latency of 0.8 us need 26 KB in flight on each of 132
-  multiprocessors; the matrices have 9 to 36 KB for each, so whatever is not in flight at once is bandwidth lost. K is not
-  split: rows are so short that a program takes several, and no sum crosses programs (no atomics, the same bits in every run).
-- the weights are loaded before the kernel ahead has ended (dependent_launch.py, compute capability 9.0): every kernel lets its
-  successor start at once, the successor loads its weights and only then waits for what the kernel ahead computes. What may
-  stand before that wait: loads of parameters. No kernel of a step writes them.
+- few kernels. Every program of a matrix-vector product computes the norm before it: that reads C floats from the L2 cache and saves
+  a launch. For the same reason each program of `combine_add` combines the chunks of attention: 49 KB from L2 at T=1024, which at
+  about 100 bytes per nanosecond and multiprocessor takes half a microsecond to a microsecond.
+- all loads in flight at once. A program holds its whole tile of weights, OUT outputs x K inputs, in registers: one load without a
+  loop, 16 bytes per thread and instruction. 4.3 TB/s at a latency of 0.8 us need 26 KB in flight on each of 132 multiprocessors;
+  a matrix has 9 to 36 KB for each, so loading a part later would waste bandwidth. K is not split: rows are so short that a
+  program takes several, and no sum crosses programs (no atomics, the same bits in every run).
+- loads of weights before the kernel ahead has ended (dependent_launch.py, compute capability 9.0): every kernel lets its successor
+  start at once; the successor loads its weights, and only then waits for the results of the kernel ahead. Before that wait it may
+  load only parameters, which no kernel of a step writes.
 
-A row of the batch is a column of the grid: programs of one tile run side by side and all but the first find the weights in L2,
-and what a row computes does not depend on the rows beside it, bit for bit. It reads the weights `rows` times from L2: a step of
-GPT-2 124M takes 241 us for one row and 480 for four on an H100. From 3 rows on decode_rows.py is faster, in half precision.
+The grid has a column for each row of the batch: programs of one tile run side by side, all but the first find the weights in L2,
+and a row's result does not depend on the rows beside it, bit for bit. The weights are read from L2 once per row: a step of GPT-2
+124M takes 241 us for one row and 480 for four on an H100. From 3 rows on, decode_rows.py is faster in half precision.
 
-Weights fp32, fp16 or bf16; every product and sum, the residual stream and all that lies between kernels fp32; the cache in the
-weights' dtype. Rows: B; width C = H * D; hidden size F; vocabulary V; T positions in the cache.
+Weights are fp32, fp16 or bf16; every product and sum, the residual stream and everything passed between kernels fp32; the cache has
+the weights' dtype. Rows: B; width C = H * D; hidden size F; vocabulary V; T positions in the cache.
 
 Sources: Dao et al. 2023, "Flash-Decoding for long-context inference" (the split and its combination); CUDA programming guide,
 "Programmatic Dependent Launch and Synchronization".
@@ -60,7 +60,7 @@ def weight_tile(w_ptr, first, N, K: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl
 
 @triton.jit
 def vector(ptr, first, N, SIZE: tl.constexpr):
-    """Elements first .. first+SIZE of a vector of N in fp32, zeros outside or where it is None."""
+    """Elements first .. first+SIZE of a vector of N in fp32; zeros outside of it, and where ptr is None."""
     at = first + tl.arange(0, SIZE)
     if ptr is None:
         return tl.zeros((SIZE,), tl.float32)
@@ -70,7 +70,7 @@ def vector(ptr, first, N, SIZE: tl.constexpr):
 
 @triton.jit
 def normed(x, ln_weight, ln_bias, eps, C: tl.constexpr, BLOCK_K: tl.constexpr):
-    """LayerNorm of the row x [BLOCK_K], of which C are inside; zeros outside. From centred values, as in layer_norm.py."""
+    """`reference.layer_norm` of the row x [BLOCK_K], C elements and zeros; from centred values, as in layer_norm.py."""
     inside = tl.arange(0, BLOCK_K) < C
     mean = row_mean(x, C, 0)
     centred = tl.where(inside, x - mean, 0.0)
@@ -86,16 +86,20 @@ def matvec(w, h):
 
 
 # ---------------------------------------------------------------------------------------------------------------------- kernels
-# Grids are (B, tiles of outputs). Before `wait_for_predecessor` only parameters are read.
+# Grids are (B, tiles of outputs). Before `wait_for_predecessor` a kernel reads only parameters.
 
 
 @triton.jit(do_not_specialize=["T"])
 def norm_qkv_kernel(
-        token_ptr, wte_ptr, wpe_ptr, position_ptr,      # (B,) int64, (V, C), (T, C): None but in the first layer; (B,) int64
-        x_ptr, ln_weight_ptr, ln_bias_ptr,              # (B, C) fp32: read, in the first layer written; (C,), (C,) or None
+        token_ptr, wte_ptr, wpe_ptr, position_ptr,      # (B,) int64, (V, C), (T, C), None after the first layer; (B,) int64
+        x_ptr, ln_weight_ptr, ln_bias_ptr,              # (B, C) fp32: read, or written in the first layer; (C,), (C,) or None
         w_ptr, b_ptr,                                   # (3C, C), (3C,) or None
         q_ptr, k_ptr, v_ptr, length_ptr,                # (B, C) fp32, (B, H, T, D) twice, (B,) int32: position + 1
         T, eps, C: tl.constexpr, D: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr):
+    """q, k and v = F.linear(`reference.layer_norm`(x), w, b) of one position; k and v go into the cache.
+
+    With token_ptr, x is the sum of the embeddings of token and position, and is stored.
+    """
     row, first = tl.program_id(0), tl.program_id(1) * OUT
     launch_dependents(DEPENDENT)
     w = weight_tile(w_ptr, first, 3 * C, C, OUT, BLOCK_K)
@@ -103,7 +107,7 @@ def norm_qkv_kernel(
     ln_weight, ln_bias = vector(ln_weight_ptr, 0, C, BLOCK_K), vector(ln_bias_ptr, 0, C, BLOCK_K)
     wait_for_predecessor(DEPENDENT)
 
-    position = tl.minimum(tl.load(position_ptr + row), T - 1)           # a row past the window is encoded elsewhere
+    position = tl.minimum(tl.load(position_ptr + row), T - 1)           # a row past the window is processed elsewhere
     if token_ptr is None:
         x = vector(x_ptr + row * C, 0, C, BLOCK_K)
     else:
@@ -128,13 +132,16 @@ def combine_add_kernel(
         w_ptr, b_ptr, x_ptr,                            # (C, C), (C,) or None, (B, C) fp32
         n_chunks, H: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, COMBINED: tl.constexpr,
         OUT: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr):
-    """x += w y + b, y (C,) the chunks' values weighted by 2^(their lse - the largest of the head)."""
+    """x += F.linear(y, w, b), y (C,) = `reference.causal_attention` over all keys.
+
+    y is the chunks' values weighted by 2^(lse - the head's largest lse).
+    """
     C: tl.constexpr = H * D
     row, first = tl.program_id(0), tl.program_id(1) * OUT
     n = first + tl.arange(0, OUT)
     launch_dependents(DEPENDENT)
     k = tl.arange(0, BLOCK_K)
-    if D < HEAD:                                                        # y has its heads padded to HEAD: so must w
+    if D < HEAD:                                                        # y's heads are padded to HEAD, so w's columns are too
         column, inside = k // HEAD * D + k % HEAD, (k % HEAD < D) & (k < H * HEAD)
     else:
         column, inside = k, k < C
@@ -144,26 +151,26 @@ def combine_add_kernel(
     wait_for_predecessor(DEPENDENT)
 
     used = tl.minimum(tl.cdiv(tl.load(length_ptr + row), CHUNK), n_chunks)
-    acc, total = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
-    top = tl.full((BLOCK_K,), float("-inf"), tl.float32)
+    acc, l_i = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
+    m_i = tl.full((BLOCK_K,), float("-inf"), tl.float32)
     slots = (row * H + tl.minimum(k // HEAD, H - 1)) * n_chunks                         # of the column's head
     for start in tl.range(0, used, COMBINED):
-        # All loads come first, then what needs the last of them, the largest lse: else the assembler mixes loads and
-        # arithmetic, and 8 latencies add up. 1-D tiles, so that a thread keeps to its columns and nothing is exchanged.
-        parts, lses, new_top = (), (), top
+        # All loads come before any use of the largest lse, which needs the last of them. Otherwise the assembler interleaves loads
+        # and arithmetic, and 8 latencies add up. Tiles are 1-D, so that each thread keeps to its columns and exchanges nothing.
+        parts, lses, m_ij = (), (), m_i
         for i in tl.static_range(COMBINED):
             there = inside & (start + i + tl.zeros_like(k) < used)
             slot = slots + (start + i)
             parts += (tl.load(part_ptr + slot * D + k % HEAD, mask=there, other=0.0),)  # [BLOCK_K]
             lses += (tl.load(lse_ptr + slot, mask=there, other=float("-inf")),)
         for i in tl.static_range(COMBINED):
-            new_top = tl.maximum(new_top, tl.where(inside, lses[i], 0.0))
-        shrink = tl.exp2(top - new_top)
-        acc, total, top = acc * shrink, total * shrink, new_top
+            m_ij = tl.maximum(m_ij, tl.where(inside, lses[i], 0.0))
+        alpha = tl.exp2(m_i - m_ij)
+        acc, l_i, m_i = acc * alpha, l_i * alpha, m_ij
         for i in tl.static_range(COMBINED):
-            weight = tl.exp2(lses[i] - top)
-            acc, total = acc + weight * parts[i], total + weight
-    out = matvec(w, acc / tl.where(inside, total, 1.0)) + b                                 # [OUT]
+            weight = tl.exp2(lses[i] - m_i)
+            acc, l_i = acc + weight * parts[i], l_i + weight
+    out = matvec(w, acc / tl.where(inside, l_i, 1.0)) + b                                 # [OUT]
     x_at = x_ptr + row * C + n
     tl.store(x_at, tl.load(x_at, mask=n < C, other=0.0) + out, mask=n < C)
 
@@ -174,7 +181,7 @@ def norm_act_kernel(
         w_ptr, b_ptr, h_ptr,                            # (F, C), (F,) or None, (B, F) fp32
         eps, C: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr,
         OUT: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr):
-    """h = act(w LayerNorm(x) + b)."""
+    """h = `reference.activation`(F.linear(`reference.layer_norm`(x), w, b)): the first half of the MLP."""
     row, first = tl.program_id(0), tl.program_id(1) * OUT
     n = first + tl.arange(0, OUT)
     launch_dependents(DEPENDENT)
@@ -190,7 +197,7 @@ def norm_act_kernel(
 def linear_add_kernel(
         h_ptr, w_ptr, b_ptr, x_ptr,                     # (B, F) fp32, (C, F), (C,) or None, (B, C) fp32
         C: tl.constexpr, F: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr):
-    """x += w h + b."""
+    """x += F.linear(h, w, b): the second half of the MLP (`reference.gelu_mlp`), and the residual add."""
     row, first = tl.program_id(0), tl.program_id(1) * OUT
     n = first + tl.arange(0, OUT)
     launch_dependents(DEPENDENT)
@@ -206,7 +213,10 @@ def head_kernel(
         x_ptr, ln_weight_ptr, ln_bias_ptr,              # (B, C) fp32, (C,), (C,) or None
         w_ptr, b_ptr, logits_ptr,                       # (V, C), (V,) or None, (B, V) fp32
         V, eps, C: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr):
-    """The vocabulary is 6,288 tiles of 8: a program normalises once and walks many, one tile ahead in registers."""
+    """logits = F.linear(`reference.layer_norm`(x), w, b).
+
+    The vocabulary is 6,288 tiles of 8 outputs: a program normalises once and loops over many tiles, with the next one already loading.
+    """
     row, first, stride = tl.program_id(0), tl.program_id(1) * OUT, tl.num_programs(1) * OUT
     launch_dependents(DEPENDENT)
     w = weight_tile(w_ptr, first, V, C, OUT, BLOCK_K)
@@ -225,25 +235,26 @@ def head_kernel(
 
 
 class Tile(NamedTuple):
-    """Outputs of a program, and its warps."""
+    """Outputs of a program, warps of a program."""
     OUT: int
     warps: int
 
 
-# {kernels: {BLOCK_K, the power of two that holds a row of the matrix: Tile}}, the same for sm_80 to sm_100 and all dtypes:
-# nothing is reused, so nothing depends on an architecture but how many multiprocessors (84 to 148) want a program. Chosen by
-# counting; no other table was timed: up to 64 elements a thread, so that a tile in half precision takes 32 registers beside its row of
-# activations. At C=768 in bf16
+# {kernels: {BLOCK_K, the power of two that holds a row of the matrix: Tile}}, the same for sm_80 to sm_100 and all dtypes: nothing is
+# reused, so only the number of multiprocessors to fill (84 to 148) depends on the architecture. Chosen by this count, and no other
+# table was timed: up to 64 elements a thread, so that a tile in half precision takes 32 registers beside its row of activations. At
+# C=768 in bf16
 #
-#                    programs   weights of one   in flight on each of 132 multiprocessors, where 26 KB are wanted
+#                    programs   weights of one   in flight on each of 132 multiprocessors, which need 26 KB
 #   norm_qkv            288         12.3 KB         26.8 KB
-#   combine_add         192          6.1 KB          8.9 KB: the whole matrix is 1.2 MB
+#   combine_add         192          6.1 KB          8.9 KB; the whole matrix is 1.2 MB
 #   norm_act            384         12.3 KB         35.7 KB
 #   linear_add          192         24.6 KB         35.7 KB
-#   head                528         12.3 KB         98.3 KB: two tiles, one of them ahead
+#   head                528         12.3 KB         98.3 KB: two tiles, of which one is the next
 #
-# The two that add have fewer outputs a program because there are only C of them: 192 programs for at most 148 multiprocessors.
-# `combine` has more threads: each holds 4 columns of the chunks it combines; with two outputs a row of 8,192 spills 32 bytes.
+# The two `_add` kernels have fewer outputs per program because there are only C outputs: 192 programs for at most 148
+# multiprocessors. `combine` has more threads, each with 4 columns of the chunks that it combines; with two outputs a row of 8,192
+# spills 32 bytes.
 TILES = {
     "norm": {16: Tile(8, 1), 32: Tile(8, 1), 64: Tile(8, 1), 128: Tile(8, 1), 256: Tile(8, 1), 512: Tile(8, 2),
              1024: Tile(8, 4), 2048: Tile(8, 8), 4096: Tile(4, 8), 8192: Tile(2, 8)},
@@ -252,8 +263,8 @@ TILES = {
     "add": {16: Tile(4, 1), 32: Tile(4, 1), 64: Tile(4, 1), 128: Tile(4, 1), 256: Tile(4, 1), 512: Tile(4, 1),
             1024: Tile(4, 2), 2048: Tile(4, 4), 4096: Tile(4, 8), 8192: Tile(2, 8)},
 }
-COMBINED_ELEMENTS = 32          # of the chunks, that a thread of combine_add loads at once: 8 chunks at C=768, half of T=1024
-HEAD_PROGRAMS = 4               # of `head`, a multiprocessor: as many as its registers let run at once
+COMBINED_ELEMENTS = 32          # elements of chunks that a thread of combine_add loads at once: 8 chunks at C=768, half of T=1024
+HEAD_PROGRAMS = 4               # programs of `head` per multiprocessor: as many as its registers allow at once
 
 
 def tile_for(kernels, K):
@@ -263,7 +274,7 @@ def tile_for(kernels, K):
 
 
 def combined_chunks(BLOCK_K, tile):
-    """COMBINED: how many chunks fill a thread's COMBINED_ELEMENTS, at most 8."""
+    """COMBINED: the number of chunks that fill a thread's COMBINED_ELEMENTS, at most 8."""
     return min(8, COMBINED_ELEMENTS * 32 * tile.warps // BLOCK_K)
 
 
@@ -271,7 +282,7 @@ def combined_chunks(BLOCK_K, tile):
 
 
 class Layer(NamedTuple):
-    """A block's parameters and its cache. Biases may be None; matrices as nn.Linear has them, (outputs, inputs)."""
+    """A block's parameters and its cache. Biases may be None; matrices are (outputs, inputs), as in nn.Linear."""
     ln_1: tuple                 # weight and bias, (C,)
     c_attn: tuple               # (3C, C), (3C,)
     c_proj: tuple               # (C, C), (C,)
@@ -284,11 +295,11 @@ class Layer(NamedTuple):
 
 
 class Decoder:
-    """A decode step over given parameters and caches: `decoder(token, position)` -> logits. It owns what lies between kernels.
+    """A decode step over given parameters and caches: `decoder(token, position)` -> logits. It owns the buffers between kernels.
 
-    wte (V, C), wpe (T, C), ln_f: weight and bias (C,), head: weight (V, C) and bias (V,) or None, layers: a list of Layer. All
-    contiguous and on one device; matrices, their biases and caches of one dtype, float32, float16 or bfloat16; embeddings and
-    norms of any of these. Raises ValueError, TypeError.
+    wte (V, C), wpe (T, C), ln_f: weight and bias (C,), head: weight (V, C) and bias (V,) or None, layers: a list of Layer. All are
+    contiguous and on one device. Matrices, their biases and the caches share a dtype: float32, float16 or bfloat16; embeddings and
+    norms may have any of these. Raises ValueError, TypeError.
     """
 
     def __init__(self, wte, wpe, ln_f, head, layers, *, eps=1e-5):
@@ -310,8 +321,8 @@ class Decoder:
     def _check(self):
         B, H, T, C, D, F, V = self.B, self.H, self.T, self.C, self.D, self.F, self.V
         if C != H * D or not 1 <= D <= LARGEST_HEAD:
-            raise ValueError(f"the width is {C}, the caches have {H} heads of size {D}; expected {H} * {D}, and a head of "
-                             f"1 to {LARGEST_HEAD}")
+            raise ValueError(f"the width is {C}, the caches have {H} heads of size {D}; expected {H} * {D}, and a head size "
+                             f"of 1 to {LARGEST_HEAD}")
         if (widest := max(C, F, H * padded_head(D))) > LARGEST_K:
             raise ValueError(f"a matrix has {widest} inputs, each head padded to a power of two; expected at most {LARGEST_K}")
         dtype, device = self.head[0].dtype, self.wte.device
@@ -334,17 +345,17 @@ class Decoder:
             if tensor is None and name.endswith(".bias"):
                 continue
             if tensor.dtype not in DTYPES or (name not in others and tensor.dtype != dtype):
-                raise TypeError(f"{name} is {tensor.dtype}, the head {dtype}; expected float32, float16 or bfloat16, for all "
-                                "matrices, their biases and the cache the same")
+                raise TypeError(f"{name} is {tensor.dtype}, the head {dtype}; expected float32, float16 or bfloat16, the same "
+                                "for all matrices, their biases and the caches")
             if tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device != device:
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}; "
                                  f"expected {shape}, contiguous, on {device}")
 
     def __call__(self, token, position):
-        """Process token (B,) int64 at position (B,) int64 -> logits (B, V) fp32, and write keys and values of this position.
+        """The logits (B, V) fp32 of token (B,) int64 at position (B,) int64; writes its keys and values into the caches.
 
-        Five launches a layer and one; the host reads nothing back, so a CUDA graph can capture it. Tokens are not checked; a
-        position past the cache counts as its last.
+        Five launches a layer and one for the head; the host reads nothing back, so a CUDA graph can capture it. Tokens are not
+        checked; a position past the cache counts as its last.
         """
         for name, ids in (("token", token), ("position", position)):
             if ids.shape != (self.B,) or ids.dtype != torch.int64 or ids.device != self.wte.device or not ids.is_contiguous():
@@ -368,14 +379,14 @@ class Decoder:
 
     def norm_qkv(self, layer, embedding, position):
         BLOCK_K, tile = tile_for("norm", self.C)
-        # The first kernel of a step must not start early: what is before it may still be writing the weights.
+        # The first kernel of a step must not start early: the work ahead of it may still be writing the weights.
         norm_qkv_kernel[(self.B, -(-3 * self.C // tile.OUT))](
             *embedding, position, self.x, *layer.ln_1, *layer.c_attn, self.q, layer.keys, layer.values, self.length, self.T,
             self.eps, C=self.C, D=self.D, OUT=tile.OUT, BLOCK_K=BLOCK_K, num_warps=tile.warps,
             **launch_options(self.x, early=embedding[0] is None))
 
     def attend(self, layer):
-        # q is (B, H, 1, D) in its (B, C); a head is D elements further
+        # self.q (B, C) as (B, H, 1, D): strides C and D
         decode_kernel[(self.B * self.H, self.n_chunks)](
             self.q, layer.keys, layer.values, self.length, self.part, self.lse, self.C, self.D, *layer.keys.stride()[:3],
             LOG2_E * self.D**-0.5, self.H, self.n_chunks, D=self.D, HEAD=self.HEAD, CHUNK=self.CHUNK, num_warps=ATTEND_WARPS,

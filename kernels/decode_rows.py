@@ -8,26 +8,27 @@
     5  linear_add    w_proj h + b, added to x
        head          after the last layer: LayerNorm -> logits
 
-decode.py reads its weights from L2 once a row. Here a program reads its tile of weights, OUT outputs x K inputs, once and
-multiplies it with all rows: outputs are the M of an mma (16), rows the N (8 or 16). What carries over: few kernels, weights on
-their way before the kernel ahead has ended (dependent_launch.py), no sum across programs, so the bits are the same in every run,
-and a row's do not depend on the rows beside it.
+decode.py reads its weights from L2 once per row. Here a program reads its tile of weights, OUT outputs x K inputs, once and
+multiplies it with all rows: outputs are the M of an mma (16), rows the N (8 or 16). The rest is as in decode.py: few kernels;
+weights load before the kernel ahead has ended (dependent_launch.py); no sum crosses programs, so the bits are the same in every
+run, and a row's result does not depend on the rows beside it.
 
-GPT-2 124M in bf16, us a step at position 640: 364 for 4 rows, 406 for 8, 533 for 16, where the step made of ops takes 587, 592
-and 730. Tiles of 16 and 32 rows were tried for 32 and 64 rows: 900 and 1,388 us at best against the ops' 879 and 1,178. (H100 80GB
-HBM3, torch 2.11, Triton 3.6, benchmarks/gpu/decode_forms.py; kernels/README.md has each kernel's time beside its floor.)
+GPT-2 124M in bf16, us a step at position 640: 364 for 4 rows, 406 for 8, 533 for 16; the step made of ops takes 587, 592 and 730.
+For 32 and 64 rows, tiles of 16 and 32 rows took 900 and 1,388 us at best, and the ops 879 and 1,178. (H100 80GB HBM3, torch 2.11,
+Triton 3.6, benchmarks/gpu/decode_forms.py; kernels/README.md has each kernel's time beside its floor.)
 
-A warp multiplies its own slice of K and the warps' sums are added at the end, always in one order: with 16 outputs and 8 rows
-there is one mma in M and N, and warps that shared it would each do all of it.
+Each warp multiplies its own slice of K, and the warps' sums are added at the end, always in the same order: 16 outputs and 8 rows
+are a single mma in M and N, which warps could only repeat.
 
 The norm needs the whole row before its first product, and every program needs the norm: three reductions over C in each. So the
-kernel that finishes x leaves, for its OUT columns of each row, their mean and their squares' sum around it (Chan, Golub, LeVeque
-1983), and the norm combines C / OUT pairs a row instead of reading the row first. Variances stay sums of centred values.
+kernel that finishes x stores, for its OUT columns of each row, their mean and the sum of their centred squares (Chan, Golub,
+LeVeque 1983), and the norm combines C / OUT such pairs a row instead of reading the row first. Variances are still computed from
+centred values.
 
 `attend` does not split a head's keys: 5 rows of 12 heads are 60 programs with 64 KB in flight each.
 
-Activations that a matrix multiplies (normed rows, y, h) are rounded to the weights' dtype, as nn.Linear under autocast does; sums,
-residual stream, query and logits are fp32. Weights fp16 or bf16: float32 has no tensor cores that keep its digits.
+Activations that a matrix multiplies (normalised rows, y, h) are rounded to the weights' dtype, as nn.Linear does under autocast;
+sums, residual stream, query and logits are fp32. Weights are fp16 or bf16: tensor cores do not keep float32's precision.
 
 Shapes as in decode.py: B rows; C = H * D; F; V; T positions.
 """
@@ -43,7 +44,7 @@ from .dependent_launch import launch_dependents, options as launch_options, wait
 from .host import multiprocessors
 from .mlp import _act
 
-LARGEST_C = 2048                # the norm holds C / OUT pairs of statistics for each of its rows
+LARGEST_C = 2048                # the norm holds C / OUT pairs of statistics for each row
 
 
 # ------------------------------------------------------------------------------------------------------------- device functions
@@ -51,7 +52,7 @@ LARGEST_C = 2048                # the norm holds C / OUT pairs of statistics for
 
 @triton.jit
 def weight_piece(w_ptr, first, N, K: tl.constexpr, i, OUT: tl.constexpr, SPLIT: tl.constexpr, SLICE: tl.constexpr):
-    """Columns i*SPLIT*SLICE .. of the rows first .. first+OUT of the matrix (N, K), zeros outside: [SPLIT, OUT, SLICE]."""
+    """Piece i, the columns from i*SPLIT*SLICE on, of the rows first .. first+OUT of (N, K): [SPLIT, OUT, SLICE]; zeros outside."""
     n = tl.arange(0, OUT)[None, :, None]
     k = i * SPLIT * SLICE + tl.arange(0, SPLIT)[:, None, None] * SLICE + tl.arange(0, SLICE)[None, None, :]
     return tl.load(w_ptr + first.to(tl.int64) * K + n * K + k, mask=(first + n < N) & (k < K), other=0.0)
@@ -69,22 +70,24 @@ def weight_pieces(w_ptr, first, N, K: tl.constexpr, COUNT: tl.constexpr, OUT: tl
 
 @triton.jit
 def row_piece(x_ptr, row, B, K: tl.constexpr, i, BLOCK: tl.constexpr):
-    """Columns i*BLOCK .. of the rows `row` [ROWS] of x (B, K), zeros outside: [ROWS, BLOCK]."""
+    """Piece i, the columns from i*BLOCK on, of the rows `row` [ROWS] of x (B, K): [ROWS, BLOCK]; zeros outside."""
     k = i * BLOCK + tl.arange(0, BLOCK)
     return tl.load(x_ptr + row[:, None] * K + k[None, :], mask=(row < B)[:, None] & (k < K)[None, :], other=0.0)
 
 
 @triton.jit
 def normed_piece(x, mean, shift, rstd, ln_weight_ptr, ln_bias_ptr, i, C: tl.constexpr, BLOCK: tl.constexpr):
-    """LayerNorm of a piece x [ROWS, BLOCK] of rows with these statistics [ROWS]; zeros outside."""
+    """`reference.layer_norm` of a piece x [ROWS, BLOCK] of rows with these statistics [ROWS]; zeros outside."""
     weight, bias = vector(ln_weight_ptr, i * BLOCK, C, BLOCK), vector(ln_bias_ptr, i * BLOCK, C, BLOCK)
     return ((x - mean[:, None]) - shift[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
 
 
 @triton.jit
 def row_statistics(stats_ptr, row, B, eps, C: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """Of the rows `row` [ROWS], from (2, C / GROUP, B) means and centred squares of GROUP columns each: mean, what the mean
-    leaves (fp32 holds one of 1e4 to 5e-4 only), 1 / sqrt(variance + eps)."""
+    """(mean, shift, rstd) [ROWS] of the rows `row`, from (2, C / GROUP, B): means and centred squares of GROUP columns each.
+
+    shift is the mean of the residuals x - mean, since fp32 holds a mean of 1e4 to 5e-4 only. rstd = 1 / sqrt(variance + eps).
+    """
     N_GROUPS: tl.constexpr = (C + GROUP - 1) // GROUP
     group = tl.arange(0, GROUPS)[:, None]
     at = stats_ptr + group * B + row[None, :]
@@ -101,7 +104,7 @@ def row_statistics(stats_ptr, row, B, eps, C: tl.constexpr, GROUP: tl.constexpr,
 
 @triton.jit
 def store_statistics(stats_ptr, x, first, tile, row, B, C: tl.constexpr, OUT: tl.constexpr):
-    """Leave the mean and centred squares of x [OUT, ROWS], columns first .. first+OUT of the rows, for `row_statistics`."""
+    """Store the mean and centred squares of x [OUT, ROWS], columns first .. first+OUT of the rows, for `row_statistics`."""
     inside = (first + tl.arange(0, OUT) < C)[:, None]
     columns = tl.minimum(OUT, C - first).to(tl.float32)
     mean = tl.sum(tl.where(inside, x, 0.0), 0) / columns
@@ -113,15 +116,15 @@ def store_statistics(stats_ptr, x, first, tile, row, B, C: tl.constexpr, OUT: tl
 
 @triton.jit
 def add_product(w, h, acc):
-    """w [SPLIT, OUT, SLICE] times h^T, h [ROWS, SPLIT * SLICE], added to acc [SPLIT, OUT, ROWS], a slice to each."""
+    """acc [SPLIT, OUT, ROWS] + w h^T for each slice: w [SPLIT, OUT, SLICE], h [ROWS, SPLIT * SLICE]."""
     SPLIT: tl.constexpr = w.shape[0]
     h = tl.permute(tl.reshape(h.to(w.dtype), (h.shape[0], SPLIT, w.shape[2])), (1, 2, 0))
     return tl.dot(w, h, acc)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- kernels
-# Grids are tiles of OUT outputs. Before `wait_for_predecessor` only parameters are read. Of a row of weights the first EARLY pieces
-# are loaded there, of a row of activations AHEAD pieces are in flight.
+# Grids are tiles of OUT outputs. Before `wait_for_predecessor` a kernel reads only parameters: the first EARLY pieces of its rows of
+# weights. After it, AHEAD pieces of the rows of activations are in flight.
 
 
 @triton.jit(do_not_specialize=["B", "T"])
@@ -129,11 +132,14 @@ def embed_kernel(
         token_ptr, position_ptr, wte_ptr, wpe_ptr,      # (B,) int64 twice, (V, C), (T, C)
         x_ptr, stats_ptr, length_ptr,                   # (B, C) fp32, (2, C / GROUP, B) fp32, (B,) int32: position + 1
         B, T, C: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, DEPENDENT: tl.constexpr):
-    """A program a row. As the first kernel of a step it must not start early."""
+    """x = the sum of the embeddings of token and position, F.embedding of both, and its statistics; a program per row.
+
+    As the first kernel of a step it must not start early.
+    """
     row = tl.program_id(0)
     launch_dependents(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
-    position = tl.minimum(tl.load(position_ptr + row), T - 1)           # a row past the window is encoded elsewhere
+    position = tl.minimum(tl.load(position_ptr + row), T - 1)           # a row past the window is processed elsewhere
     group, column = tl.arange(0, GROUPS), tl.arange(0, GROUP)
     at = group[:, None] * GROUP + column[None, :]                                       # [GROUPS, GROUP]
     inside = at < C
@@ -157,6 +163,7 @@ def norm_qkv_kernel(
         B, T, eps, C: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
         ROWS: tl.constexpr, OUT: tl.constexpr, SPLIT: tl.constexpr, SLICE: tl.constexpr, EARLY: tl.constexpr,
         AHEAD: tl.constexpr, DEPENDENT: tl.constexpr):
+    """q, k and v = F.linear(`reference.layer_norm`(x), w, b) of one position a row; k and v go into the cache."""
     first = tl.program_id(0) * OUT
     launch_dependents(DEPENDENT)
     ws = weight_pieces(w_ptr, first, 3 * C, C, EARLY, OUT, SPLIT, SLICE)
@@ -180,7 +187,7 @@ def norm_qkv_kernel(
 def norm_product(ws, w_ptr, first, N, x_ptr, stats_ptr, ln_weight_ptr, ln_bias_ptr, row, B, eps, C: tl.constexpr,
                  GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, SPLIT: tl.constexpr,
                  SLICE: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr):
-    """w times the normed rows: [OUT, ROWS] fp32. ws: the first EARLY pieces of w."""
+    """w times the normalised rows: [OUT, ROWS] fp32. ws: the first EARLY pieces of w."""
     BLOCK: tl.constexpr = SPLIT * SLICE
     PIECES: tl.constexpr = (C + BLOCK - 1) // BLOCK
     xs = ()
@@ -204,7 +211,7 @@ def norm_act_kernel(
         B, eps, C: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
         ROWS: tl.constexpr, OUT: tl.constexpr, SPLIT: tl.constexpr, SLICE: tl.constexpr, EARLY: tl.constexpr,
         AHEAD: tl.constexpr, DEPENDENT: tl.constexpr):
-    """h = act(w LayerNorm(x) + b)."""
+    """h = `reference.activation`(F.linear(`reference.layer_norm`(x), w, b)): the first half of the MLP."""
     first = tl.program_id(0) * OUT
     launch_dependents(DEPENDENT)
     ws = weight_pieces(w_ptr, first, F, C, EARLY, OUT, SPLIT, SLICE)
@@ -223,7 +230,7 @@ def linear_add_kernel(
         h_ptr, w_ptr, b_ptr, x_ptr, stats_ptr,          # (B, K), (C, K), (C,) or None, (B, C) fp32, (2, C / OUT, B) fp32
         B, C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, SPLIT: tl.constexpr, SLICE: tl.constexpr,
         EARLY: tl.constexpr, AHEAD: tl.constexpr, DEPENDENT: tl.constexpr):
-    """x += w h + b, and the statistics of its columns."""
+    """x += F.linear(h, w, b): a projection and the residual add; also the statistics of x's columns."""
     BLOCK: tl.constexpr = SPLIT * SLICE
     PIECES: tl.constexpr = (K + BLOCK - 1) // BLOCK
     tile = tl.program_id(0)
@@ -256,8 +263,11 @@ def linear_add_kernel(
 def attend_kernel(
         q_ptr, k_ptr, v_ptr, position_ptr, y_ptr,       # (B, C) fp32, (B, H, T, D) twice, (B,) int64, (B, C)
         T, scale2, H: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
-    """One head of one row. The first tile is loaded before the wait: all keys but the newest are from earlier steps, which ended
-    before this one began. The newest is where the softmax of slot 0 starts."""
+    """y = `reference.causal_attention` of one query over the cache; a program per head of a row.
+
+    The first tile is loaded before the wait: all keys but the newest are from earlier steps, which ended before this one began.
+    The newest key is the initial state of slot 0's softmax.
+    """
     head = tl.program_id(0)
     launch_dependents(DEPENDENT)
     position = tl.minimum(tl.load(position_ptr + head // H), T - 1).to(tl.int32)
@@ -268,13 +278,13 @@ def attend_kernel(
     v = load_tile(v_ptr, 0, D, position, D, BLOCK, HEAD, True)
     wait_for_predecessor(DEPENDENT)
     q = tl.load(q_ptr + head * D + col, mask=col < D, other=0.0) * scale2
-    # not from the L1 cache: with an odd D they share 32 bytes with a key that was loaded before they were written
+    # .cg bypasses the L1 cache: with an odd D they share 32 bytes with a key that was loaded before they were written
     k_new = tl.load(k_ptr + position * D + col, mask=col < D, other=0.0, cache_modifier=".cg").to(tl.float32)
     v_new = tl.load(v_ptr + position * D + col, mask=col < D, other=0.0, cache_modifier=".cg").to(tl.float32)
-    top = tl.where(slot == 0, tl.sum(q * k_new, 0), LOWEST)                             # [BLOCK]
-    total = tl.where(slot == 0, 1.0, 0.0)
+    m_i = tl.where(slot == 0, tl.sum(q * k_new, 0), LOWEST)                             # [BLOCK]
+    l_i = tl.where(slot == 0, 1.0, 0.0)
     acc = tl.where((slot == 0)[:, None], v_new[None, :], 0.0)                           # [BLOCK, HEAD]
-    y = attend_slots(q, k, v, top, total, acc, k_ptr, v_ptr, D, position, D, HEAD, BLOCK)                       # [HEAD]
+    y = attend_slots(q, k, v, m_i, l_i, acc, k_ptr, v_ptr, D, position, D, HEAD, BLOCK)                   # [HEAD]
     tl.store(y_ptr + head * D + col, y.to(y_ptr.dtype.element_ty), mask=col < D)
 
 
@@ -284,7 +294,11 @@ def head_kernel(
         w_ptr, b_ptr, logits_ptr,                       # (V, C), (V,) or None, (B, V) fp32
         B, V, eps, C: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr,
         SPLIT: tl.constexpr, SLICE: tl.constexpr, DEPENDENT: tl.constexpr):
-    """A program normalises its rows once and walks many tiles of the vocabulary, one tile ahead. SPLIT * SLICE holds C."""
+    """logits = F.linear(`reference.layer_norm`(x), w, b).
+
+    A program normalises its rows once and loops over many tiles of the vocabulary, with the next one already loading. SPLIT * SLICE
+    is at least C.
+    """
     first, stride = tl.program_id(0) * OUT, tl.num_programs(0) * OUT
     launch_dependents(DEPENDENT)
     w = weight_piece(w_ptr, first, V, C, 0, OUT, SPLIT, SLICE)
@@ -306,9 +320,9 @@ def head_kernel(
 
 
 LARGEST_B = 16                  # rows of a tile: 8, or 16 for more than 8
-# Outputs of a program, for widths up to 1,024; 4 warps, more for a longer row of weights, and slices of K of 64 columns. Nothing is
-# reused but activations, so nothing depends on an architecture. Chosen by counting at C=768 what all programs together read from L2
-# or memory, in MB a launch, weights + activations:
+# Outputs of a program, for widths up to 1,024; 4 warps, more for a longer row of weights; slices of 64 columns of K. Only activations
+# are reused, so nothing depends on the architecture. Chosen by what all programs together read from L2 or memory at C=768, in MB a
+# launch, weights + activations:
 #
 #                   programs    8 rows        16 rows
 #   norm_qkv             144   3.5 + 3.5     3.5 + 7.1
@@ -316,27 +330,27 @@ LARGEST_B = 16                  # rows of a tile: 8, or 16 for more than 8
 #   norm_act             192   4.7 + 4.7     4.7 + 9.4
 #   linear_add F          96   4.7 + 4.7     4.7 + 9.4
 #
-# On an H100 a step of 8 rows takes 406 us so, 436 with half as many outputs in norm_qkv and norm_act and twice as many in the
-# others, 556 and 579 with 8 warps and fewer keys in flight in `attend`; 16 rows 533 us so, 686 and 789 with 8 warps.
+# On an H100 a step of 8 rows takes 406 us with this table; 436 with half as many outputs in norm_qkv and norm_act and twice as many
+# in the others; 556 and 579 with 8 warps and fewer keys in flight in `attend`. 16 rows take 533 us; 686 and 789 with 8 warps.
 OUTPUTS = {"norm_qkv": 16, "linear_add": 8, "norm_act": 16, "head": 16}
 WARPS, SLICE = 4, 64
-THREAD_WEIGHTS = 128            # at most so many of a thread, by more warps (up to 8)
-EARLY_BYTES = 48 * 1024         # of weights that a program holds before the wait, in shared memory: sm_86 has 99 KB
-AHEAD_REGISTERS = 512           # of a thread of each warp, for activations in flight: 64 KB a program; of one thread at most
-LARGEST_AHEAD = 96
-HEAD_PROGRAMS = 2               # of `head`, a multiprocessor
-FEW_HEADS = 132                 # up to so many programs `attend` takes 8 warps each, else 4
+THREAD_WEIGHTS = 128            # most weights of the OUT rows per thread; above that, more warps (up to 8)
+EARLY_BYTES = 48 * 1024         # of weights that a program loads before the wait, into shared memory: sm_86 has 99 KB
+AHEAD_REGISTERS = 512           # for activations in flight, summed over one thread of each warp: 64 KB a program
+LARGEST_AHEAD = 96              # the same of one thread, at most
+HEAD_PROGRAMS = 2               # programs of `head` per multiprocessor
+FEW_HEADS = 132                 # up to this many programs, `attend` takes 8 warps each, above it 4
 
 
 def cut(kernels, B, K, itemsize):
-    """(constexprs, warps) of a matrix with rows of K, for B rows of activations of so many bytes an element."""
+    """(constexprs, warps) for a matrix with rows of K and B rows of activations, of `itemsize` bytes an element."""
     ROWS, OUT, warps = 8 if B <= 8 else 16, OUTPUTS[kernels], WARPS
     width = max(16, triton.next_power_of_2(K))
     while OUT * width > THREAD_WEIGHTS * 32 * warps and warps < 8:
         warps *= 2
     columns = min(SLICE, width)
     SPLIT = warps = min(warps, width // columns)
-    if kernels == "head":                                               # wide rows leave registers for half as many outputs
+    if kernels == "head":                                               # wide rows leave registers for only half the outputs
         return dict(ROWS=ROWS, OUT=OUT if width <= 1024 else OUT // 2, SPLIT=SPLIT, SLICE=width // SPLIT), warps
     pieces = -(-K // (SPLIT * columns))
     registers = ROWS * columns * itemsize // (32 * 4)                   # of a thread, for a piece of activations
@@ -356,12 +370,12 @@ def attend_tile(HEAD, programs):
 
 
 class RowsDecoder(decode.Decoder):
-    """decode.Decoder for up to 16 rows: the same parameters and caches, the kernels of this file. Weights float16 or bfloat16."""
+    """decode.Decoder with this file's kernels, for up to 16 rows: the same parameters and caches. Weights float16 or bfloat16."""
 
     def __init__(self, wte, wpe, ln_f, head, layers, *, eps=1e-5):
         B, C, self.dtype = layers[0].keys.size(0), wte.size(1), head[0].dtype
         if self.dtype == torch.float32:
-            raise TypeError("the weights are torch.float32; expected float16 or bfloat16, which tensor cores multiply")
+            raise TypeError("the weights are torch.float32; expected float16 or bfloat16, for the tensor cores")
         if B > LARGEST_B or C > LARGEST_C:
             raise ValueError(f"{B} rows of width {C}; expected at most {LARGEST_B} of at most {LARGEST_C}")
         super().__init__(wte, wpe, ln_f, head, layers, eps=eps)
@@ -386,7 +400,7 @@ class RowsDecoder(decode.Decoder):
         self.logits(logits)
 
     def embed(self, token, position):
-        # The first kernel of a step must not start early: what is before it may still be writing the weights.
+        # The first kernel of a step must not start early: the work ahead of it may still be writing the weights.
         embed_kernel[(self.B,)](token, position, self.wte, self.wpe, self.x, self.stats, self.length, self.B, self.T, C=self.C,
                                 **self.groups, num_warps=4, **launch_options(self.x, early=False))
 

@@ -46,6 +46,6 @@ def test_a_line_that_the_tour_quotes_is_there(file, quote):
 def test_the_kernel_has_the_names_of_the_snippet():
     source = (DOCS.parent / "kernels/attention_forward.py").read_text(encoding="utf-8")
     loop = source[source.index("def _walk_keys"):source.index("def forward_kernel")]
-    for name in ("new_top", "p", "shrink", "total", "acc", "top"):
+    for name in ("m_ij", "p", "alpha", "l_i", "acc", "m_i"):
         assert re.search(rf"^\s+{name} = ", loop, re.MULTILINE), f"{name} in the kernel"
         assert re.search(rf"^\s+{name} = ", TOUR, re.MULTILINE), f"{name} in the tour"

@@ -418,9 +418,9 @@ def test_as_many_heads_as_fill_a_gpu_are_decoded_by_one_kernel():
 
 
 @pytest.mark.parametrize("pattern,replacement", [
-    (r"acc \* shrink\[:, None\] \+", "acc +"),
-    (r"total \* weight, 0", "total, 0"),
-    (r"total \* shrink \+ p, new_top", "total + p, new_top"),
+    (r"acc \* alpha\[:, None\] \+", "acc +"),
+    (r"l_i \* weight, 0", "l_i, 0"),
+    (r"l_i \* alpha \+ p, m_ij", "l_i + p, m_ij"),
     (r"first \+ slot < count", "first + slot <= count"),
 ])
 def test_a_fault_in_the_decoding_of_whole_heads_is_seen(pattern, replacement, monkeypatch):
@@ -450,22 +450,22 @@ def test_decoding_an_empty_cache_gives_zeros(whole):
 
 
 FORWARD_FAULTS = {
-    "mask off by one": (r"query\[:, None\] \+ \(Tk - Tq\) >= key", "query[:, None] + (Tk - Tq) > key"),
-    "mask shows one too many": (r"query\[:, None\] \+ \(Tk - Tq\) >= key", "query[:, None] + (Tk - Tq) + 1 >= key"),
+    "mask off by one": (r"offs_m\[:, None\] \+ \(Tk - Tq\) >= offs_n", "offs_m[:, None] + (Tk - Tq) > offs_n"),
+    "mask shows one too many": (r"offs_m\[:, None\] \+ \(Tk - Tq\) >= offs_n", "offs_m[:, None] + (Tk - Tq) + 1 >= offs_n"),
     "missing scale": (r"scale \* LOG2_E, dropout_p", "LOG2_E, dropout_p"),
     "natural instead of base 2": (r"scale \* LOG2_E, dropout_p", "scale, dropout_p"),
-    "maximum not carried into the sum": (r"total = total \* shrink", "total = total"),
-    "out not rescaled": (r"acc \* shrink\[:, None\]", "acc"),
+    "maximum not carried into the sum": (r"l_i = l_i \* alpha", "l_i = l_i"),
+    "out not rescaled": (r"acc \* alpha\[:, None\]", "acc"),
 }
 BACKWARD_FAULTS = {
-    "mask off by one": (r"query\[None, :\] \+ \(Tk - Tq\) >= key", "query[None, :] + (Tk - Tq) > key", "head"),
+    "mask off by one": (r"offs_m\[None, :\] \+ \(Tk - Tq\) >= offs_n", "offs_m[None, :] + (Tk - Tq) > offs_n", "head"),
     "missing scale of dk": (r"store_tile\(dk_ptr, dk \* scale", "store_tile(dk_ptr, dk", "head"),
-    "missing scale of dq, split": (r"dq \* scale, m, stride_gt", "dq, m, stride_gt", "split"),
+    "missing scale of dq, split": (r"dq \* scale, start_m, stride_gt", "dq, start_m, stride_gt", "split"),
     "swapped dk and dv": (r"store_tile\(dv_ptr, dv,", "store_tile(dv_ptr, dk,", "split"),
     "delta left out": (r"delta \* \(dropout_p - 1.0\)", "delta * 0.0", "head"),
     "terms not padded to the longer tile": (r"if rank == 0:", "if rank < 0:", "split"),
-    "first tile of keys adds to garbage": (r"Tq \* \(n > 0\)", "Tq", "head"),
-    "narrow mask: full tiles start too early": (r"n \+ BLOCK_N - 1 - \(Tk - Tq\), 0\), BLOCK_M\)", "n + BLOCK_N - BLOCK_M - 1 - (Tk - Tq), 0), BLOCK_M)", "split"),
+    "first tile of keys adds to garbage": (r"Tq \* \(start_n > 0\)", "Tq", "head"),
+    "narrow mask: full tiles start too early": (r"start_n \+ BLOCK_N - 1 - \(Tk - Tq\), 0\), BLOCK_M\)", "start_n + BLOCK_N - BLOCK_M - 1 - (Tk - Tq), 0), BLOCK_M)", "split"),
 }
 
 

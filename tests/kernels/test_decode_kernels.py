@@ -181,7 +181,7 @@ def qkv_check():
 
 @pytest.mark.parametrize("pattern,replacement,check", [
     (r"centred \* centred, C, 0\) \+ eps", "centred * centred, C - 1, 0) + eps", mlp_check),
-    (r"acc \* shrink, total \* shrink, new_top", "acc, total * shrink, new_top", attention_check),
+    (r"acc \* alpha, l_i \* alpha, m_ij", "acc, l_i * alpha, m_ij", attention_check),
     (r"mask=\(n >= C\) & \(n < 2 \* C\)", "mask=(n >= C) & (n < 2 * C - 1)", qkv_check),
     (r"\* T \+ position\) \* D", "* T + position + row) * D", qkv_check),
 ])
