@@ -1,35 +1,35 @@
-"""Linear cross-entropy: the loss behind a vocabulary head and its gradients, without a matrix of probabilities.
+"""Linear cross-entropy: the loss of a vocabulary head and its gradients, without a matrix of probabilities.
 
     logits    = x W^T                                            x (N, C), W (V, C), logits (N, V)
     loss_i    = log sum_j exp(logits_ij) - logits_i,target(i)    0 where target(i) is ignore_index
     dlogits   = softmax(logits) - onehot(target)                 0 in the rows that are ignored
-    dx        = scale * dlogits W                                scale = (gradient of the loss) / (rows that count)
+    dx        = scale * dlogits W                                scale = (gradient of the loss) / (rows that are not ignored)
     dW        = scale * dlogits^T x
 
-Plain PyTorch under autocast writes the logits in half precision, a copy in fp32, the fp32 log-softmax, its fp32 gradient and
-the half-precision one: 16 bytes and more for each of N * V elements, 53 GB at 64 x 1024 tokens and V = 50,304. Here each logit
-is half precision from the matmul on, and a row is read from memory once for its maximum and its sum, and once more, out of the
-cache, for its gradient. cuBLAS does the three matmuls: nothing that could be fused into them would save a byte of the rest.
+Plain PyTorch under autocast writes the logits in half precision, a copy in fp32, the fp32 log-softmax, its fp32 gradient and the
+half-precision gradient: 16 bytes and more for each of N * V elements, 53 GB at 64 x 1024 tokens and V = 50,304. Here the logits
+stay in half precision, and a row is read from memory once for its maximum and its sum, and again, out of the cache, for its
+gradient. cuBLAS does the three matmuls: fusing into them would save no memory traffic.
 
-Two ways through, which share the arithmetic:
+There are two paths with the same arithmetic:
 
-    forward_backward    the logits never exist. Chunk by chunk: logits into one buffer, loss and dlogits in place, and at once
-                        dx = dlogits W and dW += dlogits^T x, since the logits won't be there later and their matmul costs too
-                        much to do twice. Between the forward and the backward only dx and dW are held, both in fp32: 201 and
-                        155 MB at 64 x 1024 tokens, C = 768, V = 50,304.
-    forward, backward   the caller wants the logits. They are written once and stay as they are; each row leaves its maximum and
-                        its log-sum, and the backward makes dlogits from those in a chunk buffer. Making them in the forward
-                        would save one reading of the logits (1.5 ms of 6.6 GB on an H200) but could not take in a gradient that
-                        arrives through the logits without two more matmuls (15 ms), and a compiled graph always sends one, if
-                        only zeros.
+    forward_backward    without materialising all logits. For each chunk: logits into one buffer, loss and dlogits in place, and
+                        at once dx = dlogits W and dW += dlogits^T x, since computing the logits again later would cost another
+                        matmul. Between forward and backward only dx and dW are kept, both in fp32: 201 and 155 MB at 64 x 1024
+                        tokens, C = 768, V = 50,304.
+    forward, backward   for a caller that wants the logits. They are written once and never changed; the forward keeps each row's
+                        maximum and log-sum, and the backward computes dlogits from these in a chunk buffer. Computing dlogits in
+                        the forward would save one read of the logits (6.6 GB, 1.5 ms on an H200), but a gradient of the logits
+                        could then not be added without two more matmuls (15 ms). A compiled graph always passes such a gradient,
+                        zeros if the logits are unused.
 
-dlogits are stored unscaled: 1/N of a probability is 1e-10 in training, and fp16 ends at 6e-8. The scale is applied in fp32 to
-the finished sums; only where a gradient through the logits has to be added does it come before. The sums stay in fp32 until then
-and are rounded once. In bf16 they would have one of 128 mantissas each, and these times one constant, rounded again, have a mean
-error: 3e-4 of dx at N = 7,021 and 2e-3 at 513.
+dlogits are stored unscaled: in training 1/N of a probability is 1e-10, and the smallest fp16 is 6e-8. The scale is applied in fp32
+to the finished sums; only where the gradient of the logits has to be added is it applied to dlogits. Until then the sums stay in
+fp32, so they are rounded once. A bf16 sum has one of 128 mantissas; multiplied by a constant and rounded again, it would get a
+mean error: 3e-4 of dx at N = 7,021 and 2e-3 at 513.
 
-After "Online normalizer calculation for softmax" (Milakov and Gimelshein, 2018), sections 2 and 3; the chunks after "Liger
-Kernel" (Hsu et al., 2024), section 3.2, with larger ones, see `chunk_rows`.
+Sources: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", sections 2 and 3; the chunks are from Hsu et al.
+2024, "Liger Kernel", section 3.2, but larger, see `chunk_rows`.
 """
 import torch
 import triton
@@ -37,12 +37,12 @@ import triton.language as tl
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-1.0e38)  # in place of -inf, from which -inf can't be subtracted: fp16 logits can overflow to it
+LOWEST = tl.constexpr(-1.0e38)  # instead of -inf, since -inf - -inf is nan and fp16 logits can overflow to -inf
 
 
 @triton.jit
 def _online(tile, maximum, total):
-    """Take a tile [BLOCK_V] into the running maximum, a scalar, and the sums of exp(logit - maximum), [BLOCK_V]."""
+    """Update the running maximum, a scalar, and the sums of exp(logit - maximum), [BLOCK_V], with a tile [BLOCK_V]."""
     new_maximum = tl.maximum(maximum, tl.max(tile, axis=0))
     rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
     return new_maximum, total * rescale + tl.exp2((tile - new_maximum) * LOG2_E)
@@ -50,7 +50,7 @@ def _online(tile, maximum, total):
 
 @triton.jit
 def _gradient(tile, cols, maximum, factor, hot):
-    """softmax - onehot of a tile [BLOCK_V]. factor: 1 / sum; hot: the target's column, or -1 for none."""
+    """softmax - onehot of a tile [BLOCK_V]. factor: 1 / sum; hot: the target's column, -1 for none."""
     p = tl.exp2((tile - maximum) * LOG2_E) * factor
     return tl.where(cols == hot, p - 1.0, p)
 
@@ -63,17 +63,21 @@ def _loss_kernel(logits_ptr,            # (rows, V), rows apart by stride; with 
                  log_sums_ptr,          # (rows,) fp32, or None with GRADIENT: log sum_j exp(logits_ij - maximum_i)
                  V, stride, ignore_index,
                  GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
+    """One row of `F.cross_entropy(logits, targets, reduction="none")`, the loss of `reference.linear_cross_entropy`.
+
+    With GRADIENT, also the gradient of its logits.
+    """
+    row = tl.program_id(0).to(tl.int64)  # 64 bits: row * stride exceeds 2^31
     logits_ptr += row * stride
     target = tl.load(targets_ptr + row)
     counts = target != ignore_index
     inside = (target >= 0) & (target < V)
     target_logit = tl.load(logits_ptr + target, mask=inside, other=0.0).to(tl.float32)
     block = tl.arange(0, BLOCK_V)
-    full = V // BLOCK_V  # tiles without a mask; what is left is the tail
+    full = V // BLOCK_V  # tiles without a mask; the remaining columns are the tail
 
     maximum = LOWEST
-    total = tl.zeros([BLOCK_V], tl.float32)  # summed up at the end only: the tiles need one reduction each instead of two
+    total = tl.zeros([BLOCK_V], tl.float32)  # summed at the end only: each tile then needs one reduction instead of two
     for i in range(full):
         tile = tl.load(logits_ptr + i * BLOCK_V + block, eviction_policy="evict_last").to(tl.float32)
         maximum, total = _online(tile, maximum, total)
@@ -82,18 +86,18 @@ def _loss_kernel(logits_ptr,            # (rows, V), rows apart by stride; with 
     maximum, total = _online(tail_tile, maximum, total)
     total = tl.sum(total, axis=0)
 
-    # A target outside of the vocabulary can't raise from here; nan is what can't be overlooked. maximum - target_logit comes
-    # first: the log-sum would be rounded to 1e-3 beside logits of 1e4.
+    # A kernel can't raise for a target outside of the vocabulary, so its loss is nan. maximum - target_logit is computed first:
+    # added to logits of 1e4, the log-sum would be rounded to 1e-3.
     log_sum = tl.log(total)
     loss = tl.where(inside, (maximum - target_logit) + log_sum, float("nan"))
     tl.store(losses_ptr + row, tl.where(counts, loss, 0.0))
     if GRADIENT:
         factor = tl.where(counts, tl.where(inside, 1.0 / total, float("nan")), 0.0)
         hot = tl.where(counts, target, -1)
-        tl.debug_barrier()  # target_logit has been read by every thread before any of them overwrites it
+        tl.debug_barrier()  # every thread reads target_logit before any thread overwrites it
         tail_tile = _gradient(tail_tile, tail, maximum, factor, hot)
         tl.store(logits_ptr + tail, tail_tile.to(logits_ptr.dtype.element_ty), mask=tail < V)
-        for i in range(full):  # backwards: what was read last is nearest, a row of 100 KB in the first-level cache
+        for i in range(full):  # backwards: the tiles read last are still in the L1 cache, which holds a row of 100 KB
             cols = (full - 1 - i) * BLOCK_V + block
             tile = tl.load(logits_ptr + cols).to(tl.float32)
             dlogits = _gradient(tile, cols, maximum, factor, hot)
@@ -108,11 +112,12 @@ def _dlogits_kernel(logits_ptr,         # (rows, V), rows apart by stride
                     targets_ptr,        # (rows,) int64
                     maxima_ptr,         # (rows,) fp32
                     log_sums_ptr,       # (rows,) fp32
-                    grad_logits_ptr,    # (rows, V), rows apart by stride_grad: what arrives through the logits; or None
+                    grad_logits_ptr,    # (rows, V), rows apart by stride_grad: the gradient of the logits; or None
                     scale_ptr,          # fp32 scalar, applied where grad_logits is added; or None
                     dlogits_ptr,        # (rows, V), rows apart by stride_out
                     V, stride, stride_grad, stride_out, ignore_index,
                     ADD: tl.constexpr, BLOCK_V: tl.constexpr):
+    """One row of the gradient of the logits of `reference.linear_cross_entropy`, from what `_loss_kernel` kept."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     dlogits_ptr += row * stride_out
@@ -144,11 +149,10 @@ def _dlogits_kernel(logits_ptr,         # (rows, V), rows apart by stride
     tl.store(dlogits_ptr + cols, dlogits.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
 
 
-# (largest V, BLOCK_V, warps), for every architecture: one program reads one row, shared memory holds nothing but the
-# reductions. 16 columns a thread are two 16-byte loads in flight, 32 KB a multiprocessor with two blocks, which is what its
-# share of the bandwidth (36 GB/s) times the latency (0.8 us) asks for. Two blocks of 16 warps and not more: their two rows of
-# 100 KB then fit the first-level cache and all rows under way the second (26 of 50 MB), so that the second reading costs no
-# memory traffic.
+# (largest V, BLOCK_V, warps), for every architecture: one program reads one row, and shared memory holds only the reductions. 16
+# columns a thread are two 16-byte loads in flight, 32 KB a multiprocessor with two blocks: its share of the bandwidth (36 GB/s)
+# times the latency (0.8 us). With two blocks of 16 warps, and no more, their two rows of 100 KB fit the L1 cache, and all rows in
+# flight fit the L2 cache (26 of 50 MB), so that the second read costs no memory traffic.
 TILES = (
     (256, 256, 1),
     (2048, 1024, 4),
@@ -163,21 +167,23 @@ def tile(V):
 
 
 def chunk_rows(N, row_bytes):
-    """Rows of one chunk of N, whose logits take row_bytes each: at most 4 chunks, of half a gigabyte and 4,096 rows and more, equally
-    long but for the last, which may be a few short.
+    """Rows per chunk of N rows, whose logits take row_bytes each: at most 4 chunks, each of at least 4,096 rows and half a gigabyte.
 
-    Fewer rows leave the matmuls short of work. More chunks hold less, but each reads and writes dW in fp32 once more: 8 V C bytes,
-    309 MB at V = 50,304, C = 768. On an H100 loss and gradients of 64 x 1024 tokens took 28.9, 28.0, 27.0, 26.9 and 27.0 ms in
-    16, 8, 4, 2 and 1 chunks; 4 hold a quarter of the logits, 1.6 GB.
+    All chunks are equally long but the last, which may be a few rows shorter. With fewer rows the matmuls use the GPU poorly. More
+    chunks take less memory, but each reads and writes dW in fp32 once more: 8 V C bytes, 309 MB at V = 50,304, C = 768. On an H100,
+    loss and gradients of 64 x 1024 tokens took 28.9, 28.0, 27.0, 26.9 and 27.0 ms in 16, 8, 4, 2 and 1 chunks; with 4, a quarter of
+    the logits exists at a time, 1.6 GB.
     """
     return -(-N // max(1, min(4, N // 4096, -(-N * row_bytes // 2**29))))
 
 
 def empty_logits(rows, V, like):
-    """(rows, V) in which each row starts at a multiple of 16 elements, so that loads are wide and cuBLAS takes its fast kernels
-    when V is odd (GPT-2's own 50,257). Contiguous where V is a multiple of 16."""
+    """(rows, V) whose rows start at multiples of 16 elements; contiguous where V is a multiple of 16.
+
+    So loads are wide, and cuBLAS uses its fast kernels, for an odd V too (GPT-2's own is 50,257).
+    """
     logits = torch.empty(rows, (V + 15) // 16 * 16, dtype=like.dtype, device=like.device)
-    if logits.size(1) > V:  # oneDNN's bf16 matmul multiplies what lies between the rows by zero: there must be no nan
+    if logits.size(1) > V:  # oneDNN's bf16 matmul multiplies the padding by zero, so it must not hold nan
         logits[:, V:] = 0
     return logits[:, :V]
 
@@ -199,20 +205,20 @@ def check(x, weight, targets):
 
 
 def check_range(targets, V, ignore_index):
-    """Raise IndexError for a target outside of the vocabulary, on a CPU. On a GPU, looking would stop the host: nan tells."""
+    """Raise IndexError for a target outside of the vocabulary, on a CPU. On a GPU the check would synchronise; the loss is nan."""
     if targets.device.type == "cpu":
         outside = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
         if outside.any():
             raise IndexError(f"Target {targets[outside][0].item()} is out of bounds: expected 0 to {V - 1}, or {ignore_index} "
-                             "where the row is to be ignored")
+                             "for a row to ignore")
 
 
 def row_losses(logits, targets, ignore_index, *, gradient):
     """One launch: losses (rows,) fp32 of logits (rows, V), with the last stride 1, and targets (rows,).
 
-    gradient: True overwrites logits with dlogits, unscaled, and returns (losses, None, None). False leaves them and returns
-    (losses, maxima, log_sums), each (rows,) fp32; maximum + log_sum is the log-sum-exp, kept apart because fp32 can't hold
-    their sum to better than 1e-3 at 1e4. A target outside of the vocabulary makes its loss, and its row of dlogits, nan.
+    gradient: True overwrites logits with dlogits, unscaled, and returns (losses, None, None). False keeps them and returns (losses,
+    maxima, log_sums), each (rows,) fp32. maximum + log_sum is the log-sum-exp; they are kept separate because near 1e4 fp32 holds
+    their sum to 1e-3 only. A target outside of the vocabulary makes its loss, and its row of dlogits, nan.
     """
     rows, V = logits.shape
     losses, maxima, log_sums = (torch.empty(rows, dtype=torch.float32, device=logits.device) if wanted else None
@@ -240,7 +246,7 @@ def row_gradients(logits, targets, maxima, log_sums, ignore_index, out, grad_log
 
 
 def product(a, b, out):
-    """out (M, N) = a (M, K) b (K, N) in out's dtype: that of a and b, or fp32, unrounded sums of half operands."""
+    """out (M, N) = a (M, K) b (K, N). out: the dtype of a and b, or fp32, which keeps the sums of half-precision products unrounded."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     elif out.is_cuda:
@@ -252,30 +258,30 @@ def product(a, b, out):
 
 
 def add_dw(dw, dlogits, x, first):
-    """dw (V, C) fp32 += dlogits^T (V, rows) x (rows, C), summed in fp32 from half operands; `first` overwrites dw."""
+    """dw (V, C) fp32 += dlogits^T (V, rows) x (rows, C), summed in fp32; first=True overwrites dw."""
     if dw.is_cuda:
         if first:
             torch.mm(dlogits.t(), x, out_dtype=torch.float32, out=dw)
         else:
             torch.addmm(dw, dlogits.t(), x, out_dtype=torch.float32, out=dw)
         return
-    x = x.float()  # no matmul of a CPU takes half and gives fp32; by the thousand, so that no fp32 (rows, V) comes to be
+    x = x.float()  # CPU matmuls don't write fp32 from half precision; 1,024 columns at a time avoid an fp32 (rows, V)
     for v in range(0, dw.size(0), 1024):
         part = dw[v:v + 1024]
         torch.addmm(part, dlogits[:, v:v + 1024].t().float(), x, beta=0 if first else 1, out=part)
 
 
 def scaled(gradient, scale, dtype):
-    """gradient * scale in fp32, rounded once, to dtype. scale: a scalar fp32 tensor."""
+    """gradient * scale, computed in fp32 and rounded once, to dtype. scale: a scalar fp32 tensor."""
     return torch.mul(gradient, scale.view(1), out=torch.empty_like(gradient, dtype=dtype))
 
 
 def forward_backward(x, weight, targets, ignore_index, need_dx, need_dw):
-    """Losses, and the gradients of their sum; the logits exist one chunk at a time.
+    """The losses and the gradients of their sum; only one chunk of the logits exists at a time.
 
     x (N, C) and weight (V, C) of one dtype: float32, float16 or bfloat16; targets (N,) int64.
-    Returns losses (N,) fp32; dx (N, C) fp32, or empty (0,) unless need_dx; dW (V, C) fp32, or empty (0,) unless need_dw. dx is held
-    until its scale is known: in fp32 that is 100 MB more than in half precision at 64 x 1024 tokens, C = 768. Raises TypeError,
+    Returns losses (N,) fp32; dx (N, C) fp32, or empty (0,) unless need_dx; dW (V, C) fp32, or empty (0,) unless need_dw. The caller
+    keeps dx until its scale is known: fp32 takes 100 MB more than half precision at 64 x 1024 tokens, C = 768. Raises TypeError,
     ValueError; IndexError for a target outside of the vocabulary on a CPU.
     """
     check(x, weight, targets)
@@ -294,7 +300,7 @@ def forward_backward(x, weight, targets, ignore_index, need_dx, need_dw):
         torch.mm(x_chunk, weight.t(), out=logits)
         losses[n:n + rows] = row_losses(logits, target_chunk, ignore_index, gradient=need_dx or need_dw)[0]
         if need_dx:
-            product(logits, weight, dx[n:n + rows])  # these are dlogits by now
+            product(logits, weight, dx[n:n + rows])  # logits now holds dlogits
         if need_dw:
             add_dw(dw, logits, x_chunk, first=n == 0)
     return losses, dx, dw
@@ -313,7 +319,7 @@ def forward(x, weight, targets, ignore_index):
 def backward(logits, maxima, log_sums, x, weight, targets, scale, grad_logits, ignore_index, need_dx, need_dw):
     """The gradients of scale * sum(losses) + sum(grad_logits * logits).
 
-    logits, maxima, log_sums: what `forward` gave. scale: a scalar fp32 tensor. grad_logits (N, V) in the logits' dtype, any
+    logits, maxima, log_sums: as `forward` returned them. scale: a scalar fp32 tensor. grad_logits (N, V) in the logits' dtype, any
     strides, or None. Returns dx (N, C) in x's dtype, or empty (0,); dW (V, C) fp32, or empty (0,).
     """
     check(x, weight, targets)

@@ -7,9 +7,10 @@ import triton.language as tl
 def add_dot(a, b, acc):
     """a b + acc in fp32. a [M, K], b [K, N] of one dtype, acc [M, N].
 
-    float32 is multiplied as IEEE demands, by fused multiply-adds without tensor cores, one after the other. Started from acc, each
-    would round at the size of the whole sum: over 1,024 tokens dv was off by 4 times what PyTorch's is. So a tile's products are
-    summed apart. Triton folds `acc + tl.dot(a, b)` back into one chain; a difference it leaves alone.
+    float32 is multiplied in IEEE precision, by a chain of fused multiply-adds without tensor cores. With acc as the chain's initial
+    value, each step would round at the magnitude of the whole sum: over 1,024 tokens the error of dv was 4 times PyTorch's. So the
+    products of a tile are summed separately, then added. Triton would fold `acc + tl.dot(a, b)` back into one chain; it does not
+    fold a difference.
     """
     if a.dtype.is_fp32():
         return acc - tl.dot(-a, b, input_precision="ieee")

@@ -2,24 +2,27 @@
 
     kept(element) = philox(key = seed, counter = element) >= p * 2^32            with probability 1 - p
 
-Forward and backward ask for the same elements and so see the same mask; that saves writing and reading a byte an element,
-and the mask depends on neither tile sizes nor the grid. The key is one int64 seed per forward pass, in a tensor, so that a
-captured CUDA graph draws a new mask when the tensor changes. p is a float at run time: no kernel is compiled per p.
+Forward and backward compute the mask of the same elements and so get the same mask. That saves writing and reading a byte per
+element, and the mask depends on neither tile sizes nor the grid. The key is one int64 seed per forward pass, in a tensor, so that
+a captured CUDA graph draws a new mask when the tensor changes. p is a run-time float, so no kernel is compiled per p.
 
-A Philox call gives four 32-bit words and decides four elements (`tl.rand` uses one word of the four: about 62 instructions a
-decision). Which four share a call is chosen so that they lie in the registers of one thread, and no decision travels
-through shared memory:
+A Philox call gives four 32-bit words, which decide four elements (`tl.rand` uses one word of the four: about 62 instructions per
+decision). The four elements of a call are chosen to lie in the registers of one thread, so that no decision goes through shared
+memory:
 
-    keep_rows     tiles of whole rows (LayerNorm): four neighbouring columns, as a 16-byte load leaves them.
-    keep_scores   tiles of a matrix product (attention scores): rows m, m + 8 and columns n, n + 8. A thread of every `mma`
-                  and `wgmma` accumulator holds rows r, r + 8 and columns c, c + 8, and so it does for the transposed tile
-                  that a dK/dV loop computes. Compiled for sm_80 and sm_90 next to the same loop without dropout: 11
-                  instructions a score more, no shared memory; four neighbouring columns instead cost a round trip.
+    keep_rows     tiles of whole rows (LayerNorm): four neighbouring columns, as a 16-byte load places them.
+    keep_scores   tiles of a matrix product (attention scores): rows m, m + 8 and columns n, n + 8. In every `mma` and `wgmma`
+                  accumulator a thread holds rows r, r + 8 and columns c, c + 8, and also in the transposed tile that the dK/dV
+                  loop computes. Compiled for sm_80 and sm_90, it adds 11 instructions per score to the same loop without
+                  dropout, and no shared memory; four neighbouring columns would cost a round trip through it.
 
-Counters: a 32-bit column with a 64-bit row, or two 32-bit coordinates within a matrix with the matrix's number. Nothing is
-multiplied out, so B * H * T * T may pass 2^32.
+Counters: a 32-bit column with a 64-bit row, or two 32-bit coordinates within a matrix with the matrix's number. They are never
+multiplied into one index, so B * H * T * T may exceed 2^32.
 
-Seven rounds: the fewest with which Philox-4x32 passes BigCrush; its authors' default of ten is a margin.
+Seven rounds are the fewest with which Philox-4x32 passes BigCrush; its authors' default of ten includes a margin.
+
+The masks have no counterpart in reference.py, which draws from PyTorch's generator: `row_mask` and `score_mask` below compute
+the same masks in plain PyTorch.
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 4.3 and table 2.
 """
 import torch
@@ -28,12 +31,12 @@ import triton.language as tl
 
 ROUNDS = tl.constexpr(7)
 TWO_POW_32 = tl.constexpr(4294967296.0)
-LARGEST_BELOW = tl.constexpr(4294967040.0)  # the largest fp32 below 2^32: p = 1 must not overflow the threshold
+LARGEST_BELOW = tl.constexpr(4294967040.0)  # the largest fp32 below 2^32, so that p = 1 does not overflow the threshold
 
 
 @triton.jit
 def keep_rows(seed, rows, p, BLOCK_C: tl.constexpr, start=0):
-    """[ROWS, BLOCK_C] int1: True where row `rows[i]`, column `start + j` is kept.
+    """`row_mask` of a tile, [ROWS, BLOCK_C] int1: True where row `rows[i]`, column `start + j` is kept.
 
     seed: int64 scalar. rows: int64 [ROWS]. p: float. start: a multiple of 4. BLOCK_C: a power of two from 4.
     """
@@ -46,9 +49,10 @@ def keep_rows(seed, rows, p, BLOCK_C: tl.constexpr, start=0):
 
 @triton.jit
 def keep_scores(seed, matrix, m0, n0, p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr = False):
-    """[BLOCK_M, BLOCK_N] int1, or [BLOCK_N, BLOCK_M] if TRANSPOSED: True where score (m0 + i, n0 + j) of `matrix` is kept.
+    """`score_mask` of a tile, [BLOCK_M, BLOCK_N] int1 or, if TRANSPOSED, [BLOCK_N, BLOCK_M]: True where score (m0 + i, n0 + j) of
+    `matrix` is kept.
 
-    seed: int64 scalar. matrix: which one (batch * H + head). m0, n0: multiples of 16. p: float. Blocks: powers of two from 16.
+    seed: int64 scalar. matrix: its number, batch * H + head. m0, n0: multiples of 16. p: float. Blocks: powers of two from 16.
     """
     row = (m0 // 2 + tl.arange(0, BLOCK_M // 2)).to(tl.uint32)[:, None]                     # m without its bit 3
     column = (n0 // 2 + tl.arange(0, BLOCK_N // 2)).to(tl.uint32)[None, :]                  # n without its bit 3
@@ -65,12 +69,12 @@ def keep_scores(seed, matrix, m0, n0, p, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 
 @triton.jit
 def keep_scale(p):
-    """1 / (1 - p), what a kept element is multiplied by; 0 for p = 1."""
+    """1 / (1 - p), the factor of a kept element; 0 for p = 1."""
     p = tl.cast(p, tl.float32)
     kept = tl.maximum(1.0 - p, 1e-9)
     scale = 1.0 / kept
-    # By 2 units in the last place a GPU's division may be off, and all elements with it: one step of Newton's method rounds it
-    # right. (`tl.div_rn` would, too, in more registers than attention's loops have.)
+    # A GPU's division may be off by 2 units in the last place, which would bias every element; one step of Newton's method makes
+    # it correctly rounded. (So would `tl.div_rn`, in more registers than attention's loops have.)
     return tl.where(p < 1.0, tl.fma(scale, tl.fma(-kept, scale, 1.0), scale), 0.0)
 
 
@@ -79,7 +83,7 @@ def _threshold(p):
     return tl.minimum(tl.cast(p, tl.float32) * TWO_POW_32, LARGEST_BELOW).to(tl.uint32)
 
 
-# The same masks in PyTorch, element by element: how a test (or a curious reader) sees what a kernel dropped. ------------------
+# ------------------------------------------------------------------- the same masks in PyTorch, for tests and curious readers
 
 
 def row_mask(seed, rows, C, p):

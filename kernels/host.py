@@ -1,8 +1,9 @@
-"""What launchers ask the host for around a launch, and what it costs: at small sizes the GPU waits for the host.
+"""The host's side of a launch: which GPU is current, how many multiprocessors it has.
 
-A step of GPT-2 124M calls some 75 ops, and Triton itself takes the host microseconds for each launch. So a launcher decides what
-does not depend on the lengths once (`functools.cache`), makes no views, and rounds up with -(-a // b): triton.cdiv and
-triton.next_power_of_2, functions for use in kernels too, take 2 us a call. `benchmarks/overhead.py` measures it.
+At small sizes the GPU waits for the host: a step of GPT-2 124M calls some 75 ops, and Triton itself takes microseconds of host
+time for each launch. So a launcher computes what does not depend on the lengths once (`functools.cache`), makes no views, and
+rounds up with -(-a // b): triton.cdiv and triton.next_power_of_2, which are callable from kernels too, take 2 us a call.
+`benchmarks/overhead.py` measures the host's time.
 """
 import functools
 
@@ -10,12 +11,14 @@ import torch
 
 
 def elsewhere(tensor):
-    """True where Triton, which launches on the current GPU, would not launch on the tensor's."""
+    """True where the tensor is on a GPU that is not the current one, which is where Triton launches."""
     return tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
 
 
 @functools.cache
 def multiprocessors(device):
-    """Of the GPU with this number, as `tensor.get_device()` gives it; 1 without one (-1), so that the interpreter's programs walk
-    several tiles too."""
+    """Multiprocessors of a GPU, numbered as by `tensor.get_device()`; device=-1 (interpreter) returns 1.
+
+    With one multiprocessor, interpreted programs loop over several tiles, as on a GPU.
+    """
     return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 1

@@ -1,12 +1,12 @@
-"""Triton's interpreter, made right for bf16, so that kernels can be checked on a machine without a GPU.
+"""Patches that make Triton's interpreter compute correctly in bf16, so that kernels can be tested on a machine without a GPU.
 
-The interpreter keeps a bf16 number as the uint16 of its bits. Loads, stores, reshapes and selects may treat bits as bits;
-arithmetic may not, and does: `tl.dot` and `+` work on bit patterns, and the cast to bf16 truncates where a GPU rounds. Each
-patch decodes to fp32, calls what was there before, and rounds the result to bf16 again.
+The interpreter keeps a bf16 number as the uint16 of its bits. That is right for loads, stores, reshapes and selects, but wrong
+for arithmetic: `tl.dot` and `+` compute with the bit patterns, and the cast to bf16 truncates where a GPU rounds. Each patch
+decodes to fp32, calls the original function, and rounds the result to bf16.
 
-Nothing here runs unless TRITON_INTERPRET=1 and somebody calls `install_interpreter_patches`: the tests
-(tests/kernels/harness.py), and backend.triton_import_error before the first op that an interpreted kernel could run. What is patched are
-attributes of Triton's own module that exist from 3.6 to 3.9.
+Nothing here runs unless TRITON_INTERPRET=1 and `install_interpreter_patches` is called: by the tests (tests/kernels/harness.py),
+and by backend.triton_import_error before the first op that could run an interpreted kernel. The patched attributes of Triton's
+module exist from 3.6 to 3.9.
 """
 import os
 
@@ -33,7 +33,7 @@ def bf16_to_fp32(bits):
 
 
 def fp32_to_bf16(values):
-    """float32 -> uint16 bit patterns of bf16, to nearest, ties to even; NaN stays NaN. What the GPU's cast does."""
+    """float32 -> uint16 bit patterns of bf16, to nearest, ties to even, as the GPU's cast; NaN stays NaN."""
     bits = np.array(values, np.float32, copy=True, order="C").view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
@@ -45,7 +45,7 @@ def _is_bf16(handle):
 
 
 def _decoded(handle):
-    """The handle with its numbers in fp32 if they are bf16, else the handle itself."""
+    """The handle with its bf16 numbers in fp32; a handle of another dtype itself."""
     return TensorHandle(bf16_to_fp32(handle.data), tl.float32) if _is_bf16(handle) else handle
 
 
@@ -79,7 +79,7 @@ def _patched_arithmetic(original, positions):
 
 def _patched_dot(original):
 
-    def create_dot(self, a, b, d, *rest):  # a, b bf16; the accumulator d is fp32 and stays so
+    def create_dot(self, a, b, d, *rest):  # a and b may be bf16; the accumulator d is fp32
         return original(self, _decoded(a), _decoded(b), d, *rest)
 
     return create_dot
@@ -98,7 +98,7 @@ def _patched_reduction(original):
 
 
 def interpreter_patches():
-    """{attribute of the interpreter's builder: its replacement}. Each has a test that it is needed and right."""
+    """{attribute of the interpreter's builder: its replacement}. A test for each shows that it is needed and correct."""
     builder = interpreter.InterpreterBuilder
     return {
         "create_dot": _patched_dot(builder.create_dot),
@@ -110,24 +110,26 @@ def interpreter_patches():
     }
 
 
-_callees_patched = set()  # modules of device functions for which Triton's language has been replaced by the interpreter's
+_callees_patched = set()  # modules of device functions in which the interpreter's language has replaced Triton's
 
 
 def _call_device_function(self, *args, **kwargs):
-    """A kernel calls a jitted function. Triton replaces its whole language at every such call, half the time of a test,
-    although what a launch replaces stays until its end, and what a callee's module replaces (tl.core, for tl.sum and tl.philox)
-    for good."""
+    """Calls a jitted function from a kernel, and patches the language of its module only once.
+
+    Triton patches its whole language at every such call, which takes half the time of a test. Once is enough: what a launch
+    patches stays patched until its end, and what a callee's module patches (tl.core, for tl.sum and tl.philox) stays for good.
+    """
     if self.fn.__module__ not in _callees_patched:
         interpreter._patch_lang(self.fn)
         _callees_patched.add(self.fn.__module__)
     return self.rewrite()(*args, **kwargs)
 
 
-before_patches = {}  # what the patches replaced: filled by install_interpreter_patches, for the tests that show the need
+before_patches = {}  # the original attributes: filled by install_interpreter_patches, for the tests that show the patches' need
 
 
 def install_interpreter_patches():
-    """Make the interpreter compute with bf16 numbers instead of their bit patterns, for the whole process. No-op on a GPU."""
+    """Make the interpreter compute with bf16 numbers instead of their bit patterns, in the whole process. Does nothing on a GPU."""
     if not INTERPRETED or before_patches:
         return
     builder = interpreter.InterpreterBuilder

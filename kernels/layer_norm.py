@@ -1,31 +1,32 @@
-"""LayerNorm with the residual add, and the dropout on what is added, in one kernel; and the backward of all of it in one more.
+"""Residual add, dropout on the added branch and LayerNorm in one kernel; the backward of all three in another.
 
     s = x + dropout(branch)                                   the residual stream, in x's dtype
     y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias    over the last dimension, biased variance
 
-Backward, with dy and ds the gradients that arrive through y and s, n the normalised row, g = dy * weight:
+Backward, where dy and ds are the gradients of y and s, n is the normalised row, and g = dy * weight:
 
     dx      = ds + rstd * (g - mean(g) - n * mean(g * n))
     dbranch = dropout'(dx), in branch's dtype
     dweight = sum over rows of dy * n,   dbias = sum over rows of dy
 
-Why one kernel. With a float32 stream and bfloat16 branch and y (what autocast trains with) the forward moves 12 bytes an
-element: reads x 4 and branch 2, writes s 4 and y 2. Apart, PyTorch's add reads 4 + 2 and writes 4, its LayerNorm reads 4 and
-writes 4, and the cast for the next matmul reads 4 and writes 2: 24. Dropout adds a mask written and read again, and another
-read and write of the branch. Backward: 16 bytes (s 4, dy 2, ds 4 read; dx 4, dbranch 2 written); apart 40: the cast 2 + 4,
-LayerNorm reads dy 4 and s 4 and writes 4, for dx and once more reads 8 for the weights', the add of ds 8 + 4, the cast 4 + 2.
+Why one kernel: with a float32 stream and bfloat16 branch and y, as under autocast, the forward moves 12 bytes per element: it
+reads x 4 and branch 2, and writes s 4 and y 2. As separate operators, PyTorch's add reads 4 + 2 and writes 4, its LayerNorm reads
+4 and writes 4, and the cast for the next matmul reads 4 and writes 2: 24. Dropout adds a mask that is written and read again, and
+another read and write of the branch. The backward moves 16 bytes (reads s 4, dy 2, ds 4; writes dx 4, dbranch 2). Separate
+operators move 40: the cast 2 + 4; LayerNorm reads dy 4 and s 4 and writes 4 for dx, and reads 8 again for the weights' gradients;
+the add of ds 8 + 4; the cast 4 + 2.
 
-A row stays in registers between the passes, so the variance is taken from centred values: E[x^2] - E[x]^2 has no correct digit
-left at mean 1e4. The mean is corrected by the mean of what it leaves, since fp32 cannot hold a mean of 1e4 better than 5e-4.
+A row stays in registers between the passes, so the variance is computed from centred values: E[x^2] - E[x]^2 has no correct digit
+at a mean of 1e4. A second pass subtracts the mean of the residuals, since fp32 holds a mean of 1e4 to 5e-4 only.
 
-dweight and dbias: each program of the backward walks many rows and keeps its own fp32 sums, which a second kernel adds in a
-fixed order. No atomics: the bits are the same in every run.
+dweight and dbias: each program of the backward loops over many rows and keeps fp32 sums of its own, and a second kernel adds these
+in a fixed order. There are no atomics, so the bits are the same in every run.
 
 Sources: Ba, Kiros, Hinton, "Layer normalization", 2016. Chan, Golub, LeVeque, "Algorithms for computing the sample
 variance", 1983 (the corrected two-pass form).
 
 Shapes: N rows of C elements; x, branch, s, y and their gradients (N, C); weight, bias (C,); statistics (2, N) fp32: the means,
-then the rstds.
+then the reciprocal standard deviations.
 """
 import functools
 from typing import NamedTuple
@@ -41,14 +42,17 @@ MAX_C = 8192
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Kernels. A pointer that is None leaves its part of the work out.
+# Kernels. Where a pointer is None, the kernel skips that part of the work.
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def row_mean(x, C, axis: tl.constexpr):
-    """The mean over `axis` of C elements: their sum, divided as IEEE rounds. A GPU's `/` is off by up to 2 units in the last
-    place, and what a mean so wrong leaves of a row of one element, where it should leave 0, rstd multiplies by 316."""
+    """The mean over `axis` of C elements: their sum, divided with IEEE rounding.
+
+    A GPU's `/` is off by up to 2 units in the last place. A row of one element would then not centre to 0, and rstd, 316 at eps
+    1e-5, would magnify the difference.
+    """
     return tl.div_rn(tl.sum(x, axis), tl.cast(C, tl.float32))
 
 
@@ -57,7 +61,8 @@ def _forward_kernel(
         x_ptr, branch_ptr, weight_ptr, bias_ptr, seed_ptr,      # (N, C), (N, C) or None, (C,), (C,) or None, (1,) or None
         s_ptr, y_ptr, statistics_ptr,                           # (N, C) or None without a branch, (N, C), (2, N): mean and rstd
         n_rows, C, p, eps, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)                    # 64 bits: N * C may pass 2^31
+    """ROWS rows of `reference.add_layer_norm`; with branch_ptr None, of `reference.layer_norm`."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)                    # 64 bits: N * C may exceed 2^31
     columns = tl.arange(0, BLOCK_C)
     inside = (rows < n_rows)[:, None] & (columns < C)[None, :]                          # [ROWS, BLOCK_C]
     offsets = rows[:, None] * C + columns[None, :]
@@ -69,7 +74,7 @@ def _forward_kernel(
             branch = tl.where(keep_rows(tl.load(seed_ptr), rows, p, BLOCK_C), branch * keep_scale(p), 0.0)
         stored = (s + branch).to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + offsets, stored, mask=inside)
-        s = stored.to(tl.float32)                                                       # normalise what backward will read
+        s = stored.to(tl.float32)                                                       # what the backward will read
 
     mean = row_mean(s, C, 1)                                                            # [ROWS]
     centred = tl.where(inside, s - mean[:, None], 0.0)
@@ -92,10 +97,11 @@ def _backward_kernel(
         weight_ptr, statistics_ptr, seed_ptr,                   # (C,), (2, N), (1,) or None
         dx_ptr, dbranch_ptr, dweight_ptr, dbias_ptr,            # (N, C), (N, C) or None, (programs, C) fp32 or None, the same
         n_rows, C, p, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The gradients of `reference.add_layer_norm` or `layer_norm`; of weight and bias, this program's partial sums."""
     columns = tl.arange(0, BLOCK_C)
     dweight = tl.zeros([ROWS, BLOCK_C], tl.float32)                                     # this program's share of the sums
     dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    per_column = tl.div_rn(1.0, tl.cast(C, tl.float32))     # for means: exact at C=1. `row_mean` in the loop spills 24 bytes
+    per_column = tl.div_rn(1.0, tl.cast(C, tl.float32))     # for means; exact at C=1. `row_mean` in the loop would spill 24 bytes
 
     for first in range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
         rows = tl.cast(first, tl.int64) + tl.arange(0, ROWS)
@@ -106,7 +112,7 @@ def _backward_kernel(
         mean = tl.load(statistics_ptr + rows, mask=rows < n_rows, other=0.0)            # [ROWS]
         rstd = tl.load(statistics_ptr + n_rows + rows, mask=rows < n_rows, other=0.0)
 
-        # Read again for each row, from the L1 cache: kept in registers it would spill others.
+        # Loaded again for each row, from the L1 cache: kept in registers, it would cause spills.
         weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
         n = tl.where(inside, (s - mean[:, None]) * rstd[:, None], 0.0)
         g = dy * weight
@@ -133,6 +139,7 @@ def _sum_partials_kernel(
         dweight_partial_ptr, dbias_partial_ptr,                 # (partials, C) fp32 or None
         dweight_ptr, dbias_ptr,                                 # (C,) or None
         n_partials, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """dweight and dbias of `reference.layer_norm`: the sums of the backward's partial sums, in a fixed order."""
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     dweight = tl.zeros([ROWS, BLOCK_C], tl.float32)
     dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
@@ -152,7 +159,7 @@ def _sum_partials_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _drop_kernel(ds_ptr, seed_ptr, dbranch_ptr, n_rows, C, p, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """dbranch where y has no gradient: the residual's gradient, dropped."""
+    """dbranch of `reference.add_layer_norm` where y has no gradient: ds, with the forward's dropout mask applied."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_C)
     inside = (rows < n_rows)[:, None] & (columns < C)[None, :]
@@ -168,18 +175,18 @@ def _drop_kernel(ds_ptr, seed_ptr, dbranch_ptr, n_rows, C, p, ROWS: tl.constexpr
 
 
 class Tile(NamedTuple):
-    """Rows of a tile, and warps of a program."""
+    """Rows of a tile, warps of a program."""
     rows: int
     warps: int
 
 
-# {BLOCK_C, the power of two that holds a row: (forward, backward)}, the same for sm_80 to sm_100: these kernels wait for
-# memory. Chosen from what the gate compiles, not yet by timing.
-# Forward: 32 elements a thread. A row of 1,024 then lies in one warp, whose sums are shuffles without a barrier, and 72
-# registers leave 28 such programs on a multiprocessor: 130 KB of loads in flight, where 5 TB/s at 0.7 us need 27 KB. Short
-# rows share a tile, so that a warp has 1,024 elements to load.
-# Backward: 16 elements a thread, since each holds the running sums of dweight and dbias beside its row. From 1,024 on
-# registers are capped at 128, so that all programs are resident at once. With Triton 3.6 and dropout, 8 bytes spill.
+# {BLOCK_C, the power of two that holds a row: (forward, backward)}, the same for sm_80 to sm_100, since these kernels are bound by
+# memory bandwidth. Chosen from what the gate reports, not yet by timing.
+# Forward: 32 elements a thread. A row of 1,024 then lies in one warp, whose sums are shuffles without a barrier, and 72 registers
+# leave room for 28 such programs on a multiprocessor: 130 KB of loads in flight, where 5 TB/s at a latency of 0.7 us need 27 KB.
+# Short rows share a tile, so that a warp has 1,024 elements to load.
+# Backward: 16 elements a thread, since each holds the running sums of dweight and dbias beside its row. From 1,024 on, registers are
+# capped at 128, so that all programs are resident at once. With Triton 3.6 and dropout, 8 bytes spill.
 TILES = {
     16: (Tile(32, 1), Tile(16, 1)),
     32: (Tile(32, 1), Tile(16, 1)),
@@ -192,9 +199,9 @@ TILES = {
     4096: (Tile(1, 4), Tile(1, 8)),
     8192: (Tile(1, 8), Tile(1, 16)),
 }
-# Programs of the backward, per multiprocessor: each has a row in flight and keeps (C,) fp32 sums. Eight rows of 768 are 60 KB
-# in flight, twice what the memory needs; more programs only write more partial sums (132 * 8 of them are 0.8 % of the traffic).
-# With 4 and more warps the registers hold 16 warps, and the rows are longer.
+# Programs of the backward, per multiprocessor: each has a row in flight and keeps (C,) fp32 sums. Eight rows of 768 are 60 KB in
+# flight, twice what the bandwidth needs; more programs would only write more partial sums (132 * 8 of them are 0.8 % of the
+# traffic). From 4 warps on, the registers hold 16 warps, and the rows are longer.
 PROGRAMS_PER_MULTIPROCESSOR = {1: 8, 2: 8, 4: 4, 8: 2, 16: 1}  # by warps
 BACKWARD_REGISTERS = 128
 SUM_TILE = Tile(64, 4)  # with SUM_COLUMNS: 16 fp32 of a row are two sectors of 32 bytes, and C=768 makes 48 programs
@@ -218,7 +225,7 @@ def _forward_program(C):
 
 @functools.cache
 def _backward_program(C, device):
-    """(rows of a tile, programs at most, the kernel's constants) for rows of C on the GPU with this number; -1 is none."""
+    """(rows of a tile, most programs, the kernel's constants) for rows of C on a GPU; device=-1 is the interpreter."""
     BLOCK_C, _, tile = tiles(C)
     return (tile.rows, PROGRAMS_PER_MULTIPROCESSOR[tile.warps] * multiprocessors(device),
             {"ROWS": tile.rows, "BLOCK_C": BLOCK_C, "num_warps": tile.warps} | _backward_options(tile))
@@ -234,10 +241,10 @@ def _backward_options(tile):
 
 
 def forward(x, branch, weight, bias, *, eps=1e-5, p=0.0, seed=None, y_dtype=None):
-    """(s, y, statistics) of s = x + dropout(branch, p), y = layer_norm(s). s is None where branch is None (it would be x).
+    """(s, y, statistics) of s = x + dropout(branch, p), y = layer_norm(s). Without a branch s would be x, and None is returned.
 
-    x (..., C); branch of x's shape or None; weight (C,); bias (C,) or None; each fp32, fp16 or bf16, contiguous. seed: int64
-    (1,), where p > 0. s has x's dtype, y has y_dtype (default x's); statistics (2, N) fp32: mean and rstd of the N rows.
+    x (..., C); branch of x's shape or None; weight (C,); bias (C,) or None; each fp32, fp16 or bf16, contiguous. seed: int64 (1,),
+    where p > 0. s has x's dtype, y has y_dtype (default x's); statistics (2, N) fp32: mean and rstd of the N rows.
     Raises ValueError, TypeError.
     """
     _check(x.shape[-1], x=x, branch=branch, weight=weight, bias=bias)
@@ -246,7 +253,7 @@ def forward(x, branch, weight, bias, *, eps=1e-5, p=0.0, seed=None, y_dtype=None
 
 
 def launch_forward(x, branch, weight, bias, seed, p, eps, y_dtype):
-    """`forward` for a caller that has checked its arguments: checking them twice is a fifth of what an op costs the host."""
+    """`forward` for a caller that has checked its arguments: a second check takes a fifth of an op's host time."""
     if elsewhere(x):
         with torch.cuda.device_of(x):
             return launch_forward(x, branch, weight, bias, seed, p, eps, y_dtype)
@@ -262,10 +269,10 @@ def launch_forward(x, branch, weight, bias, seed, p, eps, y_dtype):
 
 
 def backward(dy, ds, s, weight, statistics, *, p=0.0, seed=None, branch_dtype=None, dweight_dtype=None, dbias_dtype=None):
-    """(dx, dbranch, dweight, dbias). dy (..., C); ds the same or None, what arrives through s; the rest as `forward` gave it.
+    """(dx, dbranch, dweight, dbias). dy (..., C): y's gradient; ds the same or None: s's gradient; the rest as `forward` returned it.
 
-    branch_dtype: the dtype of dbranch, None where there was no branch. dbranch is None too where dx is it: one dtype, no
-    dropout. dweight_dtype, dbias_dtype: the dtype of that gradient, None where it is not wanted. Raises ValueError, TypeError.
+    branch_dtype: the dtype of dbranch, None where there was no branch. dbranch is also None where it equals dx: the same dtype and
+    no dropout. dweight_dtype, dbias_dtype: the dtype of that gradient, None where it is not wanted. Raises ValueError, TypeError.
     """
     _check(s.shape[-1], s=s, dy=dy, ds=ds, weight=weight)
     seed = _check_seed(seed, p, s) if branch_dtype is not None else None
@@ -294,13 +301,13 @@ def launch_backward(dy, ds, s, weight, statistics, seed, p, branch_dtype, dweigh
     if N > 0:
         _backward_kernel[(programs, )](dy, ds, s, weight, statistics, seed, dx, dbranch, dweight_partial, dbias_partial, N, C, p,
                                        **constants)
-    if dweight_dtype or dbias_dtype:  # also for no rows: the sum of nothing is 0
+    if dweight_dtype or dbias_dtype:  # without rows too: the gradients are then 0
         _sum_partials_kernel[(-(-C // SUM_COLUMNS), )](dweight_partial, dbias_partial, dweight, dbias, programs, C, **SUM_CONSTANTS)
     return dx, dbranch, dweight, dbias
 
 
 def drop(ds, *, p, seed, branch_dtype):
-    """dbranch where nothing arrives through y: the gradient ds (..., C) of s, dropped by the forward's mask."""
+    """dbranch where y has no gradient: the gradient ds (..., C) of s, with the forward's dropout mask applied."""
     if elsewhere(ds):
         with torch.cuda.device_of(ds):
             return drop(ds, p=p, seed=seed, branch_dtype=branch_dtype)
@@ -320,7 +327,7 @@ VECTORS = ("weight", "bias")
 
 
 def _check(C, **tensors):
-    """Raise unless every tensor is fp32, fp16 or bf16, contiguous, on one device, and of the first one's shape or (C,)."""
+    """Raise unless all tensors are fp32, fp16 or bf16, contiguous, on one device, and have the first one's shape or (C,)."""
     first = next(iter(tensors.values()))
     if not 1 <= C <= MAX_C:
         raise ValueError(f"{next(iter(tensors))} has rows of {C} elements; expected 1 to {MAX_C}")
@@ -342,7 +349,7 @@ def _raise_what_is_wrong(name, tensor, shape, device):
 
 
 def _check_seed(seed, p, like):
-    """The seed where something is dropped, else None."""
+    """The seed where p > 0, else None."""
     if p == 0.0:
         return None
     if not 0.0 < p <= 1.0:
