@@ -50,7 +50,7 @@ $(VENV)/.torch: constraints.txt
 	fi
 	@touch $@
 
-SOURCES = setup.py pyproject.toml $(wildcard csrc/*)
+SOURCES = setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	@echo "Installing nanogpt_fast ..."

@@ -29,11 +29,12 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 ARCHS = ("80", "86", "89", "90", "100", "120")  # A100, RTX 30, RTX 40 and L4, H100, B200, RTX 50; the newest also as PTX
 MISSING = "_C_missing.txt"
 
-# definition.h asks for arithmetic that no compiler may contract; the other two let loops with comparisons be vectorised.
+# -ffp-contract=off: sampler/definition.h needs arithmetic that no compiler contracts. The two after it allow loops with comparisons to
+# be vectorised.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 X86_ISAS = {"avx2": ["-mavx2", "-mfma"],
             "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]}
-# What is not exact to the bit may contract. Its vectors never leave a file: how they would be passed does not matter.
+# For files whose results need not be exact to the bit. -Wno-psabi: vectors are never passed between files, so the ABI doesn't matter.
 VECTOR_FLAGS = ["-ffp-contract=fast", "-Wno-psabi"]
 
 
@@ -190,14 +191,15 @@ class NinjaBuildExt(build_ext):
             version = tomllib.load(file)["project"]["version"]
         name = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()
         about = [text_macro("NGF_VERSION", version), text_macro("NGF_COMPILER", name[0].replace('"', "") if name else compiler[0])]
-        objects = [(name, f"{name}.cpp", ["-DNGF_X86"] if x86 else []) for name in ("cpu", "decode", "decode_amx", "training")]
-        # GCC 12 finds its own AVX-512 intrinsics uninitialized; Clang has no such warning.
-        for name in ("gemm_amx", "gemm_fp32", "attention_amx"):
-            objects.append((name, f"{name}.cpp", ["-DNGF_X86", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-uninitialized"] if x86 else []))
+        for_x86 = ["-DNGF_X86"] if x86 else []
+        objects = [(name, name, for_x86) for name in ("isa", "sampler/cpu", "decode/decode", "decode/amx", "rows/training")]
+        # GCC 12 reports its own AVX-512 intrinsics as uninitialized; Clang has no such warning.
+        quiet = ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-uninitialized"] if x86 else []
+        objects += [(name, name, [*for_x86, *quiet]) for name in ("amx/gemm", "amx/gemm_fp32", "amx/attention")]
         for isa, flags in {"baseline": [], **(X86_ISAS if x86 else {})}.items():
-            objects.append((f"cpu_{isa}", "cpu_row.cpp", [f"-DNGF_ISA={isa}", *flags]))
-            for name in ("decode_kernels", "cross_entropy_rows", "attention_rows", "layer_norm_rows", "adamw_rows"):
-                objects.append((f"{name}_{isa}", f"{name}.cpp", [f"-DNGF_ISA={isa}", *flags, *VECTOR_FLAGS]))
+            objects.append((f"sampler/cpu_row_{isa}", "sampler/cpu_row", [f"-DNGF_ISA={isa}", *flags]))
+            for name in ("decode/kernels", "rows/cross_entropy", "rows/attention", "rows/layer_norm", "rows/adamw"):
+                objects.append((f"{name}_{isa}", name, [f"-DNGF_ISA={isa}", *flags, *VECTOR_FLAGS]))
         link = ["-ldl"] if sys.platform.startswith("linux") else []    # team.h looks PyTorch's OpenMP up; glibc before 2.34 has it apart
         if nvcc:
             archs = cuda_architectures(nvcc)
@@ -206,10 +208,10 @@ class NinjaBuildExt(build_ext):
             generate = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             generate.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
             # -t 0 compiles the architectures in parallel. cudart is static: nothing to find at run time, and it imports without a driver.
-            nvcc_command = [nvcc, "-ccbin", compiler[0], "-std=c++17", "-O3", "-t", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            cuda_objects = {"cuda": generate}
-            if "90" in archs and not nvcc_version(nvcc).startswith(("11.", "unknown")):     # instructions that Hopper alone has
-                for name in ("linear_act_sm90", "attention_backward_sm90"):
+            nvcc_command = [nvcc, "-ccbin", compiler[0], "-std=c++17", "-O3", "-t", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{source}"]
+            cuda_objects = {"sampler/cuda": generate}
+            if "90" in archs and not nvcc_version(nvcc).startswith(("11.", "unknown")):     # instructions that only Hopper has
+                for name in ("hopper/linear_act", "hopper/attention_backward"):
                     cuda_objects[name] = ["-gencode=arch=compute_90a,code=sm_90a"]
                 about.append("-DNGF_SM90")
             home = os.path.dirname(os.path.dirname(os.path.realpath(self.real_nvcc(nvcc))))
@@ -219,14 +221,14 @@ class NinjaBuildExt(build_ext):
             link += [f"-L{folders[0]}", "-lcudart_static", "-ldl", "-lrt"]
         else:
             about.append(text_macro("NGF_CUDA_WHY_NOT", why_not))
-        objects.append(("bindings", "bindings.cpp", [*about, *(f"-I{include}" for include in includes)]))
+        objects.append(("bindings", "bindings", [*about, *(f"-I{include}" for include in includes)]))
 
         shared = ["-dynamiclib", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        lines = ["rule cxx", f"  command = {q([*compiler, *CXX_FLAGS, '-pthread'])} $flags -MMD -MF $out.d -c $in -o $out",
+        lines = ["rule cxx", f"  command = {q([*compiler, *CXX_FLAGS, '-pthread', f'-I{source}'])} $flags -MMD -MF $out.d -c $in -o $out",
                  "  depfile = $out.d", "  deps = gcc",
                  "rule link", f"  command = {q([*compiler, *shared, '-pthread'])} $in $libraries -o $out"]
         for name, file, flags in objects:
-            lines += [f"build {name}.o: cxx {ninja_path(os.path.join(source, file))}", f"  flags = {q(flags)}"]
+            lines += [f"build {name}.o: cxx {ninja_path(os.path.join(source, file + '.cpp'))}", f"  flags = {q(flags)}"]
         outputs = [f"{name}.o" for name, _, _ in objects]
         if nvcc:
             lines += ["rule nvcc", f"  command = {q(nvcc_command)} $flags -MMD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
@@ -245,7 +247,8 @@ class NinjaBuildExt(build_ext):
 
 
 setup(
-    ext_modules=[Extension("nanogpt_fast._C", sources=glob.glob("csrc/*.c*"), depends=glob.glob("csrc/*.h"), optional=cuda_wanted() != "1")],
+    ext_modules=[Extension("nanogpt_fast._C", sources=glob.glob("csrc/**/*.c*", recursive=True),
+                           depends=glob.glob("csrc/**/*.h", recursive=True), optional=cuda_wanted() != "1")],
     cmdclass={"build_ext": NinjaBuildExt},
     setup_requires=nvcc_from_pypi(),
 )

@@ -1,4 +1,4 @@
-// CUDA's errors as C++ exceptions, and the device that a launch happens on.
+// CUDA's errors as C++ exceptions, and the device of a launch.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -11,7 +11,7 @@ inline void check(cudaError_t error, const char* doing) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(doing) + ": " + cudaGetErrorString(error));
 }
 
-// The launch happens on the tensors' device, whatever the caller's current one is.
+// Makes `device` current while it lives, so that the launch is on the tensors' device.
 struct OnDevice {
   int before = 0;
   bool changed = false;

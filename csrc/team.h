@@ -1,9 +1,9 @@
-// Several threads for one call: PyTorch's own where they can be had.
+// Several threads for one call: PyTorch's own where they are available.
 //
-// PyTorch's OpenMP threads go on spinning for a few milliseconds after each operator. A thread of ours would have to share its core with
-// one of them, and the more so the shorter our work is. GOMP_parallel is the entry to that same team, in GNU's, LLVM's and Intel's OpenMP
-// alike; it is looked up and not linked, for the extension has no OpenMP of its own to bring. Without it, and in a forked child,
-// whose parent's threads did not come along, threads are made for the call; each takes some 15 us to start.
+// PyTorch's OpenMP threads keep spinning for a few milliseconds after each operator. A separate thread would share its core with one of
+// them, which hurts the more the shorter its work is. GOMP_parallel is the entry to PyTorch's team in GNU's, LLVM's and Intel's OpenMP.
+// It is looked up at run time and not linked, so the extension brings no OpenMP of its own. Where it is missing, and in a forked child,
+// which doesn't inherit its parent's threads, threads are started for the call; each takes about 15 us to start.
 #pragma once
 #include <stdint.h>
 
@@ -25,7 +25,7 @@ using Count = int (*)();
 
 struct TorchTeam {
   Parallel parallel = nullptr;
-  Count number = nullptr, size = nullptr;  // of the thread that asks; of PyTorch's team
+  Count number = nullptr, size = nullptr;  // the calling thread's number; the size of PyTorch's team
 };
 
 #ifdef __linux__
@@ -41,12 +41,12 @@ inline TorchTeam torch_team() {
   return {};
 }
 
-// work(member) on up to `members` threads at once, this one is member 0. Fewer may come: it shares out what is to do by itself. It may
-// not throw.
+// Calls work(member) on up to `members` threads at once; this thread is member 0. There may be fewer threads, so `work` must share out
+// its items itself. It may not throw.
 template <class Work> void on_team(int members, const Work& work) {
   if (members <= 1) return work(0);
   if (const TorchTeam torch = torch_team(); torch.parallel) {
-    // All of them are called, as PyTorch does: GNU's OpenMP ends the threads that a smaller team leaves out, and starts them anew.
+    // As PyTorch does, this calls the whole team: GNU's OpenMP ends threads that a smaller team leaves out, and later restarts them.
     const auto run = [&] {
       if (const int member = torch.number(); member < members) work(member);
     };
@@ -58,15 +58,15 @@ template <class Work> void on_team(int members, const Work& work) {
     try {
       team.emplace_back([&work, i] { work(i); });
     } catch (const std::system_error&) {
-      break;  // no more threads to be had: those that run, and this one, do it all
+      break;  // no more threads are available; those that run, and this one, do all of it
     }
   }
   work(0);
   for (std::thread& thread : team) thread.join();
 }
 
-// Items 0 .. n - 1, cut into a piece for each member, who takes from the others' when its own is done. Pieces are the same from call to
-// call, and PyTorch cuts rows likewise: what one operator wrote, the next finds in its own core's cache.
+// Work stealing: items 0 .. n - 1 are split into a contiguous share for each member, and an idle member takes from others' shares. The
+// shares are the same in every call, and PyTorch splits rows the same way, so an operator finds what the last one wrote in its own cache.
 class Shares {
  public:
   Shares(int64_t items, int members) : items(items), members(std::max(1, members)), next(this->members) {
@@ -87,5 +87,16 @@ class Shares {
   const int members;
   std::vector<std::atomic<int64_t>> next;
 };
+
+// row(0) .. row(rows - 1), each an independent piece of `length` elements, on up to `threads` threads. 2^17 elements take about 100 us.
+template <class Row> void for_rows(int64_t rows, int64_t length, int threads, const Row& row) {
+  const int64_t members = std::max<int64_t>(1, std::min<int64_t>({threads, rows, rows * length / (1 << 17)}));
+  const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, length));  // rows that a thread takes at a time
+  Shares shares((rows + grain - 1) / grain, (int)members);
+  on_team((int)members, [&](int member) {
+    for (int64_t i; shares.take(member, i);)
+      for (int64_t r = i * grain; r < std::min(rows, (i + 1) * grain); ++r) row(r);
+  });
+}
 
 }  // namespace ngf

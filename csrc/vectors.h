@@ -1,5 +1,5 @@
-// Sixteen floats at once: what the files that are compiled once per instruction set share. GCC's and Clang's vector extension, which
-// the compiler cuts to what the instruction set has. No standard library: see cpu_row.h.
+// Sixteen floats at once, for the files that are compiled once per instruction set. They use the vector extension of GCC and Clang,
+// which the compiler splits into the registers of the instruction set. No standard library: see sampler/cpu_row.h.
 #pragma once
 #include <stdint.h>
 
@@ -14,10 +14,10 @@ float logf(float);
 }
 
 namespace ngf {
-namespace {  // every file has its own copies, compiled for its instruction set
+namespace {  // so that each file has its own copies, compiled for its instruction set
 
 constexpr int64_t W = 16;
-typedef float Vec __attribute__((vector_size(64), aligned(4)));      // aligned(4): loaded from anywhere
+typedef float Vec __attribute__((vector_size(64), aligned(4)));      // aligned(4): loads need no alignment
 typedef int32_t IVec __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t UVec __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t Half __attribute__((vector_size(32), aligned(2)));
@@ -56,7 +56,7 @@ inline float sum(Vec v) {
   return s[0];
 }
 
-// exp to within 2 units in the last place: 2^n times a polynomial in the remainder. Below -87 it is 0, as a softmax wants it.
+// exp to 2 units in the last place: 2^n times a polynomial in the remainder. Below -87 it is 0, which is right for a softmax.
 inline Vec exp_of(Vec x) {
   const IVec tiny = x < -87.0f;
   x = tiny ? all(0.0f) : x;

@@ -1,4 +1,4 @@
-"""The end of a step on a CPU (ops/cpu/adamw.py, csrc/adamw.h): PyTorch's AdamW, its state, its cast and norm; what is left to it."""
+"""The end of a step on a CPU (ops/cpu/adamw.py, csrc/rows/adamw.h): PyTorch's AdamW, its state, its cast and norm; what is left to it."""
 import copy
 import dataclasses
 import warnings

@@ -1,4 +1,4 @@
-"""Attention on a CPU in bf16 (ops/cpu/attention.py, csrc/attention.h) against fp64: shapes, tiles, instruction sets, where it steps aside."""
+"""Attention on a CPU in bf16 (ops/cpu/attention.py, csrc/amx/attention.h, csrc/rows/attention.h) against fp64: shapes, tiles, instruction sets, where it steps aside."""
 import pytest
 import torch
 

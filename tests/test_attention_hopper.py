@@ -1,4 +1,4 @@
-"""Attention's backward for Hopper (csrc/attention_backward_sm90.cu): what it computes, on such a GPU; who is sent to it; what it compiles to."""
+"""Attention's backward for Hopper (csrc/hopper/attention_backward.cu): what it computes, on such a GPU; who is sent to it; what it compiles to."""
 import functools
 import math
 import re
@@ -208,8 +208,8 @@ def test_what_a_tensor_map_cannot_describe_is_copied(x):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_it_compiles_to_what_it_was_written_for(tmp_path):
     """No product waits for another because the compiler had doubts (C75.. are its words for that), and nothing is spilled beside them."""
-    source = Path(attention_hopper.__file__).parents[3] / "csrc/attention_backward_sm90.cu"
-    done = subprocess.run(["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin", source, "-o",
+    source = Path(attention_hopper.__file__).parents[3] / "csrc/hopper/attention_backward.cu"
+    done = subprocess.run(["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin", "-I", source.parents[1], source, "-o",
                            tmp_path / "out.cubin"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not re.search(r"\(C75\d\d\)", done.stderr), done.stderr

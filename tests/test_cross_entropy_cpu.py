@@ -1,4 +1,4 @@
-"""The linear cross-entropy on a CPU (ops/cpu/cross_entropy.py, csrc/cross_entropy.h): the rules of the Triton one, in every instruction set."""
+"""The linear cross-entropy on a CPU (ops/cpu/cross_entropy.py, csrc/rows/cross_entropy.h): the rules of the Triton one, in every instruction set."""
 import pytest
 import torch
 from made import Made

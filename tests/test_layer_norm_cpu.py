@@ -1,4 +1,4 @@
-"""The residual add and LayerNorm on a CPU (ops/cpu/layer_norm.py, csrc/layer_norm.h) against fp64, in every instruction set; where it steps aside."""
+"""The residual add and LayerNorm on a CPU (ops/cpu/layer_norm.py, csrc/rows/layer_norm.h) against fp64, in every instruction set; where it steps aside."""
 import math
 
 import pytest

@@ -1,4 +1,4 @@
-"""The MLP's matmul for Hopper (csrc/linear_act_sm90.cu): what it computes, on such a GPU; what it compiles to, where nvcc is."""
+"""The MLP's matmul for Hopper (csrc/hopper/linear_act.cu): what it computes, on such a GPU; what it compiles to, where nvcc is."""
 import re
 import shutil
 import subprocess
@@ -133,8 +133,8 @@ def test_torch_compile_can_ask_why_not(monkeypatch):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_it_compiles_to_what_it_was_written_for(tmp_path):
     """At most a few spilled registers outside of the main loop, and products that no compiler's doubt made wait for each other."""
-    source = Path(mlp_hopper.__file__).parents[3] / "csrc/linear_act_sm90.cu"
-    done = subprocess.run(["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin", source, "-o",
+    source = Path(mlp_hopper.__file__).parents[3] / "csrc/hopper/linear_act.cu"
+    done = subprocess.run(["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin", "-I", source.parents[1], source, "-o",
                            tmp_path / "out.cubin"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "serializ" not in done.stderr

@@ -124,8 +124,8 @@ def test_the_form_for_hopper_says_why_it_cannot_run(monkeypatch):
 
 
 def test_gelu_by_the_polynomial_of_the_kernel_for_hopper():
-    """csrc/linear_act_sm90.cu: max(x, 0) - a 2^p(a) with a = min(|x|, 16), in the file's own coefficients."""
-    source = (Path(op.__file__).parents[2] / "csrc/linear_act_sm90.cu").read_text()
+    """csrc/hopper/linear_act.cu: max(x, 0) - a 2^p(a) with a = min(|x|, 16), in the file's own coefficients."""
+    source = (Path(op.__file__).parents[2] / "csrc/hopper/linear_act.cu").read_text()
     body = source[source.index("const float a = minimum("):source.index("return fmaf(-a, exp2_fast(p)")]
     first, *others = re.findall(r"(-?[\d.]+(?:e-?\d+)?)f(?=[,)])", body.split("minimum", 1)[1].split("\n", 1)[1])
     x = torch.linspace(-20, 20, 200_001, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The CUDA sampler's own file, csrc/cuda.cu, without a GPU: run on the CPU as fibers, and compiled.
+"""The CUDA sampler's own file, csrc/sampler/cuda.cu, without a GPU: run on the CPU as fibers, and compiled.
 
 tests/csrc/cuda_on_cpu.h runs each CUDA thread as a fiber and each barrier as a round, in three thread orders. Its tokens must equal
 those of the CPU sampler, which is a different algorithm for the same definition.
@@ -16,7 +16,7 @@ import torch
 from nanogpt_fast.ops import extension, sample as sampler
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-KERNEL = os.path.join(ROOT, "csrc", "cuda.cu")
+KERNEL = os.path.join(ROOT, "csrc", "sampler", "cuda.cu")
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
@@ -31,7 +31,7 @@ class IntegerRows(ctypes.Structure):
     _fields_ = [("rows", ctypes.c_void_p), ("value", ctypes.c_int64)]
 
 
-class Batch(ctypes.Structure):  # ngf::Batch of csrc/sampler.h
+class Batch(ctypes.Structure):  # ngf::Batch of csrc/sampler/sampler.h
     _fields_ = [("logits", ctypes.c_void_p), ("type", ctypes.c_int), ("rows", ctypes.c_int64), ("vocab", ctypes.c_int64),
                 ("row_stride", ctypes.c_int64), ("temperature", Rows), ("top_k", IntegerRows), ("top_p", Rows), ("min_p", Rows),
                 ("seed", ctypes.c_void_p), ("offset", ctypes.c_void_p), ("token", ctypes.c_void_p)]
@@ -147,7 +147,8 @@ def test_every_missing_barrier_is_caught(line, tmp_path):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
 @pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_90", marks=pytest.mark.slow), pytest.param("sm_100", marks=pytest.mark.slow)])
 def test_the_kernel_fits_its_block_without_spilling(arch, tmp_path):
-    report = subprocess.run(["nvcc", "-std=c++17", "-O3", "-cubin", f"-arch={arch}", "-Xptxas", "-v", KERNEL, "-o", str(tmp_path / "kernel.cubin")],
+    report = subprocess.run(["nvcc", "-std=c++17", "-O3", "-cubin", f"-arch={arch}", "-Xptxas", "-v",
+                             "-I", os.path.join(ROOT, "csrc"), KERNEL, "-o", str(tmp_path / "kernel.cubin")],
                             capture_output=True, text=True, check=True).stderr
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
     assert len(registers) == 3 and max(registers) <= 64, report                         # 65,536 registers / 1,024 threads

@@ -19,10 +19,12 @@ def compile_fuzzer(folder, source=os.path.join(ROOT, "csrc")):
     objects = []
     for isa, more in ISAS.items() if x86 else [("baseline", [])]:
         objects.append(os.path.join(folder, f"{isa}.o"))
-        subprocess.run([COMPILER, *flags, *more, f"-DNGF_ISA={isa}", "-c", os.path.join(source, "cpu_row.cpp"), "-o", objects[-1]], check=True)
+        subprocess.run([COMPILER, *flags, *more, f"-DNGF_ISA={isa}", "-I", source, "-c",
+                        os.path.join(source, "sampler", "cpu_row.cpp"), "-o", objects[-1]], check=True)
     program = os.path.join(folder, "fuzz")
-    subprocess.run([COMPILER, *flags, *(["-DNGF_X86"] if x86 else []), "-I", os.path.join(ROOT, "csrc"), os.path.join(source, "cpu.cpp"),
-                    os.path.join(ROOT, "tests", "csrc", "fuzz.cpp"), *objects, "-o", program], check=True)
+    files = [os.path.join(source, "isa.cpp"), os.path.join(source, "sampler", "cpu.cpp"), os.path.join(ROOT, "tests", "csrc", "fuzz.cpp")]
+    subprocess.run([COMPILER, *flags, *(["-DNGF_X86"] if x86 else []), "-I", os.path.join(ROOT, "csrc"), *files, *objects, "-o", program],
+                   check=True)
     return program
 
 
@@ -38,9 +40,9 @@ def test_raw_bytes_give_no_finding_and_a_planted_fault_does(tmp_path):
     print(result.stdout)
     faulty = tmp_path / "faulty"
     shutil.copytree(os.path.join(ROOT, "csrc"), faulty)
-    text = (faulty / "cpu_row.cpp").read_text()
+    text = (faulty / "sampler" / "cpu_row.cpp").read_text()
     planted = text.replace("begin + SEGMENT <= V ? ", "true ? ")  # reads past the row's end
     assert planted != text
-    (faulty / "cpu_row.cpp").write_text(planted)
+    (faulty / "sampler" / "cpu_row.cpp").write_text(planted)
     result = fuzz(compile_fuzzer(str(tmp_path), str(faulty)), seconds=20)
     assert result.returncode != 0 and "AddressSanitizer" in result.stderr, result.stderr[-3000:]

@@ -2,7 +2,7 @@
 
 Every weight is read once and used twice, so the memory's bandwidth is the limit. On a GPU five Triton kernels a layer reach for
 it, up to 16 rows: those of kernels/decode.py or kernels/decode_rows.py. On a CPU one call of the extension does it
-(csrc/decode.h). The session holds weights and cache; this file hands them over, and says where it can't.
+(csrc/decode/decode.h). The session holds weights and cache; this file hands them over, and says where it can't.
 """
 import torch
 
@@ -10,7 +10,7 @@ from .. import backend as _backend
 from ..ops import extension
 from ..ops.extension import address
 
-MAX_ROWS = 16  # csrc/decode.h; with more rows PyTorch's matrix products do as well
+MAX_ROWS = 16  # csrc/decode/decode.h; with more rows PyTorch's matrix products do as well
 # What a step takes, in us: GPT-2 124M in bf16 at position 640 on an H100 80GB HBM3, PyTorch 2.11, Triton 3.6, a captured graph
 # (python -m benchmarks.gpu.decode_forms). From 3 rows on, those below 17 share a tile of 8 or 16 rows.
 #

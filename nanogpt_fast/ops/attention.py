@@ -59,7 +59,7 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backen
 
     Raises ValueError (shapes, dropout_p), RuntimeError (backend "fused" where no kernel can run; a second derivative, which
     only the reference has). Source: kernels/attention_forward.py and attention_backward.py; on an H100 or H200 the backward of heads
-    of 64 is csrc/attention_backward_sm90.cu; where `CUDNN_FORWARD` says so, `auto` takes cuDNN's forward before it.
+    of 64 is csrc/hopper/attention_backward.cu; where `CUDNN_FORWARD` says so, `auto` takes cuDNN's forward before it.
     """
     shape = qkv.shape
     if len(shape) != 3 or n_head < 1 or shape[2] % (3 * n_head):

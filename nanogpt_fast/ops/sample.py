@@ -1,6 +1,6 @@
 """One token per row of logits: temperature, top-k, top-p, min-p and the draw as one launch, the same token on every device.
 
-The definition (csrc/definition.h says it in C++, `sample_plain` below in PyTorch; they agree bit for bit):
+The definition (csrc/sampler/definition.h says it in C++, `sample_plain` below in PyTorch; they agree bit for bit):
 
     temperature 0, or nothing in the row above -inf: the largest value, the lowest index among equals. Otherwise
     y = (x - max) / temperature     in fp32; NaN counts as -inf

@@ -1,4 +1,4 @@
-// csrc/cuda.cu as a shared library that runs on the CPU. Compile with -DKERNEL='"path/to/cuda.cu"' -I csrc -fno-strict-aliasing.
+// csrc/sampler/cuda.cu as a shared library that runs on the CPU. Compile with -DKERNEL='"path/to/cuda.cu"' -I csrc -fno-strict-aliasing.
 #include "cuda_on_cpu.h"
 
 #include KERNEL

@@ -17,8 +17,8 @@
 #include <string>
 #include <vector>
 
-#include "definition.h"
-#include "sampler.h"
+#include "sampler/definition.h"
+#include "sampler/sampler.h"
 
 namespace {
 

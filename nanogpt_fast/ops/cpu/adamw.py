@@ -1,4 +1,4 @@
-"""The end of a training step on a CPU as one pass over memory: clipping, AdamW, and the weights' bf16 copies (csrc/adamw.h).
+"""The end of a training step on a CPU as one pass over memory: clipping, AdamW, and the weights' bf16 copies (csrc/rows/adamw.h).
 
 PyTorch multiplies the gradients, moves the weights and casts them: 8, 28 and 6 bytes a parameter, where 30 do. The formulas
 are those of AdamW's fused step, and the state is the optimizer's own: state_dict, checkpoints, and an optimizer.step() that

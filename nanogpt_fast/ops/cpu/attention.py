@@ -1,8 +1,8 @@
-"""Causal attention on a CPU in bfloat16: on AMX tiles where the CPU has them (csrc/attention_amx.cpp), a head at a time. Tensors in, tensors out; no autograd.
+"""Causal attention on a CPU in bfloat16: on AMX tiles where the CPU has them (csrc/amx/attention.cpp), a head at a time. Tensors in, tensors out; no autograd.
 
 Elsewhere it is PyTorch's forward, and a backward made of batched matmuls and one pass of the extension. PyTorch's own backward
 multiplies blocks of one head at a time; at B=4, H=12, T=256, D=64 it takes ten times as long as the five matmuls of a backward when
-they go over all heads at once. Between them stands csrc/attention.h:
+they go over all heads at once. Between them stands csrc/rows/attention.h:
 
     S = Q K^T (fp32), dP = dO V^T;   P, dS = one pass;   dV = P^T dO, dQ = dS K, dK = dS^T Q
 

@@ -1,4 +1,4 @@
-"""Linear cross-entropy on a CPU: PyTorch's matmuls around csrc/cross_entropy.h. Tensors in, tensors out; no autograd.
+"""Linear cross-entropy on a CPU: PyTorch's matmuls around csrc/rows/cross_entropy.h. Tensors in, tensors out; no autograd.
 
     logits = x W^T                    one matmul a chunk of rows, in the dtype of x
     losses, dlogits                   one pass of the extension, dlogits over the logits where nobody else needs those

@@ -1,4 +1,4 @@
-"""The residual add and LayerNorm on a CPU in one pass (csrc/layer_norm.h). Tensors in, tensors out; no autograd, no dropout.
+"""The residual add and LayerNorm on a CPU in one pass (csrc/rows/layer_norm.h). Tensors in, tensors out; no autograd, no dropout.
 
 PyTorch makes it of a cast, an add, a LayerNorm and a cast, each over all rows in fp32, and as many backward. Here a row is read
 once, and its sum, its normalized self in the next matmul's dtype and, in the backward, both gradients leave together.

@@ -1,15 +1,15 @@
-"""The products of a Linear on a CPU's AMX tiles (csrc/gemm.h).
+"""The products of a Linear on a CPU's AMX tiles (csrc/amx/gemm.h).
 
 bf16: PyTorch's matmul makes x W^T and dy W on one thread where the result has few columns, and rounds dW to bf16, which a cast brings back
 to fp32 for the optimizer. The extension deals out all three to all threads, and writes dW's fp32 sums as they are.
-fp32: the tiles multiply each number as three bf16 ones, which is as exact as fp32 multiply-adds, and faster (csrc/gemm_fp32.cpp).
+fp32: the tiles multiply each number as three bf16 ones, which is as exact as fp32 multiply-adds, and faster (csrc/amx/gemm_fp32.cpp).
 """
 import torch
 
 from .. import extension
 
 AMX = extension.has_amx()
-LARGEST_SUM = 1024  # rows of one sum that is rounded to bf16 at its end; csrc/gemm_amx.cpp
+LARGEST_SUM = 1024  # rows of one sum that is rounded to bf16 at its end; csrc/amx/gemm.cpp
 FEWEST_ROWS = 256   # the tiles want W in another order, and to bring it there pays where many rows meet it
 SHORTEST_FP32 = 128  # side of a product whose numbers are worth taking apart: 0.8 times as fast as PyTorch's at 65, 1.2 times at 128
 

@@ -1,4 +1,4 @@
-"""Attention's backward by the CUDA kernels for Hopper (csrc/attention_backward_sm90.cu): heads of 64 in half precision.
+"""Attention's backward by the CUDA kernels for Hopper (csrc/hopper/attention_backward.cu): heads of 64 in half precision.
 
 The same as `launch_backward` and `launch_backward_qkvpacked` of kernels/attention_backward.py without dropout, of as many queries as keys.
 """

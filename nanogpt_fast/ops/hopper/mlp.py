@@ -1,4 +1,4 @@
-"""The MLP's first matmul with the activation in its epilogue, forward and backward, by the CUDA kernel for Hopper (csrc/linear_act_sm90.cu).
+"""The MLP's first matmul with the activation in its epilogue, forward and backward, by the CUDA kernel for Hopper (csrc/hopper/linear_act.cu).
 
 The same as `linear_act` and `linear_dact` of kernels/mlp.py for half precision, GELU, and sizes whose rows are multiples of 16 bytes.
 """
