@@ -4,7 +4,7 @@
     python -m benchmarks.report --write           put them into README.md, docs/gpu.md and docs/swap.md, and draw docs/measured/*.png
     python -m benchmarks.report --summary FILE    one screen of one results file
 
-Of what was measured more than once the last counts. A row without a measurement says so. tests/test_benchmarks.py holds the
+Of what was measured more than once the last counts. A row without a measurement says so. tests/benchmarks/test_benchmarks.py holds the
 README to what this prints.
 """
 import argparse

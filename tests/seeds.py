@@ -1,4 +1,4 @@
-"""How near do tests come to failing by chance? `pytest tests/test_layer_norm_cpu.py --seeds 2000` (conftest.py) calls each test so often.
+"""How near do tests come to failing by chance? `pytest tests/ops/test_layer_norm_cpu.py --seeds 2000` (conftest.py) calls each test so often.
 
 Each call has other random numbers: torch.manual_seed is called right before it, and what the test or a generator of its own seeds inside
 stays as it is. A test that calls `error_rule.measure` is told in the summary, with how often it failed and the largest part of each bound

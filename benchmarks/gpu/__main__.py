@@ -19,12 +19,12 @@ from benchmarks.gpu import ahead
 from benchmarks.gpu.lease import Lease, Stage
 
 PYTHON = sys.executable
-# The first call's: what trains and generates, one case a test, at most 150 kernels to compile (tests/test_gpu_kit.py counts them).
+# The first call's: what trains and generates, one case a test, at most 150 kernels to compile (tests/benchmarks/test_gpu_kit.py counts them).
 CORE_TESTS = [f"tests/kernels/test_{name}.py" for name in (
     "training_kernels", "model", "decode_kernels", "attention_autograd", "cross_entropy_autograd", "mlp_autograd")]
 KERNEL_TESTS = CORE_TESTS + [f"tests/kernels/test_{name}.py" for name in (
     "decode_rows_kernels", "layer_norm_autograd", "dropout", "cross_entropy", "layer_norm", "attention", "mlp", "memory",
-    "swap_kernels")] + ["tests/test_attention_hopper.py", "tests/test_mlp_hopper.py"]
+    "swap_kernels")] + ["tests/ops/test_attention_hopper.py", "tests/ops/test_mlp_hopper.py"]
 
 
 def stages(part, folder, more, upstream, dry):
@@ -83,7 +83,7 @@ def stages(part, folder, more, upstream, dry):
                                 "--again=False", f"--traces={more}", f"--json={results}"), 170, alone=True),
         Stage("train 12", train(12, "nanoGPT compiled,our trainer,one import", "--rounds=5", "--steps=20", "--profile=3",
                                 "--again=False", f"--traces={more}", f"--json={results}"), 100, alone=True),
-        Stage("captured", tests("tests/test_captured.py", "tests/test_sample.py", workers=6), 60, alone=True,
+        Stage("captured", tests("tests/training/test_captured.py", "tests/ops/test_sample.py", workers=6), 60, alone=True,
               environment=more_examples),
     ]
     sweep = module("benchmarks.gpu.sweep", "--json", results, *(["--device", "cpu"] if dry else []))
@@ -92,7 +92,7 @@ def stages(part, folder, more, upstream, dry):
     second = [
         by_name["build"], replace(by_name["warm 64"], after=()), replace(by_name["warm 12"], after=()),
         Stage("sweep compiles", [*sweep, "--compile_only"], 100, environment=one),
-        Stage("more tests", tests("tests/test_captured.py", *KERNEL_TESTS[::-1], workers=6), 75, after=("build",),
+        Stage("more tests", tests("tests/training/test_captured.py", *KERNEL_TESTS[::-1], workers=6), 75, after=("build",),
               environment=more_examples),
         Stage("sweep", [*sweep, "--workers", "0"], 60, alone=True),
         Stage("train 64 again", train(64, f"{trained},our trainer compiled,one import compiled", "--rounds=4", "--steps=8", "--again=False",
@@ -111,7 +111,7 @@ def stages(part, folder, more, upstream, dry):
         Stage("warm kernels", [*kernels, "--rounds", "1", "--minutes", "0.8", "--json", more / "warm-kernels.jsonl"], 65, after=("build",),
               environment=one),
         Stage("sanitizer", [*sanitizer, *smoke("small")], 70, after=("build",), environment=interpreted),
-        Stage("tests again", tests(*KERNEL_TESTS[::-1], "tests/test_captured.py", workers=9), 100, after=("build",), environment=few),
+        Stage("tests again", tests(*KERNEL_TESTS[::-1], "tests/training/test_captured.py", workers=9), 100, after=("build",), environment=few),
         Stage("generate", module("nanogpt_fast", "bench", "generate", "--rounds=2", f"--json={results}", *upstream, *(
             ["--model=tiny", "--device=cpu", "--batch_sizes=1", "--prompt=4", "--tokens=8"] if dry else [])), 90, alone=True),
         Stage("baby", baby, 40, alone=True),

@@ -5,7 +5,7 @@
 //
 // Three times 8 bits are fp32's 24, so the three parts are exact, and the terms left out of a product are under 2^-26 of it: less than fp32's
 // own rounding. Products of bf16 numbers are exact in fp32, and sums are fp32, so the result is at least as close to the true one as with
-// fp32 multiply-adds; tests/test_linear_cpu.py checks this. It takes six times as many products, but the tiles compute them twelve times as
+// fp32 multiply-adds; tests/ops/test_linear_cpu.py checks this. It takes six times as many products, but the tiles compute them twelve times as
 // fast as AVX-512 computes fp32 products. (Henry, Tang, Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for
 // higher-precision computations", 2019.)
 //

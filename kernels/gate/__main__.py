@@ -18,7 +18,7 @@ time and prints
                     this takes an H200 at least
     cpu s           seconds of one core to compile
 
-`tests/test_gate.py` fails on everything that `measure.failures` reports.
+`tests/gate/test_gate.py` fails on everything that `measure.failures` reports.
 
 All 835 rows take under 4 minutes on two cores (466 s of one): three quarters in Triton's and LLVM's passes, a quarter in ptxas.
 To keep it that short, a stage's result is reused where another architecture's would be the same (`compiling.SHARED`), and

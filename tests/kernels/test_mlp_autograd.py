@@ -16,7 +16,7 @@ from nanogpt_fast.ops.mlp import gelu_mlp
 
 FUSED = backend.parse("fused")
 DEVICE = harness.DEVICE
-FORMS = pytest.mark.parametrize("form", ("epilogue", "pointwise"))      # the third is for Hopper alone: tests/test_mlp_hopper.py
+FORMS = pytest.mark.parametrize("form", ("epilogue", "pointwise"))      # the third is for Hopper alone: tests/ops/test_mlp_hopper.py
 NAMES = ("x", "w_fc", "b_fc", "w_proj", "b_proj")
 
 

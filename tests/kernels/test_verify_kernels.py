@@ -12,7 +12,7 @@ def run(tmp_path, *words):
     """(exit status, rows) of one run."""
     status = verify.main([*words, f"--json={tmp_path / 'rows.json'}"])
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    return status, [row for row in rows if row["implementation"] != "cpp"]  # tests/test_verify.py looks at these
+    return status, [row for row in rows if row["implementation"] != "cpp"]  # tests/checks/test_verify.py looks at these
 
 
 def test_the_ops_pass_as_they_are_forward_and_backward_in_each_dtype(tmp_path, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package
 from benchmarks.gpu import __main__ as kit, ahead  # noqa: E402
 from benchmarks.gpu.lease import Lease, Stage  # noqa: E402

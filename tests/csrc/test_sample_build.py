@@ -9,7 +9,7 @@ import pytest
 
 from nanogpt_fast.ops import extension
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 pytest.importorskip("pybind11")
 pytest.importorskip("ninja")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package
 
 from benchmarks import swap_table  # noqa: E402

@@ -48,14 +48,14 @@ def test_training_is_timed_variant_by_variant_with_every_sample(tmp_path, capsys
 
 
 def test_a_real_checkouts_model_runs_beside_ours(tmp_path):
-    shutil.copy(Path(__file__).parent / "plain.py", tmp_path / "model.py")
+    shutil.copy(Path(__file__).parents[1] / "plain.py", tmp_path / "model.py")
     record = run(tmp_path, "train", "--apart=False", "--model=tiny", "--only=nanoGPT,our trainer", "--rounds=1", f"--upstream={tmp_path}")
     assert record["against"] == "nanoGPT checkout" and record["variants"]["nanoGPT"]["ops"] == {}
     assert str(tmp_path) not in json.dumps(record["options"])
 
 
 def test_without_a_checkout_nanogpts_side_trains_exactly_as_a_checkouts(tmp_path):
-    shutil.copy(Path(__file__).parent / "plain.py", tmp_path / "model.py")
+    shutil.copy(Path(__file__).parents[1] / "plain.py", tmp_path / "model.py")
     variant, x = train.Variant(nanogpt=True), torch.randint(65, (4, 32))
     losses = []
     for words in ((), (f"--upstream={tmp_path}",)):
@@ -117,7 +117,7 @@ def test_the_plain_cache_computes_what_the_model_does():
 
 
 def test_our_nanogpt_loop_draws_what_a_checkouts_generate_draws(tmp_path):
-    shutil.copy(Path(__file__).parent / "plain.py", tmp_path / "model.py")
+    shutil.copy(Path(__file__).parents[1] / "plain.py", tmp_path / "model.py")
     idx, drawn = torch.randint(65, (2, 5)), []
     for kind, words in ((generate.NanoGPTLoop, ()), (generate.UpstreamLoop, (f"--upstream={tmp_path}",))):
         side = kind(asked(*words), config(), CPU, torch.float32)

@@ -14,7 +14,7 @@ import torch
 from nanogpt_fast import cli
 from nanogpt_fast.swap import run
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @pytest.fixture

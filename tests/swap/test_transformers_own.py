@@ -16,7 +16,7 @@ CHECKOUT, TESTS = os.environ.get("TRANSFORMERS_DIR"), "tests/models/gpt2/test_mo
 
 def outcomes(folder, *plugin):
     """({test: its outcome in JUnit's words}, (modules swapped, calls on our formulas, all calls), what was printed) of their file."""
-    shutil.copy(Path(__file__).parent / "accelerated_gpt2.py", folder)      # here, tests/kernels would be the package "kernels" for transformers
+    shutil.copy(Path(__file__).parents[1] / "accelerated_gpt2.py", folder)      # here, tests/kernels would be the package "kernels" for transformers
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:warnings", f"--junitxml={folder / 'results.xml'}",
                *plugin, TESTS]

@@ -47,7 +47,7 @@ def test_a_python_without_pydoc_data_says_so(monkeypatch):
 
 
 def shakespeare_file():
-    here = Path(__file__).parent.parent
+    here = Path(__file__).parents[2]
     found = os.environ.get("NANOGPT_FAST_SHAKESPEARE") or here / "data/shakespeare_char/input.txt"
     if not Path(found).is_file():
         pytest.skip("set NANOGPT_FAST_SHAKESPEARE to tinyshakespeare's input.txt")

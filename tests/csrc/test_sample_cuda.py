@@ -15,7 +15,7 @@ import torch
 
 from nanogpt_fast.ops import extension, sample as sampler
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 KERNEL = os.path.join(ROOT, "csrc", "sampler", "cuda.cu")
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 COMPILER = shutil.which("c++") or shutil.which("g++")
