@@ -1,11 +1,12 @@
-"""Turns benchmarks/results/ into the tables of README.md, docs/gpu.md and docs/swap.md and into plots. No figure there is typed.
+"""Turns benchmarks/results/ into the tables of README.md, docs/measured.md, docs/gpu.md and docs/swap.md, and into plots.
 
     python -m benchmarks.report                   print the generated sections
-    python -m benchmarks.report --write           put them into README.md, docs/gpu.md and docs/swap.md, and draw docs/measured/*.png
+    python -m benchmarks.report --write           write them into those four files, and draw docs/measured/*.png
     python -m benchmarks.report --summary FILE    one screen of one results file
 
-Of what was measured more than once the last counts. A row without a measurement says so. tests/benchmarks/test_benchmarks.py holds the
-README to what this prints.
+No figure there is typed by hand. Where something was measured more than once, the newest measurement counts; a row without one says
+so. A section stands between `<!-- generated: NAME -->` and `<!-- end -->`, each name in exactly one file (`DOCUMENTS`).
+tests/test_benchmarks.py checks that the files hold what this prints.
 """
 import argparse
 import json
@@ -74,14 +75,14 @@ def trained_on_a_gpu(records):
 
 
 def generate(records, device, batches=(1, 8, 64)):
-    rows, newest = [], None
+    rows, shown = [], []
     if last(records, "generate", device, model="gpt2") is None:
         return f"**GPT-2 124M**, batch {', '.join(map(str, batches))}: {MISSING} (nanoGPT's loop, a plain KV cache, ours)"
     names = ["nanoGPT", "plain KV cache", "ours", *(["plain KV cache bf16", "ours bf16"] if device == "cpu" else [])]
     alone = {}  # tokens a second at batch 1
     for B in batches:
         record = last(records, "generate", device, model="gpt2", batch_size=B)
-        newest = record or newest
+        shown += [record] if record else []
         found = record["variants"] if record else {}
         for name in names:
             if name not in found:
@@ -94,25 +95,25 @@ def generate(records, device, batches=(1, 8, 64)):
             rows.append([B, name, f"{row['tokens_per_s']:,.0f}", *ratios, f"{100 * row['of_limit']:.0f} %",
                          f"{1e3 * row['prefill_s']:,.1f} ms", percentiles(row["latency"])])
     head = ["batch", "", "tokens/s", "times nanoGPT", "times a plain cache", "times batch 1", "of the memory limit", "prefill", "ms a token: median, 90 %, 99 %"]
-    return table(head, rows) + small(newest, lambda r: (
+    return table(head, rows) + small(shown[-1] if shown else None, lambda r: (
         f"GPT-2 124M, {r['prompt']} tokens of prompt, {r['dtype']} unless said; nanoGPT is {r['against']}; the limit: weights "
-        f"and cache read once a step at the {r['limits']['memory'] / 1e9:,.0f} GB/s that the same run reached"))
+        f"and cache read once a step at the {r['limits']['memory'] / 1e9:,.0f} GB/s that the same run reached"), shown)
 
 
 def kernels(records, device="cuda"):
-    rows, newest = [], None
+    rows, shown = [], []
     wanted = [(op, shape, direction) for op, shape in GPU_KERNELS for direction in ("forward", "both")]
     wanted += [(op, shape, "forward") for op, shape in GPU_STEPS]
     for op, shape, direction in wanted:
         record = last(records, "kernel", device, op=op, shape=shape, direction=direction, dtype="bfloat16")
-        newest = record or newest
+        shown += [record] if record else []
         size = ", ".join(f"{key}={value:,}" for key, value in shape.items())
         way = "forward" if direction == "forward" else "forward + backward"
         rows.append([op, size, way, *(kernel_row(record) if record else [MISSING, "", "", "", ""])])
     head = ["op", "shape", "", "ours, us", "of the limit", "eager, us", "torch.compile, us", "fastest peer, us"]
-    return table(head, rows) + small(newest, lambda r: (
+    return table(head, rows) + small(shown[-1] if shown else None, lambda r: (
         "bf16; medians, cold caches; the limit is the copy bandwidth or matmul rate that the same run reached "
-        f"({r['limits']['copy'] / 1e12:.2f} TB/s, {r['limits']['matmul'] / 1e12:.0f} TFLOP/s)"))
+        f"({r['limits']['copy'] / 1e12:.2f} TB/s, {r['limits']['matmul'] / 1e12:.0f} TFLOP/s)"), shown)
 
 
 def kernel_row(record):
@@ -204,7 +205,7 @@ def ladder():
     path = RESULTS / "ladder.md"
     if not path.exists():
         return f"`nanogpt-fast ladder`: {MISSING}"
-    return path.read_text().split("\n\n**")[0] + "\n\n![ladder](docs/ladder.png)"
+    return path.read_text().split("\n\n**")[0] + "\n\n![ladder](ladder.png)"
 
 
 def gate():
@@ -234,10 +235,16 @@ def shorten(text, head=30, tail=8, width=150):
     return "\n".join(lines)
 
 
-def sections(records):
-    """{name: markdown} of the README's generated sections."""
+# --------------------------------------------------------------------------------------------------------------- documents
+
+def front_page(records):
+    """{name: markdown} of the generated sections of README.md."""
+    return {"result": result(records), "at a glance": at_a_glance(records), "sample": sample()}
+
+
+def measured(records):
+    """{name: markdown} of the generated sections of docs/measured.md."""
     return {
-        "result": result(records),
         "train on a GPU": "\n\n".join([*trained_on_a_gpu(records), *(train(records, "cuda", model, title) for model, title in (
             ("gpt2-medium", "GPT-2 350M"), ("baby", "baby character GPT")))]),
         "generate on a GPU": generate(records, "cuda"),
@@ -256,15 +263,13 @@ def sections(records):
     }
 
 
-DOCUMENTS = {"README.md": sections, "docs/gpu.md": report_gpu.sections, "docs/swap.md": swap_table.sections}
+DOCUMENTS = {"README.md": front_page, "docs/measured.md": measured, "docs/gpu.md": report_gpu.sections, "docs/swap.md": swap_table.sections}
 
 
 def result(records):
-    """The first line of the README."""
+    """The result that README.md begins with."""
     told = {"nanoGPT compiled", "one import", "our trainer"}
-    record = next((r for r in reversed(records) if r["benchmark"] == "train" and device_of(r) == "cuda"
-                   and told <= {name for name, row in r["variants"].items() if "tokens_per_s" in row}
-                   and r["options"]["model"] == "gpt2" and r["shape"]["batch_size"] == 64), None)
+    record = last([r for r in records if told <= _timed(r)], "train", "cuda", model="gpt2", batch_size=64)
     if record is None:
         return f"On a GPU: {MISSING}."
     rate = {name: row["tokens_per_s"] for name, row in record["variants"].items() if "tokens_per_s" in row}
@@ -275,21 +280,65 @@ def result(records):
             f"instead of {record['variants']['nanoGPT compiled']['peak_memory'] / 2**30:.0f} ([docs/gpu.md](docs/gpu.md)).")
 
 
+# README.md's table: (what, device, benchmark, the fastest that is not ours, ours, what the record must have).
+GLANCE = (
+    ("train GPT-2 124M, {batch_size} x {block_size} tokens a step", "cuda", "train", "nanoGPT compiled", "our trainer", dict(model="gpt2", batch_size=64)),
+    ("the same script, one import changed", "cuda", "train", "nanoGPT compiled", "one import", dict(model="gpt2", batch_size=64)),
+    ("train the baby character GPT, {batch_size} x {block_size} tokens a step", "cuda", "train", "nanoGPT compiled", "our trainer", dict(model="baby")),
+    ("generate, GPT-2 124M, one sequence", "cuda", "generate", "nanoGPT", "ours", dict(model="gpt2", batch_size=1)),
+    ("train GPT-2 124M, {batch_size} x {block_size} tokens a step", "cpu", "train", "nanoGPT bf16 fused compiled", "our trainer bf16", dict(model="gpt2")),
+    ("generate, GPT-2 124M, one sequence", "cpu", "generate", "plain KV cache bf16", "ours bf16", dict(model="gpt2", batch_size=1)),
+)
+
+
+def at_a_glance(records):
+    """README.md's one table. It has only what was measured; docs/measured.md names what was not."""
+    rows = []
+    for what, device, benchmark, rival, ours, fields in GLANCE:
+        record = last([r for r in records if {rival, ours} <= _timed(r)], benchmark, device, **fields)
+        if record is not None:
+            theirs, mine = (record["variants"][name]["tokens_per_s"] for name in (rival, ours))
+            e = record["environment"]
+            machine = e["gpu"] if device == "cuda" else f"{e['cpu']}, {e['threads']} threads"
+            rows.append([what.format_map(record.get("shape", {})), machine, f"{theirs:,.0f} ({rival})", f"{mine:,.0f} ({ours})", f"{mine / theirs:.2f}"])
+    return table(["", "on", "the fastest other, tokens/s", "nanogpt_fast, tokens/s", "times"], rows or [[MISSING, "", "", "", ""]])
+
+
+def _timed(record):
+    """The names of the variants of an end-to-end record that have a rate."""
+    return {name for name, row in record.get("variants", {}).items() if "tokens_per_s" in row}
+
+
+def sample():
+    """What a model that `nanogpt-fast demo` has just trained writes."""
+    path = RESULTS / "demo.txt"
+    if not path.exists():
+        return f"`nanogpt-fast demo`: {MISSING}"
+    completion = re.search(r"^The prompt .*?(?=^\d+ seconds, )", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return f"```text\n$ nanogpt-fast demo\n...\n{completion[0].rstrip()}\n```"
+
+
 def image(name):
-    """A line that shows a plot, where it was drawn."""
-    return f"\n\n![{name}](docs/measured/{name}.png)" if (PLOTS / f"{name}.png").exists() else ""
+    """A line that shows a plot in docs/measured.md, or nothing where it was not drawn."""
+    return f"\n\n![{name}](measured/{name}.png)" if (PLOTS / f"{name}.png").exists() else ""
 
 
 MARKED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def fill(text, found):
-    """The README's text with its generated sections replaced. Raises ValueError for a marker that nothing fills."""
-    def put(match):
-        if match[2] not in found:
-            raise ValueError(f"there is a section {match[2]!r}; the report has {', '.join(found)}")
-        return f"{match[1]}\n{found[match[2]]}\n\n{match[3]}"
-    return MARKED.sub(put, text)
+    """A document's text with its generated sections replaced.
+
+    Raises ValueError for a marker that nothing fills, for a section that has no marker, and for a marker that stands there twice.
+    """
+    marked = [name for _, name, _ in MARKED.findall(text)]
+    for name in marked:
+        if name not in found:
+            raise ValueError(f"there is a marker for a section {name!r}; the report has {', '.join(found)}")
+    for name in found:
+        if marked.count(name) != 1:
+            raise ValueError(f"the marker <!-- generated: {name} --> stands there {marked.count(name)} times; expected once")
+    return MARKED.sub(lambda match: f"{match[1]}\n{found[match[2]]}\n\n{match[3]}", text)
 
 
 # ------------------------------------------------------------------------------------------------------------------- plots
@@ -438,7 +487,7 @@ def summary(records):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="write README.md's generated sections and the plots")
+    parser.add_argument("--write", action="store_true", help="write the documents' generated sections and the plots")
     parser.add_argument("--summary", metavar="FILE", help="one screen of this results file")
     args = parser.parse_args(argv)
     if args.summary:
@@ -450,7 +499,11 @@ def main(argv=None):
         print("drawn: " + (", ".join(draw(records)) or "nothing"))
         for name, found in DOCUMENTS.items():
             document = ROOT / name
-            document.write_text(fill(document.read_text(encoding="utf-8"), found(records)), encoding="utf-8")
+            try:
+                text = fill(document.read_text(encoding="utf-8"), found(records))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            document.write_text(text, encoding="utf-8")
         return
     for found in DOCUMENTS.values():
         for name, text in found(records).items():

@@ -1,4 +1,4 @@
-"""Result files and Markdown: what the reports share (report.py for README.md, report_gpu.py for docs/gpu.md)."""
+"""Result files and Markdown: what report.py and report_gpu.py share."""
 import json
 import statistics
 from pathlib import Path
@@ -34,15 +34,16 @@ def table(head, rows):
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
-def where(record):
-    """The machine and the versions, as a line of small print."""
+def where(record, rows=()):
+    """The machine and the versions, as a line of small print. rows: the records of a table whose rows come from several runs."""
     e = record["environment"]
+    commits = list(dict.fromkeys(row["environment"]["commit"] for row in rows or [record]))
     machine = f"{e['cpu']}, {e['threads']} threads"
     if device_of(record) == "cuda":
         machine = f"{e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}"
     triton = f", Triton {e['triton']}" if "triton" in e else ""
     load = f", load {e['load']:.1f} on {e['cores']} cores" if "load" in e and device_of(record) == "cpu" else ""
-    return f"<sub>{machine}; torch {e['torch']}{triton}; commit {e['commit']}, {e['time'][:10]}{load}</sub>"
+    return f"<sub>{machine}; torch {e['torch']}{triton}; {'commits' if commits[1:] else 'commit'} {', '.join(commits)}, {e['time'][:10]}{load}</sub>"
 
 
 def spread(samples):
@@ -53,9 +54,9 @@ def spread(samples):
     return (high - low) / 2 / middle
 
 
-def small(record, words=lambda record: ""):
-    """The small print under a table."""
+def small(record, words=lambda record: "", rows=()):
+    """The small print under a table. record: the one that it describes; rows: as for `where`."""
     if record is None:
         return ""
     text = words(record)
-    return "\n\n" + where(record).replace("<sub>", f"<sub>{text}. " if text else "<sub>")
+    return "\n\n" + where(record, rows).replace("<sub>", f"<sub>{text}. " if text else "<sub>")

@@ -150,13 +150,12 @@ def train_record(tokens_per_s, **environment):
 def test_a_documents_tables_are_what_the_report_prints(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     found = report.DOCUMENTS[document](report.read())
-    assert {name for _, name, _ in report.MARKED.findall(text)} == set(found)
     assert report.fill(text, found) == text, "run: python -m benchmarks.report --write"
 
 
 def test_what_was_not_measured_says_so():
-    for name, text in (report.sections([]) | report_gpu.sections([])).items():
-        if name not in ("doctor", "verify", "compile gate", "ladder", "predicted"):  # files of their own, not records
+    for name, text in (report.front_page([]) | report.measured([]) | report_gpu.sections([])).items():
+        if name not in ("doctor", "verify", "compile gate", "ladder", "sample", "predicted"):  # files of their own, not records
             assert report.MISSING in text, name
     assert report.train([train_record(1000)], "cuda", "gpt2", "GPT-2").count(report.MISSING) == 3  # of the six variants
 
@@ -207,6 +206,24 @@ def test_the_newest_of_two_measurements_counts(tmp_path):
 def test_a_marker_that_nothing_fills_is_an_error():
     with pytest.raises(ValueError, match="a section 'no such'"):
         report.fill("<!-- generated: no such -->\n<!-- end -->", {"other": ""})
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_section_whose_marker_is_missing_or_doubled_is_an_error(times):
+    with pytest.raises(ValueError, match=f"generated: kept --> stands there {times} times"):
+        report.fill("<!-- generated: kept -->\n<!-- end -->\n" * times, {"kept": ""})
+
+
+def test_no_two_documents_have_a_section_of_one_name():
+    names = [name for found in report.DOCUMENTS.values() for name in found([])]
+    assert len(names) == len(set(names))
+
+
+def test_the_front_page_has_only_what_was_measured():
+    record = train_record(1000)
+    record["options"]["batch_size"] = record["shape"]["batch_size"] = 64
+    assert report.at_a_glance([record]).splitlines()[2:] == [
+        "| the same script, one import changed | NVIDIA H200 | 1,000 (nanoGPT compiled) | 1,500 (one import) | 1.50 |"]
 
 
 def test_plots_are_drawn_of_what_was_measured(tmp_path, monkeypatch):
