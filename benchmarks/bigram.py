@@ -1,4 +1,4 @@
-"""The code-along notebook's last figure (FEATURES E10): the bigram after 20,000 steps of AdamW at 1e-3, batch 32, T = 8.
+"""The code-along notebook's last figure: the bigram after 20,000 steps of AdamW at 1e-3, batch 32, T = 8.
 
     python -m benchmarks.bigram TEXT          TEXT: tinyshakespeare's input.txt
 

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.run` takes it for published figures, the pytest-benchmark files of this folder for browsing.
 
-A case's `make(device)` draws random inputs; several sets of them take turns, so that no call finds its own in a cache.
+A case's `make(device)` draws random inputs; several sets take turns, so that no call finds its inputs in a cache.
 `implementations` are functions of one set. Directions: "forward" is inference (no_grad); "both" is forward and backward in one
 call, as training does it, because an op may do part of its backward in its forward (linear cross-entropy does).
 
@@ -52,8 +52,8 @@ class Case:
     def runs(self, device, names=None, sets=3):
         """({name: function without arguments that runs it once}, {name: why it cannot run here}).
 
-        names: of implementations, all by default; sets: of inputs, which take turns. Each is called once, so what compiles has
-        compiled and what fails is told.
+        names: of implementations, all by default; sets: of inputs, which take turns. Each implementation is called once here, so that
+        compiling is done and failures are known before anything is timed.
         """
         inputs = [self.make(device) for _ in range(sets)]
         cotangents = {}  # by shape and dtype of the result: random and contiguous, as the op above would send it
@@ -347,7 +347,7 @@ def cases(device_type, quick=False):
 def _on_cuda():
     bf16 = torch.bfloat16
     tokens = 32 * 1024
-    # What GPT-2 124M's step is made of comes first: where time is short, it is had.
+    # What GPT-2 124M's step is made of comes first, so that a run that is cut short has it.
     for direction in (BOTH, FORWARD):
         yield attention_case(32, 1024, 12, 64, bf16, direction, sweep="T")
         yield layer_norm_case(tokens, 768, bf16, direction, sweep="C")

@@ -3,10 +3,10 @@
     python -m benchmarks.overhead [--repeats 400] [--op layer_norm] [--json FILE]
 
 A step of GPT-2 124M calls some 75 ops; at small sizes the GPU waits for the host, so what an op does around its launch
-(checks, choice of implementation, autograd) must be little. The bare Function saves and allocates what the op does and hands as
-many arguments to its kernels; on both sides the kernels are stubs that take them and do nothing. The two take turns in short
-blocks of calls, and of each the fastest block counts: a busy machine only ever adds. Float32 without autocast and dropout, backend
-"fused". On a machine without a GPU a CPU's tensors take the same way; with one, asking for the device is in it too.
+(checks, choice of implementation, autograd) must be cheap. The bare Function saves and allocates what the op does and passes as many
+arguments to its kernels; on both sides the kernels are stubs that do nothing. The two take turns in short blocks of calls, and the
+fastest block of each counts: load only ever adds time. Float32 without autocast and dropout, backend "fused". On a machine without a GPU,
+CPU tensors take the same path; with one, the device query is included.
 
 To add an op: write a function that returns an Entry, and put it into ENTRIES.
 """
@@ -21,14 +21,14 @@ import torch
 
 from nanogpt_fast.bench import measure
 
-LIMIT = 1.5  # times the bare Function: the target of the issue that asked for these ops
+LIMIT = 1.5  # times the bare Function: the target for these ops
 
 
 @dataclass
 class Entry:
     """An op and its floor. Both are called without arguments and return a tensor that requires grad, or a tuple of them.
 
-    without_launches: gives a context manager that takes the op's kernel launches out. inputs: what the backward is asked for.
+    without_launches: returns a context manager that removes the op's kernel launches. inputs: the tensors whose gradients are asked for.
     """
     op: Callable
     bare: Callable
@@ -37,7 +37,7 @@ class Entry:
 
 
 class replaced:
-    """Attributes of a module, replaced inside a with."""
+    """Replaces attributes of a module inside the block."""
 
     def __init__(self, module, **replacements):
         self.module, self.replacements = module, replacements
@@ -225,7 +225,7 @@ def ratios(entry, repeats=400, calls=20):
         torch.autograd.grad(outputs, entry.inputs, outputs)
 
     results = {}
-    # A CPU's tensors, taken for ones that a kernel can run on: the choice of implementation goes on to its end.
+    # CPU tensors that claim to be on a GPU, so that the whole choice of implementation runs.
     with entry.without_launches(), replaced(backend, _interpreted=True):
         for name, run in (("forward", forward), ("forward + backward", both)):
             fastest = {entry.bare: float("inf"), entry.op: float("inf")}

@@ -1,10 +1,10 @@
-"""Is our bf16 training step as near to float32 as bf16 autocast is by itself? Loss curves of one model in three arithmetics.
+"""Is our bf16 training step as close to float32 as bf16 autocast alone? Loss curves of one model in three arithmetics.
 
     python -m benchmarks.precision [--model cpu|gpt2] [--steps 100] [--seeds 2] [--data TEXT]
 
 float32 and bf16 autocast are nanoGPT's own calls, ours is what `nanogpt-fast train` does; weights and batches are the same for the three.
-What is compared is the distance from float32's curve: our mean and largest over the steps beside bf16's own, seed by seed. Two seeds
-show how much either varies by chance.
+It compares the distances from float32's curve, ours and bf16 autocast's: mean and largest over the steps, for each seed. Two seeds
+show how much both vary by chance.
 """
 import argparse
 import statistics

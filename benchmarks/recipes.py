@@ -1,10 +1,10 @@
-"""Whole training runs whose end is known: the demo, and nanoGPT's CPU recipe on tinyshakespeare (validation loss 1.88 +- 0.05).
+"""Whole training runs with a known final loss: the demo, and nanoGPT's CPU recipe on tinyshakespeare (validation loss 1.88 +- 0.05).
 
-    python -m benchmarks.recipes demo                 # also draws docs/demo.png, the README's picture
+    python -m benchmarks.recipes demo                 # also draws docs/demo.png
     python -m benchmarks.recipes shakespeare TEXT     # TEXT: tinyshakespeare, checked by its sha256
     python -m benchmarks.recipes shakespeare TEXT --reference     # on nanoGPT's own calls in float32, to compare the time with
 
-Each is run by the command that a user would type, in a process of its own; the record holds that command.
+Each runs as the command that a user would type, in a separate process; the record holds that command.
 """
 import argparse
 import hashlib
@@ -33,7 +33,7 @@ REFERENCE = "--backend=reference --dtype=float32 --malloc=off"
 
 
 def run(name, command, json_file, text=None):
-    """Run `nanogpt-fast <command>` in an empty folder and record where its validation loss ended, and after how long."""
+    """Run `nanogpt-fast <command>` in an empty folder and record its final validation loss and how long it took."""
     with tempfile.TemporaryDirectory() as folder:
         if text:
             target = Path(folder, "data", "shakespeare_char", "input.txt")

@@ -12,14 +12,14 @@ def sections(records):
             "mlp steps": mlp_steps(records), "attention forms": attention_forms(records), "checks": checked(records)}
 
 
-# What GPT-2 124M's step takes on an H100 of the sweep's rows: {start of a group's name: row}. The others stand beside it.
+# Which row of the sweep GPT-2 124M's step takes on an H100: {start of a group's name: row}.
 SHIPPED = {"attention forward": "cuDNN", "attention backward": "hopper", "MLP forward": "hopper",
            "MLP backward": "hopper", "loss rows": "4 chunks", "add + LayerNorm": "ours"}
 SWEPT_PEERS = ("cuDNN", "cuDNN packed", "flash", "PyTorch", "compile")
 
 
 def swept(records):
-    """Forms and tiles of the sweep: what the step takes, the fastest and the slowest of ours, PyTorch's."""
+    """Forms and tiles of the sweep: what the step takes, the fastest of ours, and PyTorch's."""
     newest, rows = {}, []
     for record in records:
         if record["benchmark"] == "sweep" and "dropout" not in record["group"]:
@@ -46,7 +46,7 @@ def swept(records):
 
 
 def predicted(records):
-    """What was written down before the first run, beside what was measured."""
+    """What was predicted before the first run, beside what was measured."""
     path = RESULTS / "predictions.json"
     if not path.exists():
         return MISSING
@@ -66,7 +66,7 @@ def _figure(value):
 
 
 def _measured(records, what, commits=None):
-    """The figure that a prediction's name stands for, or None. commits: it must be of one of these."""
+    """The measured figure for a prediction's name, or None. commits: only records of these."""
     records = [r for r in records if commits is None or r["environment"]["commit"] in commits]
     words, _, row = what.rpartition(", ")
     if what.startswith(("generate ", "prefill ")):
@@ -84,7 +84,7 @@ def _measured(records, what, commits=None):
         return record["median_us"][what.split()[1]][row] if record else None
     if what.startswith("train "):
         model, B = what.split()[1], int(what.split()[2].split("x")[0])
-        # the first that has both: what was predicted is the code as it was
+        # the first record that has both: the prediction was for that code
         record = next((r for r in records if r["benchmark"] == "train" and device_of(r) == "cuda" and r["options"]["model"] == model
                        and r["shape"]["batch_size"] == B and "samples" in r["variants"].get("our trainer" if "over" in row else row, ())), None)
         ms = {name: 1e3 * statistics.median(found["samples"]) for name, found in (record["variants"] if record else {}).items()
@@ -104,7 +104,7 @@ def _measured(records, what, commits=None):
     return min(ours, default=None)
 
 
-# What a kernel of a step's profile does, by a part of its name; the first that fits.
+# What a kernel in a step's profile does, by a part of its name; the first match counts.
 KINDS = (("attention", ("cudnn", "backward_head", "backward_dq", "backward_dkdv", "fort_native_sdpa", "cat_transpose", "unsafe_view_cat",
                         "::dq_kernel", "::dkdv_kernel")),
          ("matmuls", ("nvjet", "gemm", "cublasLt", "splitKreduce")), ("MLP's products with GELU in them", ("linear_dact", "linear_act")),
@@ -161,7 +161,7 @@ def attention_forms(records):
 
 
 def mlp_steps(records):
-    """What each finding brought while the MLP's kernel for Hopper was made."""
+    """What each step brought while the MLP's kernel for Hopper was written."""
     found = [record for record in records if record["benchmark"] == "mlp steps"]
     rows = [[r["what"], f"{r['median_us']['forward']:,.0f}", f"{r['median_us']['backward']:,.0f}"] for r in found]
     if not rows:

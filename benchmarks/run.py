@@ -3,8 +3,8 @@
     python -m benchmarks.run [--device cuda|cpu] [--only attention,MLP] [--implementations ours,eager] [--minutes N]
 
 The implementations of a case take turns. On a GPU: events, cold caches, inputs that rotate (measure.interleaved_on_gpu); on a
-CPU its clock. What the machine reaches in copying and in matmuls is measured first, in the same run: a row's share is of that.
-A case is appended to the file as soon as it is had, and none is begun when the minutes are over.
+CPU its clock. The rates that the machine reaches in copies and matmuls are measured first, in the same run: a row's share is of those.
+Each case is appended to the file as soon as it is timed, and none begins after the minutes are over.
 """
 import argparse
 import time
@@ -29,7 +29,7 @@ def main(argv=None):
     left = [case for case in cases(device.type, args.quick) if not words or any(word in case.name for word in words)]
     for done, case in enumerate(left):
         if time.monotonic() > until:
-            print(f"out of time: {len(left) - done} of {len(left)} cases were not begun")
+            print(f"out of time: {len(left) - done} of {len(left)} cases were not started")
             break
         if names and not names & case.implementations.keys():
             continue
@@ -56,7 +56,7 @@ def time_case(case, device, names, args, limits, until, path):
 
 
 def share(case, seconds, limits):
-    """What a time means: a rate, and its share of the limit that counts for this case."""
+    """A time as a rate, and as a share of the limit that bounds this case."""
     done, unit, scale = (case.bytes, "GB/s", 1e9) if case.bound == "copy" else (case.flops, "TFLOP/s", 1e12)
     return f"{done / seconds / scale:>9,.1f} {unit:<7} {100 * done / seconds / limits[case.bound]:>4.0f} % of {case.bound}"
 

@@ -65,7 +65,7 @@ def bare_step(logits, top_k):
 
 
 def captured(logits, **filters):
-    """CALLS steps in one CUDA graph: the host's part of a launch leaves the measurement."""
+    """CALLS steps in one CUDA graph, which takes the host's part of a launch out of the measurement."""
     out, seed, offset = streams(logits)
 
     def steps():

@@ -1,21 +1,21 @@
-"""Which public repositories' models `accelerate` swaps, and whether they compute what they did: the table in docs/swap.md.
+"""Which public repositories' models `accelerate` swaps, and whether they still compute the same: the table in docs/swap.md.
 
     python -m benchmarks.swap_table --checkouts DIR                  run all, keep the results, print the table
     python -m benchmarks.swap_table --checkouts DIR --only minGPT    print one result, keep nothing
     python -m benchmarks.report --write                              put the kept results into docs/swap.md
 
-DIR holds the checkouts, each in a folder named owner+name, or name alone. Nothing is fetched, and nothing of a repository is kept but
-its name, its commit, the names of its classes and what was measured. A repository runs in a process of its own; of a script that trains
-when it is imported, only imports, constants, functions and classes are executed.
+DIR holds the checkouts, each in a folder named owner+name, or name alone. Nothing is downloaded, and nothing of a repository is kept but
+its name, its commit, the names of its classes and what was measured. Each repository runs in a separate process. Of a script that trains
+on import, only imports, constants, functions and classes are executed.
 
 What runs. Each model is made small, with its own classes, random weights and without dropout, and called plain and accelerated with
 backend="fused": our Triton kernels, on a CPU in Triton's interpreter. Outputs and the gradients of all parameters are compared with those of
 the same model in float64: plain's error and ours, relative, in the 2-norm, the largest of all tensors; in float32 and under bf16 autocast.
-"Equal" asks that
+"Equal" requires that
 
     what is returned        has the same structure, types and shapes,
     our error               is at most 2 times plain's (gradients: 3 times), and in float32 1e-6 more, which is eight times its rounding,
-    nothing is left         switched off (backend="reference") and after `restore` the result has plain's very bits, in train and in eval mode.
+    nothing is left         switched off (backend="reference") and after `restore` the result has the same bits as plain, in train and in eval mode.
 """
 import argparse
 import ast
@@ -57,7 +57,7 @@ def repository(name, model):
 
 
 def definitions(path, name="definitions", **names):
-    """A module of the imports that work, the constants, functions and classes of a file; `names` are set after that."""
+    """A module with the imports of a file that work, its constants, functions and classes; `names` are set afterwards."""
     tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     module = types.ModuleType(name)
     module.__file__ = str(path)
@@ -335,7 +335,7 @@ def without_dropout(model):
 # --------------------------------------------------------------------------------------------------------------- one of them
 
 def examine(name, root):
-    """A row: what was swapped, what not and why, the errors, equal or not."""
+    """A row: what was swapped, what was not and why, the errors, and whether it is equal."""
     import nanogpt_fast
     title, build = REPOSITORIES[name]
     row = {"repository": name, "commit": commit_of(root), "model": title}
@@ -453,7 +453,7 @@ def structure(result):
 
 
 def largest(found, exact):
-    """The largest error of corresponding tensors, relative; a tensor that is nearly 0 beside the others counts less."""
+    """The largest error of corresponding tensors, relative; a tensor that is nearly 0 compared with the others counts less."""
     if len(found) != len(exact):
         return float("inf")
     size = (sum(t.double().square().sum() for t in exact) / max(1, sum(t.numel() for t in exact))).sqrt()
@@ -493,7 +493,7 @@ PARTS = {"attention": "attention", "mlp": "MLP", "layer_norm": "LayerNorm", "blo
 
 
 def sections(records=()):
-    """Of docs/swap.md; `records`, the timed results, are not asked."""
+    """The generated sections of docs/swap.md; `records`, the timed results, are not used."""
     results = json.loads(RESULT.read_text(encoding="utf-8"))
     rows, absent = [], []
     for row in results["rows"]:

@@ -29,5 +29,5 @@ def test_time(case, name, benchmark):
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
     benchmark.group = case.name
-    benchmark.name = name  # the row: the case stands above it
+    benchmark.name = name  # the row's name; the group's is the case
     benchmark.pedantic(call, rounds=20, warmup_rounds=2)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.training_step [--upstream DIR] [--json FILE]
 
-Both models stand in one process and take turns; the ratio is the median of five repeats of 15 pairs. Peak memory is measured
+Both models live in one process and take turns; the ratio is the median of five repeats of 15 pairs. Peak memory is measured
 in a fresh process for each. The plain model is tests/plain.py, or the model.py of a nanoGPT checkout (--upstream DIR).
 """
 import argparse
@@ -61,7 +61,7 @@ def peak_memory(name, shape):
 
 
 def import_seconds():
-    """Seconds that importing the GPT takes beyond `import torch`, median of five fresh processes."""
+    """Seconds that importing the GPT takes on top of `import torch`, median of five fresh processes."""
     code = "import time, torch; t = time.perf_counter(); from nanogpt_fast import GPT; print(time.perf_counter() - t)"
     return statistics.median(float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
                              for _ in range(5))

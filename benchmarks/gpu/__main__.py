@@ -1,10 +1,10 @@
-"""The stages, in the order of value: right; the training step beside compiled nanoGPT; where its time goes; the sweep; the rest.
+"""The stages, most valuable first: correctness; the training step beside compiled nanoGPT; where its time goes; the sweep; the rest.
 
     python -m benchmarks.gpu DIR [all|first|second|rest] [MINUTES] [--upstream DIR] [--more DIR] [--only NAME,NAME]
 
-DIR gets log.txt (what all stages print, as it comes), results.jsonl (every result when it is had), failures.txt (every failed
-test), stages.jsonl, summary.txt, and more.tar.gz of what is large (traces, tables). NANOGPT_FAST_COMMIT names the commit where
-the tree came without its history; NANOGPT_FAST_DRY_RUN=1 goes the same way on a CPU: it tries the machinery and measures nothing.
+DIR gets log.txt (the output of all stages, as it comes), results.jsonl (every result, at once), failures.txt (every failed test),
+stages.jsonl, summary.txt, and more.tar.gz with the large files (traces, tables). NANOGPT_FAST_COMMIT names the commit if the tree
+came without its history; NANOGPT_FAST_DRY_RUN=1 runs the same stages on a CPU, to test the machinery, and measures nothing.
 """
 import argparse
 import json
@@ -19,7 +19,7 @@ from benchmarks.gpu import ahead
 from benchmarks.gpu.lease import Lease, Stage
 
 PYTHON = sys.executable
-# The first call's: what trains and generates, one case a test, at most 150 kernels to compile (tests/benchmarks/test_gpu_kit.py counts them).
+# For the first run: what trains and generates, one case a test, at most 150 kernels to compile (tests/test_gpu_kit.py counts them).
 CORE_TESTS = [f"tests/kernels/test_{name}.py" for name in (
     "training_kernels", "model", "decode_kernels", "attention_autograd", "cross_entropy_autograd", "mlp_autograd")]
 KERNEL_TESTS = CORE_TESTS + [f"tests/kernels/test_{name}.py" for name in (
@@ -28,7 +28,7 @@ KERNEL_TESTS = CORE_TESTS + [f"tests/kernels/test_{name}.py" for name in (
 
 
 def stages(part, folder, more, upstream, dry):
-    """The Stages of a part. A dry run has the same names and order, and does of each what a CPU can."""
+    """The Stages of a part. A dry run has the same names in the same order, and runs whatever a CPU can of each."""
     results = folder / "results.jsonl"
     device = ["--device=cpu"] if dry else []
     upstream = [f"--upstream={upstream}"] if upstream else []
@@ -137,7 +137,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("part", nargs="?", default="all", choices=("all", "first", "second", "rest"))
-    parser.add_argument("minutes", nargs="?", type=float, help="all must be over by then; none: no limit")
+    parser.add_argument("minutes", nargs="?", type=float, help="stop by then; default: no limit")
     parser.add_argument("--upstream", default="", help="a nanoGPT checkout to run beside ours")
     parser.add_argument("--more", type=Path, help="where large files go first; default: DIR/more")
     parser.add_argument("--only", default="", help="the stages of these names, separated by commas; of a word that is no name, all that contain it")

@@ -1,12 +1,12 @@
-"""Compile on a machine without a GPU what the kit launches on compute capability 9.0, so that the lent GPU's minutes need not.
+"""Compile on a machine without a GPU what the kit launches on compute capability 9.0, to save minutes on the GPU machine.
 
     python -m benchmarks.gpu.ahead FOLDER [--only training,generation,checks,tests]
 
-FOLDER becomes a Triton cache: machine code, its description and the launchers, which C compilers make. The idea: a cache key is made of
-the kernel's source, the types of its arguments, which of them are 1 or multiples of 16, and of Triton's own version, and none of these
-needs a GPU. So the very code that will run there runs here, under a driver that says "sm_90" and a `JITFunction.run` that compiles
-and does not launch; tensors are PyTorch's fake ones, without memory, that claim to lie on GPU 0. A kernel that is missed costs its own
-compilation on the GPU machine, and nothing else. Triton must be of the version that is there, and so must Python be, for the launchers.
+FOLDER becomes a Triton cache: machine code, its description, and the launchers, which a C compiler builds. A cache key depends on the
+kernel's source, the types of its arguments, which of them are 1 or multiples of 16, and Triton's version; none of these needs a GPU. So
+the same code runs here as on the GPU machine, under a driver that says "sm_90" and a `JITFunction.run` that compiles and does not launch.
+Tensors are PyTorch's fake ones, without memory, and claim to be on GPU 0. A kernel that is missed is compiled on the GPU machine, and costs
+nothing else. Triton's version must be the same there, and Python's too, for the launchers.
 """
 import argparse
 import contextlib
@@ -39,7 +39,7 @@ def other_keys(folder):
 
 
 def seed(source=CARRIED, cache=None):
-    """Copy a folder that `main` filled into Triton's cache; returns how many kernels it has. Groups name their files by whole paths."""
+    """Copy a folder that `main` filled into Triton's cache; returns the number of kernels. Groups name their files by absolute paths."""
     cache = triton_cache() if cache is None else cache
 
     def group(files):
@@ -66,7 +66,7 @@ def seed(source=CARRIED, cache=None):
 
 
 class Driver:
-    """What `JITFunction.run` asks Triton's driver."""
+    """What `JITFunction.run` asks of Triton's driver."""
 
     def get_current_device(self):
         return 0
@@ -80,7 +80,7 @@ class Driver:
 
 
 def compile_only(launchers=True):
-    """From now on, a launch compiles and does no more. Returns the set of hashes that the kernels met so far have."""
+    """From now on a launch only compiles. Returns the set of the hashes of the kernels seen so far."""
     import triton.compiler
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -101,11 +101,11 @@ def compile_only(launchers=True):
 
 
 def under_every_key(compile):
-    """Triton's `compile`, whose result is found under every key that the kernel may have there: a group of files more for each.
+    """Triton's `compile`, with the result stored under every key that the kernel may have there: one more group of files for each.
 
-    Triton 3.6 adds the values of a helper's constants (`tl.constexpr` outside of functions) to the hash of what calls it only where the
-    helper was hashed before, so a process that launched something else first has another key for the same kernel: up to 48, for the
-    MLP's. Triton 3.9 has one.
+    Triton 3.6 adds the values of a helper's constants (module-level `tl.constexpr`) to the hash of its caller only if the helper was
+    hashed before. So a process that launched something else first has another key for the same kernel: up to 48 keys for the MLP's.
+    Triton 3.9 has one.
     """
     hashes = {}         # by the kernel's id: its own hash is what changes here
 
@@ -128,7 +128,7 @@ def under_every_key(compile):
 
 
 def hashes_in_any_order(kernel):
-    """The hashes that a kernel has, by which of its helpers were hashed before it."""
+    """All hashes that a kernel may have, depending on which of its helpers were hashed before it."""
     from triton import language as tl
     from triton.runtime.jit import JITFunction
 
@@ -158,7 +158,7 @@ def hashes_in_any_order(kernel):
 
 
 def launcher_class():
-    """Triton's launcher class, made to build its module here, against a libcuda.so.1 that has the names alone, and not to load it."""
+    """Triton's launcher class, changed to build its module against a stub libcuda.so.1 and not to load it."""
     from triton.backends.nvidia import driver
     from triton.runtime import build
     folder, sources = Path(tempfile.mkdtemp()), Path(driver.__file__).parent
@@ -172,8 +172,8 @@ def launcher_class():
 
 
 def pretend():
-    """Let every tensor claim to lie on GPU 0, an H100, where our code asks. The tensors stay a CPU's, so that PyTorch computes with
-    them: its autograd starts a thread for a GPU, and fails without one."""
+    """Let every tensor claim to be on GPU 0, an H100, when our code asks. PyTorch still sees CPU tensors and computes with them: its
+    autograd would start a thread for a GPU, and fail without one."""
     import torch
     from nanogpt_fast.kernels import cross_entropy
     from torch._subclasses.fake_tensor import FakeTensor
@@ -215,7 +215,7 @@ def pretend():
 
 @contextlib.contextmanager
 def hopper():
-    """Inside, the extension's kernels for Hopper are there and do nothing, so that the code around them asks Triton for the rest."""
+    """Inside the block the extension's kernels for Hopper exist and do nothing, so that the code around them launches the Triton kernels."""
     from nanogpt_fast.ops.hopper import attention as attention_hopper, mlp as mlp_hopper
     def attention(device, dtype, D, scale=None, dropout_p=0.0):
         return None if D == attention_hopper.HEAD and dropout_p == 0 and dtype in attention_hopper.DTYPES else "not for it"
@@ -234,7 +234,7 @@ def hopper():
 
 
 def training():
-    """A step as `bench train`, the checks and `verify` take it: with our trainer's copies of the weights, and as one import does."""
+    """A step as `bench train`, the checks and `verify` take it: with our trainer's copies of the weights, and with one import changed."""
     import torch
 
     from benchmarks.gpu.smoke import SMALL
@@ -260,7 +260,7 @@ def training():
 
 
 def generation():
-    """A decoding step and the prompt's pass, by rows; many rows go by ops."""
+    """A decoding step and the prompt's pass, for each number of rows; many rows take the ops."""
     import torch
 
     from benchmarks.gpu.smoke import SMALL
@@ -278,7 +278,7 @@ def generation():
 
 
 def checks():
-    """The kit's checks and `verify --quick`: our side of each, without what it is compared with."""
+    """The kit's checks and `verify --quick`: our side of each, without the side that it is compared with."""
     import torch
 
     from benchmarks.gpu import smoke
@@ -313,7 +313,7 @@ def checks():
 
 
 def tests():
-    """The kernels' tests, with memory but without a result: what compares passes, and a test that notices ends there."""
+    """The kernels' tests, with memory but without results: comparisons pass, and a test that notices stops there."""
     import pytest
     import torch
 
@@ -328,7 +328,7 @@ def tests():
     torch.cuda.is_available, torch.cuda.get_device_name = lambda: True, lambda *device: "none"
 
     class Drawn:
-        """Leaves out what hypothesis draws: it will draw something else there."""
+        """Skips what hypothesis draws: it would draw something else there."""
 
         def pytest_collection_modifyitems(self, config, items):
             items[:] = [item for item in items if not hasattr(item.function, "hypothesis")]
@@ -343,7 +343,7 @@ PARTS = {"training": training, "generation": generation, "checks": checks, "test
 
 @contextlib.contextmanager
 def attempted(name):
-    """What fails inside is a line, and what was compiled before stays."""
+    """A failure inside the block becomes a line of output; what was compiled before it stays."""
     try:
         yield
     except Exception:
@@ -351,7 +351,7 @@ def attempted(name):
 
 
 def tidy(folder):
-    """Leave what a hit loads; returns (kernels, bytes). TRITON_STORE_BINARY_ONLY leaves out the rest but for the source."""
+    """Keep only what a cache hit loads; returns (kernels, bytes). TRITON_STORE_BINARY_ONLY omits all but the source."""
     others = []
     for path in sorted(folder.glob("*/__grp__*")):
         files = json.loads(path.read_text())["child_paths"]         # later Tritons refuse a group of which a file is missing

@@ -1,4 +1,4 @@
-"""Kernels that are tried, not shipped: the sweep times them beside ours, and what wins moves to kernels/ with its tests.
+"""Kernels that were tried and not shipped: the sweep times them beside ours. A winner moves to kernels/, with tests.
 
 `linear_act` and `linear_dact` as in kernels/mlp.py, but the operands come by the tensor memory accelerator (sm_90 and later): one
 thread asks for a whole tile, where pointers, masks and 64-bit offsets take registers and issue slots of every thread.

@@ -4,7 +4,7 @@
 
 For each form: microseconds a step of a captured CUDA graph, and its logits' relative L2 error against the step made of ops; for
 decode_rows.py also microseconds a launch of each kernel, by a graph of that kernel alone over all layers behind one that empties
-the L2 cache, and likewise the attention of the step made of ops with its keys split and whole. A form that fails is a row with its
+the L2 cache, and likewise the attention of the step made of ops with its keys split and whole. A form that fails gives a row with its
 traceback. One JSON line a result, printed too.
 """
 import argparse

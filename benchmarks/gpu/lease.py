@@ -1,7 +1,7 @@
-"""Stages against a clock: each is a process of its own, ended when its time is over, and what it wrote until then is there.
+"""Stages against a clock: each is a separate process, killed at its time limit, and keeps what it wrote until then.
 
-A stage that hangs, crashes or is killed costs its own seconds and nothing else. What it prints goes line by line into log.txt, under
-its name, as it comes; how it ended goes into stages.jsonl at once. Stages that are timed run alone, the others side by side.
+A stage that hangs, crashes or is killed costs only its own seconds. Its output goes to log.txt line by line, under its name, and its exit
+to stages.jsonl at once. Timed stages run alone, the others side by side.
 """
 import json
 import os
@@ -12,13 +12,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-GRACE = 4.0     # seconds between being told to end and being ended
+GRACE = 4.0     # seconds between SIGTERM and SIGKILL
 
 
 @dataclass
 class Stage:
-    """name; command: words; seconds: it may take so long; after: names that must have ended before, however; needs: names that must
-    have passed; alone: nothing runs beside it, and the machine is quiet when it begins; environment: added to ours."""
+    """name; command: words; seconds: its time limit; after: stages that must have ended before, in any way; needs: stages that must have
+    passed; alone: nothing else runs, and the machine is quiet when it begins; environment: variables added to ours."""
     name: str
     command: list
     seconds: float
@@ -29,7 +29,7 @@ class Stage:
 
 
 class Lease:
-    """`run(stages)` within `seconds` (None: no limit), everything written below `folder`."""
+    """`run(stages)` within `seconds` (None: no limit); all files are below `folder`."""
 
     def __init__(self, folder, seconds=None, reserve=6.0):
         self.folder = Path(folder)
@@ -39,7 +39,7 @@ class Lease:
         self.log = open(self.folder / "log.txt", "a", encoding="utf-8")
         self.writing = threading.Lock()
         self.ended = {}         # name: how
-        self.told = None        # the signal that ends all
+        self.stopped = None        # the signal that stops the whole run
 
     def elapsed(self):
         return time.monotonic() - self.began
@@ -55,8 +55,8 @@ class Lease:
             print(text, file=self.log, flush=True)
 
     def run(self, stages):
-        """Run them all, as far as time goes. Returns {name: "passed" or what became of it}."""
-        before = {number: signal.signal(number, lambda number, frame: setattr(self, "told", number))
+        """Run all that time allows. Returns {name: "passed", or how it ended}."""
+        before = {number: signal.signal(number, lambda number, frame: setattr(self, "stopped", number))
                   for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             return self._run(list(stages), {})
@@ -68,9 +68,9 @@ class Lease:
         while waiting or running:
             for name in [name for name, one in running.items() if one.poll()]:
                 self._note(running.pop(name))
-            if self.told:
+            if self.stopped:
                 self._end(running.values())
-                waiting = [self._skip(stage, "not begun: told to end") for stage in waiting] and []
+                waiting = [self._skip(stage, "not run: interrupted") for stage in waiting] and []
                 continue
             waiting = [stage for stage in waiting if not self._skipped(stage)]
             for stage in list(waiting):
@@ -86,9 +86,9 @@ class Lease:
     def _skipped(self, stage):
         failed = [name for name in stage.needs if self.ended.get(name, "passed") != "passed"]
         if failed:
-            return self._skip(stage, f"not begun: {failed[0]} {self.ended[failed[0]]}")
+            return self._skip(stage, f"not run: {failed[0]} {self.ended[failed[0]]}")
         if self.left() < 5:
-            return self._skip(stage, "not begun: no time is left")
+            return self._skip(stage, "not run: no time left")
         return False
 
     def _skip(self, stage, why):
@@ -115,7 +115,7 @@ class Running:
 
     def __init__(self, lease, stage, limit):
         self.lease, self.stage, self.limit = lease, stage, limit
-        self.began, self.told, self.killed = lease.elapsed(), None, False
+        self.began, self.stopped, self.killed = lease.elapsed(), None, False
         lease.say("lease", f"{stage.name} begins, at most {limit:.0f} s: {' '.join(map(str, stage.command))}")
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1",
                        "NANOGPT_FAST_SECONDS": f"{limit:.0f}", **stage.environment}
@@ -134,18 +134,18 @@ class Running:
             self.lease.say(self.stage.name, line.rstrip("\n"))
 
     def poll(self):
-        """True when it has ended; tells it to end when its time is over, and ends it after the grace."""
+        """True when it has ended. Terminates it at its time limit, and kills it after the grace period."""
         if self.process is None:
             return True
         if self.process.poll() is not None:
-            self._signal(signal.SIGKILL)        # what it left running
+            self._signal(signal.SIGKILL)        # processes that it left running
             self.reader.join(1.0)
             return True
         seconds = self.lease.elapsed() - self.began
-        if self.told is None and seconds > self.limit:
-            self.told = seconds
+        if self.stopped is None and seconds > self.limit:
+            self.stopped = seconds
             self._signal(signal.SIGTERM)
-        elif self.told is not None and seconds > self.told + GRACE and not self.killed:
+        elif self.stopped is not None and seconds > self.stopped + GRACE and not self.killed:
             self.killed = True
             self._signal(signal.SIGKILL)
         return False
@@ -160,8 +160,8 @@ class Running:
         if self.process is None:
             return f"FAILED: {self.error}"
         status = self.process.returncode
-        if self.told is not None:
-            return f"ended after {self.told:.0f} s: what it had written counts"
+        if self.stopped is not None:
+            return f"stopped after {self.stopped:.0f} s; what it wrote counts"
         if status == 0:
             return "passed"
-        return f"FAILED: exit status {status}" if status > 0 else f"FAILED: ended by signal {-status}"
+        return f"FAILED: exit status {status}" if status > 0 else f"FAILED: killed by signal {-status}"

@@ -1,11 +1,11 @@
-"""The first seconds on a GPU: what could break everything, tried one by one; then GPT-2 124M on the kernels.
+"""The first seconds on a GPU: everything that could break the rest, one by one; then GPT-2 124M on the kernels.
 
     python -m benchmarks.gpu.smoke machine|ops|model [--json FILE] [--device cpu]
 
-machine: the card, versions, which attention PyTorch takes, the products that our code counts on, and the limits of this card.
-ops: each kernel launched once and held to plain PyTorch; early launches; a captured step. model: losses and gradients of GPT-2
-124M beside the reference path, and captured steps beside others. Every check is a record of its own, written when it is had, with
-the traceback where it failed; the exit status is 1 if any did.
+machine: the card, versions, which attention PyTorch takes, the products that our code relies on, and the limits of this card.
+ops: each kernel launched once and compared with plain PyTorch; early launches; a captured step. model: losses and gradients of GPT-2
+124M against the reference path, and captured steps against ordinary ones. Every check is one record, written at once, with the traceback
+if it failed; the exit status is 1 if any failed.
 """
 import argparse
 import contextlib
@@ -107,12 +107,12 @@ def parsed(call):
 
 
 def attention_of(B, T, H, D, dropout_p=0.0, by=None):
-    """by: the choice whose result is held to the reference, instead of "fused"."""
+    """by: the choice whose result is compared with the reference, instead of "fused"."""
     def run(device):
         if by:
             return three_ways(lambda t, name: attention.causal_attention_qkvpacked(
                 t["qkv"], H, backend=backend.parse(by if name == "fused" else name)), {"qkv": leaf(device, B, T, 3 * H * D)})
-        if dropout_p:       # nothing to compare with: the masks differ; the same seed gives the same bits
+        if dropout_p:       # the masks differ, so there is nothing to compare with; but the same seed gives the same bits
             qkv, found = leaf(device, B, T, 3 * H * D), []
             for _ in range(2):
                 torch.manual_seed(3)
@@ -126,7 +126,7 @@ def attention_of(B, T, H, D, dropout_p=0.0, by=None):
 
 
 def on_hopper(check):
-    """The check, where the backward for Hopper runs; elsewhere why not."""
+    """The check where the backward for Hopper runs; elsewhere the reason why it does not."""
     def run(device):
         reason = attention_hopper.why_not(device, BF16, attention_hopper.HEAD)
         return check(device) if reason is None else f"not run: {reason}"
@@ -191,7 +191,7 @@ def without_early_launches():
 
 
 def greedy_text(device):
-    """200 greedy tokens by the cached decode kernels, captured: again, without early launches, and by the reference."""
+    """200 greedy tokens by the captured decode kernels, compared with a second run, one without early launches, and the reference."""
     model = sharp_gpt(device)
     idx = torch.randint(1024, (2, 8), device=device)
     ours = model.generate(idx, 200, temperature=0)
@@ -212,7 +212,7 @@ def greedy_text(device):
 
 @torch.no_grad()
 def prefills(device):
-    """Prompts as they are, captured, and replayed: the same bits, and the reference's logits."""
+    """Prompts run directly, captured and replayed: the same bits, and the reference's logits."""
     from nanogpt_fast import generation
     model, found = sharp_gpt(device), {}
     for rows in (1, 3):
@@ -250,7 +250,7 @@ def early_launches(device):
 
 
 def steps(model, device, B, T, V, take, capture, dtype=BF16, network=None, accumulation=1):
-    """The losses of `take` training steps, as bench train takes them: trainer's way, captured or not."""
+    """The losses of `take` training steps as bench train runs them for our trainer, captured or not."""
     with contextlib.redirect_stdout(io.StringIO()):
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
     weights = HalfWeights(model, dtype, compiled=network is not None)
@@ -386,7 +386,7 @@ def main(argv=None):
     parser.add_argument("--only", default="", help="checks whose name contains one of these words, separated by commas")
     parser.add_argument("--skip", type=int, default=0, help="not the first so many")
     args = parser.parse_args(argv)
-    faulthandler.dump_traceback_later(45, repeat=True)      # what hangs says where
+    faulthandler.dump_traceback_later(45, repeat=True)      # a hang prints where
     device, failed = torch.device(args.device), []
     if backend.interpreted():
         from nanogpt_fast.kernels import interpreter
@@ -410,7 +410,7 @@ def main(argv=None):
         print(f"{name}: {'FAILED' if trace else 'right'}, {seconds:.1f} s: {trace or found}", flush=True)
         measure.append(args.json, "smoke", part=args.part, check=name, failed=trace, found=found, seconds=seconds)
         if trace and device.type == "cuda" and ("CUDA error" in trace or "Triton Error [CUDA]" in trace):
-            # An error of a kernel ends this process's use of the GPU: a new one takes the rest.
+            # After a kernel's error this process cannot use the GPU any more: a new one runs the rest.
             again = [word for word in sys.argv[1:] if not word.startswith("--skip")]
             os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu.smoke", *again, f"--skip={number + 1}"])
     return 1 if failed else 0

@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=1 NANOGPT_FAST_EXAMPLES=3 python -m pytest tests/kernels -q -p benchmarks.gpu.specialisations
 
-A launch is noted as Triton would tell it from others: the kernel, its constants, the types of its arguments, which of them are 1 or
+Each launch is recorded by what Triton compiles separately: the kernel, its constants, the types of its arguments, which of them are 1 or
 multiples of 16, warps and stages. NANOGPT_FAST_SPECIALISATIONS names a file: one line of JSON a key.
 """
 import inspect
@@ -14,7 +14,7 @@ keys = set()
 
 
 def key_of(function, args, kwargs, unspecialised=()):
-    """What tells one compilation of a kernel from another, as text. unspecialised: the names of integers that do not."""
+    """The key of a compilation of a kernel, as text. unspecialised: the names of integers that are not part of it."""
     signature = inspect.signature(function)
     given = {name: value for name, value in kwargs.items() if name in signature.parameters}
     bound = signature.bind_partial(*args, **given)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.sweep [--json FILE] [--only WORD,WORD] [--rounds N] [--workers N] [--device cpu]
 
-All configurations are compiled first, by several processes side by side, then each group is timed in turns with cold caches. A result
-that is not plain PyTorch's is reported and never counts; what cannot be compiled or launched is a row that says why. One record a group.
+All configurations are compiled first, by several processes side by side; then each group is timed in turns with cold caches. A wrong result
+is reported and not timed; a configuration that cannot be compiled or launched becomes a row that says why. One record a group.
 """
 import argparse
 import functools
@@ -31,7 +31,7 @@ FUSED = backend.parse("fused")
 
 @dataclass
 class Group:
-    """What is timed together: `make(device)` gives the inputs, `rows[name](inputs)` runs one configuration and returns what is checked
+    """What is timed together: `make(device)` gives the inputs, `rows[name](inputs)` runs one configuration and returns the result, which is checked
     against `rows[first]`. least: bytes that must move, FLOPs that must be done."""
     name: str
     make: object
@@ -63,7 +63,7 @@ def named(tile):
 
 
 def specialised(H, BM, BN, stages):
-    """The Gluon candidate; imported where it is run, since Gluon's names change from version to version."""
+    """The Gluon candidate. Imported only where it runs, since Gluon's names change from version to version."""
     def run(t):
         from benchmarks.gpu import candidates_attention
         return candidates_attention.forward(t["qkv"].detach(), H, BM, BN, stages)[0]
@@ -71,7 +71,7 @@ def specialised(H, BM, BN, stages):
 
 
 def packed(H, deterministic=None):
-    """cuDNN by its own front end; None: the forward."""
+    """cuDNN through its own front end; None: the forward."""
     def run(t):
         from benchmarks.gpu import candidates_cudnn
         if "cudnn" not in t:
@@ -257,7 +257,7 @@ def norm(rows, C):
 
 
 def groups(small=False):
-    """All groups, in the order of value. small: the same kernels on little memory, for compiling them."""
+    """All groups, most valuable first. small: the same kernels on little memory, for compiling them."""
     def size(n):
         return 1 if small else n
     return [*itertools.chain(
@@ -273,7 +273,7 @@ def kind(group):
 
 
 def compile_one(job):
-    """In a process of its own: run one configuration once, so that the cache on disk has it. Returns why not, or None."""
+    """In a separate process: run one configuration once, so that it is in the cache on disk. Returns None, or why it failed."""
     number, name = job
     group = groups(small=True)[number]
     device = torch.device("cuda")

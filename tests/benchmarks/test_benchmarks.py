@@ -87,7 +87,7 @@ def test_a_peer_that_is_not_here_has_its_reason_and_the_rest_is_timed(tmp_path, 
 
 def test_no_case_is_begun_when_the_minutes_are_over(tmp_path, capsys):
     run.main(["--device=cpu", "--quick", "--minutes=0", "--only=LayerNorm", f"--json={tmp_path / 'r'}"])
-    assert "out of time: 1 of 1 cases were not begun" in capsys.readouterr().out
+    assert "out of time: 1 of 1 cases were not started" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("op", overhead.ENTRIES)

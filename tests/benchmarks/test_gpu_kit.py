@@ -50,8 +50,8 @@ def test_a_stage_that_hangs_or_crashes_costs_its_own_seconds_and_nothing_else(tm
         Stage("last", writes(results, "four"), 20, after=("hangs", "crashes"), alone=True)])
     assert time.monotonic() - start < 30
     assert ended["first"] == ended["last"] == "passed"
-    assert ended["hangs"].startswith("ended after") and ended["crashes"] == "FAILED: ended by signal 11"
-    assert ended["needs it"].startswith("not begun: crashes FAILED") and ended["not there"].startswith("FAILED: ")
+    assert ended["hangs"].startswith("stopped after") and ended["crashes"] == "FAILED: killed by signal 11"
+    assert ended["needs it"].startswith("not run: crashes FAILED") and ended["not there"].startswith("FAILED: ")
     assert sorted(results.read_text().split()) == ["four", "one", "three", "two"]
     log = (tmp_path / "log.txt").read_text()
     assert all(f"{name}| had {text}" in log for name, text in (("first", "one"), ("hangs", "two"), ("crashes", "three")))
@@ -78,7 +78,7 @@ def test_when_the_time_is_over_what_runs_is_ended_and_the_rest_is_named(tmp_path
     ended = Lease(tmp_path, seconds=9, reserve=1).run([
         Stage("long", writes(results, "one", "time.sleep(600)"), 100), Stage("later", writes(results, "two"), 100, alone=True)])
     assert time.monotonic() - start < 15
-    assert ended["long"].startswith("ended after") and ended["later"] == "not begun: no time is left"
+    assert ended["long"].startswith("stopped after") and ended["later"] == "not run: no time left"
     assert results.read_text().split() == ["one"]
     capsys.readouterr()
 
@@ -103,7 +103,7 @@ def test_killed_in_the_middle_it_keeps_what_was_had(number, tmp_path):
     log = (tmp_path / "log.txt").read_text()
     assert "one| had one" in log and "two| had two" in log and "lease| one: passed" in log
     if number == signal.SIGTERM:
-        assert "three: not begun: told to end" in log and "two: ended after" in log
+        assert "three: not run: interrupted" in log and "two: stopped after" in log
 
 
 def test_a_failing_tests_traceback_is_on_disk_before_the_run_is_over(tmp_path):
