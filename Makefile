@@ -9,7 +9,7 @@ CPU_WHEELS = https://download.pytorch.org/whl/cpu
 TORCH = -r constraints.txt
 LOCK = -c constraints.txt -c constraints-test.txt
 
-.PHONY: demo test test-all matrix gate clean
+.PHONY: demo test test-all matrix gate docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -33,6 +33,16 @@ matrix:
 
 gate: $(VENV)/.installed
 	$(BIN)/python -m nanogpt_fast.kernels.gate
+
+# The documents and the API as a site, in site/. It reads the sources without importing them, so its environment has no torch.
+docs: .venv-docs/.installed
+	.venv-docs/bin/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+.venv-docs/.installed: constraints-docs.txt
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip --disable-pip-version-check install -q -r constraints-docs.txt
+	@touch $@
 
 # Without an NVIDIA driver the CPU build of torch is enough, and gigabytes smaller: its index is tried first, without
 # retries; where it cannot be reached the default index decides. torch's version stands in constraints.txt alone.
@@ -65,4 +75,4 @@ $(VENV)/.installed-test: $(VENV)/.torch $(SOURCES) constraints-test.txt
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-docs build site *.egg-info
