@@ -36,8 +36,8 @@ gate: $(VENV)/.installed
 
 # The documents and the API as a site, in site/. It reads the sources without importing them, so its environment has no torch.
 docs: .venv-docs/.installed
-	.venv-docs/bin/mkdocs build --strict --quiet
-	@echo "site/index.html"
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+	@echo "Open site/index.html"
 
 .venv-docs/.installed: constraints-docs.txt
 	@$(PYTHON) -m venv .venv-docs
