@@ -1,4 +1,4 @@
-"""Result files and Markdown: what report.py and report_gpu.py share."""
+"""Result files and Markdown: what report.py, report_gpu.py and report_plots.py share."""
 import json
 import statistics
 from pathlib import Path
@@ -6,6 +6,9 @@ from pathlib import Path
 from benchmarks import RESULTS
 
 MISSING = "not measured yet"
+# What GPT-2 124M's training step on a GPU is made of, (op, shape); each forward, and forward and backward.
+GPU_KERNELS = (("attention", dict(B=32, T=1024, H=12, D=64)), ("add + LayerNorm", dict(rows=32768, C=768)),
+               ("GELU-MLP", dict(rows=32768, C=768)), ("linear cross-entropy", dict(rows=32768, C=768, V=50304)))
 
 
 def read(*paths):

@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package
 
-from benchmarks import cases, overhead, report, report_gpu, run  # noqa: E402
+from benchmarks import cases, overhead, report, report_gpu, report_plots, run  # noqa: E402
 
 CPU = torch.device("cpu")
 QUICK = cases.cases("cpu", quick=True)
@@ -227,14 +227,14 @@ def test_the_front_page_has_only_what_was_measured():
 
 
 def test_plots_are_drawn_of_what_was_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "PLOTS", tmp_path)
+    monkeypatch.setattr(report_plots, "PLOTS", tmp_path)
     curve = [dict(step=0, seconds=0.0, val_loss=4.0), dict(step=9, seconds=1.0, val_loss=3.0)]
     losses = {"benchmark": "loss", "device": "cpu", "options": {"model": "cpu"}, "curves": {"nanoGPT": curve, "ours": curve},
               "environment": ENVIRONMENT}
     attention = [kernel_record(op="attention", shape=dict(B=32768 // T, T=T, H=12, D=64), sweep="T", flops=1e12,
                                direction=direction, bound="matmul") for T in (512, 1024) for direction in ("forward", "both")]
-    assert report.draw([]) == []
-    assert report.draw([*attention, losses, train_record(1000)]) == ["bars", "roofline", "scaling", "loss", "train"]
+    assert report_plots.draw([]) == []
+    assert report_plots.draw([*attention, losses, train_record(1000)]) == ["bars", "roofline", "scaling", "loss", "train"]
     assert {path.stem for path in tmp_path.iterdir()} == {"bars", "roofline", "scaling", "loss", "train"}
 
 
