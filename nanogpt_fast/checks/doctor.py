@@ -1,4 +1,4 @@
-"""`nanogpt-fast doctor`: what is here, what follows from it, and the command that mends what is missing.
+"""`nanogpt-fast doctor`: what is here, what follows from it, and how to fix what is missing.
 
 It is needed where something is broken, so nothing is assumed to work: this file imports the standard library alone, every
 probe runs in `look`, which turns whatever goes wrong into a finding, and PyTorch, Triton, the driver and the extension are
@@ -227,7 +227,7 @@ def report(found):
     advice = remedies(found)
     if advice:
         width = max(len(what) for what, _ in advice)
-        lines += ["", "To mend it:"] + [f"  {what:<{width}}  {command}" for what, command in advice]
+        lines += ["", "To fix:"] + [f"  {what:<{width}}  {command}" for what, command in advice]
     else:
         lines += ["", "Nothing is missing."]
     return "\n".join(lines)
@@ -292,7 +292,7 @@ def _ops(ops):
 
 
 def remedies(found):
-    """[(what is amiss, the command that mends it)]."""
+    """[(what is wrong, how to fix it)]."""
     torch, triton, driver, ext, ops = (found[name] for name in ("torch", "triton", "driver", "extension", "ops"))
     advice, rebuild = [], "pip install --force-reinstall --no-deps ."
     if (PACKAGE.parent / "pyproject.toml").exists():

@@ -1,4 +1,4 @@
-"""`nanogpt-fast doctor` on installations that are broken on purpose: it never fails, and names what mends each."""
+"""`nanogpt-fast doctor` on installations that are broken on purpose: it never fails, and says how to fix each."""
 import json
 import os
 import re
@@ -51,7 +51,7 @@ def findings(**changed):
     return well
 
 
-def test_where_all_is_well_nothing_is_to_be_mended():
+def test_where_all_is_well_there_is_nothing_to_fix():
     printed = doctor.report(findings())
     assert "Nothing is missing." in printed and "Triton kernel" in printed and "NVIDIA H200" in printed
 
@@ -133,7 +133,7 @@ def test_a_probe_that_raises_is_a_finding():
     (dict(ops=dict(environment="backend 'foo'")), "NANOGPT_FAST_BACKEND", "unset NANOGPT_FAST_BACKEND"),
     (dict(driver=dict(error="there is no nvidia-smi")), "no GPU: Triton kernels stay idle", "install its driver"),
 ])
-def test_each_defect_has_the_command_that_mends_it(changed, what, command):
+def test_each_defect_has_the_command_that_fixes_it(changed, what, command):
     found = findings(**changed)
     assert any(text == what and command in advice for text, advice in doctor.remedies(found)), doctor.remedies(found)
     assert command in doctor.report(found)  # and the report can be made of it
