@@ -10,7 +10,7 @@ import torch.nn as nn
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package
 
-from benchmarks import swap_table  # noqa: E402
+from benchmarks import swap_repositories, swap_table  # noqa: E402
 
 
 def make():
@@ -18,7 +18,7 @@ def make():
 
 
 def call(model):
-    return model(swap_table.normal(4, 8)), None
+    return model(swap_repositories.normal(4, 8)), None
 
 
 def compared(accelerate, restore=lambda model: None):
@@ -72,7 +72,7 @@ def test_of_a_script_its_definitions_are_executed(tmp_path):
     path = tmp_path / "train.py"
     path.write_text("import math\nimport there_is_no_such_module\nwidth = 3\nran = []\nran.append(1)\nfor _ in range(3): print(undefined)\n"
                     "class Model:\n    size = math.sqrt(4) * width\ndef area(): return width ** 2\n")
-    m = swap_table.definitions(path, width=5)
+    m = swap_repositories.definitions(path, width=5)
     assert m.Model.size == 6 and m.area() == 25 and not hasattr(m, "ran")
 
 
