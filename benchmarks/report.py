@@ -6,7 +6,7 @@
 
 No figure there is typed by hand. Where something was measured more than once, the newest measurement counts; a row without one says
 so. A section stands between `<!-- generated: NAME -->` and `<!-- end -->`, each name in exactly one file (`DOCUMENTS`).
-tests/test_benchmarks.py checks that the files hold what this prints.
+tests/benchmarks/test_benchmarks.py checks that the files hold what this prints.
 """
 import argparse
 import json

@@ -19,7 +19,7 @@ from benchmarks.gpu import ahead
 from benchmarks.gpu.lease import Lease, Stage
 
 PYTHON = sys.executable
-# For the first run: what trains and generates, one case a test, at most 150 kernels to compile (tests/test_gpu_kit.py counts them).
+# For the first run: what trains and generates, one case a test, at most 150 kernels to compile (tests/benchmarks/test_gpu_kit.py counts them).
 CORE_TESTS = [f"tests/kernels/test_{name}.py" for name in (
     "training_kernels", "model", "decode_kernels", "attention_autograd", "cross_entropy_autograd", "mlp_autograd")]
 KERNEL_TESTS = CORE_TESTS + [f"tests/kernels/test_{name}.py" for name in (
