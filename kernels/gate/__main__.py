@@ -58,8 +58,6 @@ def table(rows):
                      f"{row.compile_seconds:>5.1f}")
         if row.spill_bytes and row.spill_reason:
             lines.append(f"    spill: {row.spill_reason}")
-        if row.serialised and row.serial_reason:
-            lines.append(f"    serialised: {row.serial_reason}")
     for arch in sorted({row.arch for row in rows if row.in_model}):
         model = [row.compile_seconds for row in rows if row.arch == arch and row.in_model]
         lines.append(f"sm_{arch}: the {len(model)} kernels of a GPT-2 124M training step here take {sum(model):.1f} s of "

@@ -41,7 +41,6 @@ declares only exceptions:
 
     allowed_spill_bytes=16, spill_reason="..."      # stack bytes of a thread; the reason is printed beside them
     allowed_narrow_loads=9, narrow_reason="..."     # load instructions under 16 bytes: scalars, a row's statistics, a bias
-    serial_reason="..."                             # why ptxas may make each wgmma wait for the one before
 """
 import dataclasses
 import typing
@@ -66,7 +65,6 @@ class Case:
     spill_reason: str = ""
     allowed_narrow_loads: int = 0
     narrow_reason: str = ""
-    serial_reason: str = ""
     options: dict = dataclasses.field(default_factory=dict)     # further compile options, such as maxnreg
 
     def __post_init__(self):

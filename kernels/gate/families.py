@@ -1,31 +1,11 @@
-"""All cases of all kernel families, and the modules whose kernels they must cover."""
+"""All cases of all kernel families."""
 import functools
-import importlib
 import os
-import pkgutil
 
-import triton
-
-from .. import __name__ as KERNELS, __path__ as KERNEL_FOLDERS
 from . import attention, cross_entropy, decode, layer_norm, mlp
 
 FAMILIES = (attention, cross_entropy, decode, layer_norm, mlp)
 EVERY_FORM = 90                 # variants are compiled for this architecture too: the one whose floors are printed
-
-
-def kernels_of(module):
-    """{name: kernel} of the kernels that a module defines: its jitted functions called `..._kernel`."""
-    return {name: value for name, value in vars(module).items()
-            if isinstance(value, triton.JITFunction) and name.endswith("_kernel") and value.__module__ == module.__name__}
-
-
-def kernel_modules():
-    """The modules of nanogpt_fast.kernels that define kernels, by name."""
-    for found in pkgutil.iter_modules(KERNEL_FOLDERS):
-        if not found.ispkg:
-            module = importlib.import_module(f"{KERNELS}.{found.name}")
-            if kernels_of(module):
-                yield module
 
 
 def gate_cases(arch):

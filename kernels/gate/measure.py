@@ -55,7 +55,6 @@ class Row:
     spill_reason: str
     allowed_narrow_loads: int
     narrow_reason: str
-    serial_reason: str
 
 
 # ------------------------------------------------------------------------------------------------------ reading compiled code
@@ -84,7 +83,7 @@ def measured(case, compiled):
         bytes=case.bytes, flops=case.flops, floor_us=floor_us(case.bytes, case.flops),
         compile_seconds=round(sum(compiled.seconds.values()), 3), in_model=case.in_model,
         allowed_spill_bytes=case.allowed_spill_bytes, spill_reason=case.spill_reason,
-        allowed_narrow_loads=case.allowed_narrow_loads, narrow_reason=case.narrow_reason, serial_reason=case.serial_reason)
+        allowed_narrow_loads=case.allowed_narrow_loads, narrow_reason=case.narrow_reason)
 
 
 def resident_blocks(arch, registers, shared, warps, tensor_memory=0):
@@ -144,6 +143,6 @@ def failures(row):
         found.append("has a half-precision matmul of 64 rows or more and no wgmma")
     if row.arch == 90 and row.large_half_dots and not row.small_half_dots and row.mma > 0:
         found.append(f"{row.mma} mma.sync: not every half-precision matmul of 64 rows or more became wgmma")
-    if row.serialised and not row.serial_reason:
-        found.append("ptxas serialises its wgmma (note C7515), and no reason is declared")
+    if row.serialised:
+        found.append("ptxas serialises its wgmma (note C7515)")
     return [f"sm_{row.arch} {row.name} ({row.tile_row}): {what}" for what in found]

@@ -4,9 +4,11 @@
 Triton must not be interpreting.
 """
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
+import pkgutil
 import re
 
 import pytest
@@ -17,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET", "0") != "0":
 
 import triton.language as tl  # noqa: E402
 
+from nanogpt_fast import kernels  # noqa: E402
 from nanogpt_fast.kernels import decode  # noqa: E402
 from nanogpt_fast.kernels.gate import __main__ as command, compiling, families, measure  # noqa: E402
 from nanogpt_fast.kernels.gate.case import Case  # noqa: E402
@@ -93,11 +96,18 @@ def test_a_stage_whose_passes_come_another_way_is_refused():
         pass                            # as if a later Triton ran them by itself: they would have lowered the module twice
 
 
-def test_every_kernel_is_in_a_case():
+def kernels_of(module):
+    """{name: kernel} of the kernels that a module defines."""
+    return {name: value for name, value in vars(module).items()
+            if isinstance(value, triton.JITFunction) and name.endswith("_kernel") and value.__module__ == module.__name__}
+
+
+@pytest.mark.parametrize("name", [found.name for found in pkgutil.iter_modules(kernels.__path__) if not found.ispkg])
+def test_every_kernel_is_in_a_case(name):
     covered = {case.kernel for arch in measure.ARCHITECTURES for case in families.gate_cases(arch)}
-    for module in families.kernel_modules():
-        missing = [name for name, kernel in families.kernels_of(module).items() if kernel not in covered]
-        assert not missing, f"{module.__name__}: no gate case compiles {', '.join(missing)}"
+    module = importlib.import_module(f"{kernels.__name__}.{name}")
+    missing = [kernel for kernel, function in kernels_of(module).items() if function not in covered]
+    assert not missing, f"no gate case compiles {', '.join(missing)}"
 
 
 @pytest.mark.parametrize("arch", measure.ARCHITECTURES)
@@ -128,7 +138,7 @@ def test_every_row_of_the_decode_table_is_compiled(arch):
 
 
 def test_every_module_that_launches_kernels_is_described():
-    folder = pathlib.Path(decode.__file__).parent
+    folder = pathlib.Path(kernels.__file__).parent
     described = {case.kernel.__module__.rsplit(".", 1)[1] for case in families.gate_cases(90)}
     launching = {path.stem for path in folder.glob("*.py") if "_kernel[" in path.read_text()}
     assert launching <= described, f"{', '.join(sorted(launching - described))}: kernels without gate_cases"
