@@ -1,4 +1,4 @@
-// What lies between the matmuls of attention's backward for training on the CPU, where attention is not computed on AMX tiles:
+// The steps between the matmuls of attention's backward, for training on the CPU where attention does not run on AMX tiles:
 //
 //     P = exp(scale * S - lse),   delta = rowsum(P * dP),   dS = scale * P * (dP - delta)
 //

@@ -12,7 +12,7 @@ FORMS = {"bf16": ("bf16", "half", "dropout"), "dropout": ("bf16", "dropout", Non
 # with dropout, which spill 8 to 24 bytes more. The tables of spills cover both.
 APART = ("bf16", 64)
 
-OCCUPANCY = "ptxas stops at the registers with which one more program fits a multiprocessor"
+OCCUPANCY = "ptxas stops at the register count that lets one more program fit a multiprocessor"
 _BY_3_7 = "by Triton 3.7 alone, whose ptxas has a few registers too many"
 _ALL = (80, 86, 89, 90, 100)
 

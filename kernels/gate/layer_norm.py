@@ -22,7 +22,7 @@ def gate_cases(arch):
     for BLOCK_C, (fwd, bwd) in layer_norm.TILES.items():
         gpt2 = BLOCK_C == 1024
         for variant, branch, seed in (("norm", None, None), ("add", H, None), ("add dropout", H, "*i64")):
-            if not gpt2 and variant != "add dropout":  # the variant with most registers stands for the others
+            if not gpt2 and variant != "add dropout":  # the variant with most registers represents the others
                 continue
             stream = S if branch else None
             pointers = dict(x_ptr=S, branch_ptr=branch, weight_ptr=S, bias_ptr=S, seed_ptr=seed, s_ptr=stream, y_ptr=H,

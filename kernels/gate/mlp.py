@@ -29,7 +29,7 @@ def gate_cases(arch):
             variant_of=variant_of,
             allowed_spill_bytes=8 if kind == "fp32" and arch == 90 else 0,
             spill_reason="by Triton 3.6's ptxas alone" if kind == "fp32" and arch == 90 else "",
-            allowed_narrow_loads=20, narrow_reason="the bias, two columns at a time as the accumulator lies, and the seed")
+            allowed_narrow_loads=20, narrow_reason="the bias, two columns at a time as in the accumulator, and the seed")
 
     def linear_dact_case(what, kind, act="gelu", post=False):
         block_m, block_n, block_k, warps, stages = mlp._matmul_tile("fp32" if kind == "fp32" else "half", arch, backward=True)
