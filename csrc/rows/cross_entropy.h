@@ -5,7 +5,7 @@
 // Why it is here: PyTorch casts bf16 logits to fp32, writes a log-softmax of the same size, and its gradient as another; at B=4, T=256,
 // V=50,304 that is three times 206 MB of memory traffic. A row of 50,304 bf16 logits is 100 KB and stays in the L2 cache while it is read
 // for its maximum, its sum and its gradient, which may overwrite it. So each logit is read from and written to memory once, 2 bytes each.
-// Sums are fp32. PyTorch does the matmuls around it (nanogpt_fast/ops/cross_entropy_cpu.py).
+// Sums are fp32. PyTorch does the matmuls around it (nanogpt_fast/ops/cpu/cross_entropy.py).
 #pragma once
 #include <stdint.h>
 
