@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "isa.h"
 #include "sampler/definition.h"
 #include "sampler/sampler.h"
 
