@@ -4,9 +4,8 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from forks import SMALL, fork
-from test_swap_reach import BuildBlock, MinAttention
-from test_swap_trace import may_see_all, put
+from forks import SMALL, fork, may_see_all, put
+from relatives import BuildBlock, MinAttention
 
 import nanogpt_fast
 from nanogpt_fast import classic
