@@ -1,11 +1,10 @@
 """Causal attention as an op: the kernels of kernels/attention_*.py with autograd, torch.compile and a choice of implementation.
 
-    causal_attention_qkvpacked    from the packed projection (B, T, 3C) to (B, T, C), one gradient (B, T, 3C): the model's
-    causal_attention              from q, k, v, each (B, H, T, D), also with fewer queries than keys
-    decode_attention              one query a row over a key-value cache with a length a row; no gradient
+    causal_attention_qkvpacked    packed projection (B, T, 3C) -> (B, T, C), one gradient (B, T, 3C); the model uses this one
+    causal_attention              separate q, k, v, each (B, H, T, D); there may be fewer queries than keys
+    decode_attention              one query per row over a key-value cache with a length per row; no gradient
 
-What is kept for the backward, for a token in half precision: qkv (6C bytes), out (2C) and 4H of lse; with dropout one seed a
-call.
+Saved for the backward, per token in half precision: qkv (6C bytes), out (2C) and lse (4H); with dropout also one seed per call.
 """
 import functools
 import math
@@ -23,9 +22,9 @@ from .registration import define, raw
 LARGEST_HEAD = 256
 LOG2_E = math.log2(math.e)
 
-# Where `auto` leaves a call that the kernels could take to PyTorch: {(architecture, largest head size from which on): reason},
-# and for float32 on all. Measured on an H100 alone; the others are expectations from figures that others published for kernels of
-# this design. `backend="fused"` takes the kernels everywhere.
+# Calls that the kernels could run but that `auto` leaves to PyTorch: {architecture: (largest head size that the kernels keep, reason)},
+# and float32 on every architecture. Only the H100 was measured; the other rows are expectations from published figures for kernels of
+# this design. `backend="fused"` uses the kernels everywhere.
 LEFT_TO_PYTORCH = {
     80: (64, "head sizes over 64 are expected to be slower than FlashAttention 2 here (not measured yet)"),
     86: (64, "head sizes over 64 are expected to be slower than FlashAttention 2 here (not measured yet)"),
@@ -33,15 +32,16 @@ LEFT_TO_PYTORCH = {
     90: (64, "head sizes over 64 are slower than cuDNN (H100, forward, 32 x 1024 tokens: 189 against 128 us at 128, 169 against 125 at 256)"),
     100: (0, "these kernels are expected to be slower than cuDNN on Blackwell (not measured yet)"),
 }
-# {(architecture, head size)} where `auto` takes cuDNN's forward, before the kernels' backward where there is one, in half precision and
-# without dropout.
-# H100, 12 heads of 64, us for 64 x 1024 and 12 x 1024 tokens: forward cuDNN 297 and 68, the kernel 359 and 78; backward cuDNN with
-# the `cat` of its three gradients 1,314 and 279, Triton's kernels 1,129 and 225 (python -m benchmarks.gpu.sweep), those for Hopper less.
+# {(architecture, head size)} where `auto` runs cuDNN's forward, in half precision and without dropout; the backward, if any, is ours.
+# H100, 12 heads of 64, us at 64 x 1024 and 12 x 1024 tokens (python -m benchmarks.gpu.sweep):
+#    forward     cuDNN 297 and 68, our Triton kernel 359 and 78
+#    backward    cuDNN, with the `cat` of its three gradients, 1,314 and 279; our Triton kernels 1,129 and 225, our Hopper kernels less
 CUDNN_FORWARD = {(90, 64)}
-# cuDNN makes a plan for each new shape, in 77 ms there. Training repays it; without a gradient, where prompts of all lengths come, so many
-# tokens whose length is a multiple of 64 go there: of 32 x 1024 they take 160 us, by the kernel 189.
+# cuDNN takes 77 ms there to build a plan for each new shape. Training amortises that. Without a gradient, prompts may have any length,
+# so cuDNN runs only from this many tokens on and for sequence lengths that are multiples of 64: 32 x 1024 tokens take it 160 us, and
+# our kernel 189.
 CUDNN_TOKENS, CUDNN_LENGTHS = 16384, 64
-# Heads of up to so many where PyTorch's forward and backward together are faster than ours, of so many tokens, without dropout.
+# {architecture: (largest head size, fewest tokens, reason)} where PyTorch's forward plus backward is faster than ours, without dropout.
 TRAINED_BY_PYTORCH = {90: (32, 16384, "heads of 32 train slower than with cuDNN (H100, 32 x 1024 tokens: 1,420 against 1,349 us)")}
 FLOAT32_LEFT = "IEEE float32 runs without tensor cores and is expected to be slower than PyTorch's kernels (not measured yet)"
 
@@ -52,14 +52,14 @@ FLOAT32_LEFT = "IEEE float32 runs without tensor cores and is expected to be slo
 def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backend=None):
     """Causal attention on the packed projection: (B, T, 3C), q, k and v side by side in the last dimension -> (B, T, C).
 
-    qkv: floating point, any strides; its heads are n_head neighbouring runs of D = C / n_head. The output has the autocast
-    dtype where autocast is on (float64 excepted), else qkv's. scale: a positive number, 1/sqrt(D) by default. dropout_p: of the
-    weights, 0 when not training; the mask's seed is drawn from the generator of qkv's device. backend: a choice for each op as
-    `backend.parse` gives it, or None.
+    qkv: floating point, any strides; each of q, k and v is n_head heads of D = C / n_head channels, side by side. The output has
+    the autocast dtype if autocast is on (except for float64), else qkv's. scale: a positive number, 1/sqrt(D) by default.
+    dropout_p: for the attention weights, 0 when not training; the mask's seed is drawn from the generator of qkv's device.
+    backend: a choice per op, as `backend.parse` returns it, or None.
 
-    Raises ValueError (shapes, dropout_p), RuntimeError (backend "fused" where no kernel can run; a second derivative, which
-    only the reference has). Source: kernels/attention_forward.py and attention_backward.py; on an H100 or H200 the backward of heads
-    of 64 is csrc/hopper/attention_backward.cu; where `CUDNN_FORWARD` says so, `auto` takes cuDNN's forward before it.
+    Raises ValueError (shapes, dropout_p), RuntimeError (backend "fused" and no kernel can run; a second derivative, which
+    only the reference has). Source: kernels/attention_forward.py and attention_backward.py; for heads of 64 on an H100 or H200 the
+    backward is csrc/hopper/attention_backward.cu, and `auto` runs cuDNN's forward where `CUDNN_FORWARD` lists it.
     """
     shape = qkv.shape
     if len(shape) != 3 or n_head < 1 or shape[2] % (3 * n_head):
@@ -70,7 +70,7 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backen
     name = _backend.choose("attention", CANDIDATES, backend, (qkv, dtype, shape[2] // (3 * n_head), scale, backend, dropout_p))
     if name == "reference":
         return reference.causal_attention_qkvpacked(qkv, n_head, dropout_p=dropout_p, scale=scale)
-    if qkv.dtype != dtype:      # a `to` that changes nothing still costs a microsecond
+    if qkv.dtype != dtype:      # a no-op `to` still costs a microsecond
         qkv = qkv.to(dtype)
     if name == "cpp":
         return _CPUAttention.apply(qkv, n_head, scale)
@@ -87,7 +87,7 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
 
     With Tq < Tk the queries are the last Tq positions: query i sees keys 0 .. Tk - Tq + i. Any strides; the kernels return a
     view of a (B, Tq, H, D) tensor, so that `y.transpose(1, 2).reshape(B, Tq, C)` copies nothing. dtype, scale, dropout_p,
-    backend and what raises: as for `causal_attention_qkvpacked`.
+    backend and errors: as for `causal_attention_qkvpacked`.
     """
     _check_qkv(q, k, v, dropout_p)
     dtype = autocast_dtype(q)
@@ -105,10 +105,10 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
 
 
 def decode_attention(q, k, v, lengths, *, scale=None, backend=None):
-    """One new query a row over a cache: q (B, H, 1, D), k and v (B, H, T, D), of which row b has lengths[b] -> (B, H, 1, D).
+    """One new query per row over a cache: q (B, H, 1, D), k and v (B, H, T, D), with lengths[b] valid keys in row b -> (B, H, 1, D).
 
-    lengths: (B,) int32 or int64 on q's device, 1 to T, not looked at by the host, so one captured CUDA graph serves all
-    lengths. For generation: no gradient. scale, backend and what raises: as for `causal_attention_qkvpacked`.
+    lengths: (B,) int32 or int64 on q's device, 1 to T. The host never reads them, so one captured CUDA graph serves all lengths.
+    For generation, hence no gradient. scale, backend and errors: as for `causal_attention_qkvpacked`.
     """
     if q.dim() != 4 or q.size(2) != 1:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected (B, H, 1, D)")
@@ -132,8 +132,8 @@ def _check_qkv(q, k, v, dropout_p):
     except ValueError:      # not four dimensions
         right = False
     if not right:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected (B, H, Tq, D), (B, H, Tk, D) "
-                         "twice, Tq <= Tk")
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected q (B, H, Tq, D), k and v "
+                         "(B, H, Tk, D), Tq <= Tk")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
 
@@ -142,7 +142,7 @@ def _check_qkv(q, k, v, dropout_p):
 
 
 def _why_not(x, dtype, D, scale, backend, dropout_p=0.0, left_to_pytorch=True):
-    """None where the kernels can take x (any of q, k, v, or qkv) in dtype, head size D, and are the choice, else the reason."""
+    """None if the kernels can and should run on x (qkv, or one of q, k, v) in this dtype and head size, else the reason."""
     if (reason := _backend.triton_why_not(x)) is not None:
         return reason
     if dtype not in KERNEL_DTYPES:
@@ -162,11 +162,11 @@ def _differentiable(q, k, v):
 
 
 def _cudnn_why_not(qkv, dtype, D, scale, backend, dropout_p):
-    """Of cuDNN's forward where it was measured the fastest: `CUDNN_FORWARD`. "": it is not thought of."""
-    if not qkv.is_cuda or _backend.choice("attention", backend) == "fused":        # first: each later question costs the host more
+    """None if cuDNN's forward should run, because it measured fastest (`CUDNN_FORWARD`); else the reason, "" if nobody expects it."""
+    if not qkv.is_cuda or _backend.choice("attention", backend) == "fused":        # the cheapest checks on the host come first
         return ""
     if qkv.numel() == 0 or qkv.stride(2) != 1:
-        return ""       # what cuDNN's attention does not take
+        return ""       # cuDNN's attention does not take these
     tokens = 0 if qkv.requires_grad and torch.is_grad_enabled() else qkv.size(0) * qkv.size(1)
     reason = _cudnn_why_left(qkv, qkv.size(1), dtype, D, dropout_p, tokens)
     return _why_not(qkv, dtype, D, scale, backend) if reason is None else reason
@@ -176,14 +176,14 @@ def _separate_cudnn_why_not(q, k, v, dtype, scale, backend, dropout_p):
     if not q.is_cuda or _backend.choice("attention", backend) == "fused":
         return ""
     if q.size(2) != k.size(2) or q.numel() == 0 or not q.stride(3) == k.stride(3) == v.stride(3) == 1:
-        return ""       # of fewer queries, its causal mask begins at the first key
+        return ""       # with fewer queries than keys, cuDNN aligns the causal mask to the first key
     tokens = 0 if _differentiable(q, k, v) else q.size(0) * q.size(2)
     reason = _cudnn_why_left(q, q.size(2), dtype, q.size(3), dropout_p, tokens)
     return _separate_why_not(q, k, v, dtype, scale, backend) if reason is None else reason
 
 
 def _cudnn_why_left(x, T, dtype, D, dropout_p, tokens):
-    """tokens: whose attention has no gradient, or 0."""
+    """As `_cudnn_why_not`. tokens: how many there are if no gradient is needed, else 0."""
     if T < 2 or dropout_p > 0 or tokens and (tokens < CUDNN_TOKENS or T % CUDNN_LENGTHS):
         return ""
     if (_backend.compute_capability(x.get_device()), D) not in CUDNN_FORWARD or dtype == torch.float32 or dtype == torch.float64:
@@ -192,15 +192,15 @@ def _cudnn_why_left(x, T, dtype, D, dropout_p, tokens):
 
 
 def _why_no_cudnn():
-    """None where PyTorch has cuDNN's attention and it is not switched off."""
+    """None if PyTorch has cuDNN's attention and it is not switched off, else the reason."""
     if not torch.backends.cuda.cudnn_sdp_enabled():
         return "cuDNN's attention is switched off (torch.backends.cuda.enable_cudnn_sdp)"
     if not torch.backends.cudnn.is_available() or torch.backends.cudnn.version() < 90100:
-        return "this PyTorch has no cuDNN of 9.1 or later"
+        return "this PyTorch has no cuDNN 9.1 or later"
     return None
 
 
-_why_no_cudnn._dynamo_marked_constant = True            # asked once while compiling, as in backend.py
+_why_no_cudnn._dynamo_marked_constant = True            # evaluated once while tracing, as in backend.py
 
 
 def _separate_why_not(q, k, v, dtype, scale, backend, dropout_p=0.0, left_to_pytorch=True):
@@ -213,7 +213,7 @@ def _separate_why_not(q, k, v, dtype, scale, backend, dropout_p=0.0, left_to_pyt
 
 
 def _decode_why_not(q, k, v, dtype, scale, backend):
-    # A matter of bytes, not of tensor cores: the reasons of LEFT_TO_PYTORCH do not apply, the other ones do.
+    # Decoding is bound by memory, not by tensor cores: the reasons of LEFT_TO_PYTORCH do not apply, the others do.
     return _separate_why_not(q, k, v, dtype, scale, backend, left_to_pytorch=False)
 
 
@@ -222,7 +222,7 @@ def _why_left(arch, D, dtype):
     if dtype == torch.float32:
         return FLOAT32_LEFT
     known = 80
-    for row in LEFT_TO_PYTORCH:                         # a loop that torch.compile can trace; rows ascend
+    for row in LEFT_TO_PYTORCH:                         # a loop, because torch.compile can trace it; rows are in ascending order
         if row <= arch:
             known = row
     largest, reason = LEFT_TO_PYTORCH[known]
@@ -233,7 +233,7 @@ def _why_left_in_training(arch, x, D, dropout_p):
     largest, least, reason = TRAINED_BY_PYTORCH.get(arch, (0, 0, None))
     if D > largest or dropout_p > 0 or not (x.requires_grad and torch.is_grad_enabled()):
         return None
-    tokens = x.size(0) * x.size(-2)         # of qkv (B, T, 3C) and of q (B, H, T, D)
+    tokens = x.size(0) * x.size(-2)         # x is qkv (B, T, 3C) or q (B, H, T, D)
     return reason if tokens >= least else None
 
 
@@ -248,7 +248,7 @@ _DECODE_CANDIDATES = (("triton", _decode_why_not),)
 class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, qkv, options, by_cudnn):       # a tuple, since each argument of a Function costs 0.2 us
+    def forward(ctx, qkv, options, by_cudnn):       # options is a tuple, since each argument of a Function costs 0.2 us
         seed = dropout_seed(qkv, options[2]) if options[2] > 0 else None
         if by_cudnn:
             out, lse = (raw.attention_qkvpacked_cudnn if is_compiling() else _cudnn_packed)(qkv, options[0], options[1])
@@ -267,14 +267,14 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _packed_backward(do, qkv, out, lse, seed, n_head, scale, dropout_p):
-    """By the kernels for Hopper where they can run: on an H100 1.2 to 1.4 times as fast as Triton's at all sizes timed (docs/gpu.md)."""
+    """Use the Hopper kernels where they can run: on an H100 1.2 to 1.4 times as fast as Triton's at all sizes timed (docs/gpu.md)."""
     if qkv.numel() and _hopper.why_not(qkv.device, qkv.dtype, qkv.size(2) // (3 * n_head), scale, dropout_p) is None:
         return _hopper.backward_qkvpacked(do, qkv, out, lse, n_head, scale)
     return _kernels().backward.launch_backward_qkvpacked(do, qkv, out, lse, seed, n_head, scale, dropout_p)
 
 
 def _separate_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
-    """Likewise, of as many queries as keys."""
+    """Likewise; the Hopper kernels need as many queries as keys."""
     if q.numel() and q.size(2) == k.size(2) and _hopper.why_not(q.device, q.dtype, q.size(3), scale, dropout_p) is None:
         return _hopper.backward(do, q, k, v, out, lse, scale)
     return _kernels().backward.launch_backward(do, q, k, v, out, lse, seed, scale, dropout_p)
@@ -284,15 +284,15 @@ _cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention
 
 
 def _cudnn_packed(qkv, n_head, scale, want_lse=True):
-    """What `launch_forward_qkvpacked` returns, by cuDNN: (out (B, T, C), lse (B, H, T) fp32, log2 of the sum of exponentials)."""
+    """`launch_forward_qkvpacked` on cuDNN: (out (B, T, C), lse (B, H, T) fp32, log2 of the sum of exponentials)."""
     out, lse = _cudnn(*reference.split_heads(qkv, n_head), scale, want_lse)
     return out.flatten(2), lse
 
 
 def _cudnn(q, k, v, scale, want_lse=True):
-    """What `launch_forward` returns, by cuDNN: (out (B, T, H, D), lse (B, H, T) or None)."""
+    """`launch_forward` on cuDNN: (out (B, T, H, D), lse (B, H, T) or None)."""
     out, lse = _cudnn_attention(q, k, v, None, want_lse, 0.0, True, False, scale=scale)[:2]
-    # cuDNN's `out` lies in memory as q does; its lse is the natural logarithm.
+    # cuDNN's `out` has q's memory layout; its lse is a natural logarithm.
     return out.transpose(1, 2).contiguous(), lse.reshape(q.shape[:3]) * LOG2_E if want_lse else None
 
 
@@ -338,13 +338,13 @@ class _CPUAttention(torch.autograd.Function):
 
 @functools.cache
 def _kernels():
-    """The launchers. Imported at the first call: that imports Triton."""
+    """The launchers, imported on first use because that imports Triton."""
     from ..kernels import attention_backward, attention_common, attention_decode, attention_forward
     return SimpleNamespace(forward=attention_forward, backward=attention_backward, decode=attention_decode, common=attention_common)
 
 
 # ------------------------------------------------------------------------------------------------------ what torch.compile sees
-# Anybody can call these operators, so they check what the op has checked already.
+# Anybody can call these operators directly, so they repeat the op's checks.
 
 
 def _raw_packed(qkv, seed, n_head, scale, dropout_p):
@@ -364,7 +364,7 @@ def _raw_packed_backward(do, qkv, out, lse, seed, n_head, scale, dropout_p):
                                   ("lse", lse, (B, n_head, T), torch.float32)):
         if x.shape != shape or x.dtype != dtype or x.device != qkv.device or (x is not do and not x.is_contiguous()):
             raise ValueError(f"{name} is {tuple(x.shape)}, {x.dtype}, strides {x.stride()}; expected {shape}, {dtype}, as the "
-                             "forward gave it")
+                             "forward returned it")
     return _packed_backward(do, qkv, out, lse, seed if dropout_p > 0 else None, n_head, scale, dropout_p)
 
 
@@ -382,14 +382,14 @@ def _fake(q, k, v, seed, scale, dropout_p):
 def _raw_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
     _check_qkv(q, k, v, dropout_p)
     if do.shape != q.shape or do.dtype != q.dtype:
-        raise ValueError(f"do has shape {tuple(do.shape)} and is {do.dtype}; expected {tuple(q.shape)} and {q.dtype} as q has")
+        raise ValueError(f"do has shape {tuple(do.shape)} and is {do.dtype}; expected {tuple(q.shape)} and {q.dtype}, like q")
     q, k, v, _ = _kernels().common.in_place(q, k, v)
     _kernels().common.check_inputs(q, k, v, _scale(scale, q), dropout_p, seed)
     B, H, Tq, D = q.shape
     for name, x, shape, dtype in (("out", out, (B, Tq, H, D), q.dtype), ("lse", lse, (B, H, Tq), torch.float32)):
         if x.shape != shape or x.dtype != dtype or x.device != q.device or not x.is_contiguous():
             raise ValueError(f"{name} is {tuple(x.shape)}, {x.dtype}, strides {x.stride()}; expected {shape}, {dtype}, as the "
-                             "forward gave it")
+                             "forward returned it")
     return _separate_backward(do, q, k, v, out, lse, seed if dropout_p > 0 else None, scale, dropout_p)
 
 
@@ -404,7 +404,7 @@ def _decode(q, k, v, lengths, scale):
 
 
 def _scale(scale, q):
-    return 1.0 / math.sqrt(max(1, q.size(3))) if scale is None else scale       # a head size of 0 is refused behind this
+    return 1.0 / math.sqrt(max(1, q.size(3))) if scale is None else scale       # a head size of 0 is rejected later
 
 
 define("attention_qkvpacked(Tensor qkv, Tensor? seed, int n_head, float? scale, float dropout_p) -> (Tensor, Tensor)",

@@ -1,4 +1,4 @@
-"""What every op asks: the dtype to compute in, a seed for its dropout, and whether a second derivative is wanted, which no kernel has."""
+"""Helpers that every op shares: the compute dtype, the dropout seed, and the error for second derivatives, which no kernel has."""
 import contextlib
 
 import torch
@@ -8,28 +8,28 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def autocast_dtype(x):
-    """The dtype that a matmul of x computes in: autocast's where it is on, else x's. Autocast leaves float64 alone."""
-    kind = "cuda" if x.is_cuda else "cpu"                   # a third of the time of x.device.type
+    """The dtype in which a matmul of x computes: autocast's if it is on, else x's. Autocast does not touch float64."""
+    kind = "cuda" if x.is_cuda else "cpu"                   # takes a third of the time of x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x.dtype
     return torch.get_autocast_dtype(kind)
 
 
 def no_autocast(device_type):
-    """A context for a backward, which may be called under autocast and must compute in its forward's dtypes."""
+    """Context for a backward: it may be called under autocast but must compute in the forward's dtypes."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else contextlib.nullcontext()
 
 
 def dropout_seed(x, dropout_p):
-    """One number a call as an int64 tensor (1,) on x's device, or None without dropout. It comes from that device's generator.
+    """A random seed as an int64 tensor (1,) on x's device, drawn from that device's generator; None without dropout.
 
-    A tensor, since a captured graph then draws anew at each replay, and a recomputed forward gets the same one.
-    31 bits: Inductor writes the bound as an int32 constant.
+    It is a tensor so that a captured graph draws a new seed at each replay and a recomputed forward reuses the same one.
+    It has 31 bits because Inductor writes the bound as an int32 constant.
     """
     return torch.randint(2**31 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_p > 0 else None
 
 
 def no_second_derivative(op):
-    """RuntimeError in a backward of which another derivative is wanted (create_graph=True)."""
+    """Raise RuntimeError if this backward is itself being differentiated (create_graph=True)."""
     if torch.is_grad_enabled() and not is_compiling():
-        raise RuntimeError(f"{op} has no second derivative by its kernels (create_graph=True); backend='reference' has one")
+        raise RuntimeError(f"the kernels of {op} have no second derivative (create_graph=True); backend='reference' has one")

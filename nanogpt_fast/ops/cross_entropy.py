@@ -2,10 +2,10 @@
 
     logits = x W^T,   loss = mean or sum over rows of  -log softmax(logits)[target]
 
-`return_logits=True` is the drop-in (nanoGPT's forward returns its logits): they are written once, in half precision under
-autocast, and stay intact; the backward makes its gradient from them, and adds what arrives through them. `return_logits=False`
-is for training: loss and gradients are made together, a chunk of rows at a time, and the memory for the logits is never needed.
-Formulas, traffic and the kernels are in `kernels/cross_entropy.py`; what a CPU does is in `cpu/cross_entropy.py`.
+`return_logits=True` is the drop-in form (nanoGPT's forward returns its logits): they are written once, in half precision under
+autocast, and never modified; the backward computes the loss's gradient from them and adds the gradient that arrives through them.
+`return_logits=False` is for training: loss and gradients are computed together, a chunk of rows at a time, and the whole logits never
+exist. Formulas, memory traffic and the kernels are in `kernels/cross_entropy.py`; the CPU path is in `cpu/cross_entropy.py`.
 """
 import torch
 
@@ -20,15 +20,15 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
                          copy=None):
     """Cross-entropy of logits = x weight^T against targets: (loss, logits), or (loss, None) with return_logits=False.
 
-    x (..., C) and weight (V, C), floating point; targets int64 with one element a row of x. loss: a scalar, fp32 under
-    autocast, else of x's dtype. logits (..., V) in the autocast dtype or x's; their rows may lie further apart than V, so that
-    each starts aligned. Rows whose target is `ignore_index` count for nothing; reduction "mean" divides by the number of the
-    others (none: nan), "sum" does not. A target outside of the vocabulary raises IndexError on a CPU and makes the loss nan on
-    a GPU: asking would stop the host. Changing the returned logits in place before the backward raises there.
-    backend: a choice for each op as `backend.parse` gives it, or None. copy: weight in the dtype to compute in, where somebody
-    keeps it (training/half_weights.py): it is taken instead of casting, and dW is not rounded to that dtype by a kernel.
+    x (..., C) and weight (V, C), floating point; targets int64 with one element per row of x. loss: a scalar, fp32 under
+    autocast, else of x's dtype. logits (..., V) in the autocast dtype or x's; their row stride may exceed V, so that each row
+    starts aligned. Rows whose target is `ignore_index` do not count; reduction "mean" divides by the number of the other rows
+    (nan if there are none), "sum" does not divide. A target outside of the vocabulary raises IndexError on a CPU and makes the
+    loss nan on a GPU, where a check would stall the host. The backward raises if the returned logits were modified in place.
+    backend: a choice per op, as `backend.parse` returns it, or None. copy: weight in the compute dtype, if the caller keeps one
+    (training/half_weights.py): it is used instead of casting, and the kernels do not round dW to that dtype.
 
-    Raises ValueError (shapes, devices, reduction), TypeError (dtypes), RuntimeError (backend "fused" where the kernel can't
+    Raises ValueError (shapes, devices, reduction), TypeError (dtypes), RuntimeError (backend "fused" and the kernel can't
     run; a second derivative, which only the reference has).
     """
     if reduction not in ("mean", "sum"):
@@ -48,7 +48,7 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
         return loss, logits if return_logits else None
     grad = torch.is_grad_enabled()
     need_dx, need_dw = grad and x.requires_grad, grad and weight.requires_grad
-    if name == "triton":  # spelled out: Dynamo of torch 2.11 indexes no tuple with a bool
+    if name == "triton":  # spelled out: Dynamo of torch 2.11 cannot index a tuple with a bool
         op = _LossAndLogits if return_logits else _Loss
     else:
         op = _CPULossAndLogits if return_logits else _CPULoss
@@ -59,7 +59,7 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
 
 
 def implementation(x, weight, targets, *, return_logits=True, backend=None):
-    """The name of the implementation that linear_cross_entropy takes for these arguments ("triton", "cpp", "reference")."""
+    """The name of the implementation that linear_cross_entropy uses for these arguments ("triton", "cpp", "reference")."""
     return _backend.choose("cross_entropy", CANDIDATES, backend, (x, weight, targets, return_logits))
 
 
@@ -79,23 +79,23 @@ CANDIDATES = (("triton", _triton_why_not), ("cpp", _cpu.why_not))
 
 
 def _kernels():
-    from ..kernels import cross_entropy  # here, since importing Triton takes 0.2 s and not every user runs a kernel
+    from ..kernels import cross_entropy  # imported lazily: Triton takes 0.2 s to import, and not every user runs a kernel
     return cross_entropy
 
 
 def _reduce(losses, targets, ignore_index, reduction, dtype):
-    """(loss, count): the loss as a scalar of `dtype`, and what the gradient is to be divided by, an fp32 scalar."""
+    """(loss, count): the loss as a scalar of `dtype`, and the fp32 scalar to divide the gradient by."""
     loss = losses.sum()
     if reduction == "sum":
         return _to(loss, dtype), torch.ones_like(loss)
     count = (targets != ignore_index).sum().to(torch.float32)
-    # Nothing counts: the loss is 0 / 0 = nan, as PyTorch's; the gradient, 0 as PyTorch's too, must not become 0 / 0.
+    # If no row counts, the loss is 0 / 0 = nan, as in PyTorch, but the gradient must be 0, as in PyTorch, and not 0 / 0.
     return _to(loss / count, dtype), count.clamp(min=1)
 
 
 def _to(loss, dtype):
-    """The loss in dtype, by no call where it has it: torch 2.11 compiles a Function whose result went through a `to` that changes
-    nothing without an error, counts it as two results, and sends the gradient to the other one: all gradients are zero."""
+    """The loss in `dtype`, without calling `to` if it already is. If a Function's result went through a no-op `to`, compiled code of
+    torch 2.11 silently counts it as two results and sends the gradient to the other one, so that all gradients are zero."""
     return loss if loss.dtype == dtype else loss.to(dtype)
 
 
@@ -104,7 +104,7 @@ def _loss_dtype(x):
 
 
 class _Loss(torch.autograd.Function):
-    """The loss alone. The forward also makes the gradients of the sum of the losses; the backward scales them."""
+    """The loss alone. The forward also computes the gradients of the sum of the losses; the backward scales them."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, ignore_index, reduction, need_dx, need_dw, copy=None):
@@ -128,7 +128,7 @@ class _Loss(torch.autograd.Function):
 
 
 class _LossAndLogits(torch.autograd.Function):
-    """Loss and logits. The backward makes the gradients from the logits, which are there anyway."""
+    """Loss and logits. The backward computes the gradients from the logits, which exist anyway."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, ignore_index, reduction, need_dx, need_dw):
@@ -139,7 +139,7 @@ class _LossAndLogits(torch.autograd.Function):
         logits = logits.view(*x.shape[:-1], logits.size(-1))
         ctx.save_for_backward(x, weight, targets, logits, maxima, log_sums, count)
         ctx.dtype, ctx.ignore_index, ctx.needs = dtype, ignore_index, (need_dx, need_dw)
-        if not torch.compiler.is_compiling():  # a graph is sent zeros through logits that nothing uses; eager code None
+        if not torch.compiler.is_compiling():  # compiled graphs get zeros for unused logits; eager asks for None
             ctx.set_materialize_grads(False)
         return loss, logits
 
@@ -161,7 +161,7 @@ class _LossAndLogits(torch.autograd.Function):
 
 
 class _CPULoss(torch.autograd.Function):
-    """The loss alone. The forward also makes its gradients; a backward that is sent 1 hands them out as they are."""
+    """The loss alone. The forward also computes its gradients; a backward that receives 1 returns them unscaled."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, ignore_index, reduction, need_dx, need_dw, copy=None):
@@ -185,14 +185,14 @@ class _CPULoss(torch.autograd.Function):
             saved = scale == 1
             gradients = [gradient if saved else gradient * scale for gradient in ctx.saved_tensors]
         need_dx, need_dw = ctx.needs_input_grad[:2]
-        # Copied where it is the saved one: a leaf keeps it as its .grad, and a second backward would find it changed.
+        # A saved gradient is copied: a leaf keeps the result as its .grad, and a second backward would find it modified.
         dx = gradients[0].view(ctx.x_shape).to(ctx.dtypes[0], copy=saved) if need_dx else None
         dw = gradients[1].to(ctx.dtypes[1]) if need_dw else None
         return dx, dw, None, None, None, None, None, None, None
 
 
 class _CPULossAndLogits(torch.autograd.Function):
-    """Loss and logits. The backward makes the gradients from the logits, which are there anyway."""
+    """Loss and logits. The backward computes the gradients from the logits, which exist anyway."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, ignore_index, reduction, need_dx, need_dw):
@@ -202,7 +202,7 @@ class _CPULossAndLogits(torch.autograd.Function):
         logits = logits.view(*x.shape[:-1], logits.size(-1))
         ctx.save_for_backward(x, weight, targets, logits)
         ctx.options, ctx.dtype, ctx.needs = (ignore_index, reduction == "mean"), dtype, (need_dx, need_dw)
-        if not torch.compiler.is_compiling():  # a graph is sent zeros through logits that nothing uses; eager code None
+        if not torch.compiler.is_compiling():  # compiled graphs get zeros for unused logits; eager asks for None
             ctx.set_materialize_grads(False)
         return _to(loss, _loss_dtype(x)), logits
 
@@ -224,7 +224,7 @@ class _CPULossAndLogits(torch.autograd.Function):
 def _scaled(gradient, scale, dtype):
     """gradient * scale in fp32, rounded once."""
     if torch.compiler.is_compiling():
-        return (gradient.to(torch.float32) * scale).to(dtype)  # Inductor makes one kernel of it
+        return (gradient.to(torch.float32) * scale).to(dtype)  # Inductor fuses this into one kernel
     return _kernels().scaled(gradient, scale, dtype)
 
 

@@ -1,6 +1,6 @@
-"""The C++/CUDA extension `nanogpt_fast._C`: this file alone loads it, and says why where it, or a part of it, is missing.
+"""The C++/CUDA extension `nanogpt_fast._C`: only this file loads it, and it gives the reason if the extension or a part is missing.
 
-What takes tensors passes their addresses: the extension is built without torch.
+Tensors are passed to it by address, because it is built without torch.
 """
 import functools
 import os
@@ -15,7 +15,7 @@ except ImportError as error:
 
 
 def missing():
-    """Why there is no extension: what the build wrote down, or what the import said."""
+    """Why the extension is missing: the reason that the build recorded, or the import error."""
     try:
         with open(os.path.join(os.path.dirname(os.path.dirname(__file__)), "_C_missing.txt")) as file:
             return f"the extension nanogpt_fast._C was not built: {file.read().strip()}"
@@ -24,20 +24,20 @@ def missing():
 
 
 def lacks(function):
-    """None where the extension has `function`, else the reason. Ask while importing: torch.compile cannot trace the question."""
+    """None if the extension has `function`, else the reason. Call it at import time: torch.compile cannot trace it."""
     if _C is None:
-        return f"the extension is not there ({missing()})"
-    return None if hasattr(_C, function) else f"the extension was built before it had {function}: install the package again"
+        return f"the extension is missing ({missing()})"
+    return None if hasattr(_C, function) else f"the installed extension is too old to have {function}: reinstall the package"
 
 
 def has_amx():
-    """True where the extension multiplies matrices on AMX tiles."""
+    """True if the extension can multiply matrices on AMX tiles here."""
     return hasattr(_C, "gemm_works") and _C.gemm_works()
 
 
 @functools.cache
 def cuda_why_not(device):
-    """None where the extension can launch on CUDA device number `device`, else the reason. Asking takes several calls of the CUDA runtime."""
+    """None if the extension can launch on CUDA device number `device`, else the reason. Cached: the check makes several CUDA calls."""
     reason, info = _C.cuda_why_not(device), _C.build_info()
     if reason and info["cuda"]:
         reason = f"the extension (CUDA {info['cuda']}, {info['cuda_archs']}) cannot launch: {reason}"
@@ -45,10 +45,10 @@ def cuda_why_not(device):
 
 
 def address(tensor):
-    """Of a tensor's memory; 0 for None."""
+    """The address of a tensor's memory; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def plain(tensor):
-    """True for a tensor whose memory can be pointed at: a subclass may hold none, or another's."""
+    """True for a tensor that can be passed by address. A subclass may have no memory of its own, or wrap another tensor."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter)

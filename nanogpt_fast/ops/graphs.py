@@ -1,33 +1,39 @@
-"""CUDA graphs: functions that run on a stream of their own are recorded there, and replayed with one launch instead of hundreds.
+"""CUDA graphs: capture functions on a side stream, and replay each with one launch instead of hundreds.
 
-What a function reads and writes must lie in memory that stays; shapes are those of the recording.
+A captured function must read and write memory that stays allocated; its shapes are fixed at capture.
 """
 import torch
 
 
 class Recorder:
-    """Graphs that share one pool of memory, which is right since they never run at the same time and nothing that must stay lies in it but
-    what is alive when the next one is recorded."""
+    """Captures graphs that share one memory pool.
+
+    Sharing is safe because the graphs never run concurrently, and every tensor of the pool whose contents must persist is still
+    alive when the next graph is captured.
+    """
 
     def __init__(self, device, what, instead):
-        """what: is recorded, and instead: what to do where it cannot be; for the error's text."""
+        """what: what is being captured; instead: what to do if capture fails. Both appear in the error message."""
         self.device, self.what, self.instead = device, what, instead
         self.stream = torch.cuda.Stream(device)
         self.pool = None
 
     def run(self, function):
-        """Run it where it would be recorded: what compiles or allocates lazily has done so then."""
-        around = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(around)
+        """Run the function on the capture stream: a warm-up that gets lazy compilation and allocation done."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             function()
-        around.wait_stream(self.stream)
+        current.wait_stream(self.stream)
 
     def record(self, function):
-        """What replays the function on the current stream; nothing is executed. RuntimeError where something in it cannot be captured."""
+        """Capture the function without executing it; returns a callable that replays it on the current stream.
+
+        Raises RuntimeError if something in it cannot be captured.
+        """
         graph = torch.cuda.CUDAGraph()
         try:
-            # The stream is named: torch's default capture stream may lie on another GPU.
+            # Pass the stream explicitly: torch's default capture stream may belong to another GPU.
             with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 function()
         except RuntimeError as error:

@@ -2,9 +2,9 @@
 
     add_layer_norm:  s = x + dropout(branch),  y = LayerNorm(s);  returns (s, y)
 
-A block of nanoGPT adds a branch to the residual stream and normalises the sum for the next branch; `Block.fused` calls this
-instead, and the stream passes through memory once. Formulas, traffic and kernels are in `kernels/layer_norm.py`; what a CPU does in
-bf16 is in `cpu/layer_norm.py`.
+A nanoGPT block adds a branch to the residual stream and normalises the sum for the next branch; `Block.fused` calls this op for
+both, and the stream passes through memory once. Formulas, memory traffic and kernels are in `kernels/layer_norm.py`; the bf16 CPU path
+is in `cpu/layer_norm.py`.
 """
 import functools
 
@@ -17,24 +17,24 @@ from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_second_deriv
 from .cpu import layer_norm as _cpu
 from .registration import define, raw
 
-_MAX_C = 8192  # a row lies in the registers of one program
+_MAX_C = 8192  # one program holds a whole row in registers
 
 
 def layer_norm(x, weight, bias, *, eps=1e-5, backend=None):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, of x's shape and dtype.
 
-    x (..., C), weight (C,), bias (C,) or None; fp32, fp16 or bf16 for a kernel. The variance is the biased one. Under CUDA's
-    autocast the result is fp32, as PyTorch's is; under a CPU's it keeps x's dtype.
-    backend: a choice for each op as `backend.parse` gives it, or None.
+    x (..., C), weight (C,), bias (C,) or None; fp32, fp16 or bf16 for a kernel. The variance is the biased one. Under CUDA
+    autocast the result is fp32, as in PyTorch; under CPU autocast it keeps x's dtype.
+    backend: a choice per op, as `backend.parse` returns it, or None.
 
-    Raises ValueError (shapes), RuntimeError (backend "fused" where the kernel can't run; a second derivative, which only the
+    Raises ValueError (shapes), RuntimeError (backend "fused" and the kernel can't run; a second derivative, which only the
     reference has). Source: Ba, Kiros, Hinton, "Layer normalization", 2016.
     """
     _check(x, None, weight, bias)
     name = _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias))
     if name == "reference":
         return reference.layer_norm(x, weight, bias, eps)
-    y_dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype  # what F.layer_norm gives
+    y_dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype  # as F.layer_norm
     return _LayerNorm.apply(x, weight, bias, (name, eps, y_dtype))
 
 
@@ -42,10 +42,10 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
     """(s, y) with s = x + dropout(branch) and y = layer_norm(s). branch None: s is x.
 
     x (..., C), the residual stream; branch of the same shape; weight (C,), bias (C,) or None. s has x's dtype. y has out_dtype;
-    if None, the kernel writes what the next matmul eats: the autocast dtype, without autocast x's (the reference leaves it
-    fp32 under autocast, for the matmul to cast). Kept elements of branch are multiplied by 1 / (1 - dropout_p); the mask is
-    drawn from torch's generator and is the same when activation checkpointing runs the forward again.
-    backend: a choice for each op as `backend.parse` gives it, or None.
+    if None, the kernel writes the dtype in which the next matmul computes: autocast's, or x's without autocast (the reference
+    leaves it fp32 under autocast, for the matmul to cast). Kept elements of branch are multiplied by 1 / (1 - dropout_p); the
+    mask is drawn from torch's generator and is the same when activation checkpointing reruns the forward.
+    backend: a choice per op, as `backend.parse` returns it, or None.
 
     Raises ValueError (shapes, dropout_p), RuntimeError (as layer_norm).
     """
@@ -60,30 +60,30 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
         out_dtype = autocast_dtype(x)
     if branch is None:
         return x, _LayerNorm.apply(x, weight, bias, (name, eps, out_dtype))
-    if name == "cpp" and dropout_p > 0:  # nanoGPT's random numbers
+    if name == "cpp" and dropout_p > 0:  # draws nanoGPT's random numbers
         branch, dropout_p = F.dropout(branch, dropout_p), 0.0
     return _AddLayerNorm.apply(x, branch, weight, bias, dropout_seed(x, dropout_p), (name, dropout_p, eps, out_dtype))
 
 
 def implementation(x, weight, bias, *, backend=None):
-    """The name of the implementation that the ops take for these arguments ("triton", "cpp", "reference")."""
+    """The name of the implementation that the ops use for these arguments ("triton", "cpp", "reference")."""
     return _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias))
 
 
 def _check(x, branch, weight, bias):
-    shape, row = x.shape, weight.shape  # each asked for once: 0.1 us
+    shape, row = x.shape, weight.shape  # read once each: an access takes 0.1 us
     if len(row) != 1 or not shape or shape[-1] != row[0]:
         raise ValueError(f"x {tuple(shape)} and weight {tuple(row)}: expected (..., C) and (C,)")
     if bias is not None and bias.shape != row:
-        raise ValueError(f"bias {tuple(bias.shape)}: expected {tuple(row)} as the weight has, or None")
+        raise ValueError(f"bias {tuple(bias.shape)}: expected {tuple(row)}, like the weight, or None")
     if branch is not None and branch.shape != shape:
-        raise ValueError(f"branch {tuple(branch.shape)}: expected {tuple(shape)} as x has, or None")
+        raise ValueError(f"branch {tuple(branch.shape)}: expected {tuple(shape)}, like x, or None")
 
 
 def _triton_why_not(x, weight, bias, branch=None, out_dtype=None):
     if (reason := _backend.triton_why_not(x)) is not None:
         return reason
-    device, dtype = x.get_device(), x.dtype  # the number of a GPU: half the time of x.device
+    device, dtype = x.get_device(), x.dtype  # get_device() takes half the time of x.device
     if not (dtype in KERNEL_DTYPES and weight.dtype in KERNEL_DTYPES and weight.get_device() == device
             and (bias is None or bias.dtype in KERNEL_DTYPES and bias.get_device() == device)
             and (branch is None or branch.dtype in KERNEL_DTYPES and branch.get_device() == device)):
@@ -93,21 +93,21 @@ def _triton_why_not(x, weight, bias, branch=None, out_dtype=None):
     if not 1 <= x.shape[-1] <= _MAX_C:
         return f"rows have {x.shape[-1]} elements; the kernel takes 1 to {_MAX_C}"
     if branch is not None and branch.dtype != dtype and torch.promote_types(dtype, branch.dtype) != dtype:
-        return f"x is {dtype}, branch {branch.dtype}: their sum is not of x's dtype"
+        return f"x is {dtype}, branch {branch.dtype}: their sum does not have x's dtype"
     return None
 
 
-CANDIDATES = (("triton", _triton_why_not), ("cpp", _cpu.why_not))  # fastest first; what `explain` and `doctor` read too
+CANDIDATES = (("triton", _triton_why_not), ("cpp", _cpu.why_not))  # fastest first; `explain` and `doctor` read it, too
 
 
 @functools.cache
 def _kernels():
-    from ..kernels import layer_norm  # here, since importing Triton takes 0.2 s and not every user runs a kernel
+    from ..kernels import layer_norm  # imported lazily: Triton takes 0.2 s to import, and not every user runs a kernel
     return layer_norm
 
 
 def _forward(name, x, branch, weight, bias, seed, p, eps, y_dtype):
-    """(s, y, statistics). A tensor that is no contiguous block (a transposed or expanded view) is copied into one."""
+    """(s, y, statistics). A tensor that is not contiguous (a transposed or expanded view) is copied."""
     if name == "cpp":
         return _cpu.forward(x, branch, weight, bias, eps, y_dtype)
     launch = raw.layer_norm_forward if is_compiling() else _kernels().launch_forward
@@ -116,7 +116,7 @@ def _forward(name, x, branch, weight, bias, seed, p, eps, y_dtype):
 
 
 def _backward(name, dy, ds, s, weight, statistics, seed, p, branch_dtype, bias_dtype, need_dweight, need_dbias):
-    """(dx, dbranch or None where it is dx, dweight, dbias)."""
+    """(dx, dbranch, dweight, dbias). dbranch is None if it equals dx."""
     if name == "cpp":
         dx, dbranch, dweight, dbias = _cpu.backward(dy, ds, s, weight, statistics, branch_dtype)
         return dx, dbranch, dweight.to(weight.dtype) if need_dweight else None, dbias.to(bias_dtype) if need_dbias else None
@@ -151,15 +151,15 @@ class _LayerNorm(torch.autograd.Function):
 
 
 class _AddLayerNorm(torch.autograd.Function):
-    """s and y. The backward adds what arrives through s in the kernel that makes what arrives through y."""
+    """s and y. One backward kernel computes the gradient that arrives through y and adds the one that arrives through s."""
 
     @staticmethod
     def forward(ctx, x, branch, weight, bias, seed, options):
         name, p, eps, y_dtype = options
         s, y, statistics = _forward(name, x, branch, weight, bias, seed, p, eps, y_dtype)
         ctx.save_for_backward(s, weight, statistics, seed)
-        ctx.options = name, p, branch.dtype, None if bias is None else bias.dtype  # four attributes take 0.1 us more
-        if not is_compiling():  # a graph is sent zeros through an unused output; here None spares their cost
+        ctx.options = name, p, branch.dtype, None if bias is None else bias.dtype  # one tuple: four attributes take 0.1 us more
+        if not is_compiling():  # compiled graphs get zeros for an unused output; eager asks for None and skips them
             ctx.set_materialize_grads(False)
         return s, y
 
@@ -175,7 +175,7 @@ class _AddLayerNorm(torch.autograd.Function):
             dx, dbranch, dweight, dbias = _backward(name, dy, ds, s, weight, statistics, seed, p, branch_dtype, bias_dtype,
                                                     *ctx.needs_input_grad[2:4])
             dbranch = dx if dbranch is None else dbranch
-        elif seed is None:  # only the stream was used
+        elif seed is None:  # only s was used
             dx, dbranch = ds, ds.to(branch_dtype)
         else:
             dx, dbranch = ds, _kernels().drop(ds.contiguous(), p=p, seed=seed, branch_dtype=branch_dtype)
@@ -183,7 +183,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
 
 # -------------------------------------------------------------------------------------------------- what torch.compile sees
-# An operator returns tensors, so what the launchers leave out (None) is a tensor without elements here.
+# An operator must return tensors, so a None of the launchers becomes an empty tensor here.
 
 def _present(tensors, like):
     return tuple(like.new_empty(0) if t is None else t for t in tensors)

@@ -1,8 +1,8 @@
-"""A Linear of half-precision training as an op: y = x W^T + b, computed with a copy of W that somebody keeps.
+"""A Linear for half-precision training as an op: y = x W^T + b, computed with a copy of W that the caller keeps.
 
-The trainer casts each weight once an optimizer step (training/half_weights.py), not at each use as autocast does. The numbers are autocast's,
-and the weight gets the gradient. Where the products of the extension serve (ops/cpu/linear.py), that gradient is summed in fp32 and
-never rounded to half precision on its way.
+The trainer casts each weight once per optimizer step (training/half_weights.py) instead of at every use, as autocast does. The results
+are autocast's, and the gradient goes to the original weight. With the extension's GEMMs (ops/cpu/linear.py), that gradient is summed
+in fp32 and never rounded to half precision.
 """
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,12 @@ from .cpu import linear as _cpu
 
 
 def linear(x, weight, bias, *, copy=None, backend=None):
-    """x weight^T + bias: (..., N) in the copy's dtype, or as F.linear gives it without one.
+    """x weight^T + bias -> (..., N), in the copy's dtype; without a copy, in F.linear's.
 
-    x (..., K), weight (N, K), bias (N,) or None, floating point. copy: weight cast to the dtype to compute in, or its detached self;
-    it stays as it is until the backward. backend: a choice for each op as `backend.parse` gives it, or None.
+    x (..., K), weight (N, K), bias (N,) or None, floating point. copy: the weight cast to the compute dtype, or the weight detached;
+    it must not change before the backward. backend: a choice per op, as `backend.parse` returns it, or None.
 
-    Raises RuntimeError in a second derivative, which only the reference has.
+    Raises RuntimeError for a second derivative, which only the reference has.
     """
     name = _backend.choose("linear", CANDIDATES, backend, (weight, copy))
     if name == "reference":
@@ -27,7 +27,7 @@ def linear(x, weight, bias, *, copy=None, backend=None):
 
 
 def implementation(weight, copy=None, *, backend=None):
-    """The name of the implementation that `linear` takes for these arguments ("cpp", "reference")."""
+    """The name of the implementation that `linear` uses for these arguments ("cpp", "reference")."""
     return _backend.choose("linear", CANDIDATES, backend, (weight, copy))
 
 
@@ -35,7 +35,7 @@ CANDIDATES = (("cpp", _cpu.why_not),)       # args: (weight, copy)
 
 
 def cast(weight, copy):
-    """`copy` as a function of `weight`: the cast that autocast would make, made already. Its gradient goes to the weight, in its dtype."""
+    """`copy`, as the result of a differentiable cast of `weight`: its gradient goes to the weight, in the weight's dtype."""
     return _Cast.apply(weight, copy)
 
 
@@ -44,7 +44,7 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, copy):
         ctx.dtype = weight.dtype
-        return copy.detach()    # the same memory and version counter, so that a refresh at the wrong moment is noticed
+        return copy.detach()    # shares memory and version counter: autograd detects a refresh before the backward
 
     @staticmethod
     def backward(ctx, grad):
@@ -56,7 +56,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, copy, bias):
         rows = x.reshape(-1, x.size(-1)).to(copy.dtype)
-        ctx.save_for_backward(rows, copy)   # with copy's version: a refresh at the wrong moment is noticed
+        ctx.save_for_backward(rows, copy)   # records copy's version: autograd detects a refresh before the backward
         ctx.x_shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         return _cpu.matmul(rows, copy, bias=bias).view(*x.shape[:-1], copy.size(0))
 

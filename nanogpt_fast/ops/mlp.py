@@ -1,11 +1,11 @@
-"""The GELU-MLP as one op: two matmuls with bias, activation and dropout, its gradients, and what of it is kept in between.
+"""The GELU MLP as one op: two matmuls with bias, activation and dropout, their gradients, and what is saved for the backward.
 
     y = dropout(act(x w_fc^T + b_fc) w_proj^T + b_proj)
 
-cuBLAS does the matmuls. Where the activation is computed is the op's choice of form: "epilogue", inside the matmul that makes
-its input, "pointwise", by a kernel of its own after cuBLAS (kernels/mlp.py says what each moves), or "hopper", in the epilogue of a
-CUDA kernel for Hopper's tensor cores (hopper/mlp.py). All keep, for a token in half precision, x (2C bytes), h before the activation
-(8C) and post after it (8C); with `recompute=True` the backward makes post again.
+The op has three forms, which differ in where the activation is computed: "epilogue", inside the matmul that produces its input;
+"pointwise", in a separate kernel after cuBLAS (kernels/mlp.py gives the memory traffic of both); "hopper", in the epilogue of a CUDA
+kernel for Hopper's tensor cores (hopper/mlp.py). cuBLAS runs the other matmuls. Every form keeps, per token in half precision,
+x (2C bytes), h before the activation (8C) and post after it (8C); with `recompute=True` the backward recomputes post instead.
 """
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,15 @@ from .cpu import linear as _cpu_linear
 from .hopper import mlp as _hopper
 from .registration import define, raw
 
-# {(architecture, C): (forward, backward)}: the time of the pointwise form over that of the epilogue form, measured side by side
-# on a GPU of that compute capability (90: H100, H200) at 64 x 1024 tokens. The epilogue is taken where its ratio is over 1.
-# H100: 703 us against 891 forward, 873 against 822 backward. What is not measured takes the pointwise form.
+# {(architecture, C): (forward, backward)}: the pointwise form's time divided by the epilogue form's, measured side by side on a GPU
+# of that compute capability (90: H100, H200) at 64 x 1024 tokens. The epilogue form is used where the ratio exceeds 1.
+# H100: 703 us against 891 forward, 873 against 822 backward. Widths that were not measured use the pointwise form.
 EPILOGUE_SPEEDUP = {(90, 768): (0.79, 1.06)}
 
-# H100, microseconds forward and backward. 65,536 rows of 768: 544 and 567, where the pointwise form takes 698 and 874, the epilogue's backward 824.
-# 2,048 rows: 25 and 31; 29 and 36; 37 (docs/gpu.md has the sizes between). Fewer rows were not timed: they take the form that is cuBLAS's.
+# The fewest rows for the "hopper" form. H100, C = 768, us forward and backward (docs/gpu.md has the sizes in between):
+#    65,536 rows: hopper 544 and 567, pointwise 698 and 874, epilogue's backward 824
+#     2,048 rows: hopper 25 and 31, pointwise 29 and 36, epilogue's backward 37
+# Fewer rows were not timed; EPILOGUE_SPEEDUP decides for them.
 HOPPER_MIN_ROWS = 2048
 
 FORMS = ("epilogue", "pointwise", "hopper")
@@ -31,16 +33,16 @@ FORMS = ("epilogue", "pointwise", "hopper")
 
 def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0, recompute=False, form=None, backend=None,
              copies=None):
-    """dropout(act(x w_fc^T + b_fc) w_proj^T + b_proj): (..., C) in the autocast dtype where autocast is on, else in x's.
+    """dropout(act(x w_fc^T + b_fc) w_proj^T + b_proj) -> (..., C), in the autocast dtype if autocast is on, else in x's.
 
     x (..., C), w_fc (F, C), w_proj (C, F), floating point; b_fc (F,), b_proj (C,), or None. F is 4C in a GPT.
     activation: "gelu" (erf), "gelu_tanh", "relu". dropout_p: 0 when not training; the mask's seed comes from the generator of
-    x's device. recompute: keep 10C instead of 18C bytes a token for the backward (half precision), which computes post again.
-    form: "epilogue", "pointwise" or "hopper" forces where the kernels compute the activation; None takes what was measured faster.
-    backend: a choice for each op as `backend.parse` gives it, or None. copies: both weights in the dtype to compute in, where somebody
-    keeps them (training/half_weights.py): they are taken instead of casting, and the weights' gradients are not rounded to it by a kernel.
+    x's device. recompute: keep 10C instead of 18C bytes per token for the backward (half precision), which then recomputes post.
+    form: "epilogue", "pointwise" or "hopper" forces where the kernels compute the activation; None picks the one measured faster.
+    backend: a choice per op, as `backend.parse` returns it, or None. copies: both weights in the compute dtype, if the caller keeps
+    them (training/half_weights.py): they are used instead of casting, and the kernels do not round the weights' gradients to that dtype.
 
-    Raises ValueError (shapes, options), RuntimeError (backend "fused" where no kernel can run; a second derivative, which only
+    Raises ValueError (shapes, options), RuntimeError (backend "fused" and no kernel can run; a second derivative, which only
     the reference has). Source: kernels/mlp.py.
     """
     if activation not in reference.ACTIVATIONS:
@@ -66,7 +68,7 @@ def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0,
 
 
 def implementation(x, w_fc, b_fc, w_proj, b_proj, *, backend=None):
-    """The name of the implementation that gelu_mlp takes for these arguments ("triton", "cpp", "reference")."""
+    """The name of the implementation that gelu_mlp uses for these arguments ("triton", "cpp", "reference")."""
     return _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj))
 
 
@@ -89,7 +91,7 @@ def _triton_why_not(x, w_fc, b_fc, w_proj, b_proj, copies=None):
 
 
 def _cpp_why_not(x, w_fc, b_fc, w_proj, b_proj, copies=None):
-    """Of the extension's products with PyTorch's activation between them."""
+    """None if the extension's GEMMs can run both matmuls, with PyTorch's activation in between; else the reason."""
     fc, proj = (None, None) if copies is None else copies
     reason = _cpu_linear.why_not(w_fc, fc)
     return _cpu_linear.why_not(w_proj, proj) if reason is None else reason
@@ -112,7 +114,7 @@ def _check_shapes(x, w_fc, b_fc, w_proj, b_proj):
 
 
 def _faster_forms(x, w_fc, activation):
-    """(form of the forward, form of the backward) by the measurements above."""
+    """(form of the forward, form of the backward), from the measurements above."""
     if not x.is_cuda:
         return "pointwise", "pointwise"
     C = x.size(-1)
@@ -128,9 +130,9 @@ def _hopper_why_not(x, w_fc, activation):
 
 
 def _operands(x, w_fc, w_proj, dropout_p, copies):
-    """x as rows and the weights, in the dtype to compute in, as the kernels take them; and a seed where there is dropout.
+    """(rows of x, w_fc, w_proj, seed): in the compute dtype and the layout that the kernels need; the seed is None without dropout.
 
-    Biases stay as they are: kernels add them in fp32. What is right isn't touched: a `.to` that does nothing takes 0.7 us.
+    Biases are not cast: the kernels add them in fp32. The checks avoid a `.to` that does nothing, which takes 0.7 us.
     """
     dtype = autocast_dtype(x)
     rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
@@ -150,7 +152,7 @@ class _GeluMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p, recompute, forms, grad_enabled, copies):
-        # What needs a gradient decides what is kept; under no_grad needs_input_grad still says what would.
+        # Save only what the required gradients need. Under no_grad, needs_input_grad still reports what would require them.
         needs = ctx.needs_input_grad[:5] if grad_enabled else (False,) * 5
         rows, fc, proj, seed = _operands(x, w_fc, w_proj, dropout_p, copies)
         need_x, need_w_fc, need_b_fc, need_w_proj, _ = needs
@@ -170,7 +172,7 @@ class _GeluMLP(torch.autograd.Function):
         no_second_derivative("gelu_mlp")
         rows, fc, b_fc, proj, h, post, seed = ctx.saved_tensors
         shape, dtypes, options, needs = ctx.call
-        dy = dy.reshape(-1, dy.size(-1)).contiguous()       # an expanded or transposed gradient has no rows a kernel could read
+        dy = dy.reshape(-1, dy.size(-1)).contiguous()       # the kernels need contiguous rows, but dy may be expanded or transposed
         run = raw.mlp_backward if torch.compiler.is_compiling() else _backward
         with no_autocast(dy.device.type):
             gradients = run(dy, rows, fc, b_fc, proj, h, post, seed, *options, *needs)
@@ -183,15 +185,15 @@ class _GeluMLP(torch.autograd.Function):
 
 
 def _kernels():
-    from ..kernels import mlp  # here, since importing Triton takes 0.2 s and not every user runs a kernel
+    from ..kernels import mlp  # imported lazily: Triton takes 0.2 s to import, and not every user runs a kernel
     return mlp
 
 
 def _forward(x, w_fc, b_fc, w_proj, b_proj, seed, activation, dropout_p, form, keep_h, keep_post):
-    """(y (M, C), h (M, F), post (M, F)); h and post are empty (0,) unless kept. h lacks its bias where `_h_has_bias` says so."""
+    """(y (M, C), h (M, F), post (M, F)); h and post are empty (0,) unless kept. h includes its bias if `_h_has_bias`."""
     kernels = _kernels()
     if activation == "relu" and b_fc is not None:
-        b_fc = b_fc.to(x.dtype)                                     # as PyTorch adds it
+        b_fc = b_fc.to(x.dtype)                                     # PyTorch adds it in x's dtype
     if form == "hopper":
         post, h = _hopper.linear_act(x, w_fc, b_fc, activation=activation, keep_h=keep_h)
     elif form == "epilogue":
@@ -212,16 +214,19 @@ def _forward(x, w_fc, b_fc, w_proj, b_proj, seed, activation, dropout_p, form, k
 
 
 def _h_has_bias(form, activation):
-    """Whether a forward keeps h with its bias. The pointwise kernel adds it to a rounded h, which is more exact after the matmul's own
-    rounding but may have another sign than PyTorch's rounded sum: ReLU's gate would open for other units. So its h is PyTorch's."""
+    """Whether the forward saves h with its bias added.
+
+    The pointwise kernel adds the bias to a rounded h in fp32. The sum is more accurate than PyTorch's rounded one but may differ from
+    it in sign, and ReLU would then pass other units than PyTorch's. For ReLU, PyTorch therefore computes h with its bias.
+    """
     return form != "pointwise" or activation == "relu"
 
 
 def _backward(dy, x, w_fc, b_fc, w_proj, h, post, seed, activation, dropout_p, forward_form, backward_form,
               need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj):
-    """Gradients of x (M, C) and the parameters; weights' and biases' in fp32. Empty (0,) where not needed.
+    """Gradients of x (M, C) and of the parameters, the latter in fp32. Empty (0,) where not needed.
 
-    x is needed for w_fc's gradient, post or h for w_proj's, the rest for those before the activation; None otherwise.
+    x is needed for w_fc's gradient, post or h for w_proj's, the rest for those of x, w_fc and b_fc; otherwise they may be None.
     """
     kernels = _kernels()
     dx, dw_fc, db_fc, dw_proj, db_proj = (dy.new_empty(0) for _ in range(5))
@@ -234,7 +239,7 @@ def _backward(dy, x, w_fc, b_fc, w_proj, h, post, seed, activation, dropout_p, f
     bias = None if _h_has_bias(forward_form, activation) else b_fc
     need_post = need_w_proj and post is None
     if need_x or need_w_fc or need_b_fc:
-        if backward_form == "hopper":       # after the same form forward: h has its bias
+        if backward_form == "hopper":       # the forward had the same form, so h has its bias
             dh, sums = _hopper.linear_dact(dy, w_proj, h, activation=activation, want_db=need_b_fc)
             again = kernels.act(h, activation=activation) if need_post else None
         elif backward_form == "epilogue":
@@ -256,12 +261,12 @@ def _backward(dy, x, w_fc, b_fc, w_proj, h, post, seed, activation, dropout_p, f
 
 
 def _weight_gradient(d, x):
-    """d^T x (N, K) of d (M, N) and x (M, K), summed in fp32 and never rounded to less: a parameter may be fp32 and d half."""
+    """d^T x -> (N, K) for d (M, N) and x (M, K), summed and returned in fp32: d may be half precision while the parameter is fp32."""
     if d.dtype == torch.float32:
         return d.t() @ x
     if d.is_cuda:
         return torch.mm(d.t(), x, out_dtype=torch.float32)
-    return d.t().float() @ x.float()        # no matmul of a CPU takes half and gives fp32
+    return d.t().float() @ x.float()        # no CPU matmul takes half-precision inputs and returns fp32
 
 
 # -------------------------------------------------------------------------------------------------- what torch.compile sees

@@ -1,18 +1,18 @@
-"""One token per row of logits: temperature, top-k, top-p, min-p and the draw as one launch, the same token on every device.
+"""Sample one token per row of logits: temperature, top-k, top-p, min-p and the draw in one launch, the same token on every device.
 
-The definition (csrc/sampler/definition.h says it in C++, `sample_plain` below in PyTorch; they agree bit for bit):
+The definition (csrc/sampler/definition.h is its C++ form, `sample_plain` below its PyTorch form; they agree bit for bit):
 
-    temperature 0, or nothing in the row above -inf: the largest value, the lowest index among equals. Otherwise
+    temperature 0, or no value in the row above -inf: the largest value, at the lowest index among equals. Otherwise
     y = (x - max) / temperature     in fp32; NaN counts as -inf
-    w = round(exp(y) * 2^40)        integers: sums do not depend on their order
+    w = round(exp(y) * 2^40)        integers, so sums do not depend on their order
     top-k  keeps i when fewer than k values are strictly greater (ties with the k-th stay, as in nanoGPT)
     top-p  keeps i when the mass of the strictly greater values is less than p times the mass that top-k kept
     min-p  keeps i when y >= ln(min_p), applied last
-    the token whose interval of the kept mass, in ascending index, holds a 64-bit Philox draw from (seed, offset)
+    draw   a 64-bit Philox number from (seed, offset), scaled to the kept mass, falls into one token's interval (ascending index)
 
-So a row's token depends on its logits, its parameters, its seed and its offset alone: not on the batch around it, the number of
-threads or the instruction set. nanoGPT's five calls (divide, topk, mask, softmax, multinomial) do the same work in eight launches,
-and `torch.multinomial` waits for the GPU.
+So a row's token depends only on its logits, parameters, seed and offset: not on the rest of the batch, the number of threads or
+the instruction set. nanoGPT's five calls (divide, topk, mask, softmax, multinomial) do the same work in eight launches, and
+`torch.multinomial` waits for the GPU.
 
 Sources: nucleus sampling, Holtzman et al. 2020, section 3.1; min-p, Nguyen et al. 2024; Philox, Salmon et al. 2011.
 """
@@ -36,13 +36,13 @@ def sample(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=
     """Draw one token per row. logits (B, V), fp32, bf16 or fp16, V up to 262,144 -> (B,) int64.
 
     temperature: 0 is greedy.  top_k: at least 1, clamped to V.  top_p, min_p: 0 to 1.  None turns a filter off. Each is a
-    number, or a list or tensor (B,) with one per row.
-    seed: an int (row b draws with seed + b), or an int64 tensor (B,) on the logits' device; None takes seeds from torch's
-    generator, so that `torch.manual_seed` decides.
-    offset: where in its seed's stream a row draws: an int, or an int64 tensor (B,), to which the call adds one.
+    number, or a list or tensor (B,) with one value per row.
+    seed: an int (row b draws with seed + b), or an int64 tensor (B,) on the logits' device; None draws seeds from torch's
+    generator, so that `torch.manual_seed` controls them.
+    offset: a row's position in the random stream of its seed: an int, or an int64 tensor (B,), which the call increments.
 
-    Raises ValueError, naming the argument and the row. To see the values of a parameter that is a CUDA tensor, the host waits for
-    the GPU; `sample_out` never does. Backends: "cpp" (the extension, CPU and CUDA) or "reference" (`sample_plain`): the same tokens.
+    Raises ValueError, naming the argument and the row. Checking a parameter that is a CUDA tensor makes the host wait for the GPU;
+    `sample_out` never waits. Backends: "cpp" (the extension, CPU and CUDA) or "reference" (`sample_plain`); both give the same tokens.
     """
     _check_logits(logits)
     B, device = logits.size(0), logits.device
@@ -67,37 +67,37 @@ def sample(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=
 
 
 def sample_out(logits, *, out, seed, offset, temperature=1.0, top_k=None, top_p=None, min_p=None, backend=None):
-    """`sample` for a captured CUDA graph: writes the tokens to `out`, adds one to `offset`, and returns nothing.
+    """`sample` for a captured CUDA graph: writes the tokens to `out`, increments `offset`, and returns nothing.
 
     logits (B, V) with a contiguous last dimension; out, seed, offset (B,) int64, contiguous, on the logits' device.
-    temperature, top_p, min_p: a number, or a contiguous fp32 tensor (B,); top_k: an int, or a contiguous int64 tensor (B,). Tensors are read
-    by the launch itself: a replay sees their new values. One launch, no allocation, no wait for the GPU where the extension runs;
-    for the same reason values inside tensors are not checked, and one that means nothing turns its filter off: temperature not above
-    0 is greedy; top_k below 1, top_p of 1 and min_p of 0 are off.
+    temperature, top_p, min_p: a number, or a contiguous fp32 tensor (B,); top_k: an int, or a contiguous int64 tensor (B,). The kernel
+    itself reads the tensors, so a replay sees their new values. With the extension this is one launch, without allocation or waiting
+    for the GPU. Hence values inside tensors are not checked, and an invalid one turns its filter off: temperature not above 0 is greedy;
+    top_k below 1, top_p of 1 and min_p of 0 are off.
 
-    Where the extension does not run, the same tokens come from a few dozen launches of PyTorch (they can be captured as well).
+    Without the extension, a few dozen PyTorch launches, which can be captured as well, give the same tokens.
     """
     parameters = _check_out(logits, out, seed, offset, temperature, top_k, top_p, min_p)
     _call(logits.detach(), parameters, seed, offset, out, False, backend)
 
 
 def prepare(logits, *, out, seed, offset, temperature=1.0, top_k=None, top_p=None, min_p=None, backend=None):
-    """`sample_out` in two halves, for a loop over the same tensors on a CPU: everything is asked here, once, and the function that is
-    returned, which takes no arguments, draws from what the tensors hold when it is called. Arguments and errors are `sample_out`'s.
+    """Check the arguments of `sample_out` once; returns a function without arguments that draws from the tensors' current values.
 
-    A row of GPT-2's vocabulary takes the extension 30 us, and asking tensors for shape, dtype, device and address as long again.
+    For a loop over the same tensors on a CPU: sampling a row of GPT-2's vocabulary takes the extension 30 us, and querying the tensors'
+    shapes, dtypes, devices and addresses takes as long again. Arguments and errors are those of `sample_out`.
     """
     parameters = _check_out(logits, out, seed, offset, temperature, top_k, top_p, min_p)
     if logits.is_cpu and implementation(logits, backend=backend) == "cpp":
         tensors = (logits, parameters, seed, offset, out)
         batch = extension._C.Batch(*_addresses(*tensors))
-        return functools.partial(_draw_prepared, batch, tensors)                        # which keeps the memory alive
+        return functools.partial(_draw_prepared, batch, tensors)                        # keeps the tensors alive
     return functools.partial(sample_out, logits, out=out, seed=seed, offset=offset, temperature=temperature, top_k=top_k, top_p=top_p,
                              min_p=min_p, backend=backend)
 
 
 def sample_probs(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """The distribution that `sample` draws from: (B, V) fp32, each row summing to 1; arguments as there. For checking, not for speed."""
+    """The distribution that `sample` draws from: (B, V) fp32, each row summing to 1. The same arguments. For checks, not for speed."""
     _check_logits(logits)
     parameters = _parameters(temperature, top_k, top_p, min_p, logits.size(0), logits.device)
     _check_values(parameters)
@@ -107,8 +107,8 @@ def sample_probs(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None)
 
 # ---------------------------------------------------------------- arguments
 
-# Range, the value that turns the filter off, and how a value outside is answered.
-_LARGEST = 3.4028234e38  # that fp32 holds
+_LARGEST = 3.4028234e38  # the largest fp32 number
+# name: (lowest value, highest, the one that turns the filter off, what an error message says is expected)
 _RULES = {
     "temperature": (0.0, _LARGEST, 1.0, "a finite number, at least 0 (0 is greedy)"),
     "top_k": (1, 2**63 - 1, 0, "an integer, at least 1 (None turns top-k off)"),
@@ -129,7 +129,7 @@ def _check_logits(logits):
 
 
 def _check_rows(name, tensor, B, device):
-    """ValueError where this is not one int64 a row, to be read and written by address."""
+    """Raise ValueError unless this is an int64 tensor (B,) that the extension can read and write by address."""
     if not isinstance(tensor, torch.Tensor) or tensor.dtype is not torch.int64 or tensor.shape != (B,):
         found = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise ValueError(f"{name} is {found}; expected an int64 tensor of shape ({B},), one per row")
@@ -139,39 +139,39 @@ def _check_rows(name, tensor, B, device):
 
 
 def _signed(name, value):
-    """A 64-bit integer as int64 holds it."""
+    """A 64-bit integer, signed or unsigned, as the int64 of the same bits."""
     if not isinstance(value, int) or not -2**63 <= value < 2**64:
         raise ValueError(f"{name} is {value!r}; expected None, a 64-bit integer or an int64 tensor (B,)")
     return value - 2**64 if value >= 2**63 else value
 
 
 def _check_out(logits, out, seed, offset, temperature, top_k, top_p, min_p):
-    """The parameters of `sample_out`, which takes tensors as they are."""
+    """Check the arguments of `sample_out`, which never copies a tensor; returns its parameters."""
     _check_logits(logits)
     if logits.stride(1) != 1:
         raise ValueError(f"logits has strides {tuple(logits.stride())}; the last dimension must be contiguous")
     B, device = logits.size(0), logits.device
-    parameters = _parameters(temperature, top_k, top_p, min_p, B, device, as_it_is=True)
+    parameters = _parameters(temperature, top_k, top_p, min_p, B, device, no_copy=True)
     for name, tensor in (("seed", seed), ("offset", offset), ("out", out)):
         _check_rows(name, tensor, B, device)
     return parameters
 
 
-def _parameters(temperature, top_k, top_p, min_p, B, device, as_it_is=False):
+def _parameters(temperature, top_k, top_p, min_p, B, device, no_copy=False):
     """((rows, number) of temperature, of top_k, of top_p, of min_p); see `_parameter`."""
-    # Nearly every call gives numbers or nothing. Asked in one expression, a microsecond; what it does not know, `_parameter` does.
+    # Fast path (1 us): nearly every call passes plain numbers or None. `_parameter` handles everything else.
     if type(temperature) is float and 0.0 <= temperature <= _LARGEST and (top_k is None or type(top_k) is int and 1 <= top_k < 2**63) \
             and (top_p is None or type(top_p) is float and 0.0 <= top_p <= 1.0) \
             and (min_p is None or type(min_p) is float and 0.0 <= min_p <= 1.0):
         return (None, temperature), (None, top_k or 0), (None, 1.0 if top_p is None else top_p), (None, min_p or 0.0)
-    return tuple(_parameter(name, value, B, device, as_it_is) for name, value in
+    return tuple(_parameter(name, value, B, device, no_copy) for name, value in
                  (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p)))
 
 
-def _parameter(name, value, B, device, as_it_is=False):
-    """(rows, number): a tensor (B,) with one per row and the neutral number, or None and the number for all rows.
+def _parameter(name, value, B, device, no_copy=False):
+    """(rows, number): a tensor (B,) with a value per row and the neutral number, or None and one number for all rows.
 
-    as_it_is: a tensor must be what the launch reads, since a copy would not see new values.
+    no_copy: a tensor must already have the dtype and layout that the launch reads, since a copy would not see new values.
     """
     low, high, off, expected = _RULES[name]
     if value is None and name != "temperature":
@@ -179,7 +179,7 @@ def _parameter(name, value, B, device, as_it_is=False):
     kinds = int if name == "top_k" else (int, float)
     if isinstance(value, kinds) and low <= value <= high and value is not True:
         return None, value if name == "top_k" else float(value)
-    if isinstance(value, (list, tuple)) and not as_it_is:
+    if isinstance(value, (list, tuple)) and not no_copy:
         try:
             value = torch.tensor(value, dtype=_rows_dtype(name), device=device)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -190,17 +190,17 @@ def _parameter(name, value, B, device, as_it_is=False):
         raise ValueError(f"{name} has shape {tuple(value.shape)} on {value.device}; expected ({B},) on {device}, the logits' device")
     if value.is_floating_point() == (name == "top_k") or value.is_complex() or value.dtype == torch.bool:
         raise ValueError(f"{name} is a tensor of {value.dtype}; each row's must be {expected}")
-    if as_it_is and (value.dtype != _rows_dtype(name) or not value.is_contiguous()):
+    if no_copy and (value.dtype != _rows_dtype(name) or not value.is_contiguous()):
         raise ValueError(f"{name} is {value.dtype} with strides {tuple(value.stride())}; expected a contiguous tensor of {_rows_dtype(name)}")
     return value.to(_rows_dtype(name)).contiguous(), off
 
 
 def _check_values(parameters):
-    """ValueError for the first row whose parameter is out of range. Reads the tensors."""
+    """Raise ValueError for the first row whose parameter is out of range. Reads the tensors."""
     for (name, (low, high, _, expected)), (rows, _) in zip(_RULES.items(), parameters):
         if rows is None:
             continue
-        wrong = ~((rows >= low) & (rows <= high))                                       # a NaN is wrong too
+        wrong = ~((rows >= low) & (rows <= high))                                       # true for NaN, too
         if wrong.any():
             row = int(wrong.nonzero()[0])
             raise ValueError(f"{name} of row {row} is {rows[row].item()}; expected {expected}")
@@ -209,7 +209,7 @@ def _check_values(parameters):
 # ---------------------------------------------------------------- dispatch
 
 def why_not(logits):
-    """None where the extension can sample from these logits, else the reason."""
+    """None if the extension can sample from these logits, else the reason."""
     if extension._C is None:
         return extension.missing()
     if logits.is_cpu:
@@ -223,12 +223,12 @@ CANDIDATES = (("cpp", why_not),)
 
 
 def implementation(logits, *, backend=None):
-    """The name of the implementation that `sample` takes for these logits ("cpp", "reference")."""
+    """The name of the implementation that `sample` uses for these logits ("cpp", "reference")."""
     return _backend.choose("sample", CANDIDATES, backend, (logits,))
 
 
 def _call(logits, parameters, seed, offset, out, check, backend):
-    """The launcher directly, or, when torch.compile traces, the registered op. The choice is made there, since tracing cannot ask extension._C."""
+    """Call the launcher directly, or the registered op while torch.compile traces. The op chooses when it runs: tracing cannot call _C."""
     if torch.compiler.is_compiling():
         flat = [part for pair in parameters for part in pair]
         torch.ops.nanogpt_fast.sample(logits, *flat, seed, offset, out, check, _backend.choice("sample", backend))
@@ -256,7 +256,7 @@ def _run(logits, temperature_rows, temperature, top_k_rows, top_k, top_p_rows, t
 
 
 def _addresses(logits, parameters, seed, offset, out):
-    """The batch as the extension takes it."""
+    """The arguments that describe the batch to the extension."""
     (temperatures, temperature), (top_ks, top_k), (top_ps, top_p), (min_ps, min_p) = parameters
     return (logits.data_ptr(), LOGIT_TYPES[logits.dtype], *logits.shape, logits.stride(0), address(temperatures), temperature,
             address(top_ks), top_k, address(top_ps), top_p, address(min_ps), min_p, seed.data_ptr(), offset.data_ptr(), out.data_ptr())
@@ -276,18 +276,18 @@ register_fake("sample", lambda *arguments: None)
 
 # ---------------------------------------------------------------- the definition in PyTorch
 #
-# Runs eagerly even inside a compiled graph (it is behind the op above): a compiler that fused `p * r + c` into one rounding
-# would change weights, and with them tokens.
+# Runs eagerly even inside a compiled graph, since the op above hides it: a compiler that turned `p * r + c` into a fused
+# multiply-add would change weights, and with them tokens.
 
 def sample_plain(logits, parameters, seed, offset):
-    """`sample` without the extension: the same tokens, from PyTorch's operators, without waiting for a GPU. Leaves `offset` alone."""
+    """`sample` without the extension: the same tokens, from PyTorch's operators, without waiting for a GPU. Does not change `offset`."""
     cumulative = _kept_weights(logits, parameters).cumsum(-1)                           # (B, V) int64
     r = _high_product(_philox(seed, offset), cumulative[:, -1])                         # (B,)
-    return (cumulative <= r[:, None]).sum(-1)                                           # how many intervals end before r
+    return (cumulative <= r[:, None]).sum(-1)                                           # the number of intervals that end at or before r
 
 
 def _kept_weights(logits, parameters):
-    """(B, V) int64: what each token weighs after the filters, 0 where it is not kept."""
+    """(B, V) int64: each token's weight after the filters; 0 if it was dropped."""
     B, V = logits.shape
     temperature, k, p, m = (torch.full((B, 1), number, dtype=_rows_dtype(name), device=logits.device) if rows is None else rows[:, None]
                             for name, (rows, number) in zip(_RULES, parameters))
@@ -302,7 +302,7 @@ def _kept_weights(logits, parameters):
     descending, order = key.sort(-1, descending=True)
     kept = key >= descending.gather(-1, rank - 1)
 
-    # Sorted, the nucleus is a prefix: where the mass before is less than p times the mass kept. Its last key brings its ties along.
+    # In sorted order the nucleus is a prefix: tokens whose preceding mass is less than p times the kept mass. Ties with the last one stay.
     weight_descending = torch.where(kept, weight, 0).gather(-1, order)
     before = weight_descending.cumsum(-1) - weight_descending
     nucleus = _nucleus_mass(p.clamp(0, 1), weight_descending.sum(-1, keepdim=True))
@@ -312,13 +312,13 @@ def _kept_weights(logits, parameters):
     kept &= (y >= m.double().log().float().clamp(max=0)) | ~(m > 0)
     weight = torch.where(kept, weight, 0)
 
-    single = ~(temperature > 0) | (largest == -math.inf)                                # (B, 1): the lowest index of the largest key
+    single = ~(temperature > 0) | (largest == -math.inf)                                # (B, 1): the largest key at its lowest index
     first = torch.arange(V, device=key.device) == (key == top).int().argmax(-1, keepdim=True)
     return torch.where(single, first.long(), weight)
 
 
 def _ordered_key(x):
-    """int32 with the order of the fp32 values; -0 equals 0, NaN is below -inf."""
+    """int32 keys in the order of the fp32 values; -0 equals 0, NaN is below -inf."""
     bits = x.view(torch.int32)
     key = torch.where(bits < 0, bits ^ 0x7fffffff, bits)
     return torch.where(x.isnan(), -2**31, torch.where(x == 0, 0, key)).int()
@@ -340,7 +340,7 @@ _LOW = 0xffffffff
 
 
 def _nucleus_mass(p, total):
-    """ceil(p * total) with p in units of 2^-32, at least 1. Exact in int64: p goes in two halves, since low * p may pass 2^63."""
+    """ceil(p * total) with p in units of 2^-32, at least 1. Exact in int64: p is split into halves, since low * p may exceed 2^63."""
     p = (p.double() * 2**32).long()
     low = total & _LOW
     upper, lower = low * (p >> 16), low * (p & 0xffff)                                  # each below 2^48
@@ -349,12 +349,12 @@ def _nucleus_mass(p, total):
 
 
 def _high(x):
-    """The upper 32 of 64 bits, as if unsigned."""
+    """The upper 32 of 64 bits, read as unsigned."""
     return (x >> 32) & _LOW
 
 
 def _high_product(a, b):
-    """The upper 64 of the 128 bits of a * b, both as if unsigned."""
+    """The upper 64 of the 128 bits of a * b, both read as unsigned."""
     a_low, a_high, b_low, b_high = a & _LOW, _high(a), b & _LOW, _high(b)
     middle = a_high * b_low + _high(a_low * b_low)
     return a_high * b_high + _high(middle) + _high(a_low * b_high + (middle & _LOW))

@@ -67,7 +67,7 @@ def test_without_triton_and_with_an_extension_of_another_abi_both_are_named(tmp_
     assert f"_C{SUFFIX} does not load: ImportError" in printed
     assert "pip install --force-reinstall triton" in printed and "pip install --force-reinstall --no-deps ." in printed
     assert "sample         plain PyTorch       cpp: the extension nanogpt_fast._C cannot be imported" in printed
-    assert re.search("decode +plain PyTorch .*the extension is not there", printed)
+    assert re.search("decode +plain PyTorch .*the extension is missing", printed)
 
 
 def test_a_driver_too_old_for_this_pytorch_is_named(tmp_path):

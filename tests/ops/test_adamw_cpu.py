@@ -228,9 +228,9 @@ def option(**changed):
 
 @pytest.mark.parametrize("change, reason", (
     (hooked, "has a hook"), (scheduled, "replaced on the instance"), (scaled, "GradScaler"), (guarded, "GradScaler"),
-    (subclassed, "Another, not AdamW"), (wrapped, "gradient is no contiguous"), (elsewhere, "exp_avg is no contiguous"),
-    (sparse, "gradient is no contiguous"), (strided, "gradient is no contiguous"), (halved, "weight is no contiguous float32"),
-    (misfit, "exp_avg has not its weight's shape"), (option(amsgrad=True), "amsgrad"), (option(maximize=True), "maximize"),
+    (subclassed, "Another, not AdamW"), (wrapped, "gradient is not a contiguous"), (elsewhere, "exp_avg is not a contiguous"),
+    (sparse, "gradient is not a contiguous"), (strided, "gradient is not a contiguous"), (halved, "weight is not a contiguous float32"),
+    (misfit, "exp_avg does not have its weight's shape"), (option(amsgrad=True), "amsgrad"), (option(maximize=True), "maximize"),
     (option(capturable=True), "capturable"), (option(differentiable=True), "differentiable"),
     (option(lr=torch.tensor(1e-3)), "is a tensor"), (option(betas=(0.9, torch.tensor(0.95))), "is a tensor")),
     ids=lambda value: getattr(value, "__name__", ""))

@@ -154,7 +154,7 @@ def test_it_says_why_not(monkeypatch):
     assert attention_hopper.why_not(card, torch.bfloat16, 64) == "no extension"
     monkeypatch.setattr(attention_hopper, "card_why_not", lambda index: "")
     monkeypatch.setattr(extension, "_C", type("", (), {"attention_backward_sm90": None}))      # of a commit before, with other arguments
-    assert "install the package again" in attention_hopper.why_not(card, torch.bfloat16, 64)
+    assert "reinstall the package" in attention_hopper.why_not(card, torch.bfloat16, 64)
     monkeypatch.setattr(extension, "_C", type("", (), {"attention_backward_heads_sm90": None}))
     for allowed in (dict(), dict(dtype=torch.float16), dict(scale=1.0)):
         assert attention_hopper.why_not(card, **{"dtype": torch.bfloat16, "D": 64, **allowed}) is None

@@ -360,13 +360,13 @@ def test_auto_takes_it_under_autocast_to_bf16_and_for_bf16():
     (dict(), torch.float16, "the result torch.float16; the extension takes float32 and bfloat16"),
     (dict(x=torch.randn(4, 8).double()), bf16, "x is torch.float64"),
     (dict(branch=torch.randn(4, 8).half()), bf16, "branch torch.float16"),
-    (dict(x=torch.randn(4, 8).bfloat16(), branch=torch.randn(4, 8)), None, "their sum is not of x's dtype"),
+    (dict(x=torch.randn(4, 8).bfloat16(), branch=torch.randn(4, 8)), None, "their sum does not have x's dtype"),
     (dict(weight=torch.ones(8).bfloat16()), bf16, "x is torch.float32, weight torch.bfloat16"),
     (dict(bias=torch.ones(8).half()), bf16, "bias torch.float16"),
     (dict(x=torch.randn(4, 0), weight=torch.ones(0)), bf16, "rows have no elements"),
     (dict(x=torch.empty(4, 8, device="meta")), bf16, "the extension computes on a CPU, x is on meta"),
     (dict(branch=torch.empty(4, 8, device="meta", dtype=bf16)), bf16, "branch is on meta"),
-    (dict(weight=torch.ones(8).as_subclass(type("Quantized", (torch.Tensor,), {}))), bf16, "weight is a Quantized, which has no memory"),
+    (dict(weight=torch.ones(8).as_subclass(type("Quantized", (torch.Tensor,), {}))), bf16, "weight is a Quantized, which cannot be passed by address"),
 ])
 def test_what_it_does_not_take_says_why(change, autocast, reason):
     given = dict(x=torch.randn(4, 8), weight=torch.ones(8), bias=None, branch=None) | change

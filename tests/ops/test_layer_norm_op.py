@@ -47,8 +47,8 @@ def test_without_a_gpu_auto_takes_the_reference_and_fused_says_why_it_cannot():
     (dict(weight=torch.ones(9)), r"x \(2, 10\) and weight \(9,\): expected \(..., C\) and \(C,\)"),
     (dict(weight=torch.ones(1, 10)), r"weight \(1, 10\)"),
     (dict(x=torch.tensor(1.0)), r"x \(\) and weight"),
-    (dict(bias=torch.ones(9)), r"bias \(9,\): expected \(10,\) as the weight has, or None"),
-    (dict(branch=torch.ones(3, 10)), r"branch \(3, 10\): expected \(2, 10\) as x has, or None"),
+    (dict(bias=torch.ones(9)), r"bias \(9,\): expected \(10,\), like the weight, or None"),
+    (dict(branch=torch.ones(3, 10)), r"branch \(3, 10\): expected \(2, 10\), like x, or None"),
     (dict(dropout_p=1.5), "dropout_p is 1.5: expected a probability"),
     (dict(dropout_p=-0.1), "dropout_p is -0.1"),
 ])

@@ -1,8 +1,8 @@
-"""The end of a training step on a CPU as one pass over memory: clipping, AdamW, and the weights' bf16 copies (csrc/rows/adamw.h).
+"""The end of a CPU training step in one pass over memory: clipping, AdamW, and the weights' bf16 copies (csrc/rows/adamw.h).
 
-PyTorch multiplies the gradients, moves the weights and casts them: 8, 28 and 6 bytes a parameter, where 30 do. The formulas
-are those of AdamW's fused step, and the state is the optimizer's own: state_dict, checkpoints, and an optimizer.step() that
-follows, see no difference.
+PyTorch scales the gradients, updates the weights and casts them in separate passes: 8, 28 and 6 bytes per parameter; one pass moves
+30. The formulas are those of PyTorch's fused AdamW, and the state is the optimizer's own: state_dict, checkpoints and a later
+optimizer.step() see no difference.
 """
 import math
 
@@ -16,7 +16,7 @@ MISSING = extension.lacks("gradient_squares_cpu")
 
 
 def why_not(optimizer):
-    """None where `step` does what optimizer.step() would do with the gradients that are there now; else the reason."""
+    """None if `step` does what optimizer.step() would do with the current gradients, else the reason."""
     if MISSING is not None:
         return MISSING
     if type(optimizer) is not torch.optim.AdamW:
@@ -27,11 +27,11 @@ def why_not(optimizer):
             or optimizers._global_optimizer_pre_hooks or optimizers._global_optimizer_post_hooks):
         return "AdamW.step has a hook"
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
-        return "a GradScaler left its scale to AdamW.step"
+        return "a GradScaler relies on AdamW.step to unscale the gradients"
     for group in optimizer.param_groups:
         for option in ("amsgrad", "maximize", "capturable", "differentiable"):
             if group[option]:
-                return f"AdamW was asked for {option}"
+                return f"AdamW has {option}={group[option]}"
         if any(isinstance(group[option], torch.Tensor) for option in ("lr", "eps", "weight_decay")) or any(
                 isinstance(beta, torch.Tensor) for beta in group["betas"]):
             return "an option of AdamW is a tensor"
@@ -41,9 +41,9 @@ def why_not(optimizer):
             state = optimizer.state.get(p, {})
             for name, tensor in (("weight", p), ("gradient", p.grad), *state.items()):
                 if not _plain(tensor):
-                    return f"a {name} is no contiguous float32 tensor on a CPU"
+                    return f"a {name} is not a contiguous float32 tensor on a CPU"
                 if tensor.shape != p.shape and name != "step":
-                    return f"a {name} has not its weight's shape"
+                    return f"a {name} does not have its weight's shape"
     return None
 
 
@@ -53,9 +53,9 @@ def _plain(tensor):
 
 
 def norm(gradients, isa=""):
-    """The norm of all gradients together, () fp32: sums of 2^15 squares in fp32, and theirs in fp64.
+    """The norm of all gradients together, () fp32: blocks of 2^15 squares are summed in fp32, and the blocks' sums in fp64.
 
-    Of gradients that are not all fp32 on a CPU it is PyTorch's. isa: see `sample_cpu`; "" is the best.
+    PyTorch computes it unless all gradients are fp32 on a CPU. isa: the instruction set, as for `_C.sample_cpu`; "" is the best.
     """
     gradients = [gradient.contiguous() for gradient in gradients]
     if MISSING is not None or not all(_plain(gradient) for gradient in gradients):
@@ -67,9 +67,9 @@ def norm(gradients, isa=""):
 
 @torch.no_grad()
 def step(optimizer, copies=None, factor=1.0, isa=""):
-    """optimizer.step() for gradients times `factor`, which stay as they are. Only where why_not(optimizer) is None.
+    """optimizer.step() with the gradients times `factor`; the stored gradients do not change. Requires why_not(optimizer) to be None.
 
-    copies: {weight: its bf16 copy}, contiguous; those of weights that move are cast anew. isa: see `sample_cpu`; "" is the best.
+    copies: {weight: its bf16 copy}, contiguous; the copies of updated weights are refreshed. isa: as in `norm`.
     """
     copies, groups, written = copies or {}, [], []
     for group in optimizer.param_groups:
@@ -87,4 +87,4 @@ def step(optimizer, copies=None, factor=1.0, isa=""):
             written += [tensor for tensor in (p, m, v, t, copy) if tensor is not None]
         groups.append(((group["lr"], *group["betas"], group["eps"], group["weight_decay"]), addresses))
     extension._C.adamw_cpu(groups, factor, torch.get_num_threads(), isa)
-    torch.autograd.graph.increment_version(written)     # as PyTorch's own writes do: a backward that saved one of these is told
+    torch.autograd.graph.increment_version(written)     # as PyTorch's own writes do: a backward that saved one of these raises

@@ -1,12 +1,12 @@
-"""Causal attention on a CPU in bfloat16: on AMX tiles where the CPU has them (csrc/amx/attention.cpp), a head at a time. Tensors in, tensors out; no autograd.
+"""Causal attention on a CPU in bfloat16: on AMX tiles, one head at a time, if the CPU has them (csrc/amx/attention.cpp). No autograd.
 
-Elsewhere it is PyTorch's forward, and a backward made of batched matmuls and one pass of the extension. PyTorch's own backward
-multiplies blocks of one head at a time; at B=4, H=12, T=256, D=64 it takes ten times as long as the five matmuls of a backward when
-they go over all heads at once. Between them stands csrc/rows/attention.h:
+Without AMX, the forward is PyTorch's and the backward is batched matmuls around one pass of the extension. PyTorch's own backward
+multiplies blocks of one head at a time; at B=4, H=12, T=256, D=64 it takes ten times as long as the five matmuls of a backward
+batched over all heads. The pass between the matmuls is csrc/rows/attention.h:
 
     S = Q K^T (fp32), dP = dO V^T;   P, dS = one pass;   dV = P^T dO, dQ = dS K, dK = dS^T Q
 
-Memory: tiles of ROWS queries by the keys that they see, for so many heads at a time that a tile stays in a cache.
+Memory: tiles of ROWS queries by the keys that they see, for as many heads at a time as fit into a cache.
 """
 import math
 
@@ -15,19 +15,19 @@ import torch
 from .. import extension
 from .linear import AMX
 
-ROWS = 256          # queries of a tile: half of the scores above the diagonal of a tile are wasted, so short ones waste less
-SCORES = 1 << 20    # of a tile, over its heads: 8 MB in fp32 S, bf16 dP and P
+ROWS = 256          # queries per tile: the scores above the diagonal within a tile are wasted, so short tiles waste less
+SCORES = 1 << 20    # scores per tile, over all its heads: 8 MB for S in fp32, dP and P in bf16
 
-# Asked once, here: torch.compile cannot trace questions to the extension.
+# Checked once, at import: torch.compile cannot trace calls of the extension.
 MISSING = extension.lacks("attention_gradient_cpu")
 
 
 def why_not(qkv, dtype, D, scale, backend, dropout_p=0.0):
-    """None where this computes attention for the packed qkv in dtype with heads of D, else the reason."""
+    """None if these functions can compute attention on the packed qkv in this dtype and head size, else the reason."""
     if MISSING is not None:
         return MISSING
     if not extension.plain(qkv):
-        return f"the input is a {type(qkv).__name__}, which has no memory to point at"
+        return f"the input is a {type(qkv).__name__}, which cannot be passed by address"
     if qkv.device.type != "cpu":
         return f"the extension computes on a CPU, the input is on {qkv.device.type}"
     if dtype != torch.bfloat16:
@@ -35,7 +35,7 @@ def why_not(qkv, dtype, D, scale, backend, dropout_p=0.0):
     if scale is not None and not 0 < scale < math.inf:
         return f"scale is {scale}; the extension takes positive numbers"
     if dropout_p > 0:
-        return "it has no dropout"
+        return "the extension has no dropout"
     if qkv.size(1) == 0:
         return "there are no tokens"
     if not AMX and not (qkv.requires_grad and torch.is_grad_enabled()):
@@ -50,15 +50,15 @@ def forward(qkv, n_head, scale):
         out, lse, qkv = qkv.new_empty(B, T, C3 // 3), qkv.new_empty(B, n_head, T, dtype=torch.float32), qkv.contiguous()
         extension._C.attention_forward_amx(*_described(qkv, lse, n_head, scale), out.data_ptr(), torch.get_num_threads())
         return out, lse
-    qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()        # this kernel takes the last dimension for contiguous, unasked
+    qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()        # this kernel assumes a contiguous last dimension without checking
     q, k, v = (x.transpose(1, 2) for x in _heads(qkv, n_head, 3))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
     return out.transpose(1, 2).reshape(B, T, C3 // 3), lse.contiguous()
 
 
 def backward(do, qkv, lse, n_head, scale, isa=""):
-    """The gradient of qkv (B, T, 3C). do (B, T, C); lse as `forward` gave it. isa: "" is the best; one that `sample_cpu` knows means
-    without tiles."""
+    """The gradient of qkv (B, T, 3C). do (B, T, C); lse as `forward` returned it. isa: the instruction set; "" is the best, and one of
+    `_C.sample_cpu`'s means to run without AMX."""
     B, T, C3 = qkv.shape
     H, D = n_head, C3 // (3 * n_head)
     if AMX and not isa:
@@ -70,16 +70,16 @@ def backward(do, qkv, lse, n_head, scale, isa=""):
     lse = lse.view(B * H, T)
     q32, k32 = q.float(), k.float()
     dq = torch.empty_like(q)
-    # Where several tiles of queries add to a key, they add in fp32.
+    # If several query tiles contribute to a key, their contributions are summed in fp32.
     dk, dv = q.new_empty(2, B * H, T, D) if T <= ROWS else q.new_zeros(2, B * H, T, D, dtype=torch.float32)
     for start in range(0, T, ROWS):
         end = min(start + ROWS, T)                                   # queries start .. end - 1 see keys 0 .. end - 1
         step = max(1, SCORES // ((end - start) * end))
         for h in range(0, B * H, step):
             rows, seen = (slice(h, h + step), slice(start, end)), (slice(h, h + step), slice(0, end))
-            with torch.autocast("cpu", enabled=False):              # a backward called inside autocast would get bf16 here
+            with torch.autocast("cpu", enabled=False):              # in a backward called under autocast, the scores would be bf16
                 scores = torch.bmm(q32[rows], k32[seen].transpose(1, 2))
-            ds = torch.bmm(do[rows], v[seen].transpose(1, 2))        # dP, until the pass
+            ds = torch.bmm(do[rows], v[seen].transpose(1, 2))        # dP; the pass overwrites it with dS
             p = torch.empty_like(ds)
             extension._C.attention_gradient_cpu("bfloat16", *scores.shape, start, scale, scores.data_ptr(), lse[rows].data_ptr(), T,
                                              ds.data_ptr(), p.data_ptr(), torch.get_num_threads(), isa)

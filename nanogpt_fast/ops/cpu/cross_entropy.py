@@ -1,11 +1,11 @@
-"""Linear cross-entropy on a CPU: PyTorch's matmuls around csrc/rows/cross_entropy.h. Tensors in, tensors out; no autograd.
+"""Linear cross-entropy on a CPU: matmuls around csrc/rows/cross_entropy.h. Plain functions of tensors, without autograd.
 
-    logits = x W^T                    one matmul a chunk of rows, in the dtype of x
-    losses, dlogits                   one pass of the extension, dlogits over the logits where nobody else needs those
-    dx = dlogits W, dW = dlogits^T x  two matmuls a chunk, dW summed over chunks in fp32
+    logits = x W^T                    one matmul per chunk of rows, in the dtype of x
+    losses, dlogits                   one pass of the extension; dlogits overwrite the logits if nobody else needs them
+    dx = dlogits W, dW = dlogits^T x  two matmuls per chunk, dW summed over chunks in fp32
 
-Nothing of the size of the logits is ever held in fp32. dlogits are stored unscaled: 1/N, rounded into each of them, would err in
-all by the same factor. What scales dx is a pass over its few rows, and dW is scaled by scaling the x that it is made of.
+No buffer of the logits' size is ever in fp32. dlogits are stored without the factor 1/N: multiplied into each of them, its rounding
+error would bias all of them alike. Instead dx is scaled in a pass over its rows, and dW through the x that it is computed from.
 """
 import torch
 
@@ -13,22 +13,22 @@ from .. import extension
 from ..common import autocast_dtype
 from .linear import AMX, matmul, weight_gradient
 
-# Rows of a chunk: 103 MB of bf16 logits at V=50,304. A matmul of 1,024 rows reaches the machine's rate; a larger chunk would only
-# need more memory.
+# Rows per chunk: 103 MB of bf16 logits at V=50,304. A matmul of 1,024 rows already reaches the machine's full rate; larger chunks
+# would only need more memory.
 CHUNK = 1024
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
-# Asked once, here: torch.compile cannot trace questions to the extension.
+# Checked once, at import: torch.compile cannot trace calls of the extension.
 MISSING = extension.lacks("cross_entropy_cpu")
 
 
 def why_not(x, weight, targets, return_logits=True):
-    """None where these functions can compute the loss, and are right; else the reason."""
+    """None if these functions can and should compute the loss, else the reason."""
     if MISSING is not None:
         return MISSING
     for name, tensor in (("x", x), ("weight", weight), ("targets", targets)):
         if not extension.plain(tensor):
-            return f"{name} is a {type(tensor).__name__}, which has no memory to point at"
+            return f"{name} is a {type(tensor).__name__}, which cannot be passed by address"
     if not x.device.type == weight.device.type == targets.device.type == "cpu":
         return f"the extension computes on a CPU, x is on {x.device.type}"
     dtype = autocast_dtype(x)
@@ -42,11 +42,12 @@ def why_not(x, weight, targets, return_logits=True):
 
 
 def forward_backward(x, weight, targets, ignore_index, mean, need_dx, need_dw, isa="", dw_dtype=None):
-    """(loss, dx, dW): loss () fp32, the mean over rows that count or their sum, and its gradients; logits exist a chunk at a time.
+    """(loss, dx, dW): loss () fp32, the mean or sum over rows whose target is not ignore_index, and its gradients. Only one chunk of
+    the logits exists at a time.
 
     x (N, C), weight (V, C), both float32 or bfloat16; targets (N,) int64, contiguous. dx (N, C) and dW (V, C) in x's dtype, dW
-    in dw_dtype where given, or empty (0,) where not needed. isa: see `sample_cpu`; "" is the best. Raises IndexError for a target
-    outside of the vocabulary.
+    in dw_dtype if given; empty (0,) if not needed. isa: the instruction set, as for `_C.sample_cpu`; "" is the best. Raises
+    IndexError for a target outside of the vocabulary.
     """
     (N, C), V = x.shape, weight.size(0)
     count = extension._C.count_targets(targets.data_ptr(), N, V, ignore_index)
@@ -59,7 +60,7 @@ def forward_backward(x, weight, targets, ignore_index, mean, need_dx, need_dw, i
         logits = matmul(x[part], weight, out=buffer[:part.stop - n])
         _rows(logits, logits if need_dx or need_dw else None, targets[part], ignore_index, losses[part], isa)
         if need_dx:
-            matmul(logits, weight, by_input=True, out=dx[part]).mul_(scale)  # these are dlogits by now
+            matmul(logits, weight, by_input=True, out=dx[part]).mul_(scale)  # `logits` holds dlogits by now
         if need_dw:
             dw.add(logits, part)
     return _reduced(losses, count, mean), dx, dw.sum() if need_dw else x.new_empty(0)
@@ -74,7 +75,7 @@ def forward(x, weight, targets, ignore_index, mean, isa=""):
 
 
 def backward(logits, x, weight, targets, grad_loss, grad_logits, ignore_index, mean, need_dx, need_dw, isa=""):
-    """(dx, dW) of grad_loss * loss + sum(grad_logits * logits). logits: what `forward` gave; they stay intact.
+    """(dx, dW) of grad_loss * loss + sum(grad_logits * logits). logits: as `forward` returned them; not modified.
 
     grad_loss: fp32 scalar; grad_logits (N, V), any strides, or None.
     """
@@ -106,11 +107,11 @@ def _rows(logits, dlogits, targets, ignore_index, losses, isa):
 
 
 def _reduced(losses, count, mean):
-    return losses.sum() / count if mean else losses.sum()  # nothing counts: 0 / 0 = nan, as PyTorch's
+    return losses.sum() / count if mean else losses.sum()  # no row counts: 0 / 0 = nan, as in PyTorch
 
 
 class _WeightGradient:
-    """dW (V, C) = scale * sum over chunks of dlogits^T x[chunk], rounded once, at the end, to dtype or x's."""
+    """dW (V, C) = scale * sum over chunks of dlogits^T x[chunk], rounded once, at the end, to `dtype` or x's dtype."""
 
     def __init__(self, V, x, scale, dtype=None):
         self.x, self.shape, self.dtype = x if scale == 1 else x * scale, (V, x.size(1)), dtype or x.dtype

@@ -1,7 +1,7 @@
-"""The residual add and LayerNorm on a CPU in one pass (csrc/rows/layer_norm.h). Tensors in, tensors out; no autograd, no dropout.
+"""The residual add and LayerNorm on a CPU in one pass (csrc/rows/layer_norm.h). Plain functions of tensors: no autograd, no dropout.
 
-PyTorch makes it of a cast, an add, a LayerNorm and a cast, each over all rows in fp32, and as many backward. Here a row is read
-once, and its sum, its normalized self in the next matmul's dtype and, in the backward, both gradients leave together.
+PyTorch runs a cast, an add, a LayerNorm and a cast, each over all rows in fp32, and as many in the backward. Here each row is read
+once; the sum and the normalized row, in the next matmul's dtype, are written together, and so are both gradients in the backward.
 """
 import torch
 
@@ -11,22 +11,22 @@ from ..extension import address
 _TYPES = (torch.float32, torch.bfloat16)
 _BF16 = torch.bfloat16
 
-# Asked once, here: torch.compile cannot trace questions to the extension.
+# Checked once, at import: torch.compile cannot trace calls of the extension.
 MISSING = extension.lacks("layer_norm_forward_cpu")
 
 
 def why_not(x, weight, bias, branch=None, out_dtype=None):
-    """None where this normalizes x (+ branch) to out_dtype (None: what the next matmul eats), and is right; else the reason."""
+    """None if these functions can and should normalize x (+ branch) to out_dtype (None: the next matmul's dtype), else the reason."""
     if MISSING is not None:
         return MISSING
     if torch.compiler.is_compiling():
-        return "torch.compile fuses the add, the norm and the casts by itself"
+        return "torch.compile fuses the add, the norm and the casts itself"
     given = (("x", x), ("weight", weight), ("bias", bias), ("branch", branch))
     for name, tensor in given:
         if tensor is None:
             continue
         if not extension.plain(tensor):
-            return f"{name} is a {type(tensor).__name__}, which has no memory to point at"
+            return f"{name} is a {type(tensor).__name__}, which cannot be passed by address"
         if not tensor.is_cpu:
             return f"the extension computes on a CPU, {name} is on {tensor.device.type}"
     if out_dtype is None:
@@ -37,7 +37,7 @@ def why_not(x, weight, bias, branch=None, out_dtype=None):
     if _BF16 not in (x.dtype, branch_dtype, out_dtype):
         return "in float32 it is nanoGPT's bit for bit"
     if x.dtype == _BF16 != branch_dtype:
-        return f"x is {x.dtype}, branch {branch_dtype}: their sum is not of x's dtype"
+        return f"x is {x.dtype}, branch {branch_dtype}: their sum does not have x's dtype"
     for name, tensor in given[1:3]:
         if tensor is not None and tensor.dtype not in (torch.float32, x.dtype):
             return f"x is {x.dtype}, {name} {tensor.dtype}"          # the reference raises PyTorch's own error
@@ -47,13 +47,14 @@ def why_not(x, weight, bias, branch=None, out_dtype=None):
 
 
 def forward(x, branch, weight, bias, eps, y_dtype, isa=""):
-    """(s, y, statistics) of x (..., C), branch likewise or None, weight (C,), bias (C,) or None: s = x + branch in x's dtype, or x;
-    y = LayerNorm(s) in y_dtype; statistics (2, rows) fp32, mean and 1 / standard deviation. isa: see `sample_cpu`; "" is the best."""
+    """(s, y, statistics) for x (..., C), branch likewise or None, weight (C,), bias (C,) or None: s = x + branch in x's dtype, or x;
+    y = LayerNorm(s) in y_dtype; statistics (2, rows) fp32, mean and 1 / standard deviation. isa: the instruction set, as for
+    `_C.sample_cpu`; "" is the best."""
     x, branch, weight, bias = _blocks(x, branch, _fp32(weight), _fp32(bias))
     C = x.size(-1)
     rows = x.numel() // C
     s, y = x if branch is None else torch.empty_like(x), torch.empty_like(x, dtype=y_dtype)
-    statistics = torch.empty(2, rows, dtype=torch.float32, device=x.device)     # not whatever the defaults are
+    statistics = torch.empty(2, rows, dtype=torch.float32, device=x.device)     # torch's defaults may have been changed
     mean = statistics.data_ptr()
     extension._C.layer_norm_forward_cpu(_bf16(x, branch, y), rows, C, x.data_ptr(), address(branch), weight.data_ptr(), address(bias), eps,
                                      s.data_ptr(), y.data_ptr(), mean, mean + 4 * rows, torch.get_num_threads(), isa)
@@ -61,8 +62,8 @@ def forward(x, branch, weight, bias, eps, y_dtype, isa=""):
 
 
 def backward(dy, ds, s, weight, statistics, branch_dtype, isa=""):
-    """(dx, dbranch, dweight, dbias). dy (..., C); ds, what comes back through s, in s's dtype, or None. dx has s's dtype; dbranch
-    branch_dtype, or is None where that is s's (then it is dx) or None; dweight and dbias (C,) fp32."""
+    """(dx, dbranch, dweight, dbias). dy (..., C); ds: the gradient that arrives through s, in s's dtype, or None. dx has s's dtype.
+    dbranch has branch_dtype; it is None if that is s's dtype (dbranch equals dx) or None. dweight and dbias (C,) fp32."""
     dy, ds, s, weight = _blocks(dy, ds, s, _fp32(weight))
     C = s.size(-1)
     rows = s.numel() // C

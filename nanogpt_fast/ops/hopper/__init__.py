@@ -1,4 +1,4 @@
-"""The CUDA kernels for Hopper (H100, H200), on its tensor cores by TMA and wgmma: which card they run on, and why not on this one."""
+"""The CUDA kernels for Hopper (H100, H200), built on TMA and wgmma: whether they can run on a given GPU, and why not."""
 import functools
 
 import torch
@@ -9,11 +9,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def card_why_not(index):
-    """"" where the extension can launch its kernels for Hopper on CUDA device number `index`, else the reason."""
+    """"" if the extension can launch its Hopper kernels on CUDA device number `index`, else the reason."""
     return _cached_card_why_not(index)
 
 
-card_why_not._dynamo_marked_constant = True            # asked once while compiling; on the cached function the mark would not be seen
+card_why_not._dynamo_marked_constant = True            # evaluated once while tracing; Dynamo would not see the mark on the cached function
 
 
 @functools.cache
@@ -23,5 +23,5 @@ def _cached_card_why_not(index):
     if extension._C is None:
         return extension.missing()
     if not hasattr(extension._C, "linear_act_sm90"):
-        return "the extension has no code for it: it was built without nvcc of CUDA 12 or later, or not for sm_90"
+        return "the extension has no code for it: it was built without nvcc 12 or later, or not for sm_90"
     return extension.cuda_why_not(index) or ""

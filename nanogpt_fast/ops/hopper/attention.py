@@ -1,6 +1,7 @@
-"""Attention's backward by the CUDA kernels for Hopper (csrc/hopper/attention_backward.cu): heads of 64 in half precision.
+"""Attention's backward on the CUDA kernels for Hopper (csrc/hopper/attention_backward.cu): heads of 64 in half precision.
 
-The same as `launch_backward` and `launch_backward_qkvpacked` of kernels/attention_backward.py without dropout, of as many queries as keys.
+They compute what `launch_backward` and `launch_backward_qkvpacked` of kernels/attention_backward.py do, without dropout and for as
+many queries as keys.
 """
 import torch
 
@@ -8,17 +9,17 @@ from .. import extension
 from . import DTYPES, card_why_not
 
 HEAD = 64
-SCALES = 1e-6, 1e6      # what was thought of: a model's is 1/8
+SCALES = 1e-6, 1e6      # the range that the kernels were designed for; a model's scale is 1/8
 
 
 def why_not(device, dtype, D, scale=None, dropout_p=0.0):
-    """None where the kernels can compute the backward there, else the reason."""
+    """None if the kernels can compute the backward on this device, else the reason."""
     if device.type != "cuda":
         return "the kernels are for GPUs of compute capability 9.0 (H100, H200)"
     if reason := card_why_not(device.index or 0):
         return reason
     if not hasattr(extension._C, "attention_backward_heads_sm90"):
-        return "the extension was built before it had these kernels: install the package again"
+        return "the installed extension is too old to have these kernels: reinstall the package"
     if dtype not in DTYPES:
         return f"the kernels compute in bfloat16 or float16, not {dtype}"
     if D != HEAD:
@@ -34,7 +35,7 @@ def backward(do, q, k, v, out, lse, scale):
     """(dq, dk, dv), each (B, T, H, 64) contiguous, in the inputs' dtype.
 
     do, q, k and v (B, H, T, 64), any strides; out (B, T, H, 64) and lse (B, H, T) fp32, log2 of the sum of exponentials, as the
-    forward gave them, contiguous. scale: None is 1/8.
+    forward returned them, contiguous. scale: None means 1/8.
     """
     B, H, T, _ = q.shape
     gradients = tuple(torch.empty((B, T, H, HEAD), dtype=q.dtype, device=q.device) for _ in range(3))
@@ -49,7 +50,7 @@ def backward_qkvpacked(do, qkv, out, lse, n_head, scale):
     """The gradient of qkv, (B, T, 3C) in its dtype, contiguous.
 
     do (B, T, C), any strides; qkv (B, T, 3C), any strides; out (B, T, C) and lse (B, H, T) fp32, log2 of the sum of exponentials, as
-    the forward gave them, contiguous. scale: None is 1/8.
+    the forward returned them, contiguous. scale: None means 1/8.
     """
     B, T, C3 = qkv.shape
     do, qkv, out = (_readable(x) for x in (do, qkv, out))
@@ -63,8 +64,8 @@ def backward_qkvpacked(do, qkv, out, lse, n_head, scale):
 
 
 def _launch(x, inputs, lse, gradients, B, H, T, scale):
-    """inputs: address and strides (batch, head, token) of q, k, v, do and out; gradients: of dq, dk and dv. x: of whose dtype, where."""
-    assert lse.is_contiguous()          # the forward's; any other strides would be read as these
+    """inputs: address and strides (batch, head, token) of q, k, v, do and out; gradients: of dq, dk and dv. x gives dtype and device."""
+    assert lse.is_contiguous()          # the kernel assumes it, and the forward returns it so
     terms = 2 * B * H * -(-T // 128) * 128
     scratch = torch.empty(terms + 2, dtype=torch.float32, device=x.device)
     device = x.get_device()
@@ -74,13 +75,13 @@ def _launch(x, inputs, lse, gradients, B, H, T, scale):
 
 
 def _readable(x):
-    """x (B, H, T, 64) or (B, T, C), or a copy where a tensor map could not describe it."""
+    """x (B, H, T, 64) or (B, T, C); a copy if a TMA tensor map cannot describe it."""
     *strides, one = x.stride()
     fits = one == 1 and x.data_ptr() % 16 == 0 and all(n == 1 or stride > 0 and stride % 8 == 0 for n, stride in zip(x.shape, strides))
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _strides(x):
-    """Of the batch, the heads and the tokens; of what there is one of, any that a tensor map takes."""
+    """Strides of batch, head and token. A dimension of size 1 gets an arbitrary stride that a tensor map accepts."""
     strides = [stride if n > 1 else HEAD for n, stride in zip(x.shape, x.stride()[:-1])]
     return tuple(strides) if len(strides) == 3 else (strides[0], HEAD, strides[1])

@@ -1,6 +1,7 @@
-"""The MLP's first matmul with the activation in its epilogue, forward and backward, by the CUDA kernel for Hopper (csrc/hopper/linear_act.cu).
+"""The MLP's first matmul with the activation in its epilogue, forward and backward, on the CUDA kernel for Hopper.
 
-The same as `linear_act` and `linear_dact` of kernels/mlp.py for half precision, GELU, and sizes whose rows are multiples of 16 bytes.
+The kernel is csrc/hopper/linear_act.cu. It computes what `linear_act` and `linear_dact` of kernels/mlp.py do, for half precision, GELU
+and rows that are multiples of 16 bytes.
 """
 import torch
 
@@ -12,7 +13,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
 def why_not(device, dtype, C, F, activation):
-    """None where the kernel can compute an MLP of widths C and F there, else the reason."""
+    """None if the kernel can compute an MLP of widths C and F on this device, else the reason."""
     if device.type != "cuda":
         return "the kernel is for GPUs of compute capability 9.0 (H100, H200)"
     if reason := card_why_not(device.index or 0):
@@ -27,16 +28,16 @@ def why_not(device, dtype, C, F, activation):
 
 
 def linear_act(x, w, b=None, *, activation="gelu", keep_h=True):
-    """(act(h), h) of h = x w^T + b in one kernel. x (M, K), rows may lie apart; w (N, K); b (N,) of any float dtype or None.
+    """(act(h), h) with h = x w^T + b, in one kernel. x (M, K), any row stride; w (N, K); b (N,) of any float dtype or None.
 
-    keep_h=False: h isn't written, None is returned for it.
+    keep_h=False: h isn't written, and None is returned for it.
     """
     x, w = _rows_of_16_bytes(x), _rows_of_16_bytes(w.contiguous())
     y = torch.empty(x.size(0), w.size(0), dtype=x.dtype, device=x.device)
     h = torch.empty_like(y) if keep_h else None
     if b is not None:
         b = b.float().contiguous()
-        b = b.clone() if b.data_ptr() % 8 else b        # two at a time are read
+        b = b.clone() if b.data_ptr() % 8 else b        # the kernel reads two floats at a time
     _launch(False, x, w, h, y, activation, bias=b)
     return y, h
 
@@ -44,7 +45,7 @@ def linear_act(x, w, b=None, *, activation="gelu", keep_h=True):
 def linear_dact(dy, w, h, *, activation="gelu", want_db=True):
     """(dh, db): dh = (dy w) * act'(h) (M, N) in dy's dtype, db = dh summed over rows, fp32 (N,), or None.
 
-    dy (M, K), rows may lie apart; w (K, N); h (M, N), with its bias.
+    dy (M, K), any row stride; w (K, N); h (M, N), bias included.
     """
     dy, w, h = _rows_of_16_bytes(dy), _rows_of_16_bytes(w.contiguous()), _rows_of_16_bytes(h.contiguous())
     dh = torch.empty_like(h)
@@ -61,6 +62,6 @@ def _launch(backward, a, b, h, out, activation, bias=None, column_sums=None):
 
 
 def _rows_of_16_bytes(x):
-    """x, or a copy where a tensor map could not describe it."""
+    """x; a copy if a TMA tensor map cannot describe it."""
     fits = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) >= x.size(1) and x.data_ptr() % 16 == 0
     return x if fits else x.clone(memory_format=torch.contiguous_format)
