@@ -1,21 +1,22 @@
 """Generation: complete prompts token by token, with a static KV cache.
 
-Two ways lead to the next token's logits:
+The next token's logits are computed in one of two ways:
 
     cached     prefill sends the prompt through the model once and keeps every layer's keys and values; decode then sends one
-               token a row. On CUDA a step of decode and draw is captured in one CUDA graph and replayed: the host looks at a
-               token only when it is asked for one. So is the prefill of short prompts, padded to a few widths.
-    uncached   nanoGPT's loop: the last block_size tokens go through the whole model for every new one. It is taken where the
-               cache would not be right (a hook, a subclass, a replaced submodule, dropout in train mode), which is said once.
+               token per row. On CUDA a step of decode and draw is captured in one CUDA graph and replayed; the host reads a token
+               only when the caller asks for it. The prefill of short prompts, padded to a few widths, is captured, too.
+    uncached   nanoGPT's loop: the last block_size tokens go through the whole model for every new one. It runs where the cache
+               would give wrong results (a hook, a subclass, a replaced submodule, dropout in train mode), with one warning.
 
-Past block_size positions restart at 0 in the cropped window, so every cached key is stale: from there on the window is encoded
-anew at every step, as nanoGPT does.
+Beyond block_size tokens, positions restart at 0 in the cropped window and every cached key is stale: from there on the window is
+re-encoded at every step, as in nanoGPT.
 
-The state of a model that is being generated from (`Session`) lives outside the model: pickling and copying a model never meet
-a CUDA graph. It is checked against the model at every call: nothing in it outlives an optimizer step, a load or a move.
+The generation state of a model (`Session`) lives outside the model, so that pickling and copying a model never involve a CUDA
+graph. It is validated against the model at every call, so that it is never stale after an optimizer step, a load or a move.
 
     run.py        a call of `generate`: prompts, rows, stops, streaming
-    session.py    weights, cache and graphs, kept from call to call
+    session.py    weights, cache and graphs, kept between calls
+    decode.py     the fused kernels of one decoding step
 """
 from .run import Run, check, draw, generate
 from .session import Session, _sessions, prefill_width, session_of

@@ -1,8 +1,8 @@
-"""One token a row through a whole GPT: what `generate` does between two draws.
+"""Decode one token per row through a whole GPT: what `generate` does between two draws.
 
-Every weight is read once and used twice, so the memory's bandwidth is the limit. On a GPU five Triton kernels a layer reach for
-it, up to 16 rows: those of kernels/decode.py or kernels/decode_rows.py. On a CPU one call of the extension does it
-(csrc/decode/decode.h). The session holds weights and cache; this file hands them over, and says where it can't.
+Every weight is read once, for one multiply-add per row, so memory bandwidth is the limit. On a GPU, up to 16 rows take five Triton
+kernels per layer: those of kernels/decode.py or kernels/decode_rows.py. On a CPU it is one call of the extension
+(csrc/decode/decode.h). The session holds weights and cache; this file passes them on, or gives the reason why it can't.
 """
 import torch
 
@@ -10,19 +10,19 @@ from .. import backend as _backend
 from ..ops import extension
 from ..ops.extension import address
 
-MAX_ROWS = 16  # csrc/decode/decode.h; with more rows PyTorch's matrix products do as well
-# What a step takes, in us: GPT-2 124M in bf16 at position 640 on an H100 80GB HBM3, PyTorch 2.11, Triton 3.6, a captured graph
-# (python -m benchmarks.gpu.decode_forms). From 3 rows on, those below 17 share a tile of 8 or 16 rows.
+MAX_ROWS = 16  # csrc/decode/decode.h; with more rows PyTorch's matmuls are as fast
+# Time of a step in us: GPT-2 124M in bf16 at position 640 on an H100 80GB HBM3, PyTorch 2.11, Triton 3.6, a captured graph
+# (python -m benchmarks.gpu.decode_forms). In decode_rows.py, 3 to 16 rows share a tile of 8 or 16 rows.
 #
 #   rows                                            1      4      8     16     32     64
-#   kernels/decode.py, the weights once a row     241    480    847
+#   kernels/decode.py, reads weights per row      241    480    847
 #   kernels/decode_rows.py, on tensor cores              364    406    533    900  1,388
 #   the step made of ops                          559    587    592    730    879  1,178
 #
-# 2 and 3 rows lie between: about 320 and 400 by the first row, 350 and 360 by the second. Tensor cores need half precision.
-MAX_ROWS_MATVEC = 4             # where tensor cores can't serve; where they can
-MAX_ROWS_BEFORE_TENSOR_CORES = 2
-MAX_ROWS_TENSOR_CORES = 16
+# 2 and 3 rows lie in between: about 320 and 400 us with decode.py, 350 and 360 with decode_rows.py. Tensor cores need half precision.
+MAX_ROWS_MATVEC = 4                 # of decode.py, if tensor cores cannot be used
+MAX_ROWS_BEFORE_TENSOR_CORES = 2    # of decode.py, if they can
+MAX_ROWS_TENSOR_CORES = 16          # of decode_rows.py
 LARGEST_C_TENSOR_CORES = 2048
 LARGEST_K = 8192  # inputs of a matrix (kernels/decode.py)
 LARGEST_HEAD = 256
@@ -31,10 +31,10 @@ MISSING = extension.lacks("Decoder")
 
 
 def decoder(session):
-    """What decodes a generation.Session, or None where the step is made of ops. It holds addresses: keep the session alive."""
+    """The native decoder of a generation.Session, or None to build the step from ops. It holds addresses: keep the session alive."""
     device = session.device.type
     if device not in ("cpu", "cuda") or device == "cuda" and session.rows > max_rows_triton(session):
-        return None  # not a lack: with many rows the ops, which are kernels too, are the faster way
+        return None  # nothing to warn about: with many rows the ops, which are kernels too, are faster
     name = _backend.choose("decode", CANDIDATES, session.choices, (session,))
     if name == "reference":
         return None
@@ -58,7 +58,7 @@ def decoder(session):
 def step(native, token, position, vocab, isa="", out=None):
     """Process token (rows,) int64 at position (rows,) int64 -> logits (rows, vocab) fp32.
 
-    On a CPU: isa, the instruction set, "" for the best; out, where the logits shall lie.
+    On a CPU: isa, the instruction set ("" is the best); out, where to write the logits.
     """
     if MISSING is not None or not isinstance(native, extension._C.Decoder):
         return native(token, position)
@@ -68,17 +68,17 @@ def step(native, token, position, vocab, isa="", out=None):
 
 
 def tensor_cores_serve(session):
-    """True where kernels/decode_rows.py takes the session's width and dtype."""
+    """True if kernels/decode_rows.py supports the session's width and dtype."""
     return session.dtype in (torch.float16, torch.bfloat16) and session.wte.size(1) <= LARGEST_C_TENSOR_CORES
 
 
 def max_rows_triton(session):
-    """How many rows the Triton kernels take, by the table above."""
+    """The most rows that the Triton kernels take, from the table above."""
     return MAX_ROWS_TENSOR_CORES if tensor_cores_serve(session) else MAX_ROWS_MATVEC
 
 
 def why_not_triton(session):
-    """None where the Triton kernels can decode this session, else the reason."""
+    """None if the Triton kernels can decode this session, else the reason."""
     if (reason := _backend.triton_why_not(session.wte)) is not None:
         return reason
     if session.wte.is_cuda and torch.cuda.get_device_capability(session.device) < (8, 0):
@@ -86,7 +86,7 @@ def why_not_triton(session):
     if session.dtype not in _HALF_OR_FLOAT:
         return f"weights are {session.dtype}; the kernels take float32, float16 and bfloat16"
     if not 1 <= session.rows <= (most := max_rows_triton(session)):
-        return f"{session.rows} rows; the kernels take up to {most} of this width and dtype, with more a library's products do better"
+        return f"{session.rows} rows; the kernels take up to {most} of this width and dtype, with more rows library matmuls are faster"
     if not session.layers:
         return "the model has no layers"
     C, H = session.wte.size(1), session.n_head
@@ -108,7 +108,7 @@ _HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def why_not(session):
-    """None where the extension can decode this session, else the reason."""
+    """None if the extension can decode this session, else the reason."""
     if session.device.type != "cpu":
         return f"the extension decodes on a CPU, the model is on {session.device.type}"
     if MISSING is not None:
@@ -116,7 +116,7 @@ def why_not(session):
     if session.dtype not in _TYPES:
         return f"weights are {session.dtype}; the extension takes float32 and bfloat16"
     if not 1 <= session.rows <= MAX_ROWS:
-        return f"{session.rows} rows; the extension takes up to {MAX_ROWS}, with more PyTorch's matrix products do as well"
+        return f"{session.rows} rows; the extension takes up to {MAX_ROWS}, with more rows PyTorch's matmuls are as fast"
     fp32 = [session.wte, session.wpe, *session.ln_f]
     for layer in session.layers:
         fp32 += [*layer.ln_1, *layer.ln_2]

@@ -1,6 +1,6 @@
-"""A call of `generate`: its prompts and stops are checked, its rows grow by one token a step, and tokens are given out as they are decided.
+"""One call of `generate`: check prompts and stops, add one token per row and step, and return tokens as soon as they are final.
 
-How the next token's logits come about is session.py's; without a cache the model itself is asked.
+session.py computes the next token's logits; without a cache, the model itself does.
 """
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,8 @@ from .session import session_of
 
 
 def _gradless(function):
-    """Decorates what makes tensors that outlive the call: without a gradient, and never in inference mode, whose tensors nobody could
-    write to outside of it."""
+    """Decorator for functions whose tensors outlive the call: no gradients, and no inference mode either, since inference tensors
+    cannot be written to outside of it."""
     return torch.inference_mode(False)(torch.no_grad()(function))
 
 
@@ -23,15 +23,15 @@ def generate(model, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=N
 
     idx: (B, T) int64, or a list of 1-D prompts of different lengths.  num_samples: completions of each prompt, one prefill.
     temperature (0: greedy), top_k, top_p, min_p: see `ops.sample`.
-    stop: a token id, or a list of ids and of sequences of ids; a row ends before the first of them, which is not returned.
-    rng: "torch" draws as nanoGPT does, from torch's generator; "philox" takes our own counter-based sampler, one seed a row.
+    stop: a token id, or a list of ids and of sequences of ids; a row ends before the first match, which is not returned.
+    rng: "torch" draws as nanoGPT does, from torch's generator; "philox" uses our own counter-based sampler, with a seed per row.
         None: "torch" on a CPU unless `seed` is given, else "philox".
-    seed: an int (row i draws from seed + i) or one int a row: a row's text then depends on its seed and prompt alone.
-        None: seeds come from torch's generator, so torch.manual_seed decides.
+    seed: an int (row i draws from seed + i) or one int per row: a row's text then depends only on its seed and prompt.
+        None: seeds come from torch's generator, so torch.manual_seed controls them.
 
     Returns (B * num_samples, T + max_new_tokens) int64, or, for a list of prompts or with `stop`, a list of 1-D tensors.
-    stream=True: an iterator instead; each step yields a list with, for every row, the list of its newly decided token ids
-    (empty for a row that has ended, or that waits to see whether a stop sequence goes on).
+    stream=True: an iterator instead; each step yields one list of new token ids per row (empty for a row that has ended, or whose
+    last tokens may be the start of a stop sequence).
     """
     prompts = idx
     if not torch.is_tensor(idx):
@@ -40,7 +40,7 @@ def generate(model, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=N
             if prompt.dim() != 1:
                 raise ValueError(f"prompt {i} has shape {tuple(prompt.shape)}; a list holds 1-D prompts")
     elif idx.dim() != 2:
-        raise ValueError(f"idx has shape {tuple(idx.shape)}; expected (B, T), one row a prompt, or a list of 1-D prompts")
+        raise ValueError(f"idx has shape {tuple(idx.shape)}; expected (B, T), one prompt per row, or a list of 1-D prompts")
     check(prompts, max_new_tokens, temperature, top_k, top_p, min_p, num_samples)
     stops = stop_sequences(stop)
 
@@ -62,10 +62,10 @@ def generate(model, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=N
 
 
 def check(prompts, max_new_tokens, temperature, top_k, top_p=None, min_p=None, num_samples=1):
-    """ValueError naming the argument that cannot be."""
+    """Raise ValueError, naming the argument, if one is invalid."""
     for i, prompt in enumerate(prompts):
         if prompt.numel() == 0:
-            raise ValueError(f"the prompt is empty (row {i}); give at least one token (nanoGPT's habit is a newline)")
+            raise ValueError(f"the prompt is empty (row {i}); give at least one token (nanoGPT starts from a newline)")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
     if not temperature >= 0:
@@ -91,7 +91,7 @@ def stop_sequences(stop):
 
 
 def draw(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """One token a row from logits (B, V), with torch's generator, as nanoGPT draws it -> (B,) int64."""
+    """One token per row from logits (B, V), with torch's generator, as nanoGPT draws it -> (B,) int64."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     if top_p is not None or min_p is not None:
@@ -105,11 +105,11 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
 
 
 class Run:
-    """One call of `generate`: rows of tokens that grow by one a step.
+    """One call of `generate`: rows of tokens that grow by one per step.
 
-    `history` (the tokens), `ends` (each row's length, on the device) and `offsets` (of its draws) belong to the run. While steps are
-    replayed, the session's `drawn`, `position` and `offsets` are `uncollected` tokens ahead of them; `collect` brings the run's up to
-    date. `lengths`, on the host, count every token at once.
+    `history` (the tokens), `ends` (each row's length, on the device) and `offsets` (each row's position in its random stream) belong to
+    the run. While steps are replayed, the session's `drawn`, `position` and `offsets` are ahead by `uncollected` tokens; `collect` brings
+    the run's up to date. `lengths`, on the host, include every token immediately.
     """
 
     def __init__(self, model, prompts, num_samples, filters, rng, seed, use_cache):
@@ -134,7 +134,7 @@ class Run:
         self.session = None if reason is not None or rows == 0 else session_of(model, rows)
         self.num_samples = num_samples                                              # consecutive identical rows; prefilled once
         self.fresh = True                                                           # the cache does not hold these rows yet
-        self.uncollected = 0                                                        # tokens that only the session holds yet
+        self.uncollected = 0                                                        # tokens that so far only the session holds
 
     def tokens(self, n):
         """n new tokens of every row, (rows, n) int64 on the device; the host never waits for one."""
@@ -149,10 +149,10 @@ class Run:
         return self.history.gather(1, first[:, None] + torch.arange(n, device=self.device))
 
     def stream(self, n, stops):
-        """Yields, step by step, the token ids that each row has newly decided."""
+        """Yield, at every step, each row's new token ids that cannot be part of a stop sequence any more."""
         self._room(n)
         longest_stop = max(map(len, stops), default=1)
-        pending = [[] for _ in self.prompts]                                        # drawn, but maybe the start of a stop
+        pending = [[] for _ in self.prompts]                                        # drawn, but possibly the start of a stop sequence
         ended = [False] * len(self.prompts)
         for _ in range(n):
             if all(ended):
@@ -188,7 +188,7 @@ class Run:
 
     @_gradless
     def step(self):
-        """Draw one token for every row; returns them, (rows,) int64 on the device, to be read before the next step."""
+        """Draw one token for every row; returns them, (rows,) int64 on the device. The next step may overwrite them."""
         if not self.prompts:
             return self.ends
         if self._replays():
@@ -207,7 +207,7 @@ class Run:
         return token
 
     def _replays(self):
-        """Whether this step is the session's own (`Session.replay`): the cache holds our rows, all of them inside the window, our own sampler."""
+        """Whether `Session.replay` can run this step: the cache holds our rows, all inside the window, and the sampler is "philox"."""
         if self.session is None or not self.session.steps_whole or self.rng != "philox" or self.fresh or self.longest > self.block_size \
                 or not self.session.belongs_to(self):
             return False
@@ -217,19 +217,19 @@ class Run:
 
     @_gradless
     def collect(self):
-        """Take over what replayed steps have drawn."""
+        """Copy the tokens that replayed steps have drawn from the session."""
         if self.uncollected:
             at = self.ends[:, None] + torch.arange(self.uncollected, device=self.device)
             self.history.scatter_(1, at, self.session.drawn.gather(1, at))
             self.ends += self.uncollected
             self.offsets += self.uncollected
             self.uncollected = 0
-            self.session.feed(self.session.token, self.ends - 1)                    # brings positions back into the window
+            self.session.feed(self.session.token, self.ends - 1)                    # clamps positions to the window
 
     def sample(self, logits):
         if self.rng == "torch":
             return draw(logits, **self.filters)
-        return sampler.sample(logits, **self.filters, seed=self.seeds, offset=self.offsets, backend=self.model.backend)  # moves the offsets on
+        return sampler.sample(logits, **self.filters, seed=self.seeds, offset=self.offsets, backend=self.model.backend)  # increments offsets
 
     def logits(self):
         """Logits of the next token of every row, (rows, V)."""
@@ -242,7 +242,7 @@ class Run:
         if not any(inside):
             return self._windows(range(len(self.prompts)), self.session.encode)
         if self.fresh:
-            copies, self.num_samples = self.num_samples, 1                          # equal prompts go through once
+            copies, self.num_samples = self.num_samples, 1                          # encode identical prompts once
             logits = self.session.prefill(self.history[::copies, :min(self.longest, self.block_size)],
                                           self.ends[::copies].clamp(max=self.block_size), copies)
         else:
@@ -253,9 +253,9 @@ class Run:
         return logits
 
     def _windows(self, rows, encode):
-        """Logits behind the last block_size tokens of the given rows, each encoded from position 0."""
+        """Logits after the last block_size tokens of the given rows, each encoded from position 0."""
         logits = None
-        for length in sorted({self.lengths[row] for row in rows}):                  # rows of one length go together
+        for length in sorted({self.lengths[row] for row in rows}):                  # rows of equal length form one batch
             group = [row for row in rows if self.lengths[row] == length]
             window = self.history[torch.tensor(group, device=self.device), max(0, length - self.block_size):length]
             some = encode(window)                                                   # (len(group), V)
@@ -269,7 +269,7 @@ class Run:
 
 
 def could_start(tail, stops):
-    """How many of the last tokens of `tail` could be the beginning of a stop sequence."""
+    """How many tokens at the end of `tail` could be the beginning of a stop sequence."""
     for keep in range(len(tail), 0, -1):
         if any(len(s) > keep and tuple(tail[-keep:]) == s[:keep] for s in stops):
             return keep
@@ -277,12 +277,12 @@ def could_start(tail, stops):
 
 
 def row_seeds(seed, rows, device):
-    """One int64 seed a row: given, counted up from an int, or drawn from torch's generator."""
+    """One int64 seed per row: as given, counted up from an int, or drawn from torch's generator."""
     if seed is None:
         return torch.randint(2 ** 62, (rows,), device=device)
     if isinstance(seed, int):
         return torch.arange(seed, seed + rows, device=device)
     seeds = torch.as_tensor(seed, dtype=torch.long)
     if seeds.shape != (rows,):
-        raise ValueError(f"seed has {seeds.numel()} values for {rows} rows; give an int or one seed a row")
+        raise ValueError(f"seed has {seeds.numel()} values for {rows} rows; give an int or one seed per row")
     return seeds.to(device)

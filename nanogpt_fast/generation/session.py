@@ -1,6 +1,6 @@
-"""The state of a model that is being generated from: its weights in the dtype of generation, the key-value cache, and what is captured.
+"""The generation state of a model: its weights in the dtype of generation, the key-value cache, and the captured CUDA graphs.
 
-It is checked against the model at every call: nothing in it outlives an optimizer step, a load or a move.
+It is validated against the model at every call, so that it is never stale after an optimizer step, a load or a move.
 """
 import weakref
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _sessions = weakref.WeakKeyDictionary()  # model -> {(rows, dtype): Session}
 
 
 def session_of(model, rows):
-    """The session of a model for so many rows, brought up to date with the model's weights."""
+    """The session of a model for this number of rows, brought up to date with the model's weights."""
     device = next(model.parameters()).device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else next(model.parameters()).dtype
     kept = _sessions.setdefault(model, {})
@@ -29,27 +29,28 @@ def session_of(model, rows):
     return session
 
 
-# Up to so many tokens a prefill is captured: GPT-2 124M's takes the host 13 ms and an H100 1 (512 tokens), so the card waits.
+# A prefill of at most this many tokens is captured: launching GPT-2 124M's 512 tokens takes the host 13 ms, an H100 runs them in 1 ms.
 PREFILL_CAPTURED = 8192
 
 
 def prefill_width(T, block_size):
-    """Prompts are padded to so many tokens, that few widths have to be captured: at most a quarter more from 256 on, up to 512 a multiple of 64."""
+    """The width to which prompts of T tokens are padded, so that few widths are captured: a multiple of 64 up to 512 tokens; from 256
+    on, at most a quarter more than T."""
     step = max(64, 2 ** (T - 1).bit_length() // 8)
     return min(-(-T // step) * step, block_size)
 
 
 @dataclass
 class Prompts:
-    """What a captured prefill of one shape reads and writes."""
-    idx: torch.Tensor               # (B, width) int64; behind a prompt's end anything
+    """The tensors that a captured prefill of one shape reads and writes."""
+    idx: torch.Tensor               # (B, width) int64; anything after a prompt's end
     lengths: torch.Tensor           # (B,)
     logits: torch.Tensor = None     # (B * copies, V)
-    replay: object = None           # from the second on
+    replay: object = None           # captured at the second prefill of this shape
 
 
 class Layer:
-    """One block's weights, in the dtype that the matmuls take."""
+    """One block's weights, in the dtype of the matmuls."""
 
     def __init__(self, block, cast):
         self.ln_1 = (block.ln_1.weight, block.ln_1.bias)
@@ -64,13 +65,13 @@ class Layer:
 class Session:
     """A model's weights in the dtype of generation, and the KV cache of `rows` rows.
 
-    The residual stream is as under autocast: fp32 (the embedding's dtype), every matmul in `dtype`. The cache holds, a layer,
-    keys and values (rows, H, block_size, D).
+    As under autocast, the residual stream is fp32 (the embedding's dtype) and every matmul runs in `dtype`. The cache holds keys
+    and values (rows, H, block_size, D) for every layer.
     """
 
     def __init__(self, model, rows, dtype):
         self.parameters = [(weakref.ref(p), p.data_ptr(), p.dtype) for p in model.parameters()]
-        self.around = backend.current()
+        self.used = backend.current()                                               # the choice of the enclosing `use`
         self.rows, self.dtype = rows, dtype
         self.n_head = model.config.n_head
         self.block_size = model.config.block_size
@@ -83,20 +84,20 @@ class Session:
         self.device = device = self.wte.device
         D = model.config.n_embd // self.n_head
         self.cache = torch.zeros(len(self.layers), 2, rows, self.n_head, self.block_size, D, dtype=dtype, device=device)
-        self.token = torch.zeros(rows, dtype=torch.long, device=device)             # the last token of each row ...
-        self.position = torch.zeros(rows, dtype=torch.long, device=device)          # ... and where it stands
+        self.token = torch.zeros(rows, dtype=torch.long, device=device)             # each row's last token ...
+        self.position = torch.zeros(rows, dtype=torch.long, device=device)          # ... and its position
         self.row = torch.arange(rows, device=device)
         self.owner = None                                                           # weakref of the Run whose rows the cache holds
         self.activation = self.layers[0].activation if self.layers else "gelu"
-        self.native = decode.decoder(self)                                          # one call a step: C++ on a CPU, Triton on CUDA
-        # Decoding and drawing as one step, and what it reads and writes besides; see `start_drawing`.
+        self.native = decode.decoder(self)                                          # one call per step: C++ on a CPU, Triton on CUDA
+        # Decoding and drawing as one step (`replay`), and its further inputs and outputs; see `start_drawing`.
         self.steps_whole = device.type == "cuda" or self.native is not None
-        self.recorder = Recorder(device, "generation", "use_cache=False does without") if device.type == "cuda" else None
-        self.replays_step, self.prefills = None, {}                                 # of the recorder; {(prompts, width, copies): Prompts}
+        self.recorder = Recorder(device, "generation", "use_cache=False generates without a graph") if device.type == "cuda" else None
+        self.replays_step, self.prefills = None, {}                                 # the captured step; {(prompts, width, copies): Prompts}
         self.drawn = torch.zeros(rows, self.block_size + 1, dtype=torch.long, device=device)
         self.seeds, self.offsets, self.top_k = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
         self.temperature, self.top_p, self.min_p = (torch.zeros(rows, dtype=torch.float32, device=device) for _ in range(3))
-        self.logits = self.draw = None                                              # of every step, where they always lie in one place
+        self.logits = self.draw = None                                              # a fixed buffer for every step's logits, if there is one
         if device.type == "cpu" and self.native is not None and self.wte.size(0) <= sampler.MAX_VOCAB:
             self.logits = torch.zeros(rows, self.wte.size(0), dtype=torch.float32, device=device)
             self.draw = sampler.prepare(self.logits, **self._drawing())
@@ -106,9 +107,9 @@ class Session:
                     min_p=self.min_p, backend=self.choices)
 
     def is_of(self, model):
-        """Whether the model still has the very parameters, in the very memory, and the choices that this was built for."""
+        """Whether the model still has the same parameters, in the same memory, and the same backend choices as when this was built."""
         now = list(model.parameters())
-        return (self.choices, self.block_size, self.around, len(self.parameters)) == (
+        return (self.choices, self.block_size, self.used, len(self.parameters)) == (
             model.backend, model.config.block_size, backend.current(), len(now)) and all(
             kept() is p and (pointer, dtype) == (p.data_ptr(), p.dtype) for p, (kept, pointer, dtype) in zip(now, self.parameters))
 
@@ -125,7 +126,7 @@ class Session:
             torch._foreach_copy_([copy for _, copy in self.copies], [parameter() for parameter, _ in self.copies])
 
     def weights(self):
-        """Every matrix and bias that a matmul takes."""
+        """Every matrix and bias of a matmul."""
         return [tensor for layer in self.layers for pair in (layer.c_attn, layer.c_proj, layer.c_fc, layer.mlp_proj) for tensor in pair] \
             + list(self.head)
 
@@ -133,14 +134,14 @@ class Session:
         return self.owner is not None and self.owner() is run
 
     def hand_to(self, run):
-        """Give the cache to another run. What the former one has drawn and not yet taken over, it takes now."""
+        """Give the cache to another run, after the former owner has collected the tokens that it has drawn."""
         former = self.owner() if self.owner is not None else None
         if former is not None:
             former.collect()
         self.owner = weakref.ref(run)
 
     def start_drawing(self, filters, seeds, offsets):
-        """Set what the captured step draws with. A filter that is None gets the value that turns it off."""
+        """Set the parameters with which the captured step draws. A filter that is None gets the value that turns it off."""
         self.seeds.copy_(seeds)
         self.offsets.copy_(offsets)
         for name, off in (("temperature", None), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
@@ -153,10 +154,10 @@ class Session:
         if self.replays_step is None:
             state = [(tensor, tensor.clone()) for tensor in (self.token, self.position, self.offsets)]
 
-            def warm_up():                  # what it writes into the cache lies at `position` and is overwritten
+            def warm_up():                  # it writes to the cache at `position`, which the real step overwrites
                 self._decode_and_draw()
                 for tensor, value in state:
-                    tensor.copy_(value)     # also between the two: `position` may be the last
+                    tensor.copy_(value)     # after each of the two: `position` may be the last one
             for _ in range(2):
                 self.recorder.run(warm_up)
             self.replays_step = self.recorder.record(self._decode_and_draw)
@@ -164,7 +165,7 @@ class Session:
 
     def _decode_and_draw(self):
         logits = self.decode(self.block_size)
-        if logits is self.logits:                                                   # the extension has filled them
+        if logits is self.logits:                                                   # the extension filled the fixed buffer
             self.draw()
         else:
             sampler.sample_out(logits, **self._drawing())
@@ -172,7 +173,7 @@ class Session:
         self.drawn.scatter_(1, self.position[:, None], self.token[:, None])
 
     def feed(self, token, position):
-        """Set the token that the next `decode` processes, and its position, a row each."""
+        """Set each row's token that the next `decode` processes, and its position."""
         self.token.copy_(token)
         self.position.copy_(position.clamp(max=self.block_size - 1))                # a row past the window is encoded elsewhere
 
@@ -190,7 +191,7 @@ class Session:
         if key not in self.prefills:
             self.prefills[key] = Prompts(*(torch.zeros(shape, dtype=torch.long, device=self.device) for shape in ((B, width), (B,))))
         prompts = self.prefills[key]
-        prompts.idx[:, :T] = idx            # padded also where it is no replay, so that both give the same bits
+        prompts.idx[:, :T] = idx            # padded even if not replayed, so that both give the same bits
         prompts.lengths.copy_(lengths)
 
         def run():
@@ -217,13 +218,13 @@ class Session:
         return logits if copies == 1 else logits.repeat_interleave(copies, dim=0)
 
     def encode(self, idx):
-        """Logits behind idx (B, T), without the cache -> (B, V)."""
+        """Logits after idx (B, T), without the cache -> (B, V)."""
         def attend(layer, qkv):
             return attention.causal_attention_qkvpacked(qkv, self.n_head, backend=self.choices)
         return self._head(self._trunk(idx, attend)[:, -1])
 
     def decode(self, upto):
-        """Process `token` at `position` in every row, with the cache -> logits (rows, V). upto: longest row, in tokens."""
+        """Process `token` at `position` in every row, with the cache -> logits (rows, V). upto: the longest row, in tokens."""
         if self.native is not None:
             return decode.step(self.native, self.token, self.position, self.wte.size(0), out=self.logits)
 
@@ -243,7 +244,7 @@ class Session:
 
     def _layers(self, x, attend):
         """The blocks and the final norm, on x (..., C) -> (..., C) in `dtype`."""
-        with torch.autocast(x.device.type, enabled=False):                          # the weights are cast already
+        with torch.autocast(x.device.type, enabled=False):                          # the weights have been cast
             branch = None
             for i, layer in enumerate(self.layers):
                 x, h = self._norm(x, branch, layer.ln_1)
