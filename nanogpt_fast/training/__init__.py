@@ -1,4 +1,4 @@
-"""Training: `train(TrainOptions(...))`, and the command `nanogpt-fast train`. trainer.py says what is in which file."""
+"""Training: `train(TrainOptions(...))`, and the command `nanogpt-fast train`. trainer.py lists what each file does."""
 from .losses import NonFiniteLoss
 from .options import TrainOptions
 from .trainer import TrainResult, learning_rate, run, train

@@ -1,4 +1,4 @@
-"""What a run says before its first step: where it computes, what it trains, which implementation every op takes, and why."""
+"""What a run prints before its first step: where it computes, what it trains, which implementation each op uses, and why."""
 import torch
 
 from .. import devices
@@ -7,7 +7,7 @@ from . import captured
 
 
 def banner(o, step, dtype, compiled, not_captured, malloc, ranks, folder, tokens):
-    """Print it. step: the TrainingStep; malloc: why freed memory is not kept, or None; tokens: of a step, over all ranks."""
+    """Print it. step: the TrainingStep; malloc: why freed memory is not kept, or None; tokens: per step, over all ranks."""
     model, device, weights = step.model, step.device, step.weights
     c = model.config
     where = devices.describe(device) + (f" and {ranks.size - 1} more ranks" if ranks.size > 1 else "")
@@ -15,12 +15,12 @@ def banner(o, step, dtype, compiled, not_captured, malloc, ranks, folder, tokens
     why = f" (auto: {devices.why_dtype(c.n_embd)})" if device.type == "cpu" and o.dtype == "auto" else ""
     print(f"device  {where}, {str(dtype).removeprefix('torch.')}{why}, {how}")
     if device.type == "cpu":
-        print("memory  " + (f"as malloc has it: {malloc}" if malloc else
+        print("memory  " + (f"malloc's defaults: {malloc}" if malloc else
                             "what is freed stays in this process; --malloc=off gives it back"))
     elif device.type == "cuda":
         again = any(block.mlp.recompute for block in model.transformer.h)
-        print(f"memory  GELU's results are {'computed again in' if again else 'kept for'} the backward"
-              + (" (auto: by the GPU's free memory)" if o.recompute == "auto" else ""))
+        print(f"memory  GELU's results are {'recomputed in' if again else 'saved for'} the backward"
+              + (" (auto: from the GPU's free memory)" if o.recompute == "auto" else ""))
     print(f"model   {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, vocabulary {c.vocab_size}: "
           f"{model.get_num_params():,} parameters")
     print(f"step    {o.gradient_accumulation_steps} x {o.batch_size} x {c.block_size} = {tokens:,} tokens; {o.max_iters:,}"
@@ -29,7 +29,7 @@ def banner(o, step, dtype, compiled, not_captured, malloc, ranks, folder, tokens
                         f"the step is captured in CUDA graphs after {captured.WARM_UP_STEPS} ordinary ones"))
     if dtype != torch.float32:
         print(f"casts   {len(weights.copies)} matrices to {str(dtype).removeprefix('torch.')} once a step"
-              + (f"; at every use: {'; '.join(weights.why_not)}" if weights.why_not else ""))
+              + (f"; the others at every use: {'; '.join(weights.why_not)}" if weights.why_not else ""))
     with weights.in_use():
         explanation = explain(model, dtype=dtype, return_logits=False)
     for i, line in enumerate(str(explanation).splitlines()):

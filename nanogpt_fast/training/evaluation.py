@@ -1,4 +1,4 @@
-"""Looking at a model that is being trained: its loss on both splits, and what it writes. Neither changes the run."""
+"""Evaluating a model during training: its loss on both splits, and a text sample. Neither changes the run."""
 import contextlib
 import math
 
@@ -9,9 +9,9 @@ from ..checkpoints.state import random_states, set_random_states
 
 @torch.no_grad()
 def estimate_loss(network, batches, o, context, ranks, stop):
-    """{"train", "val"}: the mean loss of eval_iters batches of each split, or None if a signal came in between.
+    """{"train", "val"}: the mean loss over eval_iters batches of each split, or None if a signal interrupts it.
 
-    The batches are the same at every evaluation, so that what changes from one to the next is the model. The ranks share them.
+    The batches are the same at every evaluation, so that only the model changes in between. The ranks divide them among themselves.
     """
     network.eval()
     losses = {}
@@ -21,7 +21,7 @@ def estimate_loss(network, batches, o, context, ranks, stop):
         seed = o.seed + 1_000_003 * (1 + ranks.rank)  # far from every rank's training seed
         with contextlib.closing(batches(split, torch.Generator().manual_seed(seed))) as source:
             for _ in range(count):
-                if stop.signal is not None and ranks.size == 1:  # with more, all must take part in `mean`
+                if stop.signal is not None and ranks.size == 1:  # with more ranks, all must take part in `mean`
                     network.train()
                     return None
                 x, y = source.next()
@@ -34,9 +34,9 @@ def estimate_loss(network, batches, o, context, ranks, stop):
 
 
 def sample_text(model, tokenizer, o, device, context):
-    """What the model writes after a line break, as text; None where there is no tokenizer or none is wanted.
+    """The model's continuation of a line break, as text; None if there is no tokenizer or no sample is wanted.
 
-    Always from the same seed; every random state is put back, so looking at a run does not change it.
+    The seed is always the same, and every random state is restored, so that sampling does not change the run.
     """
     if tokenizer is None or o.sample_tokens == 0:
         return None
@@ -54,4 +54,4 @@ def sample_text(model, tokenizer, o, device, context):
         model.train()
         set_random_states(states)
     drawn = ids[0, len(prompt):].tolist()
-    return tokenizer.decode([i for i in drawn if i < tokenizer.vocab_size])  # the ids that pad a vocabulary mean nothing
+    return tokenizer.decode([i for i in drawn if i < tokenizer.vocab_size])  # ids that only pad the vocabulary have no text

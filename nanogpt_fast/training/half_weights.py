@@ -1,18 +1,18 @@
-"""Half-precision copies of the matmul weights, cast once an optimizer step instead of once a use.
+"""Half-precision copies of the matmul weights, cast once per optimizer step instead of at every use.
 
-Autocast casts every fp32 weight in every forward pass: 4 bytes read and 2 written a parameter, 0.75 GB a micro-batch of GPT-2
-124M, and the same result 40 times over where 40 micro-batches make a step. Here each matrix that a matmul takes has one copy:
+Autocast casts every fp32 weight in every forward pass: 4 bytes read and 2 written per parameter, 0.75 GB per micro-batch of GPT-2
+124M, and with 40 micro-batches per step 40 times the same result. Here each matmul weight has one copy:
 
     with weights.in_use():       attention, MLP and head find the copies in their attribute `copies`, beside their fp32 weights
         loss = model(x, y)[1]
         loss.backward()          gradients go to the fp32 weights
-    optimizer.step()             moves the fp32 weights
-    weights.refresh()            the one cast
+    optimizer.step()             updates the fp32 weights
+    weights.refresh()            the only cast
 
-The numbers are autocast's: it casts the same weight to the same bits, and its gradient back to fp32. Where a kernel or the extension
-makes the gradient, it is not even rounded on the way: the MLP's and the head's on a GPU, all of them on a CPU with AMX
-(ops/linear.py), where in float32, with nothing to cast, the products go to the extension all the same. The embedding, whose weight
-is the vocabulary head's too, keeps reading fp32; biases and LayerNorms stay with autocast, they are small.
+The results are autocast's: it casts the same weight to the same bits, and its gradient back to fp32. Where a kernel or the extension
+computes the gradient, it is never even rounded to half precision: the MLP's and the head's on a GPU, all of them on a CPU with AMX
+(ops/linear.py). There the extension runs the GEMMs in float32, too, where nothing needs casting. The embedding, which shares the
+vocabulary head's weight, keeps reading fp32; biases and LayerNorms are small and stay with autocast.
 """
 import contextlib
 
@@ -26,13 +26,13 @@ from ..touched import touched
 
 
 class HalfWeights:
-    """The copies of a GPT's matmul weights in `dtype`; none where dtype is float32, or where `leave` tells why not to make any.
+    """The copies of a GPT's matmul weights in `dtype`; none if dtype is float32, or if `leave` gives a reason not to make any.
 
-    compiled: the forward is compiled, which makes the products by itself.
+    compiled: the forward is compiled, and torch.compile generates the matmuls itself.
 
-    weights, copies: each matrix that a matmul takes, and its copy. own: the Linears whose weights get gradients from the extension, which
-    are not PyTorch's to the bit. why_not: why matrices were left to autocast, one text for each block or head: whoever replaced or
-    hooked a module may look at its weight while it computes.
+    weights, copies: each matmul weight, and its copy. own: the Linears whose weight gradients come from the extension, which do not match
+    PyTorch's bit for bit. why_not: why weights were left to autocast, one text per block or head: a replaced or hooked module may read
+    its weight while it computes.
     """
 
     def __init__(self, model, dtype, leave=None, compiled=False):
@@ -42,7 +42,7 @@ class HalfWeights:
         for module, linears in groups:
             if any(linear.weight.dtype != torch.float32 for linear in linears):
                 continue
-            # The head's products are its loss's.
+            # The head (module is model) is excluded: the loss op runs its matmuls.
             own = (not compiled and module is not model and not (isinstance(module, MLP) and _is_reference("mlp", module))
                    and all(_by_extension(linear, dtype, module.backend) for linear in linears))
             if cast or own:
@@ -53,9 +53,9 @@ class HalfWeights:
 
     @contextlib.contextmanager
     def in_use(self):
-        """Inside, forward and backward passes take the copies."""
+        """Inside, forward and backward passes use the copies."""
         copies = iter(self.copies or [weight.detach() for weight in self.weights])
-        for module, weights in self.groups:     # past nn.Module, which would make parameters of them
+        for module, weights in self.groups:     # bypass nn.Module.__setattr__
             module.__dict__["copies"] = weights, tuple(next(copies) for _ in weights)
         try:
             yield
@@ -65,7 +65,7 @@ class HalfWeights:
 
     @torch.no_grad()
     def refresh(self):
-        """Cast the weights as they are now. Between a forward pass and its backward this raises in the backward."""
+        """Cast the current weights. Calling it between a forward and its backward makes the backward raise."""
         if self.copies:
             torch._foreach_copy_(self.copies, self.weights)
 
@@ -75,19 +75,19 @@ def _is_reference(op, module):
 
 
 def _by_extension(module, dtype, choices):
-    """Whether the extension makes the products of this Linear in `dtype`."""
+    """Whether the extension runs the GEMMs of this Linear in `dtype`."""
     weight = module.weight
     return linear.implementation(weight, weight.detach()[:0].to(dtype), backend=choices) == "cpp"
 
 
 def _untouched_linears(model):
-    """([(module, its Linears whose weights only our own code sees)], [why not, for the others])."""
+    """([(module, its Linears whose weights only our own code reads)], [the reasons for the others])."""
     reason = touched(model, GPT)
     if reason is not None:
         return [], [reason]
     found, left = [], []
     for i, block in enumerate(model.transformer.h):
-        reason = block.why_not_fused() if isinstance(block, Block) else f"{type(block).__name__} stands where Block did"
+        reason = block.why_not_fused() if isinstance(block, Block) else f"{type(block).__name__} replaces Block"
         inside = [] if reason else [(block.attn, (block.attn.c_attn, block.attn.c_proj)), (block.mlp, (block.mlp.c_fc, block.mlp.c_proj))]
         reason = reason or next(filter(None, (touched(linear, nn.Linear) for _, linears in inside for linear in linears)), None)
         if reason is None:

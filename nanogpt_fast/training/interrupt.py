@@ -1,14 +1,14 @@
-"""Ctrl-C, and SIGTERM from a job scheduler, as a wish to stop at the next safe place."""
+"""Treat Ctrl-C, and SIGTERM from a job scheduler, as a request to stop at the next safe point."""
 import signal
 import threading
 
 
 class StopOnSignal:
-    """`with StopOnSignal() as stop: ... if stop.signal: save and leave`.
+    """`with StopOnSignal() as stop: ... if stop.signal: save and exit`.
 
-    The first SIGINT or SIGTERM is only remembered, as `stop.signal`; a second SIGINT raises KeyboardInterrupt, for who can't
-    wait. (Under torchrun a Ctrl-C reaches every rank twice, from the terminal and from torchrun: there the second means
-    nothing.) Outside Python's main thread signals can't be caught, and nothing is.
+    The first SIGINT or SIGTERM is only recorded, in `stop.signal`; a second SIGINT raises KeyboardInterrupt, for users who can't
+    wait. (Under torchrun, alone=False, a Ctrl-C reaches every rank twice, from the terminal and from torchrun, so the second is
+    ignored.) Outside Python's main thread signals can't be handled, and this does nothing.
     """
 
     def __init__(self, alone=True):

@@ -1,7 +1,7 @@
-"""What a run shows and what it leaves to read: the progress bar or plain lines, metrics.jsonl, loss.png, TensorBoard, W&B.
+"""What a run shows and records: the progress bar or plain lines, metrics.jsonl, loss.png, TensorBoard, W&B.
 
-metrics.jsonl has one JSON object a line, of two kinds:
-    {"iter", "loss", "lr", "ms_per_step", "tokens_per_s", "mfu"}     a training step: its loss is of the weights before the step
+metrics.jsonl has one JSON object per line, of two kinds:
+    {"iter", "loss", "lr", "ms_per_step", "tokens_per_s", "mfu"}     a training step; its loss is that before the weight update
     {"iter", "train_loss", "val_loss", "lr"}                         an evaluation, before the step of that number
 """
 import json
@@ -18,8 +18,8 @@ SMOOTHING = 0.95  # of the loss that the bar shows: an average over about the la
 class Progress:
     """Shows and records a run; where `active` is false (every rank but the first) it does nothing.
 
-    start, total: steps done before and wanted. tokens: of one step, over all ranks. evaluated_at: the step whose evaluation
-    a resumed run has already behind it.
+    start, total: steps already done, and in all. tokens: per step, over all ranks. evaluated_at: the step whose evaluation was
+    already done before a resumed run stopped.
     """
 
     def __init__(self, options, *, start, total, tokens, evaluated_at=None, active=True):
@@ -32,7 +32,7 @@ class Progress:
         self.rows = _rows_before(self.folder / "metrics.jsonl", start, evaluated_at)
         with replacing(self.folder / "metrics.jsonl") as f:
             f.writelines(json.dumps(row).encode() + b"\n" for row in self.rows)
-        self.file = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # a row is on its way when it is written
+        self.file = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # unbuffered: each row reaches the file at once
         self.trackers = _trackers(options)
         self.bar = None
         if sys.stderr.isatty():
@@ -40,10 +40,10 @@ class Progress:
             self.bar = tqdm(total=total, initial=start, dynamic_ncols=True, smoothing=0.1, leave=False, postfix="",
                             bar_format="step {n_fmt}/{total_fmt} |{bar}| {postfix} ETA {remaining}")
         self.since = (time.perf_counter(), start)  # of the last row
-        self.paused = 0.0                          # seconds since then that were not training
+        self.paused = 0.0                          # seconds since then that were not spent training
 
     def say(self, text):
-        """Print a line for a person, above the bar."""
+        """Print a line above the bar."""
         if not self.active:
             return
         if self.bar is None:
@@ -74,7 +74,7 @@ class Progress:
             self.bar.update(1)
 
     def evaluated(self, iter_num, losses, lr, note, sample):
-        """An evaluation is done. losses: {"train", "val"}; note: what came of it; sample: text, or None."""
+        """An evaluation is done. losses: {"train", "val"}; note: text to append to the line; sample: text, or None."""
         if not self.active:
             return
         self.val_loss = losses["val"]
@@ -85,11 +85,11 @@ class Progress:
         draw(self.rows, self.folder / "loss.png")
 
     def pause(self):
-        """`with progress.pause(): ...` for work that tokens/s should not count: evaluation, saving."""
+        """`with progress.pause(): ...` excludes its time from tokens/s: for evaluation and saving."""
         return _Pause(self)
 
     def close(self):
-        """Write what is still to be written."""
+        """Close the bar, the log file and the trackers, and draw loss.png a last time."""
         if not self.active:
             return
         if self.bar is not None:
@@ -100,7 +100,7 @@ class Progress:
         if self.rows:
             try:
                 draw(self.rows, self.folder / "loss.png")
-            except OSError as error:  # of a full disk the caller knows already, by a better error
+            except OSError as error:  # the caller has already reported a full disk with a better error
                 print(f"loss.png: {error}", file=sys.stderr)
 
     def _record(self, row):
@@ -126,14 +126,14 @@ class _Pause:
 
 
 def _rows_before(path, start, evaluated_at):
-    """The rows that a resumed run keeps: a killed one may have logged steps that its last checkpoint does not know."""
+    """The rows that a resumed run keeps: a killed run may have logged steps beyond its last checkpoint."""
     if start == 0 or not path.is_file():
         return []
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:  # the line that a kill -9 or a full disk cut short
+        except ValueError:  # a line truncated by kill -9 or a full disk
             continue
         if row["iter"] < start or ("val_loss" in row and row["iter"] == evaluated_at):
             rows.append(row)
@@ -145,7 +145,7 @@ def draw(rows, path):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display, whatever backend the user's pyplot has
+    FigureCanvasAgg(figure)  # draws without a display, whatever pyplot's backend
     axes = figure.subplots()
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "val_loss" in row]
@@ -163,7 +163,7 @@ def draw(rows, path):
 
 
 def _trackers(options):
-    """The outside loggers that the options ask for, each with log(row) and close()."""
+    """The external loggers that the options enable, each with log(row) and close()."""
     return [tracker(options) for tracker, wanted in ((TensorBoard, options.tensorboard), (WandB, options.wandb_log)) if wanted]
 
 
@@ -172,7 +172,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise RuntimeError(f"tensorboard=True needs the package: pip install tensorboard ({error})") from None
+            raise RuntimeError(f"tensorboard=True needs a package: pip install tensorboard ({error})") from None
         self.writer = SummaryWriter(os.path.join(options.out_dir, "tensorboard"))
 
     def log(self, row):
@@ -189,7 +189,7 @@ class WandB:
         try:
             import wandb
         except ImportError:
-            raise RuntimeError("wandb_log=True needs the package: pip install wandb, or --wandb_log=False "
+            raise RuntimeError("wandb_log=True needs a package: pip install wandb, or use --wandb_log=False "
                                "(metrics.jsonl and loss.png are always written)") from None
         self.run = wandb.init(project=options.wandb_project, name=options.wandb_run_name, config=vars(options))
 

@@ -1,4 +1,4 @@
-"""How a run begins: its data, its model, and, where it goes on from a checkpoint, where it stood."""
+"""How a run begins: its data, its model, and, if it resumes from a checkpoint, the saved state."""
 import torch
 
 from ..checkpoints import nanogpt as checkpoints
@@ -16,7 +16,7 @@ def find_data(o, ranks):
 
 
 def load_tokenizer(folder):
-    """The data's tokenizer, or None where it can't be had: training needs only the ids."""
+    """The data's tokenizer, or None if it cannot be loaded: training needs only the ids."""
     try:
         return prepare.load_tokenizer(folder)
     except RuntimeError as error:
@@ -25,9 +25,9 @@ def load_tokenizer(folder):
 
 
 def initial_model(o, tokenizer, ops):
-    """(model, checkpoint): fresh, GPT-2's, or of the checkpoint in out_dir, which is returned with it."""
+    """(model, checkpoint or None): a new model, GPT-2, or the one in out_dir's checkpoint, which is returned with it."""
     if o.init_from == "scratch":
-        # nanoGPT's rule: the vocabulary of meta.pkl, and GPT-2's padded to a multiple of 64 without one.
+        # nanoGPT's rule: the vocabulary of meta.pkl; without that file, GPT-2's padded to a multiple of 64.
         vocab_size = 50304 if tokenizer is None or tokenizer.to_state()["kind"] == "gpt2" else tokenizer.vocab_size
         config = GPTConfig(block_size=o.block_size, vocab_size=vocab_size, n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd,
                            dropout=o.dropout, bias=o.bias, activation=o.activation)
@@ -41,16 +41,16 @@ def initial_model(o, tokenizer, ops):
     known = checkpoint.get("tokenizer")
     if known is not None and tokenizer is not None and known != tokenizer.to_state():
         raise CheckpointError(
-            f"{path} was trained with another vocabulary than the data set {o.dataset!r} has: the same ids mean other text. "
-            "Resume on the data it was trained on.")
+            f"{path} was trained with another vocabulary than that of the data set {o.dataset!r}: the same ids mean other text. "
+            "Resume on the data that it was trained on.")
     model = checkpoints.build_model(checkpoint, path, dropout=o.dropout, backend=ops)
     return model, {**checkpoint, "path": path}
 
 
 def continue_exactly(start, optimizer, scaler, batches, ranks):
-    """Put back optimizer, scaler, random states and data position; returns the step whose evaluation is done already.
+    """Restore optimizer, scaler, random states and data position; returns the step whose evaluation is already done.
 
-    nanoGPT's ckpt.pt has only the optimizer: the run goes on from there with fresh random numbers, as nanoGPT's does.
+    nanoGPT's ckpt.pt has only the optimizer: the run then continues with fresh random numbers, as nanoGPT does.
     """
     if "optimizer" in start:
         checkpoints.load_optimizer(optimizer, start["optimizer"], start["path"])
@@ -64,7 +64,7 @@ def continue_exactly(start, optimizer, scaler, batches, ranks):
         set_random_states(mine["random"])
         try:
             batches.load_state_dict(mine["batches"])
-        except ValueError as error:  # another batch size or text may be what is wanted; that it is another run is said
+        except ValueError as error:  # another batch size or text may be intended, so only say it
             print(f"not an exact continuation: {error}")
     else:
         print(f"saved by {len(resume['ranks'])} ranks, resumed by {ranks.size}: batches and dropout start from fresh seeds")
@@ -72,11 +72,11 @@ def continue_exactly(start, optimizer, scaler, batches, ranks):
 
 
 def memory_is_short(model, device, dtype, tokens):
-    """Whether a step of so many tokens would take more than nine tenths of the GPU's free memory, if GELU's results were kept."""
+    """Whether a step of `tokens` tokens that keeps GELU's results would take more than nine tenths of the GPU's free memory."""
     if device.type != "cuda":
         return False
     c = model.config
     parameters = 14 * sum(p.numel() for p in model.parameters())        # gradients, two moments, copies in half precision
-    # Of a token in half precision: 36C a block, a quarter of the logits.
+    # Per token in half precision: 36C bytes per block, a quarter of the logits.
     activations = tokens * (36 * c.n_embd * c.n_layer + 16 * c.n_embd + c.vocab_size // 2) * dtype.itemsize // 2
     return parameters + activations > 0.9 * torch.cuda.mem_get_info(device)[0]

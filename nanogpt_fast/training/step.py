@@ -1,6 +1,6 @@
-"""The training step: forward and backward of some micro-batches, clipping, AdamW, and the weights' copies for the next one.
+"""The training step: forward and backward of its micro-batches, clipping, AdamW, and refreshing the weights' copies.
 
-`nanogpt-fast train` takes it, and `nanogpt-fast bench train` times it. On a GPU it is replayed as CUDA graphs where it can be (captured.py);
+`nanogpt-fast train` runs it, and `nanogpt-fast bench train` times it. On a GPU it is replayed as CUDA graphs if possible (captured.py);
 on a CPU the extension ends it in one pass over memory (cpu.py).
 """
 import torch
@@ -13,11 +13,11 @@ from .half_weights import HalfWeights
 class TrainingStep:
     """`loss = step(next_batch)`: one step of a GPT and its optimizer.
 
-    network: what is called: the model itself, compiled, or wrapped in DDP. dtype: of the forward pass, by autocast. batch_shape: (B, T) of
-    a micro-batch. accumulation: micro-batches a step. grad_clip: the largest norm of the gradient; 0: any. ranks: processes that train
-    together. not_captured: why the step is not captured in CUDA graphs (`captured.why_not`); None: it is.
+    network: the callable: the model itself, compiled, or wrapped in DDP. dtype: of the forward pass, by autocast. batch_shape: (B, T) of
+    a micro-batch. accumulation: micro-batches per step. grad_clip: the largest norm of the gradient; 0: no limit. ranks: number of
+    processes that train together. not_captured: the reason not to capture the step in CUDA graphs (`captured.why_not`); None: capture it.
 
-    weights: the copies of the weights that the forward takes (HalfWeights). scaler: float16's.
+    weights: the copies of the weights that the forward uses (HalfWeights). scaler: float16's.
     """
 
     def __init__(self, model, optimizer, network=None, *, dtype, batch_shape, not_captured, compiled=False, accumulation=1, grad_clip=1.0,
@@ -27,9 +27,9 @@ class TrainingStep:
         self.device = next(model.parameters()).device
         self.context = devices.autocast(self.device, dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        # DDP cuts a compiled graph into buckets where its parameters are, so that gradients travel while others are computed; copies are
-        # no parameters, and all gradients would leave at the end.
-        self.weights = HalfWeights(model, dtype, "DDP cuts a compiled graph by its parameters" if compiled and ranks > 1 else None,
+        # DDP splits a compiled graph into buckets by parameter, so that some gradients are sent while others are computed. The copies are
+        # not parameters: with them all gradients would be sent at the end.
+        self.weights = HalfWeights(model, dtype, "DDP splits a compiled graph by its parameters" if compiled and ranks > 1 else None,
                                    compiled=compiled)
         self._on_cpu = self.device.type == "cpu"
         self._by_row = self._on_cpu and ranks == 1 and not compiled
@@ -39,8 +39,8 @@ class TrainingStep:
     def __call__(self, next_batch, meanwhile=lambda: None):
         """Train on `accumulation` micro-batches; returns their mean loss, 0-d on the device, which the next step may overwrite.
 
-        next_batch(): (x, y), each (B, T) int64 on the device. meanwhile(): what the host does while the device computes, once a
-        micro-batch: as a rule it draws the next one.
+        next_batch(): (x, y), each (B, T) int64 on the device. meanwhile(): called once per micro-batch, for host work while the device
+        computes, usually drawing the next batch.
         """
         if self.graphs is not None:
             for micro_step in range(self.accumulation):
@@ -59,7 +59,7 @@ class TrainingStep:
 
     def forward_backward(self, x, y, meanwhile=lambda: None):
         """Add the gradients of one micro-batch; returns its share of the step's loss. `meanwhile` runs between the passes."""
-        # By row here alone: `generate`, and whoever looks at the model between steps, finds the embedding untouched.
+        # By row only inside the step: between steps, `generate` and the user's code find the embedding untouched.
         with cpu.embedding_gradient_by_row(self.model, wanted=self._by_row), self.weights.in_use():
             with self.context:
                 _, loss = self.network(x, y, return_logits=False)
@@ -69,7 +69,7 @@ class TrainingStep:
         return loss.detach()
 
     def update(self):
-        """Clip, let the optimizer move the weights, and cast them anew."""
+        """Clip the gradients, step the optimizer, and refresh the weights' copies."""
         if self._on_cpu and not self.scaler.is_enabled():
             cpu.update(self.optimizer, self.weights, self.grad_clip)
             return

@@ -2,9 +2,9 @@
 
 Read `_train` from top to bottom: data, model, optimizer and step, then one loop that evaluates, saves and steps.
 
-    options.py      what can be set                  step.py         one step: forward, backward, clip, AdamW
-    start.py        data, model, where it goes on    evaluation.py   the loss of both splits, a sample
-    progress.py     what a run shows and logs        losses.py       the losses of steps, read late
+    options.py      what can be set                    step.py         one step: forward, backward, clip, AdamW
+    start.py        data, model, resuming              evaluation.py   the loss of both splits, a sample
+    progress.py     what a run shows and records       losses.py       the losses of steps, read late
     ../checkpoints/nanogpt.py: what it writes and reads back;  ../devices.py: devices and ranks
 
 A run is a function of its options: evaluation and the printed samples draw from generators of their own, so a run that was
@@ -39,7 +39,7 @@ from .step import TrainingStep
 
 @dataclass
 class TrainResult:
-    """What a run came to. val_loss, train_loss: of the last evaluation, None without one; stopped: the signal that ended it."""
+    """The result of a run. val_loss, train_loss: of the last evaluation, None without one; stopped: the signal that ended it, or None."""
 
     model: GPT
     out_dir: Path
@@ -61,16 +61,16 @@ def run(argv):
         return 0
     if devices.is_master():
         words = [word for word in argv if not word.startswith(("--init_from=", "--init-from="))]
-        print(f"Stopped at step {result.iter_num}; everything is in {result.out_dir / 'last.pt'}. To go on exactly there:\n"
+        print(f"Stopped at step {result.iter_num}; the full state is in {result.out_dir / 'last.pt'}. To continue exactly there:\n"
               f"    nanogpt-fast train {shlex.join(words)} --init_from=resume")
     return 128 + result.stopped
 
 
 def train(o):
-    """Train as the TrainOptions `o` say -> TrainResult.
+    """Train with the TrainOptions `o` -> TrainResult.
 
-    Raises ValueError for options that can't be, FileNotFoundError for missing data, CheckpointError (a RuntimeError) where a
-    checkpoint can't be read or written, NonFiniteLoss where the loss stops being a number.
+    Raises ValueError for invalid options, FileNotFoundError for missing data, CheckpointError (a RuntimeError) if a
+    checkpoint can't be read or written, NonFiniteLoss if the loss becomes nan or infinite.
     """
     options.check(o)
     group, ops = split_backend(o.backend)
@@ -82,7 +82,7 @@ def train(o):
 
 def _train(o, ranks, device, ops, malloc):
     if o.gradient_accumulation_steps % ranks.size:
-        raise ValueError(f"gradient_accumulation_steps is {o.gradient_accumulation_steps}; {ranks.size} ranks share them, so it"
+        raise ValueError(f"gradient_accumulation_steps is {o.gradient_accumulation_steps}; {ranks.size} ranks divide them, so it"
                          f" must be a multiple of {ranks.size}")
     accumulation = o.gradient_accumulation_steps // ranks.size
     torch.manual_seed(o.seed + ranks.rank)
@@ -93,7 +93,7 @@ def _train(o, ranks, device, ops, malloc):
     # data and model
     folder = start.find_data(o, ranks)
     tokenizer = start.load_tokenizer(folder)
-    model, checkpoint = start.initial_model(o, tokenizer, ops)  # the checkpoint that it continues, or None
+    model, checkpoint = start.initial_model(o, tokenizer, ops)  # the checkpoint to resume from, or None
     model.to(device)
     dtype = devices.choose_dtype(o.dtype, device, model.config.n_embd)
     T = min(o.block_size, model.config.block_size)
@@ -106,14 +106,14 @@ def _train(o, ranks, device, ops, malloc):
     def batches(split, generator=None):
         return Batches(folder, split, o.batch_size, T, device=device, generator=generator, vocab_size=model.config.vocab_size)
 
-    train_batches = batches("train")  # drawn from torch's own generator, where nanoGPT draws: the same seed, the same batches
+    train_batches = batches("train")  # from torch's global generator, as in nanoGPT: the same seed gives the same batches
 
     # optimizer and step
     optimizer = model.configure_optimizers(o.weight_decay, o.learning_rate, (o.beta1, o.beta2), device.type)
     not_captured = "cuda_graph=off" if o.cuda_graph == "off" else captured.why_not(
         model, optimizer, device, ranks=ranks.size, scaled=dtype == torch.float16)
     if o.cuda_graph == "on" and not_captured is not None:
-        raise ValueError(f"cuda_graph is 'on', but the step cannot be captured: {not_captured}. cuda_graph=auto trains without")
+        raise ValueError(f"cuda_graph is 'on', but the step cannot be captured: {not_captured}. cuda_graph=auto trains without graphs")
     compiled = _compiled(o, model, device, dtype, not_captured)
     if compiled:
         print("compiling the model... (takes a ~minute)")
@@ -124,7 +124,7 @@ def _train(o, ranks, device, ops, malloc):
     step = TrainingStep(model, optimizer, network, dtype=dtype, batch_shape=(o.batch_size, T), not_captured=not_captured, compiled=compiled,
                         accumulation=accumulation, grad_clip=o.grad_clip, ranks=ranks.size)
 
-    # where a resumed run stands
+    # the state of a resumed run
     iter_num, best_val_loss, evaluated_at = 0, 1e9, None
     if checkpoint is not None:
         iter_num, best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
@@ -153,7 +153,7 @@ def _train(o, ranks, device, ops, malloc):
         progress.step(at, loss, lr, lambda seconds: model.estimate_mfu(o.batch_size * accumulation, seconds))
 
     def told_to_stop():
-        return ranks.size == 1 and stop.signal is not None      # with more ranks all must hear of it first
+        return ranks.size == 1 and stop.signal is not None      # with more ranks, all must learn of it first (Losses)
 
     # the loop
     stopping, measured = False, None
@@ -175,7 +175,7 @@ def _train(o, ranks, device, ops, malloc):
                         stopping = True
                     else:
                         if not math.isfinite(found["val"]):
-                            raise NonFiniteLoss(advice(o, iter_num, found["val"], dtype, "those of the validation"))
+                            raise NonFiniteLoss(advice(o, iter_num, found["val"], dtype, "a validation batch"))
                         improved = found["val"] < best_val_loss
                         measured, best_val_loss, evaluated_at = found, min(best_val_loss, found["val"]), iter_num
                         text = sample_text(model, tokenizer, o, device, step.context) if ranks.is_master else None
@@ -187,12 +187,12 @@ def _train(o, ranks, device, ops, malloc):
             if stopping or o.eval_only or iter_num >= o.max_iters:
                 break
 
-            windows = []        # where in the text the step's batches lie
+            windows = []        # where in the text the step's batches start
 
             def next_batch():
                 windows.append(train_batches.drawn)
                 return train_batches.next()
-            # The next batch is drawn behind the forward pass, as nanoGPT does, and gathered while the GPU or the backward runs.
+            # The next batch is drawn after the forward pass, as in nanoGPT, and gathered while the GPU or the backward runs.
             loss = step(next_batch, meanwhile=train_batches.prefetch)
             losses.put(iter_num, lr, windows, loss, stop.signal is not None)
             iter_num += 1
@@ -210,15 +210,15 @@ def _compiled(o, model, device, dtype, not_captured):
     """Whether the model is compiled."""
     if o.compile != "auto":
         return o.compile
-    # A captured step of our kernels is as fast eager (H100, GPT-2 124M, 64 x 1024 tokens: 129.8 ms, compiled 130.1) and begins at once.
-    # What PyTorch computes, compiling fuses.
+    # If all ops run on our kernels, a captured step is as fast without compiling (H100, GPT-2 124M, 64 x 1024 tokens: 129.8 ms, compiled
+    # 130.1) and starts at once. Ops that run on PyTorch gain from compiling.
     kernels = dtype != torch.float32 and not any(ops_backend.choice(op, model.backend) == "reference"
                                                  for op in ("attention", "layer_norm", "mlp", "cross_entropy"))
     return device.type == "cuda" and not (kernels and not_captured is None) and ops_backend.triton_import_error() is None
 
 
 def learning_rate(it, o):
-    """Of step `it`: linear warm-up, cosine down to min_lr at lr_decay_iters, min_lr from there on, as nanoGPT."""
+    """The learning rate of step `it`: linear warm-up, cosine down to min_lr at lr_decay_iters, then min_lr, as in nanoGPT."""
     if not o.decay_lr:
         return o.learning_rate
     if it < o.warmup_iters:

@@ -76,7 +76,7 @@ def test_the_banner_says_what_was_chosen_and_why(tmp_path, capsys, monkeypatch):
     assert "float32 (auto: " in (printed := capsys.readouterr().out) and "memory  " in printed
     monkeypatch.setattr(cpu, "_glibc", lambda: pytest.fail("malloc=off"))
     training.train(tiny.options(tmp_path, max_iters=1, malloc="off"))
-    assert "memory  as malloc has it: malloc=off" in capsys.readouterr().out
+    assert "memory  malloc's defaults: malloc=off" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("scale", (1e-3, 0.2, 1.0, 1e3, float("inf"), float("nan")))

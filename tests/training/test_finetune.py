@@ -85,6 +85,6 @@ def test_a_module_name_does_not_match_another_that_begins_alike():
 
 def test_a_pattern_that_matches_nothing_is_an_error_and_changes_nothing():
     model = gpt()
-    with pytest.raises(ValueError, match="'transformer.h.7' matches no parameter of this GPT; like it: transformer.h.[01]"):
+    with pytest.raises(ValueError, match="'transformer.h.7' matches no parameter of this GPT; similar names: transformer.h.[01]"):
         freeze(model, "transformer.h.0", "transformer.h.7")
     assert all(p.requires_grad for p in model.parameters())
