@@ -1,12 +1,12 @@
-"""From the classic GPT with separate query, key and value to nanoGPT's fused GPT, and back, with equal logits.
+"""Convert the classic GPT with separate query, key and value to nanoGPT's fused GPT, and back, with equal logits.
 
     gpt = to_gpt(classic_model)              also a state dict: to_gpt(state_dict, config=ClassicConfig(...))
     classic_model = to_classic(gpt)
-    convert_checkpoint("classic.pt", "out/ckpt.pt")      or the other way round: the file says which it is
+    convert_checkpoint("classic.pt", "out/ckpt.pt")      or the other way round: the file's content tells its format
     convert_checkpoint("out/ckpt.pt", "my-gpt2")         a folder for transformers, and back (huggingface.py)
 
-Attention does not care whether three matrices (C, C) multiply x or one (3C, C) that stacks them: the fused layout is the same
-numbers in fewer, larger matmuls. Everything else only changes its name:
+Attention is the same whether three matrices (C, C) multiply x or one (3C, C) that stacks them: the fused layout holds the same
+numbers for fewer, larger matmuls. Everything else only changes its name:
 
     classic                              nanoGPT
     tok_emb.weight (V, C)                transformer.wte.weight
@@ -17,10 +17,10 @@ numbers in fewer, larger matmuls. Everything else only changes its name:
     blocks.i.ff.{0,2}                    transformer.h.i.mlp.{c_fc,c_proj}
     ln_f, head                           transformer.ln_f, lm_head
 
-nanoGPT's head is the token embedding's own matrix and has no bias. A classic head that is a matrix of its own, with a bias,
-replaces it (`untie_head`); such a GPT is trained and sampled like any other, but nanoGPT's own model.py refuses its weights.
-What has no counterpart at all, post-norm or a ReLU, raises ConversionError, which names it. Where a live model comes in, both
-models are asked for logits at the end, and a difference raises, too: no conversion is silently wrong.
+nanoGPT's head shares the token embedding's matrix and has no bias. A classic head with its own matrix and a bias replaces it
+(`untie_head`); such a GPT can be trained and sampled like any other, but nanoGPT's own model.py refuses its weights.
+Features without a counterpart, post-norm or ReLU, raise ConversionError, which names them. If the source is a live model, the logits
+of both models are compared at the end, and a difference raises, too: no conversion is silently wrong.
 """
 import contextlib
 import io
@@ -42,25 +42,25 @@ from ..options import option
 from . import nanogpt
 from .state import plain_names, untie_head
 
-# One linear layer or LayerNorm each, by its names in a block; c_attn is the only one that is not one to one.
+# A linear layer or LayerNorm each, by its two names in a block; only c_attn has no one-to-one counterpart.
 IN_A_BLOCK = {"ln1": "ln_1", "sa.proj": "attn.c_proj", "ln2": "ln_2", "ff.0": "mlp.c_fc", "ff.2": "mlp.c_proj"}
 
 
 class ConversionError(ValueError):
-    """This model has no equal in the other layout; the text names what does not fit."""
+    """The other layout cannot represent this model; the message names what does not fit."""
 
 
 def to_gpt(source, config=None, *, backend=None):
     """The nanoGPT-style GPT that computes what `source` computes.
 
-    source: a ClassicGPT; any module with the same parameter names; or such a state dict. Without a `.config` of its own it
-    needs a ClassicConfig, which says what tensors cannot: n_head, norm, activation. Query, key and value may lack biases.
-    The result has the source's dtype, device and train/eval mode; all its parameters require gradients. The random state is
-    left alone. Raises ConversionError.
+    source: a ClassicGPT; any module with the same parameter names; or such a state dict. If it has no `.config`, a ClassicConfig
+    must give what the tensors do not: n_head, norm, activation. Query, key and value may lack biases.
+    The result has the source's dtype, device and train/eval mode; all its parameters require gradients. The random state does
+    not change. Raises ConversionError.
     """
     state, config = _state_of(source), config or getattr(source, "config", None)
     if not isinstance(config, ClassicConfig):
-        raise ConversionError("tensors alone do not say how many heads there are, nor where the norms stand: "
+        raise ConversionError("tensors alone do not tell how many heads there are or where the norms are: "
                               "pass config=ClassicConfig(n_head=..., norm=..., activation=..., ...)")
     _refuse(["post-norm blocks (norm='post'): GPT normalises before each branch"] * (config.norm == "post")
             + ["the ReLU feed-forward (activation='relu'): GPT has GELU"] * (config.activation == "relu"))
@@ -77,13 +77,13 @@ def to_gpt(source, config=None, *, backend=None):
 def to_classic(source):
     """The ClassicGPT that computes what `source`, a GPT (nanoGPT's own also), computes. Absent biases become zeros.
 
-    Dtype, device, mode and what is raised as in `to_gpt`.
+    Dtype, device, mode and errors as in `to_gpt`.
     """
     cfg = source.config
     state = separate_layout(_state_of(source))
     tied = source.lm_head.weight is source.transformer.wte.weight
     if tied:
-        state.pop("head.bias", None)  # zeros that were filled in: a tied head has none
+        state.pop("head.bias", None)  # zeros from separate_layout: a tied head has no bias
     model = _quietly(lambda: ClassicGPT(ClassicConfig(vocab_size=cfg.vocab_size, block_size=cfg.block_size, n_layer=cfg.n_layer,
                                                       n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=cfg.dropout, tied=tied,
                                                       activation=getattr(cfg, "activation", "gelu"))))
@@ -96,18 +96,17 @@ FORMATS = ("nanogpt", "classic", "huggingface")
 
 
 def convert_checkpoint(source, target, to=None):
-    """Convert a checkpoint: nanoGPT's ckpt.pt, what classic.save_checkpoint wrote, or a folder of transformers' GPT-2, each to
-    each.
+    """Convert a checkpoint between any two of: nanoGPT's ckpt.pt, a file of classic.save_checkpoint, a folder of transformers' GPT-2.
 
-    to: "nanogpt", "classic" or "huggingface"; None: what the target's name and the source leave, see `ConvertOptions`. The
-    target is read back, its logits are compared with the source's, and only then it gets its name. The tokenizer goes along
-    between the two .pt formats; the optimizer's state does not: the result is for sampling and fine-tuning. Returns the
+    to: "nanogpt", "classic" or "huggingface"; None: inferred from the target's name and the source, see `ConvertOptions`. The
+    target is written under a temporary name, read back, its logits are compared with the source's, and only then it is renamed. The
+    tokenizer is kept between the two .pt formats; the optimizer's state is not: the result is for sampling and fine-tuning. Returns the
     converted model. Raises ConversionError, ValueError (a damaged file), FileNotFoundError, CheckpointError.
     """
     model, tokenizer, found = _load(source)
     to = to or ("huggingface" if Path(target).suffix not in (".pt", ".pth") else "classic" if found == "nanogpt" else "nanogpt")
     if to == found:
-        raise ConversionError(f"{source} is in the form of {found} already; --to={'|'.join(FORMATS)} names another")
+        raise ConversionError(f"{source} is already in the {found} format; --to={'|'.join(FORMATS)} selects another")
     gpt = to_gpt(model) if isinstance(model, ClassicGPT) else model
     if to == "huggingface":
         _write_folder(gpt, target)
@@ -130,7 +129,7 @@ def _load(source):
     if source.is_file() and classic.is_checkpoint(source):
         model, tokenizer = classic.load_checkpoint(source, device="cpu")
         if not isinstance(model, ClassicGPT):
-            raise ConversionError(f"{source} holds a {type(model).__name__}: only the last step of the ladder is a GPT")
+            raise ConversionError(f"{source} holds a {type(model).__name__}: only the ladder's last model is a GPT")
         return model, tokenizer, "classic"
     gpt, tokenizer, _ = _quietly(lambda: nanogpt.load_model(source))
     return gpt, tokenizer, "nanogpt"
@@ -151,7 +150,7 @@ def _proved(target, model):
 def _write_folder(gpt, target):
     target = Path(target)
     if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target} is a file; a model of transformers' is a folder")
+        raise FileExistsError(f"{target} is a file; transformers' models are folders")
     target.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=target, prefix=".") as temporary:
@@ -165,7 +164,7 @@ def _write_folder(gpt, target):
 
 
 class _TransformersGPT(nn.Module):
-    """transformers' own reading of a folder, called as a GPT is."""
+    """The model that transformers reads from a folder, with a GPT's call signature."""
 
     def __init__(self, folder):
         super().__init__()
@@ -181,20 +180,20 @@ class _TransformersGPT(nn.Module):
 @dataclass
 class ConvertOptions:
     """Convert a checkpoint between nanoGPT's ckpt.pt, the classic GPT's (separate query, key and value), and a folder of
-    transformers' GPT-2 (config.json and model.safetensors). What the source is, its content says.
+    transformers' GPT-2 (config.json and model.safetensors). The source's format is detected from its content.
 
-    Without --to, a target that ends in .pt becomes nanoGPT's, or the classic GPT's where the source is nanoGPT's; any other
-    name becomes a folder of transformers'. The result is read back and its logits are compared with the source's before it gets
-    its name. Examples: nanogpt-fast convert classic.pt out/ckpt.pt; nanogpt-fast convert out/ckpt.pt my-gpt2
+    Without --to, a target that ends in .pt becomes nanoGPT's, or the classic GPT's if the source is nanoGPT's; any other
+    name becomes a transformers folder. The result is read back and its logits are compared with the source's before it is moved to
+    its final name. Examples: nanogpt-fast convert classic.pt out/ckpt.pt; nanogpt-fast convert out/ckpt.pt my-gpt2
     """
 
     source: str = option("", "the checkpoint to read: a file or a folder", positional=True)
     target: str = option("", "the checkpoint to write", positional=True)
-    to: str = option("auto", "the form to write", choices=("auto", *FORMATS))
+    to: str = option("auto", "the format to write", choices=("auto", *FORMATS))
 
     def __post_init__(self):
         if not self.source or not self.target:
-            raise ValueError("two names are needed: nanogpt-fast convert SOURCE TARGET")
+            raise ValueError("two arguments are needed: nanogpt-fast convert SOURCE TARGET")
 
 
 def main(argv):
@@ -216,8 +215,8 @@ def save_gpt(path, gpt, tokenizer=None, *, iter_num=0, best_val_loss=float("inf"
 
 
 def fused_layout(state):
-    """Classic names to nanoGPT's; query, key and value are stacked. Raises ConversionError on missing and foreign names."""
-    state = {name: tensor for name, tensor in state.items() if not name.endswith(".sa.tril")}  # a mask, no weights
+    """Classic names to nanoGPT's; query, key and value are stacked. Raises ConversionError on missing and unknown names."""
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(".sa.tril")}  # a mask, not a weight
     take = _Taker(state)
     fused = {"transformer.wte.weight": take("tok_emb.weight"), "transformer.wpe.weight": take("pos_emb").squeeze(0)}
     for i in range(_count(state, r"blocks\.(\d+)\.")):
@@ -239,7 +238,7 @@ def fused_layout(state):
 
 
 def separate_layout(state):
-    """nanoGPT's names to classic ones; c_attn is cut into query, key and value. Biases that are not there become zeros."""
+    """nanoGPT's names to classic ones; c_attn is split into query, key and value. Missing biases become zeros."""
     take = _Taker(plain_names(state))
     separate = {"tok_emb.weight": take("transformer.wte.weight"), "pos_emb": take("transformer.wpe.weight").unsqueeze(0)}
     for i in range(_count(state, r"transformer\.h\.(\d+)\.")):
@@ -260,7 +259,7 @@ def separate_layout(state):
 
 
 class _Taker:
-    """Takes tensors out of a state dict by name, and knows what is missing and what nobody took."""
+    """Takes tensors out of a state dict by name; raises if one is missing, and at the end if some were not taken."""
 
     def __init__(self, state):
         self.state = dict(state)
@@ -274,7 +273,7 @@ class _Taker:
         return self.like.new_zeros(zeros)
 
     def refuse_the_rest(self):
-        _refuse([f"{name} {tuple(tensor.shape)}, which has no place there" for name, tensor in self.state.items()])
+        _refuse([f"{name} {tuple(tensor.shape)} has no counterpart" for name, tensor in self.state.items()])
 
 
 def _count(state, pattern):
@@ -283,11 +282,11 @@ def _count(state, pattern):
 
 def _refuse(reasons):
     if reasons:
-        raise ConversionError("this model cannot be converted; what does not fit: " + "; ".join(reasons))
+        raise ConversionError("this model cannot be converted: " + "; ".join(reasons))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Filling a model, and the proof
+# Loading the weights, and checking the result
 
 
 def _state_of(source):
@@ -295,7 +294,7 @@ def _state_of(source):
 
 
 def _quietly(make):
-    """Build without printing (GPT reports its size, which is no news here) and without advancing the random state."""
+    """Build without printing (GPT reports its size) and without advancing the random state."""
     with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
         return make()
 
@@ -305,15 +304,15 @@ def _filled(model, state, source):
     model.to(device=like.device, dtype=like.dtype)
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:  # torch lists every shape that differs from what the config asks for
-        raise ConversionError(f"the weights are not those that the config describes: {error}") from None
+    except RuntimeError as error:  # torch lists every shape that differs from the config's
+        raise ConversionError(f"the weights do not match the config: {error}") from None
     if isinstance(source, nn.Module):
         _prove(source, model)
         model.train(source.training)
     return model
 
 
-# What two orders of the same additions may differ by, relative to the largest logit: some hundred roundings.
+# How much two summation orders may differ, relative to the largest logit: some hundred rounding errors.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -330,5 +329,5 @@ def _prove(source, result):
     expected, found = logits
     difference = ((expected - found).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
     if not difference <= TOLERANCE[next(result.parameters()).dtype]:
-        raise ConversionError(f"the converted model's logits differ by {difference:.1e} of the largest: the source computes "
-                              "what its weights and config do not show (a replaced submodule, a hook, another norm or activation)")
+        raise ConversionError(f"the converted model's logits differ by {difference:.1e} of the largest: the source computes something "
+                              "that its weights and config do not show (a replaced submodule, a hook, another norm or activation)")

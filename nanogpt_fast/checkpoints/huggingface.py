@@ -1,9 +1,8 @@
-"""GPT-2 in transformers' form, read and written: names, sizes, the four transposed matrices, folders of config.json and
-safetensors.
+"""Read and write GPT-2 in transformers' format: names, sizes, the four transposed matrices, folders of config.json and safetensors.
 
-A folder is read without transformers, and nothing in it can run: safetensors holds tensors only. What does not fit (a missing
-or foreign name, another shape, a setting that GPT has no equal for) raises CheckpointError, where transformers would initialise
-what is missing.
+A folder is read without transformers, and nothing in it can be executed: safetensors holds only tensors. Whatever does not fit (a
+missing or unknown name, another shape, a setting that GPT does not support) raises CheckpointError, where transformers would
+initialise missing weights.
 """
 import json
 import os
@@ -31,7 +30,7 @@ def load_gpt2(model_type, override_args, activation):
     """(GPTConfig, state_dict in nanoGPT's layout) of one of the four names or of a local folder."""
     unknown = [key for key in override_args if key != "dropout"]
     if unknown:
-        raise ValueError(f"override_args has {', '.join(unknown)}; only dropout can be overridden, the rest is the checkpoint's")
+        raise ValueError(f"override_args has {', '.join(unknown)}; only dropout can be overridden, everything else comes from the checkpoint")
     local = os.path.isdir(model_type)
     if model_type not in SIZES and not local:
         raise ValueError(f"from_pretrained({model_type!r}): expected one of {', '.join(SIZES)}, or a folder written by save_pretrained")
@@ -50,7 +49,7 @@ def load_gpt2(model_type, override_args, activation):
         activation = "gelu" if not local else ACTIVATIONS.get(theirs.activation_function)
         if activation is None:
             raise ValueError(f"{model_type} uses the activation {theirs.activation_function!r}; "
-                             f"GPT has {', '.join(ACTIVATIONS)}. Pass activation='gelu' or 'gelu_tanh' to take one of them all the same.")
+                             f"GPT has {', '.join(ACTIVATIONS)}. Pass activation='gelu' or 'gelu_tanh' to use one of them anyway.")
     config = GPTConfig(block_size=theirs.n_positions, vocab_size=theirs.vocab_size, n_layer=theirs.n_layer, n_head=theirs.n_head,
                        n_embd=theirs.n_embd, bias=True, activation=activation, **override_args)
     return config, to_nanogpt(source.state_dict())
@@ -64,7 +63,7 @@ def to_nanogpt(state_dict):
 
 # ------------------------------------------------------------------------------------------------------------ folders
 
-# What GPT computes; a folder whose config.json says otherwise is refused.
+# The settings that GPT implements; a folder whose config.json has others is refused.
 FIXED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
          "add_cross_attention": False}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -73,24 +72,24 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 def read_folder(folder, activation=None, dropout=None):
     """(GPTConfig, state_dict in nanoGPT's layout) from a folder with config.json and model.safetensors (or its shards).
 
-    activation, dropout: instead of the folder's. Raises CheckpointError.
+    activation, dropout: override the folder's. Raises CheckpointError.
     """
     folder = Path(folder)
     theirs = _json(folder / "config.json")
     for name, value in FIXED.items():
         if theirs.get(name, value) != value:
-            raise CheckpointError(f"{folder}/config.json has {name}={theirs[name]!r}; GPT computes what {value!r} means")
+            raise CheckpointError(f"{folder}/config.json has {name}={theirs[name]!r}; GPT supports only {value!r}")
     sizes = {ours: theirs.get(name) for ours, name in (("block_size", "n_positions"), ("vocab_size", "vocab_size"),
                                                        ("n_layer", "n_layer"), ("n_head", "n_head"), ("n_embd", "n_embd"))}
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
-            raise CheckpointError(f"{folder}/config.json has no {name}, or one that is no size ({value!r})")
+            raise CheckpointError(f"{folder}/config.json has no valid {name} ({value!r}); expected a positive integer")
     if theirs.get("n_inner") not in (None, 4 * sizes["n_embd"]):
         raise CheckpointError(f"{folder}/config.json has n_inner={theirs['n_inner']}; GPT's MLP is 4 n_embd wide")
     activation = activation or ACTIVATIONS.get(theirs.get("activation_function", "gelu_new"))
     if activation is None:
         raise CheckpointError(f"{folder} uses the activation {theirs['activation_function']!r}; GPT has {', '.join(ACTIVATIONS)}. "
-                              "Pass activation='gelu' or 'gelu_tanh' to take one of them all the same.")
+                              "Pass activation='gelu' or 'gelu_tanh' to use one of them anyway.")
     dropout = float(theirs.get("resid_pdrop", 0.0)) if dropout is None else dropout
     config = GPTConfig(**sizes, dropout=dropout, bias=True, activation=activation)
     return config, _checked(_tensors(folder), config, folder)
@@ -100,11 +99,11 @@ def _json(path):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}. A folder written by save_pretrained holds one.") from None
+        raise CheckpointError(f"cannot read {path}: {error.strerror}. A folder written by save_pretrained has this file.") from None
     except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON, or a damaged one ({error})") from None
+        raise CheckpointError(f"{path} is not JSON, or is damaged ({error})") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object of settings")
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a JSON object of settings")
     return content
 
 
@@ -119,16 +118,16 @@ def _tensors(folder):
     tensors = {}
     for name in names:
         if not (folder / name).is_file():
-            raise CheckpointError(f"there is no {folder / name}; a folder holds config.json and {WEIGHTS}")
+            raise CheckpointError(f"there is no {folder / name}; a model folder has config.json and {WEIGHTS}")
         try:
             tensors.update(load(folder / name))
-        except Exception as error:  # safetensors' own, or whatever a file of something else meets first
-            raise CheckpointError(f"{folder / name} is no safetensors file, or a damaged one ({error})") from None
+        except Exception as error:  # safetensors' own error, or whatever another kind of file triggers first
+            raise CheckpointError(f"{folder / name} is not a safetensors file, or is damaged ({error})") from None
     return tensors
 
 
 def _checked(tensors, config, folder):
-    """transformers' tensors in nanoGPT's layout, with every name and shape as the config has it."""
+    """transformers' tensors in nanoGPT's layout, after checking every name and shape against the config."""
     tensors = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
                for name, tensor in plain_names(tensors).items()}
     wte = tensors.get("transformer.wte.weight")
@@ -136,10 +135,10 @@ def _checked(tensors, config, folder):
     expected = shapes(config)
     problems = [f"{name} is missing" for name in expected if tensors.get(name) is None]
     problems += [f"{name} does not belong there" for name in tensors if name not in expected]
-    problems += [f"{name} has shape {tuple(tensors[name].shape)}, its config asks for {shape}" for name, shape in expected.items()
+    problems += [f"{name} has shape {tuple(tensors[name].shape)}, but the config requires {shape}" for name, shape in expected.items()
                  if tensors.get(name) is not None and tuple(tensors[name].shape) != shape]
     if not problems and not torch.equal(head, wte):
-        problems = ["the head and the embedding are two matrices, GPT's are one"]
+        problems = ["the head and the embedding are two different matrices, but GPT shares one"]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{folder}: the weights do not fit: {'; '.join(problems[:3])}{more}")
@@ -162,8 +161,7 @@ def shapes(config):
 def write_folder(model, folder):
     """Write a GPT as config.json and model.safetensors, which transformers' GPT2LMHeadModel.from_pretrained reads. Exact.
 
-    Absent biases become zeros. Raises ValueError for a head that is a matrix of its own: nothing in transformers' GPT-2 is
-    equal.
+    Absent biases become zeros. Raises ValueError for an untied head, which transformers' GPT-2 does not have.
     """
     if model.lm_head.weight is not model.transformer.wte.weight or model.lm_head.bias is not None:
         raise ValueError("this GPT's head is a matrix of its own, or has a bias; transformers' GPT-2 has the "
@@ -190,7 +188,7 @@ def write_folder(model, folder):
 
 
 def _end_of_text(config):
-    """GPT-2's <|endoftext|> where the vocabulary is GPT-2's, padded or not."""
+    """GPT-2's <|endoftext|> if the vocabulary is GPT-2's, padded or not."""
     return 50256 if config.vocab_size in (50257, 50304) else None
 
 
@@ -198,5 +196,5 @@ def _safetensors():
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("folders of transformers' models are safetensors files; pip install 'nanogpt-fast[gpt2]'") from error
+        raise ImportError("folders of transformers' models need the safetensors package; pip install 'nanogpt-fast[gpt2]'") from error
     return safetensors.torch

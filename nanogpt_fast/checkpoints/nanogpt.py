@@ -1,10 +1,10 @@
-"""Checkpoints: written whole or not at all, read without running anything that is in them.
+"""nanoGPT's checkpoints: written completely or not at all, and read without executing anything in them.
 
-ckpt.pt is nanoGPT's: a dict of model, optimizer, model_args, iter_num, best_val_loss and config that nanoGPT's train.py and
-sample.py load, and `torch.load(weights_only=True)`; the tokenizer is there too where it is known. last.pt is the same dict
-plus "resume", everything else that an exact continuation needs. Both directions work: nanoGPT's ckpt.pt is read here.
+ckpt.pt has nanoGPT's format: a dict of model, optimizer, model_args, iter_num, best_val_loss and config that nanoGPT's train.py and
+sample.py load, and `torch.load(weights_only=True)` too; it also has the tokenizer, if known. last.pt is the same dict plus "resume",
+everything else that an exact continuation needs. Both directions work: nanoGPT's own ckpt.pt can be read here.
 
-What cannot be read, written or used raises CheckpointError, whose text says which file, what is wrong and what to do.
+What cannot be read, written or used raises CheckpointError, whose message says which file, what is wrong and what to do.
 """
 import dataclasses
 import pickle
@@ -21,9 +21,9 @@ from ..text import tokenizers
 from .state import CheckpointError, plain_names, untie_head
 
 UPSTREAM_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")  # nanoGPT's GPTConfig
-KEYS = ("model", "model_args", "iter_num", "best_val_loss")  # without these no nanoGPT checkpoint is complete
+KEYS = ("model", "model_args", "iter_num", "best_val_loss")  # a nanoGPT checkpoint must have these
 
-# nanoGPT's best_val_loss may be a NumPy scalar, whose pickle names these; they build numbers and do nothing else. NumPy 2 moved the first.
+# nanoGPT's best_val_loss may be a NumPy scalar, whose pickle refers to these; they only construct numbers. NumPy 2 moved the first one.
 _scalar = np.float64(0).__reduce__()[0]
 NUMPY_SCALARS = [(_scalar, "numpy.core.multiarray.scalar"), (_scalar, "numpy._core.multiarray.scalar"), np.dtype,
                  np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType]
@@ -32,17 +32,17 @@ NUMPY_SCALARS = [(_scalar, "numpy.core.multiarray.scalar"), (_scalar, "numpy._co
 # ------------------------------------------------------------------------------------------------------------ files
 
 def save(checkpoint, path):
-    """Write the dict under a temporary name, then rename: whatever happens, `path` is the former checkpoint or the new one."""
+    """Write the dict under a temporary name, then rename: whatever happens, `path` is the previous checkpoint or the new one."""
     try:
         with replacing(path) as f:
             torch.save(checkpoint, f)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot write {path}: {_system_reason(error)}. "
-                              f"{'The former one is whole.' if Path(path).exists() else 'There was none before.'}") from error
+                              f"{'The previous one is intact.' if Path(path).exists() else 'There was none before.'}") from error
 
 
 def _system_reason(error):
-    """torch's writer answers a full disk with an assertion of its own; the OSError behind it says what happened."""
+    """On a full disk torch's writer raises an assertion; the OSError behind it says what happened."""
     cause = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
@@ -59,9 +59,9 @@ def remove_leftovers(folder):
 
 
 def latest(folder):
-    """The path of the checkpoint to resume from: last.pt; ckpt.pt where it is alone, or nanoGPT has trained on from it."""
+    """The path of the checkpoint to resume from: last.pt; or ckpt.pt, if it is the only one or nanoGPT has trained it further."""
     last, best = Path(folder, "last.pt"), Path(folder, "ckpt.pt")
-    if last.is_file() and best.is_file() and best.stat().st_mtime > last.stat().st_mtime:  # a run of ours writes last.pt last
+    if last.is_file() and best.is_file() and best.stat().st_mtime > last.stat().st_mtime:  # our trainer always writes last.pt last
         return best if read(best)["iter_num"] > read(last)["iter_num"] else last
     return last if last.is_file() else best
 
@@ -71,24 +71,24 @@ def read(path):
     path = Path(path)
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
-        raise CheckpointError(f"there is no checkpoint {path}; beside it: {', '.join(beside) or 'no *.pt at all'}")
+        raise CheckpointError(f"there is no checkpoint {path}; the folder has {', '.join(beside) or 'no *.pt file'}")
     refuse_damage(path)
     try:
         with torch.serialization.safe_globals(NUMPY_SCALARS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = next((line.strip() for line in str(error).splitlines() if "nsupported" in line), None)  # torch's word for it
+        reason = next((line.strip() for line in str(error).splitlines() if "nsupported" in line), None)  # torch's wording
         if reason is not None:
             raise CheckpointError(f"{path} holds Python objects that could run code when loaded, so it is refused ({reason}). "
                                   "A checkpoint holds tensors, numbers, strings, lists and dicts.") from None
-        raise CheckpointError(f"{path} is no checkpoint, or a damaged one ({type(error).__name__})") from None
+        raise CheckpointError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})") from None
     except Exception as error:  # a damaged file fails in whichever part of torch's reader meets it first
-        reason = (str(error).splitlines() or ["it is cut short"])[0][:200]
-        raise CheckpointError(f"{path} is no checkpoint, or a damaged one ({type(error).__name__}: {reason})") from None
+        reason = (str(error).splitlines() or ["it is truncated"])[0][:200]
+        raise CheckpointError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__}: {reason})") from None
     missing = [key for key in KEYS if key not in checkpoint] if isinstance(checkpoint, dict) else KEYS
     if missing or not isinstance(checkpoint["model"], dict) or not isinstance(checkpoint["model_args"], dict):
         lacks = ", ".join(missing) or "a state dict"
-        raise CheckpointError(f"{path} is a torch file, but no nanoGPT checkpoint: it lacks {lacks}")
+        raise CheckpointError(f"{path} is a torch file, but not a nanoGPT checkpoint: it lacks {lacks}")
     checkpoint["model"] = plain_names(checkpoint["model"])
     checkpoint["best_val_loss"] = float(checkpoint["best_val_loss"])
     checkpoint["iter_num"] = int(checkpoint["iter_num"])
@@ -96,12 +96,12 @@ def read(path):
 
 
 def refuse_damage(path):
-    """CheckpointError where a torch file's own checksums are wrong.
+    """Raise CheckpointError if a torch file fails its own checksums.
 
-    torch.save writes a CRC for every tensor, torch.load does not look at it: a flipped bit would train on.
+    torch.save writes a CRC for every tensor, but torch.load does not check it: a flipped bit would go unnoticed.
     """
     if not zipfile.is_zipfile(path):
-        return  # cut short (torch.load says so), or the format of torch before 1.6
+        return  # truncated (torch.load reports it), or the format of torch before 1.6
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -114,7 +114,7 @@ def refuse_damage(path):
 # ------------------------------------------------------------------------------------------------------------ contents
 
 def contents(model, optimizer, *, iter_num, best_val_loss, config, tokenizer=None, resume=None):
-    """The dict of a checkpoint: nanoGPT's six entries, the tokenizer where there is one, and of last.pt what an exact continuation needs."""
+    """The dict of a checkpoint: nanoGPT's six entries, the tokenizer if there is one, and for last.pt what an exact continuation needs."""
     more = {} if tokenizer is None else {"tokenizer": tokenizer.to_state()}
     more |= {} if resume is None else {"resume": resume}
     return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), model_args=model_args(model.config), iter_num=iter_num,
@@ -122,14 +122,14 @@ def contents(model, optimizer, *, iter_num, best_val_loss, config, tokenizer=Non
 
 
 def model_args(config):
-    """The config as nanoGPT's GPTConfig takes it: its seven fields, and others only where they are not at their default."""
+    """The config as nanoGPT's GPTConfig takes it: its seven fields, and others only if they differ from their default."""
     defaults = GPTConfig()
     return {name: value for name, value in dataclasses.asdict(config).items()
             if name in UPSTREAM_ARGS or value != getattr(defaults, name)}
 
 
 def build_model(checkpoint, path, *, dropout=None, backend=None):
-    """The GPT of a checkpoint, on the CPU. dropout: another one than it was trained with. Raises CheckpointError."""
+    """The GPT of a checkpoint, on the CPU. dropout: overrides the checkpoint's. Raises CheckpointError."""
     args = dict(checkpoint["model_args"])
     if dropout is not None:
         args["dropout"] = dropout
@@ -137,12 +137,12 @@ def build_model(checkpoint, path, *, dropout=None, backend=None):
     unknown, missing = sorted(set(args) - known), sorted(set(UPSTREAM_ARGS) - {"dropout", "bias"} - set(args))
     if unknown or missing:
         raise CheckpointError(f"{path}: model_args " + " and ".join(
-            [f"has {', '.join(unknown)}, unknown here"] * bool(unknown) + [f"lacks {', '.join(missing)}"] * bool(missing)))
+            [f"has {', '.join(unknown)}, which GPTConfig does not know"] * bool(unknown) + [f"lacks {', '.join(missing)}"] * bool(missing)))
     try:
         model = GPT(GPTConfig(**args), backend=backend)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its model_args describe no GPT: {error}") from None
-    if "lm_head.bias" in checkpoint["model"]:  # a converted classic model, whose head is a matrix of its own
+        raise CheckpointError(f"{path}: its model_args do not describe a GPT: {error}") from None
+    if "lm_head.bias" in checkpoint["model"]:  # a converted classic model with an untied head
         untie_head(model)
     _check_weights(checkpoint["model"], model.state_dict(), path)
     model.load_state_dict(checkpoint["model"])
@@ -152,7 +152,7 @@ def build_model(checkpoint, path, *, dropout=None, backend=None):
 def _check_weights(found, expected, path):
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} does not belong there" for name in found if name not in expected]
-    problems += [f"{name} has shape {tuple(found[name].shape)}, its model_args ask for {tuple(tensor.shape)}"
+    problems += [f"{name} has shape {tuple(found[name].shape)}, but model_args require {tuple(tensor.shape)}"
                  for name, tensor in expected.items() if name in found and found[name].shape != tensor.shape]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -171,14 +171,14 @@ def load_optimizer(optimizer, state, path):
         optimizer.load_state_dict(state)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its optimizer state does not fit the model ({error}). "
-                              "(A block_size smaller than the checkpoint's crops the model, not the optimizer.)") from None
+                              "(A block_size smaller than the checkpoint's crops the model but not the optimizer state.)") from None
 
 
 def tokenizer_of(checkpoint, path):
-    """(tokenizer, None) for the checkpoint's text, or (None, why there is none).
+    """(the checkpoint's tokenizer, None), or (None, why there is none).
 
-    It travels in the checkpoint; for one of nanoGPT's it is looked for where its sample.py does: in data/<dataset>/meta.pkl,
-    else GPT-2's if the vocabulary has that size. Raises CheckpointError where the tokenizer is not this model's.
+    Our checkpoints contain it. For nanoGPT's it is looked up as in nanoGPT's sample.py: data/<dataset>/meta.pkl, else GPT-2's
+    tokenizer if the vocabulary has that size. Raises CheckpointError if the tokenizer does not match the model.
     """
     vocab_size, config = checkpoint["model_args"]["vocab_size"], checkpoint.get("config") or {}
     meta = Path("data") / str(config.get("dataset", "")) / "meta.pkl"
@@ -193,12 +193,12 @@ def tokenizer_of(checkpoint, path):
             return None, f"{path} carries no tokenizer and there is no {meta}"
     except tokenizers.TokenizerError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except RuntimeError as error:  # tiktoken or its vocabulary cannot be had
+    except RuntimeError as error:  # tiktoken or its vocabulary is not available
         return None, str(error)
-    # A vocabulary may be padded for the matmuls' sake, to a multiple of 128 at most; a larger gap is another vocabulary.
+    # A vocabulary may be padded for faster matmuls, to a multiple of 128 at most; a larger gap means another vocabulary.
     if not 0 <= vocab_size - tokenizer.vocab_size < 128:
         raise CheckpointError(f"{path} and {source} don't match: the model has {vocab_size} tokens, the tokenizer "
-                              f"{tokenizer.vocab_size}. Was the data prepared anew from another text?")
+                              f"{tokenizer.vocab_size}. Was the data prepared again from another text?")
     return tokenizer, None
 
 
@@ -206,7 +206,7 @@ def load_model(path, device="cpu", *, backend=None):
     """(model, tokenizer or None, meta) from a checkpoint file, or from a folder's ckpt.pt (else its last.pt).
 
     The model is in eval mode on `device`. meta is the rest of the checkpoint without the optimizer: iter_num, best_val_loss,
-    config, model_args, and "path"; where there is no tokenizer, "no_tokenizer" says why. Raises CheckpointError.
+    config, model_args, and "path"; without a tokenizer, "no_tokenizer" says why. Raises CheckpointError.
     """
     path = Path(path)
     if path.is_dir():

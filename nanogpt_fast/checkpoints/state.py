@@ -1,4 +1,4 @@
-"""What the formats of checkpoints share: their error, the names of weights, a head of its own, the state of the random generators."""
+"""Shared by all checkpoint formats: the error class, plain weight names, untying the head, the states of the random generators."""
 import random
 
 import numpy as np
@@ -7,7 +7,7 @@ import torch.nn as nn
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, read or used; the text says why and what to do."""
+    """A checkpoint that cannot be written, read or used; the message says why and what to do."""
 
 
 def plain_names(state_dict):
@@ -23,10 +23,10 @@ def plain_names(state_dict):
 
 
 def untie_head(gpt):
-    """Give a GPT a vocabulary head of its own, with a bias: a copy of the shared matrix, and zeros. In place; returns gpt.
+    """Replace a GPT's tied vocabulary head by one with its own matrix (a copy) and a bias (zeros). In place; returns gpt.
 
-    There is no such head without bias: as a checkpoint its weight would be loaded over the token embedding by every reader
-    that ties the two, without a word. The bias's name makes such a reader stop.
+    An untied head always has a bias. Without one, any reader that ties the two would silently load the head's weight over the token
+    embedding; the unknown name of the bias makes such a reader fail.
     """
     shared = gpt.lm_head.weight
     head = nn.utils.skip_init(nn.Linear, shared.size(1), shared.size(0), device=shared.device, dtype=shared.dtype)
@@ -38,7 +38,7 @@ def untie_head(gpt):
 
 
 def random_states():
-    """The states of every generator a training step may draw from, as tensors and plain Python types."""
+    """The states of every generator from which a training step may draw, as tensors and plain Python types."""
     name, keys, *rest = np.random.get_state()
     states = {"torch": torch.get_rng_state(), "python": random.getstate(),
               "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest)}
@@ -49,7 +49,7 @@ def random_states():
 
 
 def set_random_states(states):
-    """Put back what `random_states` returned. A device that is not there any more is passed over."""
+    """Restore what `random_states` returned. A device that no longer exists is skipped."""
     torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
     name, keys, *rest = states["numpy"]

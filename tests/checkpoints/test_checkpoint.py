@@ -146,7 +146,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     (tmp_path / "ckpt.pt").write_text("no checkpoint at all")
     refused(tmp_path / "ckpt.pt")
     torch.save([1, 2, 3], tmp_path / "ckpt.pt")
-    assert "no nanoGPT checkpoint" in refused(tmp_path / "ckpt.pt")
+    assert "not a nanoGPT checkpoint" in refused(tmp_path / "ckpt.pt")
     torch.save(untrained()["model"], tmp_path / "ckpt.pt")
     assert "model_args" in refused(tmp_path / "ckpt.pt")
 
@@ -170,7 +170,7 @@ def test_a_pickle_that_carries_code_is_refused_and_the_code_not_run(write, tmp_p
 @pytest.mark.parametrize("change, complaint", [
     (lambda c: c["model"].pop("transformer.ln_f.weight"), "transformer.ln_f.weight is missing"),
     (lambda c: c["model"].update(extra=torch.zeros(1)), "extra does not belong there"),
-    (lambda c: c["model"].update({"transformer.wpe.weight": torch.zeros(3, 32)}), r"\(3, 32\), .* ask for \(16, 32\)"),
+    (lambda c: c["model"].update({"transformer.wpe.weight": torch.zeros(3, 32)}), r"\(3, 32\), .* require \(16, 32\)"),
     (lambda c: c["model_args"].update(n_head=5), "n_head"),
     (lambda c: c["model_args"].update(rotary=True), "rotary"),
     (lambda c: c["model_args"].pop("n_embd"), "n_embd"),
@@ -256,7 +256,7 @@ def test_a_full_disk_while_saving_leaves_the_former_checkpoint_and_no_rubbish(ro
     save(untrained(), tmp_path / "ckpt.pt")
     before = (tmp_path / "ckpt.pt").read_bytes()
     full_disk(monkeypatch, room)
-    with pytest.raises(CheckpointError, match="No space left on device.*former one is whole"):
+    with pytest.raises(CheckpointError, match="No space left on device.*previous one is intact"):
         save(untrained(), tmp_path / "ckpt.pt")
     assert os.listdir(tmp_path) == ["ckpt.pt"] and (tmp_path / "ckpt.pt").read_bytes() == before
 

@@ -49,7 +49,7 @@ def sources(tmp_path_factory):
 def test_every_direction_is_exact(sources, source, to, tmp_path):
     target = tmp_path / "target"
     if source == to:
-        with pytest.raises(ConversionError, match=f"is in the form of {source} already"):
+        with pytest.raises(ConversionError, match=f"is already in the {source} format"):
             convert_checkpoint(sources[source], target, to)
         return
     convert_checkpoint(sources[source], target, to)
@@ -145,19 +145,19 @@ def outside(folder):
 
 
 @pytest.mark.parametrize("change,message", [
-    (cut, "is no safetensors file, or a damaged one"),
+    (cut, "is not a safetensors file, or is damaged"),
     (lambda folder: (folder / "model.safetensors").unlink(), "there is no .*model.safetensors"),
-    (lambda folder: (folder / "model.safetensors").write_bytes(b"\x80\x04cos\nsystem\n"), "is no safetensors file"),
-    (lambda folder: (folder / "config.json").write_text("{"), "config.json is no JSON"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"\x80\x04cos\nsystem\n"), "is not a safetensors file"),
+    (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
     (lambda folder: (folder / "config.json").write_text("[]"), "config.json holds a list"),
     (outside, "names files outside of its folder"),
     (tensors(lambda s: s.pop("transformer.h.1.ln_2.bias")), "transformer.h.1.ln_2.bias is missing"),
     (tensors(lambda s: s.update(extra=torch.ones(2))), "transformer.extra does not belong there"),
-    (tensors(lambda s: s.update({"transformer.ln_f.weight": torch.ones(5)})), r"has shape \(5,\), its config asks for \(16,\)"),
-    (tensors(lambda s: s.update({"lm_head.weight": torch.ones(31, 16)})), "two matrices, GPT's are one"),
+    (tensors(lambda s: s.update({"transformer.ln_f.weight": torch.ones(5)})), r"has shape \(5,\), but the config requires \(16,\)"),
+    (tensors(lambda s: s.update({"lm_head.weight": torch.ones(31, 16)})), "two different matrices"),
     (settings(model_type="llama"), "has model_type='llama'"), (settings(layer_norm_epsilon=1e-6), "has layer_norm_epsilon=1e-06"),
     (settings(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"), (settings(n_inner=48), "has n_inner=48"),
-    (settings(n_layer="two"), "has no n_layer"), (settings(activation_function="silu"), "uses the activation 'silu'")])
+    (settings(n_layer="two"), "has no valid n_layer"), (settings(activation_function="silu"), "uses the activation 'silu'")])
 def test_a_folder_that_is_not_what_it_says_is_refused(sources, change, message, tmp_path):
     shutil.copytree(sources["huggingface"], tmp_path / "hf")
     change(tmp_path / "hf")
@@ -217,7 +217,7 @@ def test_a_conversion_that_went_wrong_is_noticed_before_the_target_gets_its_name
 def test_the_command_says_what_it_did_and_what_cannot_be(sources, tmp_path, capsys):
     assert cli.main(["convert", str(sources["nanogpt"]), str(tmp_path / "hf")]) == 0
     assert f"{tmp_path}/hf holds the GPT that computes what" in capsys.readouterr().out
-    assert cli.main(["convert", str(sources["nanogpt"])]) == 2 and "two names are needed" in capsys.readouterr().err
+    assert cli.main(["convert", str(sources["nanogpt"])]) == 2 and "two arguments are needed" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert cli.main(["convert", str(sources["nanogpt"]), str(tmp_path / "file")]) == 2 and "is a file" in capsys.readouterr().err
 
