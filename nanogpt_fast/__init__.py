@@ -1,4 +1,4 @@
-"""nanogpt_fast: nanoGPT on fused kernels, behind nanoGPT's own names.
+"""nanogpt_fast: nanoGPT on fused kernels, with nanoGPT's own names.
 
     from nanogpt_fast import GPT, GPTConfig      # instead of: from model import GPT, GPTConfig
 """
@@ -15,13 +15,13 @@ if TYPE_CHECKING:  # for editors; at run time see __getattr__
 __version__ = "0.1.0"
 __all__ = ["LayerNorm", "CausalSelfAttention", "MLP", "Block", "GPTConfig", "GPT"]  # what nanoGPT's model.py defines
 
-# Where each public name lives. No module of the package may have one of these names: importing it would hide the name.
+# The module that defines each public name. No module may itself have one of these names: importing it would hide the name.
 _HOME = {**{name: "model" for name in __all__}, "GPTConfig": "config", "use": "backend", "explain": "checks.explanation",
          "accelerate": "swap", "restore": "swap"}
 
 
 def __getattr__(name):
-    """Import a public name when it is asked for: `nanogpt-fast --help` need not wait for torch."""
+    """Import a public name on first use, so that `nanogpt-fast --help` need not wait for torch."""
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,17 +1,17 @@
 """Which implementation of an op runs, and why.
 
-Every op has the reference implementation (plain PyTorch, `reference.py`) and may have faster ones: "triton", "cpp", and for
-attention "cudnn" (cuDNN's forward before the kernels' backward).
+Every op has a reference implementation (plain PyTorch, `reference.py`) and may have faster ones: "triton", "cpp", and for
+attention "cudnn" (cuDNN's forward with the kernels' backward).
 A choice is one of
 
-    auto       per op, the fastest implementation that is available and right for these arguments
-    fused      a kernel, or a RuntimeError that names why none can run
+    auto       per op, the fastest implementation that is available and correct for these arguments
+    fused      a kernel, or a RuntimeError that says why none can run
     reference  exactly the PyTorch calls that nanoGPT makes
 
-for all ops ("reference") or op by op ("auto,attention=reference"). Who says it, strongest first: the context manager
-`use(...)`, the model (`GPT(config, backend=...)`), the environment variable NANOGPT_FAST_BACKEND (read at import), auto.
+for all ops ("reference") or per op ("auto,attention=reference"). It can be set in four places, the first of which wins: the context
+manager `use(...)`, the model (`GPT(config, backend=...)`), the environment variable NANOGPT_FAST_BACKEND (read at import), auto.
 
-The choice made by `use` lives in a `threading.local`, not a ContextVar: torch.compile(fullgraph=True) can trace the former.
+`use` stores its choice in a `threading.local`, not a ContextVar, because torch.compile(fullgraph=True) can trace only the former.
 """
 import contextlib
 import functools
@@ -22,14 +22,14 @@ import warnings
 import torch
 
 OPS = ("attention", "layer_norm", "linear", "mlp", "cross_entropy", "sample", "decode")
-LIBRARY_OPS = ("linear",)      # whose reference is one call of a vendor's library: nobody asks for a kernel there, not even "fused"
+LIBRARY_OPS = ("linear",)      # their reference is one call of a vendor library, which satisfies "fused" too
 CHOICES = ("auto", "fused", "reference")
 
 
 def parse(spec):
     """Turn "fused", "auto,attention=reference" or a dict {op: choice} into a dict with a choice for every op.
 
-    None gives None (no opinion). Raises ValueError naming the part that is not understood.
+    None (no preference) stays None. Raises ValueError naming the part that is invalid.
     """
     if spec is None:
         return None
@@ -74,27 +74,28 @@ def use(spec):
 
 
 def current():
-    """The choice of the innermost `use` around us ({op: choice}), or None."""
+    """The choice of the innermost enclosing `use` ({op: choice}), or None."""
     return _local.choices
 
 
 def choice(op, model_choices=None):
-    """"auto", "fused" or "reference" for `op`; `model_choices` is a parsed dict (of the model) or None."""
+    """"auto", "fused" or "reference" for `op`; `model_choices` is the model's parsed choice or None."""
     return (_local.choices or model_choices or _environment)[op]
 
 
 def choose(op, candidates, model_choices=None, args=()):
-    """The name of the implementation that `op` takes for these arguments.
+    """The name of the implementation that `op` uses for these arguments.
 
-    candidates: ((name, why_not), ...), fastest first; `why_not(*args)` returns None where the implementation can run and is
-    right, else the reason as text, empty where nobody would expect it. "reference" is implied at the end. Raises RuntimeError under "fused" when none can run.
+    candidates: ((name, why_not), ...), fastest first; `why_not(*args)` returns None if the implementation can and should run, else the
+    reason as text; "" if nobody would expect it to run. "reference" is implied at the end. Raises RuntimeError under "fused" if none
+    can run.
     """
     wanted = (_local.choices or model_choices or _environment)[op]
     reasons = []
     for name, why_not in candidates if wanted != "reference" else ():
         reason = why_not(*args)
         if reason is None and wanted == "auto" and name == "triton" and _interpreted:
-            reason = "Triton's interpreter checks kernels, it is not fast; backend='fused' runs it"
+            reason = "Triton's interpreter is for checking kernels and is slow; backend='fused' runs it"
         if reason is None:
             break
         if reason:
@@ -115,7 +116,7 @@ def choose(op, candidates, model_choices=None, args=()):
 
 @contextlib.contextmanager
 def recording():
-    """Inside the block ops note what they would choose, (op, wanted, name, reasons), and all run the reference."""
+    """Inside the block ops record what they would choose, (op, wanted, name, reasons), and all run the reference."""
     before, _local.record = _local.record, []
     try:
         yield _local.record
@@ -129,7 +130,7 @@ _noticed = set()
 def notice(message):
     """Warn, once per process and message, that something runs slower than it could.
 
-    Silent while torch.compile traces: a warning breaks the graph.
+    Silent while torch.compile traces, since a warning would break the graph.
     """
     if torch.compiler.is_compiling() or message in _noticed:
         return
@@ -138,7 +139,7 @@ def notice(message):
 
 
 def notice_unfused(message):
-    """`notice`, where a kernel could have run. Without a GPU nobody expects one, and `explain` and `doctor` tell."""
+    """`notice`, but only if a kernel could have run. Without a GPU nobody expects one; `explain` and `doctor` still report it."""
     if torch.cuda.is_available() or _interpreted:
         notice(message)
 
@@ -147,9 +148,9 @@ _import_error = "not tried"
 
 
 def triton_import_error():
-    """None where Triton can be imported, else why not. Asked only when a kernel could run: the import takes 0.2 s.
+    """None if Triton can be imported, else the reason. Called only when a kernel could run: the import takes 0.2 s.
 
-    Its interpreter computes with the bits of a bf16 number; whoever runs a kernel there gets it corrected first.
+    Triton's interpreter computes on the raw bits of bf16 numbers; this call patches that before a kernel runs there.
     """
     global _import_error
     if _import_error == "not tried":
@@ -166,8 +167,8 @@ def triton_import_error():
     return _import_error
 
 
-# torch.compile asks once and keeps the answer, instead of tracing through the import and warning about the cache. This is all that
-# torch.compiler.assume_constant_result does, except that it also imports the compiler (1 s) into every program.
+# torch.compile then evaluates it once and treats the result as a constant, instead of tracing the import and warning about the cache.
+# torch.compiler.assume_constant_result sets only this mark, but also imports the compiler (1 s) into every program.
 triton_import_error._dynamo_marked_constant = True
 
 
@@ -176,15 +177,15 @@ _interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", 
 
 
 def interpreted():
-    """True where Triton kernels run in Triton's interpreter (on the CPU, for checking)."""
+    """True if Triton kernels run in Triton's interpreter (on the CPU, for checking)."""
     return _interpreted
 
 
 def triton_why_not(tensor):
-    """None where a Triton kernel can run on this tensor's device, else the reason."""
+    """None if a Triton kernel can run on this tensor's device, else the reason."""
     if tensor.is_cuda:
         if (capability := compute_capability(tensor.get_device())) < 80:
-            return f"the GPU has compute capability {capability / 10}; the kernels need 8.0"
+            return f"the GPU has compute capability {capability / 10}; the kernels need at least 8.0"
     elif not _interpreted:
         return f"Triton kernels need a CUDA tensor, this one is on {tensor.device.type}"
     return triton_import_error()
@@ -195,7 +196,7 @@ def compute_capability(device_index):
     return _compute_capability(device_index)
 
 
-compute_capability._dynamo_marked_constant = True  # as above; on the cached function itself the mark would not be seen
+compute_capability._dynamo_marked_constant = True  # as above; Dynamo would not see the mark on the cached function
 
 
 @functools.cache

@@ -1,18 +1,18 @@
 """Small GPTs in plain PyTorch, from a table of pairs to a transformer. Read it from top to bottom, as a lecture.
 
-A language model reads T tokens and says, at each of them, how likely every token of the vocabulary is to come next. The
-models of this file do that ever better, each by one idea more than the one before it:
+A language model reads T tokens and predicts, at each of them, how likely every token of the vocabulary is to come next. Each
+model in this file does that better than the one before it, by one more idea:
 
     Bigram              the next token from the last one alone: a table
     AttentionOnly       positions, and attention: each token gathers from those before it. One head, then several
-    ClassicGPT, 1 layer the block: after gathering, think (a feed-forward network); and add to what is there, never replace it
+    ClassicGPT, 1 layer the block: after gathering, think (a feed-forward network); and add to the residual stream, never replace it
     ClassicGPT          the same block several times
 
-All of them are called alike: `logits, loss = model(idx, targets)` with idx and targets (B, T) int64, and `model.generate`.
+All are called in the same way: `logits, loss = model(idx, targets)` with idx and targets (B, T) int64, and `model.generate`.
 `LADDER` builds them by name, `train` trains any of them, `nanogpt-fast ladder` compares them.
 
-ClassicGPT keeps query, key and value in three separate projections, which is how one first writes attention down. model.py
-holds nanoGPT's form of the same function, with the three packed into one matrix; checkpoints/convert.py goes from either to the other.
+ClassicGPT keeps query, key and value in three separate projections, the way attention is first taught. model.py has nanoGPT's form
+of the same function, with the three packed into one matrix; checkpoints/convert.py converts between the two.
 
 B batch, T sequence, C = n_embd width, H = n_head heads, D = C / H head size, V vocabulary.
 """
@@ -61,11 +61,11 @@ class ClassicConfig:
 ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh"), "relu": nn.ReLU}
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# What all models share: a loss to train by, and a way to write
+# What all models share: a loss for training, and generation
 
 
 class LanguageModel(nn.Module):
-    """A model is its `logits(idx)`: (B, T) token ids -> (B, T, V) scores. The rest follows from them."""
+    """A model defines `logits(idx)`: (B, T) token ids -> (B, T, V) scores. Loss and generation follow from them."""
 
     def __init__(self, config):
         super().__init__()
@@ -82,7 +82,7 @@ class LanguageModel(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """Complete idx (B, T) -> (B, T + max_new_tokens): predict, draw one token, append it, repeat. temperature=0: greedy.
 
-        The causal mask holds while writing as it did while training: a position never sees what comes after it.
+        The causal mask applies here as in training: a position never sees what comes after it.
         """
         if idx.size(1) == 0:
             raise ValueError("the prompt is empty; give at least one token")
@@ -96,8 +96,8 @@ class LanguageModel(nn.Module):
 def next_token_probabilities(logits, temperature=1.0, top_k=None):
     """The distribution to draw from: logits (B, V) -> probabilities (B, V).
 
-    temperature divides the logits, so it multiplies every difference between two of them: below 1 the favourite gains,
-    above 1 the field levels, at 0 the favourite takes it all. top_k then keeps the k best and all that tie with the k-th.
+    temperature divides the logits, and with them every difference between two of them: below 1 the most likely token gains, above 1
+    the distribution flattens, at 0 the most likely token gets all. top_k then keeps the k best and all that tie with the k-th.
     """
     if temperature < 0 or (top_k is not None and top_k < 1):
         raise ValueError(f"temperature is {temperature} and top_k {top_k}; expected temperature >= 0 and top_k >= 1 or None")
@@ -115,7 +115,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None):
 
 
 class Bigram(LanguageModel):
-    """Row i of a V x V table holds the logits of what follows token i. It knows pairs, and nothing of what came before."""
+    """Row i of a V x V table holds the logits of what follows token i. The model knows only pairs, nothing of earlier tokens."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -125,7 +125,7 @@ class Bigram(LanguageModel):
         return self.table(idx)                                                    # (B, T, V)
 
     def forward(self, idx, targets=None):
-        """As elsewhere, but with targets the logits come as cross-entropy takes them: one row a prediction, (B * T, V)."""
+        """As for the other models, but with targets the logits have cross-entropy's shape: one row per prediction, (B * T, V)."""
         logits, loss = super().forward(idx, targets)
         return (logits if targets is None else logits.flatten(0, 1)), loss
 
@@ -137,17 +137,17 @@ class Bigram(LanguageModel):
 def attention_weights(q, k, mask):
     """softmax(q k^T / sqrt(D)) where mask is 1, and 0 elsewhere. q, k (..., T, D); mask (T, T) -> (..., T, T), rows sum to 1.
 
-    Row t says how much position t takes from each position. "Attention Is All You Need", 2017, section 3.2.1.
+    Row t holds how much position t takes from each position. "Attention Is All You Need", 2017, section 3.2.1.
     """
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                      # how well each query meets each key
-    scores = scores.masked_fill(mask == 0, float("-inf"))                         # exp(-inf) = 0: the future weighs nothing
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                      # how well each query matches each key
+    scores = scores.masked_fill(mask == 0, float("-inf"))                         # exp(-inf) = 0: the future gets no weight
     return F.softmax(scores, dim=-1)
 
 
 class SelfAttention(nn.Module):
-    """Each position asks (query), each position offers (key), and what it takes is a weighted mean of values.
+    """Each position asks (query) and offers (key), and receives a weighted mean of the values.
 
-    The heads do this side by side, each on its own D = C / H channels with its own weights, so that one may look for a
+    The heads do this in parallel, each on its own D = C / H channels with its own weights, so that one may look for a
     vowel while another looks for the start of the line. `proj` mixes what they found.
     """
 
@@ -173,7 +173,7 @@ class SelfAttention(nn.Module):
 
 
 class AttentionOnly(LanguageModel):
-    """Embed tokens and positions, attend once, read off the logits: with one head, then with several."""
+    """Embed tokens and positions, attend once, project to logits: with one head, then with several."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -187,7 +187,7 @@ class AttentionOnly(LanguageModel):
 
 
 def embed(idx, tok_emb, pos_emb):
-    """What the token is plus where it stands: (B, T) -> (B, T, C). Attention sums over a set; only pos_emb knows the order."""
+    """What the token is plus where it is: (B, T) -> (B, T, C). Attention sums over a set; only pos_emb knows the order."""
     T, block_size = idx.size(1), pos_emb.size(1)
     if T > block_size:
         raise ValueError(f"Cannot forward sequence of length {T}, block size is only {block_size}")
@@ -195,11 +195,11 @@ def embed(idx, tok_emb, pos_emb):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# 3. The block: gather, then think, and add both to what is there
+# 3. The block: gather, then think, and add both to the residual stream
 
 
 class Block(nn.Module):
-    """x + sa(x) lets tokens talk to each other, x + ff(x) lets each one think. LayerNorm keeps what goes in at one scale."""
+    """x + sa(x) lets tokens talk to each other, x + ff(x) lets each one think. LayerNorm keeps their inputs at one scale."""
 
     def __init__(self, config):
         super().__init__()
@@ -215,7 +215,7 @@ class Block(nn.Module):
         if self.pre_norm:                       # x itself is only ever added to: the gradient of the loss reaches every layer
             x = x + self.sa(self.ln1(x))
             return x + self.ff(self.ln2(x))
-        x = self.ln1(x + self.sa(x))            # the original order: each LayerNorm stands in the gradient's way
+        x = self.ln1(x + self.sa(x))            # the original order: the gradient passes through every LayerNorm
         return self.ln2(x + self.ff(x))
 
 
@@ -236,7 +236,7 @@ class ClassicGPT(LanguageModel):
         self.ln_f = nn.LayerNorm(C) if config.norm == "pre" else nn.Identity()    # post-norm: the last block ends with one
         self.head = nn.Linear(C, config.vocab_size, bias=not config.tied)
         initialise(self)
-        if config.tied:                         # reading a token and predicting it are about the same thing: one matrix
+        if config.tied:                         # reading a token and predicting it are similar tasks: share one matrix
             self.head.weight = self.tok_emb.weight
 
     def logits(self, idx):
@@ -249,7 +249,7 @@ def initialise(model):
     """Set the weights of a ClassicGPT by config.init; biases and positions start at zero, LayerNorms as the identity.
 
     "normal": N(0, 0.02) everywhere (GPT-2). The 2 n_layer projections that end a branch are smaller by sqrt(2 n_layer): the
-    branches are summed, and a sum of that many independent terms then has the variance of one.
+    branches are summed, and the sum of that many independent terms then has the variance of one term.
     "xavier": uniform with variance 2 / (fan_in + fan_out), which keeps the scale of activations and of gradients through a
     linear layer (Glorot and Bengio, 2010); embeddings N(0, 0.02).
     """
@@ -267,7 +267,7 @@ def initialise(model):
                 nn.init.zeros_(module.bias)
 
 
-# The ladder: each step by its name, built from one config.
+# The ladder: each model by its name, built from one config.
 LADDER = {
     "bigram": Bigram,
     "one head": lambda config: AttentionOnly(dataclasses.replace(config, n_head=1)),
@@ -281,15 +281,15 @@ LADDER = {
 
 
 def split(data, fraction=0.9):
-    """The first nine tenths to learn from, the rest to see whether it learned more than the text by heart."""
+    """The first nine tenths for training, the rest to see whether the model learned more than to memorise the text."""
     n = int(fraction * len(data))
     return data[:n], data[n:]
 
 
 def get_batch(data, batch_size, block_size, generator=None):
-    """Random windows of data (N,) int64 -> x, y (batch_size, block_size): y is x moved by one, what should come next."""
+    """Random windows of data (N,) int64 -> x, y (batch_size, block_size): y is x shifted by one, the next tokens."""
     if len(data) <= block_size:
-        raise ValueError(f"{len(data)} tokens hold no window of block_size {block_size} and its targets; give more text")
+        raise ValueError(f"{len(data)} tokens are too few for block_size {block_size} plus targets; use more text or a smaller block_size")
     starts = torch.randint(len(data) - block_size, (batch_size,), generator=generator)
     x = torch.stack([data[i:i + block_size] for i in starts])
     y = torch.stack([data[i + 1:i + 1 + block_size] for i in starts])
@@ -318,10 +318,10 @@ def evaluate(model, data, batch_size, batches=20):
 
 
 def train(model, train_data, val_data, *, steps, batch_size=32, learning_rate=1e-3, eval_interval=100, log=None):
-    """Train by AdamW, at a constant rate. Returns [{step, tokens, seconds, train_loss, val_loss}, ...], one per evaluation.
+    """Train with AdamW at a constant rate. Returns [{step, tokens, seconds, train_loss, val_loss}, ...], one per evaluation.
 
-    seconds counts the training steps only. log(step, record) is called after each step; record is None where nothing was
-    evaluated. Raises RuntimeError where the loss is no longer finite.
+    seconds counts only the training steps. log(step, record) is called after each step; record is None without an evaluation.
+    Raises RuntimeError if the loss is no longer finite.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
@@ -351,7 +351,7 @@ def train(model, train_data, val_data, *, steps, batch_size=32, learning_rate=1e
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Keeping a model, and asking it
+# Saving a model, and using it
 
 CLASSES = {cls.__name__: cls for cls in (Bigram, AttentionOnly, ClassicGPT)}
 
@@ -364,20 +364,20 @@ def save_checkpoint(path, model, tokenizer=None):
 
 
 def is_checkpoint(path):
-    """True where a readable torch file at `path` says that it holds a model of this file."""
+    """True if `path` is a readable torch file that holds a model of this file."""
     try:
         checkpoint = torch.load(path, map_location="meta", weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError):  # torch reads a truncated file as an OSError, too
         raise
-    except Exception:  # whatever it is, it is not ours
+    except Exception:  # not a checkpoint of ours
         return False
     return isinstance(checkpoint, dict) and "classic" in checkpoint
 
 
 def load_checkpoint(path, device="auto"):
-    """(model in eval mode, tokenizer or None) from what `save_checkpoint` wrote. Nothing in the file can run code.
+    """(model in eval mode, tokenizer or None) from a file of `save_checkpoint`. Loading never executes code from the file.
 
-    Raises FileNotFoundError, and ValueError where the file is damaged or holds something else.
+    Raises FileNotFoundError, and ValueError if the file is damaged or holds something else.
     """
     device = choose_device(device)
     try:
@@ -388,7 +388,7 @@ def load_checkpoint(path, device="auto"):
     except (FileNotFoundError, PermissionError, IsADirectoryError):  # torch reads a truncated file as an OSError, too
         raise
     except Exception as error:  # a damaged file fails in whichever part reads it first
-        raise ValueError(f"{path} is no checkpoint of a classic model, or a damaged one "
+        raise ValueError(f"{path} is not a checkpoint of a classic model, or is damaged "
                          f"({type(error).__name__}: {error})") from None
     return model.to(device).eval(), tokenizer
 
@@ -396,12 +396,12 @@ def load_checkpoint(path, device="auto"):
 def complete(source, prompt, max_new_tokens=200, *, temperature=1.0, top_k=None, device="auto"):
     """Load, encode, generate, decode: the prompt with its continuation, as text.
 
-    source: the path of a checkpoint that `save_checkpoint` wrote, or (model, tokenizer), with any model that has nanoGPT's
-    `generate`. Raises ValueError for an empty prompt or one with characters that the tokenizer does not know.
+    source: the path of a checkpoint from `save_checkpoint`, or (model, tokenizer), with any model that has nanoGPT's `generate`.
+    Raises ValueError for an empty prompt or one with characters that the tokenizer does not know.
     """
     model, tokenizer = source if isinstance(source, tuple) else load_checkpoint(source, device)
     if tokenizer is None:
-        raise ValueError(f"{source} carries no tokenizer: load it with load_checkpoint and pass (model, tokenizer)")
+        raise ValueError(f"{source} contains no tokenizer: load it with load_checkpoint and pass (model, tokenizer)")
     idx = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=next(model.parameters()).device)
     was_training = model.training
     model.eval()

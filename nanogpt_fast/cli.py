@@ -1,8 +1,8 @@
-"""The command `nanogpt-fast`, also `python -m nanogpt_fast`: picks a subcommand, and turns errors into one line.
+"""The command `nanogpt-fast`, also `python -m nanogpt_fast`: runs a subcommand, and reports errors in one line.
 
 Nothing heavy is imported before a subcommand is chosen. Every subcommand is a function that takes the words after its name
-and returns an exit status or None. Exit status: 0 done, 2 something in what was asked or found cannot be (one line says
-what), 130 interrupted, 1 a bug (with its traceback).
+and returns an exit status or None. Exit status: 0 success, 2 an error in the arguments or the environment (one line says which),
+130 interrupted, 1 a bug (with its traceback).
 """
 import io
 import os
@@ -11,11 +11,11 @@ import traceback
 from importlib import import_module
 
 COMMANDS = {  # name: (module, function, what it does)
-    "demo": ("commands.demo", "main", "train a small GPT on text that Python carries, and complete a prompt"),
+    "demo": ("commands.demo", "main", "train a small GPT on text that ships with Python, and complete a prompt"),
     "prepare": ("text.prepare", "main", "turn a text into token files: embedded, shakespeare, a file, a folder"),
     "train": ("training.trainer", "run", "train a GPT, with nanoGPT's config files and names"),
     "sample": ("commands.sampling", "sample", "complete a prompt with a trained GPT, or with GPT-2"),
-    "chat": ("commands.sampling", "chat", "complete prompts that you type"),
+    "chat": ("commands.sampling", "chat", "complete the prompts that you type"),
     "ladder": ("commands.ladder", "main", "train the small models from bigram to GPT and compare them"),
     "convert": ("checkpoints.convert", "main", "convert a step-by-step GPT's checkpoint to nanoGPT's layout, and back"),
     "run": ("swap.run", "main", "run a nanoGPT script unedited on the fused kernels"),
@@ -42,13 +42,13 @@ def main(argv=None):
         return 2
     module, function, _ = COMMANDS[argv[0]]
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character is no reason to stop
+        sys.stdout.reconfigure(errors="replace")  # print "?" for characters that the terminal lacks
     try:
         return getattr(import_module(f"nanogpt_fast.{module}"), function)(argv[1:]) or 0
     except KeyboardInterrupt:
         print(f"\nnanogpt-fast {argv[0]}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `nanogpt-fast sample | head`: the reader has seen enough; spare Python's own flush the complaint
+    except BrokenPipeError:  # `nanogpt-fast sample | head`: the reader is done; keep Python's flush at exit from complaining
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
@@ -59,15 +59,15 @@ def main(argv=None):
 
 
 def usage():
-    lines = ["usage: nanogpt-fast COMMAND [...]        (COMMAND --help says more)", ""]
+    lines = ["usage: nanogpt-fast COMMAND [...]        (COMMAND --help for its options)", ""]
     lines += [f"  {name:<10}{about}" for name, (_, _, about) in COMMANDS.items()]
-    return "\n".join(lines + ["", "To begin with: nanogpt-fast train --dataset=embedded",
+    return "\n".join(lines + ["", "To start: nanogpt-fast train --dataset=embedded",
                               "NANOGPT_FAST_TRACEBACK=1 shows where in the code an error was raised."])
 
 
 def is_for_the_user(error):
-    """True for an error whose text is meant to be read by the one who typed the command: this package raised it, or the
-    operating system did, or a GPU is too small. Anything else is a bug, and its traceback is what somebody needs to see."""
+    """True for an error whose text is meant for the user: this package or the operating system raised it, or the GPU ran out of
+    memory. Anything else is a bug, which needs its traceback."""
     if isinstance(error, OSError) or type(error).__name__ == "OutOfMemoryError":
         return True
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename

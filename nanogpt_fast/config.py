@@ -5,7 +5,7 @@ from dataclasses import dataclass
 @dataclass
 class GPTConfig:
     block_size: int = 1024    # T: the longest context, in tokens
-    vocab_size: int = 50304   # V: GPT-2's 50257 padded up to a multiple of 64, which matmuls like
+    vocab_size: int = 50304   # V: GPT-2's 50257 padded to a multiple of 64, for faster matmuls
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768         # C: width of the residual stream; the head size is n_embd / n_head

@@ -9,11 +9,11 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GROUPS = ("nccl", "gloo", "mpi", "ucc")  # torch.distributed's backends
 
-# Below, a step is so short that the casts around its matmuls cost more than bf16 saves. Measured at 12 x 64 tokens, 4 layers, one
-# thread with AMX: 128 wide 46 ms in bf16 and 66 in float32, 64 wide 24 and 28, and 32 wide (2 layers, 4 x 32) 5.2 and 3.2.
+# In narrower models a step is so short that the casts around its matmuls cost more than bf16 saves. Measured at 12 x 64 tokens, 4 layers,
+# one thread with AMX: 128 wide, 46 ms in bf16 and 66 in float32; 64 wide, 24 and 28; 32 wide (2 layers, 4 x 32 tokens), 5.2 and 3.2.
 NARROWEST_IN_BF16 = 128
 
-# Dense (no sparsity) bf16 tensor-core peak in FLOP/s, by a part of the device's name; the first match counts.
+# Dense (no sparsity) bf16 tensor-core peak in FLOP/s, by a part of the device's name; the first match wins.
 BF16_PEAK = (
     ("B200", 2250e12), ("GB200", 2250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12),
     ("GH200", 989e12), ("A100", 312e12), ("A800", 312e12), ("A40", 149.7e12), ("A10", 125e12), ("L40S", 362e12), ("L40", 181e12),
@@ -25,7 +25,7 @@ def choose_device(name="auto"):
     """torch.device for "auto" (the accelerator that torch finds: CUDA, MPS, XPU, ...; else the CPU) or for a name such as
     "cpu", "cuda", "cuda:1", "mps".
 
-    Raises ValueError for a name that is none, RuntimeError where this machine has no such device.
+    Raises ValueError for an invalid name, RuntimeError if this machine has no such device.
     """
     if name == "auto":
         return torch.device(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -37,15 +37,15 @@ def choose_device(name="auto"):
     count = module.device_count() if hasattr(module, "device_count") else 0
     if device.type != "cpu" and (device.index or 0) >= count:
         raise RuntimeError(f"device={name}, but PyTorch {torch.__version__} sees {count or 'no'} {device.type.upper()} device(s) "
-                           "here; device=auto takes what there is")
+                           "here; device=auto uses what is available")
     return device
 
 
 def choose_dtype(name, device, n_embd=0):
-    """torch.dtype for "auto" or a name. n_embd: the width of the model that is to be trained.
+    """torch.dtype for "auto" or a name. n_embd: the width of the model to train.
 
-    auto: bfloat16 on GPUs that compute in it, float16 on older ones; on a CPU bfloat16 where it has instructions for it and the
-    model is wide enough to gain (NARROWEST_IN_BF16); float32 elsewhere.
+    auto: bfloat16 on GPUs that compute in it, float16 on older ones; bfloat16 on a CPU that has instructions for it, if the
+    model is wide enough to gain (NARROWEST_IN_BF16); float32 otherwise.
     """
     if name != "auto":
         return DTYPES[name]
@@ -54,7 +54,7 @@ def choose_dtype(name, device, n_embd=0):
     if device.type != "cuda":
         return torch.float32
     with torch.cuda.device(device):
-        # Emulated bfloat16 (before Ampere) is slower than float16, which those GPUs have in hardware.
+        # GPUs before Ampere only emulate bfloat16, which is slower than the float16 that they have in hardware.
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
@@ -66,11 +66,11 @@ def fast_bfloat16():
 
 
 def why_dtype(n_embd):
-    """Why `auto` takes the dtype that `choose_dtype` gives for a model of this width on a CPU."""
+    """Why `choose_dtype` with `auto` gives its dtype for a model of this width on a CPU."""
     if fast_bfloat16() is None:
-        return "this CPU multiplies no bf16 matrices faster"
+        return "this CPU has no fast bf16 matmul"
     if n_embd < NARROWEST_IN_BF16:
-        return f"bf16 pays from {NARROWEST_IN_BF16} channels on"
+        return f"bf16 is faster only from {NARROWEST_IN_BF16} channels on"
     return f"this CPU has {fast_bfloat16()}; --dtype=float32 for nanoGPT's"
 
 
@@ -87,7 +87,7 @@ def describe(device):
 
 
 def peak_flops(device):
-    """The bf16 matmul peak of a device in FLOP/s, or None where it is not known (a CPU, a GPU not in the table)."""
+    """The bf16 matmul peak of a device in FLOP/s, or None if unknown (a CPU, a GPU not in the table)."""
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
@@ -97,7 +97,7 @@ def peak_flops(device):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together. Alone: rank 0 of 1."""
+    """This process among those that train together. A single process is rank 0 of 1."""
 
     rank: int = 0
     local_rank: int = 0
@@ -116,7 +116,7 @@ class Ranks:
         return tensor
 
     def gather(self, value):
-        """[value of rank 0, value of rank 1, ...] of a picklable object, on every rank."""
+        """[value of rank 0, value of rank 1, ...] on every rank. value: any picklable object."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -126,7 +126,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def ranks(group_backend, device):
-    """`with ranks("nccl", device) as (ranks, device)`: join the processes of torchrun, or be alone without it.
+    """`with ranks("nccl", device) as (ranks, device)`: join torchrun's process group; without torchrun, a single rank.
 
     group_backend: one of GROUPS, or None for nccl on CUDA and gloo elsewhere. Every rank of a machine gets its own GPU.
     """
@@ -143,17 +143,17 @@ def ranks(group_backend, device):
     try:
         yield here, device
     finally:
-        gc.collect()    # a DDP that is freed only at the exit waits with the GIL for gloo's thread, which wants the GIL (PyTorch 2.13)
+        gc.collect()    # a DDP freed only at exit deadlocks: it waits, holding the GIL, for gloo's thread, which needs it (PyTorch 2.13)
         torch.distributed.destroy_process_group()
 
 
 def is_master():
-    """True on the rank that prints; without torchrun always."""
+    """True on the rank that prints; always without torchrun."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def start_reading(tensor):
-    """Copy a small tensor to the host without waiting; returns a function that waits and gives its values as a list."""
+    """Start copying a small tensor to the host; returns a function that waits for the copy and returns the values as a list."""
     if tensor.device.type != "cuda":
         return tensor.tolist
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Write a file so that a crash, a full disk or kill -9 leaves either the old content or the new, never half of each."""
+"""Write a file so that a crash, a full disk or kill -9 leaves either the old content or the new, never a mixture."""
 import contextlib
 import os
 import secrets
@@ -7,10 +7,11 @@ import shutil
 
 @contextlib.contextmanager
 def replacing(path):
-    """`with replacing(path) as f: f.write(...)`: f is a binary file beside `path` that takes its name when the block ends well.
+    """`with replacing(path) as f: f.write(...)`: f is a binary file beside `path`, renamed to `path` when the block succeeds.
 
-    The rename is atomic because both names are in one directory; the fsync before it puts the content on the disk before the
-    name. If the block raises, the former file stays as it was and the temporary one is removed. A link is written through.
+    The rename is atomic because both names are in one directory; the fsync before it ensures that the content reaches the disk
+    first. If the block raises, the previous file is unchanged and the temporary one is removed. If `path` is a symbolic link, its
+    target is replaced.
     """
     path = os.path.realpath(os.fspath(path))
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"

@@ -1,12 +1,12 @@
 """The GPT: nanoGPT's classes, names, initialisation and numbers, on the ops of `nanogpt_fast.ops`.
 
-Read it beside nanoGPT's model.py: what is different is that attention, LayerNorm, the MLP and the loss call an op, which runs
-a fused kernel where one can run and otherwise exactly nanoGPT's PyTorch calls (`backend.py` tells which and why).
+Read it beside nanoGPT's model.py. The difference: attention, LayerNorm, the MLP and the loss each call an op, which runs a fused
+kernel if one can run and otherwise exactly nanoGPT's PyTorch calls (`backend.py` decides which, and reports why).
 
-One thing more is fused on a GPU: the residual add, its dropout and the LayerNorm behind them are one kernel. A block then
-hands on the residual stream and the branch still to be added to it (`Block.fused`) instead of their sum. That path bypasses
-the calls of a few submodules, so it is taken block by block, only where `why_not_fused` finds them untouched: a hook, a
-subclass, a replaced or parametrized submodule always gets the ordinary two lines of `Block.forward`.
+A kernel also fuses the residual add, its dropout and the LayerNorm that follows them. A block then passes on the residual stream
+and the branch still to be added to it (`Block.fused`) instead of their sum. This path bypasses the calls of a few submodules, so each
+block takes it only if `why_not_fused` finds them untouched: with a hook, a subclass, a replaced or parametrized submodule, the block
+runs the ordinary two lines of `Block.forward`.
 
 B batch, T sequence, C = n_embd, H = n_head, D = C / H head size, V = vocab_size.
 """
@@ -25,7 +25,7 @@ from .touched import touched
 class LayerNorm(nn.Module):
     """LayerNorm with an optional bias, eps 1e-5."""
 
-    backend = None  # parsed choice of the model it belongs to; None: no opinion
+    backend = None  # the model's parsed choice; None: no preference
 
     def __init__(self, ndim, bias):
         super().__init__()
@@ -37,7 +37,7 @@ class LayerNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention with one packed projection: rows q, k, v of c_attn."""
+    """Multi-head causal self-attention with one packed projection: c_attn's rows are q, k, v."""
 
     backend = None
     copies = None   # ((c_attn.weight, c_proj.weight), (copy, copy)) while the trainer keeps copies (training/half_weights.py)
@@ -45,7 +45,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head != 0:
-            raise ValueError(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}; every head gets n_embd / n_head channels")
+            raise ValueError(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}; every head has n_embd / n_head channels")
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.attn_dropout = nn.Dropout(config.dropout)
@@ -53,7 +53,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.n_embd = config.n_embd
         self.dropout = config.dropout  # of the attention weights; may be changed later
-        self.flash = True              # False: the (T, T) weights are written out, step by step, as nanoGPT's slow path
+        self.flash = True              # False: materialise the (T, T) weights, as in nanoGPT's slow path
 
     def branch(self, x):
         """The attention without its residual dropout: x (B, T, C) -> (B, T, C)."""
@@ -75,8 +75,8 @@ class MLP(nn.Module):
     """Linear to 4C, GELU, Linear back to C, dropout."""
 
     backend = None
-    # True: the fused op computes GELU again in its backward, and a block keeps 28C bytes a token instead of 36C: of GPT-2
-    # 124M's step of 64 x 1024 tokens 4.8 GB of 24, for 4.8 GB more to write (its time is not measured yet).
+    # True: the fused op recomputes GELU in its backward, and a block keeps 28C bytes per token instead of 36C: for GPT-2 124M and
+    # 64 x 1024 tokens, 4.8 GB less of 24, at the cost of writing 4.8 GB more (the time is not measured yet).
     recompute = False
     copies = None   # ((c_fc.weight, c_proj.weight), (copy, copy)) while the trainer keeps copies (training/half_weights.py)
 
@@ -91,7 +91,7 @@ class MLP(nn.Module):
         """The MLP without its dropout: x (B, T, C) -> (B, T, C)."""
         reason = touched(self.c_fc, nn.Linear) or touched(self.c_proj, nn.Linear) or touched(self.gelu, nn.GELU)
         if reason is not None:
-            _backend.notice_unfused(f"an MLP calls its own modules, not the fused op: {reason}")
+            _backend.notice_unfused(f"an MLP calls its own modules instead of the fused op: {reason}")
             return self.c_proj(self.gelu(self.c_fc(x)))
         return mlp.gelu_mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias,
                             activation="gelu_tanh" if self.gelu.approximate == "tanh" else "gelu",
@@ -118,10 +118,10 @@ class Block(nn.Module):
         return x
 
     def fused(self, x, branch, p):
-        """The same block with each residual add moved into the LayerNorm behind it.
+        """The same block with each residual add fused into the LayerNorm that follows it.
 
-        x (B, T, C) is the residual stream, branch (B, T, C) or None what is still to be added to it, after dropout with
-        probability p. Returns the same three for the next block.
+        x (B, T, C) is the residual stream; branch (B, T, C) or None must still be added to it, after dropout with probability p.
+        Returns the same three for the next block.
         """
         x, h = layer_norm.add_layer_norm(x, branch, self.ln_1.weight, self.ln_1.bias, dropout_p=p, backend=self.ln_1.backend)
         x, h = layer_norm.add_layer_norm(x, self.attn.branch(h), self.ln_2.weight, self.ln_2.bias,
@@ -129,14 +129,14 @@ class Block(nn.Module):
         return x, self.mlp.branch(h), _p(self.mlp.dropout)
 
     def why_not_fused(self):
-        """None where `fused` computes what calling this block would; else why it would not."""
+        """None if `fused` computes what calling this block would, else the reason why not."""
         return (touched(self, Block) or touched(self.ln_1, LayerNorm) or touched(self.ln_2, LayerNorm)
                 or touched(self.attn, CausalSelfAttention) or touched(self.attn.resid_dropout, nn.Dropout)
                 or touched(self.mlp, MLP) or touched(self.mlp.dropout, nn.Dropout))
 
 
 def _copies_of(module, *linears):
-    """The copies that the trainer keeps of the weights of these Linears of `module`; None without, and where one was touched meanwhile."""
+    """The trainer's copies of the weights of these Linears of `module`; None if there are none, or if a Linear was touched since."""
     if module.copies is None:
         return None
     weights, copies = module.copies
@@ -149,7 +149,7 @@ def _linear(x, module, copy, choices):
 
 
 def _p(dropout):
-    """The probability with which an nn.Dropout drops now: obeys a later change of .p and of train/eval."""
+    """The probability with which an nn.Dropout drops now, after any later change of .p or of the train/eval mode."""
     return dropout.p if dropout.training else 0.0
 
 
@@ -157,7 +157,7 @@ class GPT(nn.Module):
     """nanoGPT's GPT. backend: "auto" (default), "fused", "reference", or e.g. "auto,attention=reference"; see backend.py."""
 
     copies = None   # ((lm_head.weight,), (copy,)) while the trainer keeps copies (training/half_weights.py)
-    lookup = None   # called instead of wte while the trainer takes its gradient by row (training/cpu.py)
+    lookup = None   # called instead of wte while the trainer keeps its gradient as rows (training/cpu.py)
 
     def __init__(self, config, backend=None):
         super().__init__()
@@ -171,9 +171,9 @@ class GPT(nn.Module):
             ln_f=LayerNorm(config.n_embd, bias=config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # one Parameter under two names (https://arxiv.org/abs/1608.05859)
+        self.transformer.wte.weight = self.lm_head.weight  # weight tying: one Parameter under two names (https://arxiv.org/abs/1608.05859)
 
-        # The order of these draws is nanoGPT's: the same seed gives the same weights, and the same random state afterwards.
+        # These draws are in nanoGPT's order: the same seed gives the same weights, and the same random state afterwards.
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # 2 n_layer branches are added to the residual stream: keep its variance (GPT-2)
@@ -183,7 +183,7 @@ class GPT(nn.Module):
         print("number of parameters: %.2fM" % (self.get_num_params() / 1e6,))
 
     def set_backend(self, spec):
-        """Choose implementations for this model: see `backend.parse`. None: what the environment variable says, else auto."""
+        """Choose implementations for this model: see `backend.parse`. None: use the environment variable, else auto."""
         choices = _backend.parse(spec)
         for module in self.modules():
             if isinstance(module, (GPT, LayerNorm, CausalSelfAttention, MLP)):
@@ -198,11 +198,11 @@ class GPT(nn.Module):
             torch.nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
     def forward(self, idx, targets=None, return_logits=True):
-        """idx (B, T) int64 token ids; targets (B, T) int64, -1 where there is none.
+        """idx (B, T) int64 token ids; targets (B, T) int64, -1 where a position has none.
 
-        Returns (logits, loss): with targets (B, T, V) and the mean cross-entropy, 0-d; without, (B, 1, V) of the last position
-        and None. return_logits=False: logits are None when there is a loss, and a fused loss then never makes them.
-        Raises ValueError where T > block_size, IndexError (on a CPU) for a token id or target outside the vocabulary.
+        Returns (logits, loss): with targets, (B, T, V) and the mean cross-entropy, 0-d; without, (B, 1, V) for the last position
+        and None. return_logits=False: with targets, logits are None, and a fused loss then never materialises them.
+        Raises ValueError if T > block_size, IndexError (on a CPU) for a token id or target outside the vocabulary.
         """
         b, t = idx.size()
         if t > self.config.block_size:
@@ -213,7 +213,7 @@ class GPT(nn.Module):
             return self.lm_head(x[:, [-1], :]), None
         reason = touched(self.lm_head, nn.Linear) or (None if self.lm_head.bias is None else "lm_head has a bias")
         if reason is not None:
-            _backend.notice_unfused(f"the vocabulary head is called as it is, not the fused loss: {reason}")
+            _backend.notice_unfused(f"the vocabulary head's own module is called instead of the fused loss: {reason}")
             logits = self.lm_head(x)                                                # (B, T, V)
             loss = nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
             return logits if return_logits else None, loss
@@ -244,10 +244,10 @@ class GPT(nn.Module):
         return x, branch, p
 
     def _runs_fused(self, block, x):
-        """Whether a block's residual adds move into its LayerNorms: a kernel has to do it, and nothing may have been touched."""
+        """Whether a block's residual adds are fused into its LayerNorms: a kernel must be able to, and nothing may be touched."""
         if _backend.choice("layer_norm", self.backend) == "reference":
             return False
-        reason = block.why_not_fused() if isinstance(block, Block) else f"{type(block).__name__} stands where Block did"
+        reason = block.why_not_fused() if isinstance(block, Block) else f"{type(block).__name__} replaces Block"
         if reason is not None:
             _backend.notice_unfused(f"a block runs unfused: {reason}")
             return False
@@ -261,7 +261,7 @@ class GPT(nn.Module):
         return layer_norm.add_layer_norm(x, branch, ln_f.weight, ln_f.bias, dropout_p=p, backend=ln_f.backend)[1]
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters. non_embedding leaves out the positions; the token embedding counts, it is the head's weight too."""
+        """Number of parameters. non_embedding excludes the position embedding; the token embedding counts, since it is the head's weight."""
         n_params = sum(p.numel() for p in self.parameters())
         return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
 
@@ -276,8 +276,8 @@ class GPT(nn.Module):
     def from_pretrained(cls, model_type, override_args=None, *, activation=None, backend=None):
         """GPT-2's weights: `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`, or a folder written by transformers' save_pretrained.
 
-        override_args: only {"dropout": p}. activation: "gelu" (erf) or "gelu_tanh"; None is nanoGPT's erf for the four names
-        (OpenAI trained them with tanh, which is a little closer), and what the folder's config.json says for a folder.
+        override_args: only {"dropout": p}. activation: "gelu" (erf) or "gelu_tanh"; None means nanoGPT's erf for the four names
+        (OpenAI trained them with tanh, which is slightly more accurate), and the config.json's choice for a folder.
         """
         from .checkpoints.huggingface import load_gpt2
         config, state_dict = load_gpt2(model_type, override_args or {}, activation)
@@ -291,14 +291,14 @@ class GPT(nn.Module):
         write_folder(self, folder)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW in two groups: tensors of two and more dimensions decay, biases and LayerNorm weights do not."""
+        """AdamW in two groups: tensors of two or more dimensions decay, biases and LayerNorm weights do not."""
         trained = [p for p in self.parameters() if p.requires_grad]
         decay = [p for p in trained if p.dim() >= 2]
         nodecay = [p for p in trained if p.dim() < 2]
         groups = [{"params": decay, "weight_decay": weight_decay}, {"params": nodecay, "weight_decay": 0.0}]
         print(f"num decayed parameter tensors: {len(decay)}, with {sum(p.numel() for p in decay):,} parameters")
         print(f"num non-decayed parameter tensors: {len(nodecay)}, with {sum(p.numel() for p in nodecay):,} parameters")
-        # The fused step is one loop over all tensors instead of several kernels for each: 148 tensors at GPT-2 124M.
+        # The fused step is one loop over all tensors instead of several kernels for each; GPT-2 124M has 148 tensors.
         fused = "fused" in inspect.signature(torch.optim.AdamW).parameters and device_type in ("cuda", "cpu")
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, **(dict(fused=True) if fused else {}))
         print(f"using fused AdamW: {fused}")
@@ -311,20 +311,20 @@ class GPT(nn.Module):
         return 6 * self.get_num_params() + 12 * cfg.n_layer * cfg.n_head * (cfg.n_embd // cfg.n_head) * T
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):
-        """Model FLOPs utilisation in units of an A100's bf16 peak (312 TFLOP/s), as nanoGPT reports it, whatever the machine.
+        """Model FLOPs utilisation relative to an A100's bf16 peak (312 TFLOP/s), as nanoGPT reports it, on any machine.
 
-        fwdbwd_per_iter: sequences an iteration; dt: seconds an iteration.
+        fwdbwd_per_iter: sequences per iteration; dt: seconds per iteration.
         """
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter * (1.0 / dt) / 312e12
 
     def estimate_hardware_mfu(self, fwdbwd_per_iter, dt, device=None):
-        """The same share of the peak of the GPU that is really there, or None where its peak is not known."""
+        """The same relative to the peak of the actual GPU, or None if that is unknown."""
         device = next(self.parameters()).device if device is None else torch.device(device)
         peak = devices.peak_flops(device)
         return None if peak is None else self.estimate_mfu(fwdbwd_per_iter, dt) * 312e12 / peak
 
     def why_not_cached(self):
-        """None where generation with a key-value cache computes what calling this model would; else why it would not."""
+        """None if generation with a key-value cache computes what calling this model would, else the reason why not."""
         if type(self).forward is not GPT.forward or touched(self, type(self)) is not None:
             return touched(self, GPT)
         t = self.transformer
@@ -346,8 +346,8 @@ class GPT(nn.Module):
         """Complete idx (B, T) int64 by max_new_tokens tokens -> (B, T + max_new_tokens).
 
         temperature divides the logits (0: greedy); top_k keeps the k most likely tokens and all that tie with the k-th.
-        The model's train/eval mode is left alone: call .eval() first. More keywords than nanoGPT's (top_p, min_p, stop, seed,
-        rng, num_samples, stream, use_cache; a list of prompts of different lengths) are told in `generation.generate`.
+        The model's train/eval mode does not change: call .eval() first. `generation.generate` documents the keywords beyond nanoGPT's
+        (top_p, min_p, stop, seed, rng, num_samples, stream, use_cache) and lists of prompts of different lengths.
         """
         from .generation import generate
         return generate(self, idx, max_new_tokens, temperature=temperature, top_k=top_k, **more)
@@ -358,7 +358,7 @@ def _add(x, branch, p):
 
 
 def check_config(config):
-    """ValueError naming the field that cannot be."""
+    """Raise ValueError, naming the field, if one is invalid."""
     for name in ("block_size", "vocab_size", "n_head", "n_embd"):
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:

@@ -1,4 +1,4 @@
-"""Options: a dataclass says what can be set; config files and the command line set it, as in nanoGPT.
+"""Options: a dataclass declares them; config files and the command line set them, as in nanoGPT.
 
     @dataclass
     class TrainOptions:
@@ -9,8 +9,8 @@
 
 Three layers, each overriding the one before: the defaults; config files, which are Python and run with the options as their
 globals (so `lr_decay_iters = max_iters` works); `--key=value` or `--key value`, in the order given. A dash in a key counts
-as an underscore, a bare `--flag` sets a bool. Everything that is not understood raises ValueError with one line that says
-what was passed, what is accepted and which key is nearest.
+as an underscore, a bare `--flag` sets a bool. Anything invalid raises ValueError with one line that says what was passed, what is
+accepted and which key is nearest.
 """
 import dataclasses
 import difflib
@@ -25,11 +25,11 @@ from ast import literal_eval
 
 def option(default, help, *, minimum=None, maximum=None, above=None, below=None, choices=None, alias=None, section=None,
            positional=False):
-    """A dataclass field with its meaning and its limits.
+    """A dataclass field with its help text and its limits.
 
     minimum, maximum: inclusive limits; above, below: exclusive ones. choices: the accepted values. alias: a second name on
-    the command line. section: a heading of the help text, which this field opens. positional: a bare word of the command
-    line sets this field, the first word the first such field; where there is none, bare words are config files.
+    the command line. section: a heading in the help text that starts at this field. positional: bare words of the command line
+    set the positional fields in order; if a class has none, bare words are config files.
     """
     return dataclasses.field(default=default, metadata=dict(
         help=help, minimum=minimum, maximum=maximum, above=above, below=below, choices=choices, alias=alias, section=section,
@@ -37,10 +37,10 @@ def option(default, help, *, minimum=None, maximum=None, above=None, below=None,
 
 
 def parse(cls, argv, prog):
-    """An instance of the dataclass `cls` from command-line words. Prints the help text and exits with 0 at -h or --help.
+    """An instance of the dataclass `cls` from command-line words. -h or --help prints the help text and exits with 0.
 
-    Raises ValueError on unknown keys, wrong types and values out of range, and what `cls.__post_init__` raises;
-    FileNotFoundError where a config file is missing.
+    Raises ValueError for unknown keys, wrong types and values out of range, whatever `cls.__post_init__` raises, and
+    FileNotFoundError if a config file is missing.
     """
     if "-h" in argv or "--help" in argv:
         print(help_text(cls, prog))
@@ -48,7 +48,7 @@ def parse(cls, argv, prog):
     kinds = _kinds(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     aliases = {field.metadata["alias"]: name for name, field in fields.items() if field.metadata.get("alias")}
-    positional = _positional(cls)  # bare words go to these in turn; where there are none, a bare word is a config file
+    positional = _positional(cls)  # bare words set these in order; without any, a bare word is a config file
     waiting = list(positional)
     values = {name: field.default for name, field in fields.items()}
 
@@ -62,7 +62,7 @@ def parse(cls, argv, prog):
             elif not positional:
                 _run_config(word, values, kinds)
             else:
-                raise ValueError(f"{word!r} is one word too many; usage: {prog} {' '.join(positional)} [--key=value ...]")
+                raise ValueError(f"{word!r} is one argument too many; usage: {prog} {' '.join(positional)} [--key=value ...]")
             continue
         key, equals, text = word[2:].partition("=")
         name = key.replace("-", "_")
@@ -86,7 +86,7 @@ def parse(cls, argv, prog):
 
 
 def check(options):
-    """Raise ValueError unless every field of this dataclass instance has its type and lies within its limits."""
+    """Raise ValueError unless every field of this dataclass instance has its type and is within its limits."""
     kinds = _kinds(type(options))
     for field in dataclasses.fields(options):
         value = _conform(getattr(options, field.name), field.name, kinds[field.name])
@@ -125,17 +125,17 @@ def _positional(cls):
 
 
 def nearest(name, names):
-    """Which of these names is spelled most like `name`."""
+    """The one of these names whose spelling is closest to `name`."""
     return difflib.get_close_matches(name, list(map(str, names)), n=1, cutoff=0.0)[0]
 
 
 def _run_config(path, values, kinds):
-    """Run a config file with the options as its globals and take back what it set, in place."""
+    """Run a config file with the options as its globals, and update `values` with what it set."""
     try:
         with open(path, encoding="utf-8") as file:
             source = file.read()
     except FileNotFoundError:
-        raise FileNotFoundError(f"no config file {path!r}; options are written --key=value, and a bare word is a config file"
+        raise FileNotFoundError(f"no config file {path!r}; write options as --key=value, a bare word is read as a config file"
                                 ) from None
     scope = {**values, "__file__": path, "__name__": "__config__"}
     try:
@@ -147,12 +147,12 @@ def _run_config(path, values, kinds):
         if name in values:
             values[name] = _conform(value, name, kinds[name], f"{path}: ")
         elif not name.startswith("_") and isinstance(value, (int, float, str)):
-            # A helper of the file's own is fine, as upstream has it; a slip of the pen is not.
+            # A helper variable is fine, as in nanoGPT's config files; a misspelled option is not.
             near = nearest(name, values)
             if difflib.SequenceMatcher(None, name, near).ratio() > 0.7:
                 raise ValueError(f"{path}: unknown option {name}; the nearest is {near} "
-                                 f"(a helper of your own: name it _{name})")
-            print(f"{path}: {name} is no option and sets nothing (the nearest is {near})", file=sys.stderr)
+                                 f"(if it is a helper variable, name it _{name})")
+            print(f"{path}: {name} is not an option and sets nothing (the nearest is {near})", file=sys.stderr)
 
 
 def _line_in(traceback, path):
@@ -164,13 +164,8 @@ def _line_in(traceback, path):
     return line
 
 
-def _flag_words(field):
-    """What may follow `--flag` as its value; any other word stands for itself."""
-    return {str(choice).lower() for choice in field.metadata.get("choices") or ()} | {"true", "false"}
-
-
 def _from_text(text, name, kinds):
-    """The value that a word of the command line means for a field of these types."""
+    """Convert a command-line word to a field of these types."""
     if bool in kinds and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if types.NoneType in kinds and text.lower() in ("none", ""):
@@ -185,7 +180,7 @@ def _from_text(text, name, kinds):
 
 
 def _conform(value, name, kinds, where=""):
-    """The value, as one of the types: an int becomes a float where a float is expected. Raises ValueError."""
+    """The value as one of these types; an int becomes a float if a float is expected. Raises ValueError."""
     if type(value) in kinds:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{where}{name} is {value}; expected a finite number")
@@ -214,12 +209,12 @@ def _check_range(value, field, kinds):
 
 
 def _words(field):
-    """The words among the choices of a field: "auto" beside True and False."""
+    """The choices of a field that are strings, such as "auto" beside True and False."""
     return [choice for choice in field.metadata.get("choices") or () if isinstance(choice, str)]
 
 
 def _accepts(field, kinds):
-    """What a field takes, in words: "int, at least 1"."""
+    """The values that a field accepts, in words: "int, at least 1"."""
     limits = field.metadata
     if limits.get("choices"):
         return " | ".join(str(choice) for choice in limits["choices"])

@@ -1,7 +1,7 @@
-"""The ops in plain PyTorch: the oracle that every kernel is checked against, and the path that runs without kernels.
+"""The ops in plain PyTorch: the oracle against which every kernel is checked, and the path that runs without kernels.
 
 Each function makes exactly the PyTorch calls that nanoGPT makes, in the same order, so that on a CPU the whole model equals
-nanoGPT bit for bit. Cast the inputs to float64 and the same functions are the oracle of the tests.
+nanoGPT bit for bit. With float64 inputs the same functions are the tests' oracle.
 
 B batch, T sequence, C = n_embd width, H = n_head heads, D = C / H head size, V vocabulary.
 """
@@ -19,7 +19,7 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
 
 def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0):
-    """x <- x + dropout(branch); returns (x, layer_norm(x)). branch (..., C) or None (then x is returned as it came)."""
+    """x <- x + dropout(branch); returns (x, layer_norm(x)). branch (..., C) or None (then x is returned unchanged)."""
     if branch is not None:
         x = x + F.dropout(branch, dropout_p, training=dropout_p > 0)
     return x, layer_norm(x, weight, bias, eps)
@@ -38,7 +38,7 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None):
 
 
 def causal_attention_manual(q, k, v, *, dropout_p=0.0, scale=None):
-    """The same, with the (Tq, Tk) matrix of weights written out: what nanoGPT does when `attn.flash` is False."""
+    """The same, with the (Tq, Tk) attention weights materialised, as nanoGPT does when `attn.flash` is False."""
     Tq, Tk = q.size(-2), k.size(-2)
     scale = 1.0 / math.sqrt(k.size(-1)) if scale is None else scale
     att = (q @ k.transpose(-2, -1)) * scale                                             # (B, H, Tq, Tk)
@@ -63,7 +63,7 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, attend
 
 
 def activation(x, name="gelu"):
-    """"gelu" x * Phi(x) by erf; "gelu_tanh" its tanh form (GPT-2's weights from OpenAI); "relu"."""
+    """"gelu" x * Phi(x) by erf; "gelu_tanh" its tanh approximation (OpenAI's GPT-2 weights); "relu"."""
     if name == "relu":
         return F.relu(x)
     return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")

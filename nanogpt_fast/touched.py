@@ -1,20 +1,21 @@
-"""Is a module exactly ours? What the fused paths ask before they bypass the call of a module, and what says why they step aside."""
+"""Is a module exactly ours? The fused paths check this before they bypass a module's call, and report the reason if they cannot."""
 import torch
 import torch.nn as nn
 from torch.nn.modules import module as _nn_module
 
 
 def touched(module, cls):
-    """None where calling `module` is exactly cls.forward on plain parameters; else what somebody did to it, as text.
+    """None if calling `module` is exactly cls.forward on plain parameters, else what was changed, as text.
 
-    Seen are: another class (a replacement, a subclass, nn.utils.parametrize), a hook of any kind, a `forward` set on the
+    Detected are: another class (a replacement, a subclass, nn.utils.parametrize), a hook of any kind, a `forward` set on the
     instance, a parameter that is a tensor subclass (DTensor, a quantized weight).
     """
     own = type(module)
     if own is not cls:
-        # swap makes classes that stand for ours. `itself` tells one from what was built on it; torch.compile can trace no vars(class).
+        # nanogpt_fast.swap creates classes that stand for ours; `itself` tells such a class from a subclass of it (vars(class) would,
+        # too, but torch.compile cannot trace it).
         if getattr(own, "itself", None) is not own or getattr(own, "stands_for", None) is not cls:
-            return f"{own.__name__} stands where {cls.__name__} did"
+            return f"{own.__name__} replaces {cls.__name__}"
         if (reason := module.changed()) is not None:
             return reason
     if (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

@@ -193,7 +193,7 @@ def test_a_batch_is_windows_of_the_data_and_the_same_moved_by_one():
     assert torch.equal(y, x + 1) and torch.equal(x - x[:, :1], torch.arange(8).expand(50, 8))
     x, y = classic.get_batch(torch.arange(9), 20, 8)  # one window alone fits
     assert x.unique(dim=0).tolist() == [list(range(8))] and y.max() == 8
-    with pytest.raises(ValueError, match="8 tokens hold no window of block_size 8"):
+    with pytest.raises(ValueError, match="8 tokens are too few for block_size 8"):
         classic.get_batch(torch.arange(8), 1, 8)
 
 
@@ -259,7 +259,7 @@ def test_a_file_that_is_no_checkpoint_of_ours_is_named(tmp_path, content):
     path = tmp_path / "model.pt"
     path.write_bytes(content) if content is not None else torch.save({"model": {}}, path)
     assert not classic.is_checkpoint(path)
-    with pytest.raises(ValueError, match="model.pt is no checkpoint of a classic model"):
+    with pytest.raises(ValueError, match="model.pt is not a checkpoint of a classic model"):
         classic.load_checkpoint(path)
     with pytest.raises(FileNotFoundError):
         classic.load_checkpoint(tmp_path / "absent.pt")
@@ -284,5 +284,5 @@ def test_a_prompt_outside_the_vocabulary_names_the_character():
 
 def test_completing_without_a_tokenizer_says_so(tmp_path):
     classic.save_checkpoint(tmp_path / "model.pt", build())
-    with pytest.raises(ValueError, match="carries no tokenizer"):
+    with pytest.raises(ValueError, match="contains no tokenizer"):
         classic.complete(tmp_path / "model.pt", "the")

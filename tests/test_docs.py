@@ -37,7 +37,7 @@ def test_every_snippet_of_hacking_runs_in_one_session():
     environment.pop("NANOGPT_FAST_BACKEND", None)
     done = subprocess.run([sys.executable, "-c", RUN, str(HACKING)], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "RotaryAttention stands where CausalSelfAttention did" in done.stdout and "the kernel takes float32" in done.stdout
+    assert "RotaryAttention replaces CausalSelfAttention" in done.stdout and "the kernel takes float32" in done.stdout
 
 
 def test_the_tests_that_hacking_tells_to_copy_exist():

@@ -134,7 +134,7 @@ def test_a_helper_variable_of_a_config_file_is_ignored_with_a_word(tmp_path, cap
     config = tmp_path / "config.py"
     config.write_text("tokens = 5\neval_interval = tokens * 2\n")
     assert parse(str(config)).eval_interval == 10
-    assert "tokens is no option" in capsys.readouterr().err
+    assert "tokens is not an option" in capsys.readouterr().err
 
 
 def test_a_missing_config_file_is_named():
@@ -184,7 +184,7 @@ def test_positional_fields_take_bare_words_in_turn():
     parsed = options.parse(Named, ["my.txt", "--seed=2", "out.txt"], "prog")
     assert (parsed.source, parsed.target, parsed.seed) == ("my.txt", "out.txt", 2)
     assert options.help_text(Named, "prog").startswith("usage: prog source target [--key=value")
-    with pytest.raises(ValueError, match="'c' is one word too many; usage: prog source target"):
+    with pytest.raises(ValueError, match="'c' is one argument too many; usage: prog source target"):
         options.parse(Named, ["a", "b", "c"], "prog")
 
 
