@@ -2,7 +2,7 @@
 
 What a block and its attention take and return has changed with almost every release:
 
-    releases      cache argument     the cache is     block called   block returns                  besides
+    releases      cache argument     the cache is     block called   block returns                  also
     4.45 - 4.51   layer_past         (k, v) or None   by keywords    (h, present, ...) with         head_mask; the attention
                                                                      use_cache, else (h, ...)       returns present, too
     4.52          past_key_value     a Cache          by keywords    (h,)                           cache_position, head_mask
@@ -13,14 +13,13 @@ What a block and its attention take and return has changed with almost every rel
     5.4 - 5.23    past_key_values    a Cache          by position    h                              attn.scaling
     5.24 -        cache              a Cache          by position    h                              attn.scaling
 
-Under gradient checkpointing, blocks were called by position in 4.45 to 4.52, too. Decorators accept an older name of the cache
-for a few releases. Up to 5.3 there are mask buffers, bias and masked_bias, which only the "eager" attention reads, and "sdpa"
-scales by 1/sqrt(D) whatever scale_attn_weights and scale_attn_by_inverse_layer_idx say; from 5.4 it takes attn.scaling.
+With gradient checkpointing, 4.45 to 4.52 call blocks by position, too. Decorators accept the older names of the cache argument for a
+few releases. Up to 5.3 there are two mask buffers, bias and masked_bias, which only the "eager" attention reads, and "sdpa" scales by
+1/sqrt(D) and ignores scale_attn_weights and scale_attn_by_inverse_layer_idx; from 5.4 on it uses attn.scaling.
 
-Hence nothing here depends on a version. Arguments are bound by the module's own signature; the cache is found under any of its
-names; what PyTorch's attention does not read is passed on unread. The trial (trial.py) runs the module's own forward with and
-without a cache and records the form of what it returns; `fast` returns that form. A form that is not understood is a reason not
-to swap.
+So nothing here tests for a version. Arguments are bound by the module's own signature; the cache is found under any of its names;
+arguments that PyTorch's attention ignores are passed on unread. The trial (trial.py) runs the module's own forward with and without a
+cache and records the form of what it returns; `fast` returns the same form. A module that returns an unknown form is not swapped.
 
 B batch, T sequence, C = n_embd, H = n_head, D = C / H head size.
 """
@@ -39,29 +38,29 @@ CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 MASK_BUFFERS = ("bias", "masked_bias")      # up to 5.3
 
-# What transformers' attention function for "sdpa" reads of the further keywords that reach it from a call of the model.
+# Of the extra keywords that a call of the model passes down, those that transformers' attention function for "sdpa" reads.
 READ_BY_SDPA = ("is_causal", "scaling", "dropout", "position_bias", "softcap")
 
 
 def parameters(forward):
-    """The names of a forward's parameters without self, in order; of the function behind its decorators."""
+    """The names of a forward's parameters without self, in order; decorators are looked through."""
     return tuple(name for name, parameter in inspect.signature(forward).parameters.items()
                  if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)[1:]
 
 
 def cache_name(forward):
-    """The name under which a forward takes its cache now, or None."""
+    """The name of the parameter that takes a forward's cache, or None."""
     return next((name for name in CACHES if name in parameters(forward)), None)
 
 
 class FromTransformers(Swapped):
-    """Binds a call by the own forward's signature, and returns what the own forward returns."""
+    """Binds arguments by the own forward's signature, and returns results in the form that the own forward returns."""
 
     def inputs(self, args, keywords):
         return (self.bound(args, keywords),)
 
     def why_not_bound(self, args, keywords):
-        """The own forward raises what it raises."""
+        """Where the arguments do not fit, the own forward runs and raises its own error."""
         if len(args) > len(self._names) or not self._open and any(name not in self._names for name in keywords):
             return "arguments that its forward does not have"
         if "hidden_states" not in self.bound(args, keywords):
@@ -75,21 +74,21 @@ class FromTransformers(Swapped):
 
 
 def form(result):
-    """What a forward returned, in words: "h" is a tensor; ("h", "present", "none") a tuple of one, a (k, v) and a None."""
+    """The form of a result: "h" for a tensor; ("h", "present", "none") for a tuple of a tensor, a pair (k, v) and None."""
     if torch.is_tensor(result):
         return "h"
     if not isinstance(result, tuple) or not result or not torch.is_tensor(result[0]):
-        raise TypeError(f"it returns a {type(result).__name__} that is not known")
+        raise TypeError(f"it returns a {type(result).__name__}, expected a tensor or a tuple that begins with one")
     names = ["h"]
     for item in result[1:]:
         if item is not None and not (isinstance(item, tuple) and len(item) == 2 and all(map(torch.is_tensor, item))):
-            raise TypeError(f"it returns a {type(item).__name__} besides its result")
+            raise TypeError(f"it also returns a {type(item).__name__}, expected a pair of tensors or None")
         names.append("none" if item is None else "present")
     return tuple(names)
 
 
 class GPT2Attention(FromTransformers):
-    """c_attn is a Conv1D, keys and values may go into a cache: (B, T, C) -> (B, T, C) and what the release adds to it."""
+    """c_attn is a Conv1D, and keys and values may go into a cache: (B, T, C) -> (B, T, C), with what the release returns beside it."""
 
     part = "attention"
     obeyed = ("scaling", "layer_idx")
@@ -114,18 +113,18 @@ class GPT2Attention(FromTransformers):
                 return f"a {type(cache).__name__}"
             if cache.get_seq_length(self.layer_idx) > 0:
                 return "past key values"
-        return parts._why_not_packed(call["hidden_states"], self.head_dim, self._scale(), self.backend,
+        return parts._packed_why_not(call["hidden_states"], self.head_dim, self._scale(), self.backend,
                                      nano._p(self.attn_dropout))
 
     def _scale(self):
-        return getattr(self, "scaling", None)                                       # None is 1/sqrt(D)
+        return getattr(self, "scaling", None)                                       # None means 1/sqrt(D)
 
     def fast(self, call):
         qkv = self.c_attn(call["hidden_states"])                                    # (B, T, 3C)
         cache, present, use_cache = _cache(call), None, call.get("use_cache") is True
         if cache is not None or use_cache and "layer_past" in self._names:
             _, *present = reference.split_heads(qkv, self.num_heads)                # k and v (B, H, T, D)
-        if cache is not None:                                                       # empty: this is the prompt
+        if cache is not None:                                                       # empty (see why_not): this is the prompt
             cache.update(*present, self.layer_idx)
         y = attention.causal_attention_qkvpacked(qkv, self.num_heads, dropout_p=nano._p(self.attn_dropout),
                                                  scale=self._scale(), backend=self.backend)
@@ -133,7 +132,7 @@ class GPT2Attention(FromTransformers):
 
 
 def _cache(call):
-    """The cache that was passed, under whichever name."""
+    """The cache that was passed, under any of its names; or None."""
     for name in CACHES:
         if call.get(name) is not None:
             return call[name]
@@ -141,7 +140,7 @@ def _cache(call):
 
 
 class GPT2Mlp(parts.Mlp):
-    """GPT2MLP. A Conv1D's weight is (in, out), the op's (out, in): a view, made contiguous by the cast."""
+    """GPT2MLP. A Conv1D's weight is (in, out), the op takes (out, in): a transposed view, which the cast makes contiguous."""
 
     def why_not_fused(self):
         conv = _conv1d()
@@ -161,7 +160,7 @@ def _conv1d():
     return Conv1D
 
 
-_conv1d._dynamo_marked_constant = True      # torch.compile keeps the answer instead of tracing the import
+_conv1d._dynamo_marked_constant = True      # torch.compile keeps the result instead of tracing the import
 
 
 class GPT2Block(FromTransformers, parts.Block):
@@ -171,7 +170,7 @@ class GPT2Block(FromTransformers, parts.Block):
         return self.ln_1, self.ln_2
 
     def why_not_fused(self):
-        return parts._norm_touched(self.ln_2)
+        return parts._norm_why_not_fused(self.ln_2)
 
     def why_not(self, call):
         if call.get("encoder_hidden_states") is not None or call.get("output_attentions"):
@@ -180,7 +179,7 @@ class GPT2Block(FromTransformers, parts.Block):
 
     def fast(self, call):
         hidden_states, use_cache = call["hidden_states"], bool(call.get("use_cache"))
-        call = {name: value for name, value in call.items()     # the last two are None, or not read
+        call = {name: value for name, value in call.items()     # the encoder's two are None or not read
                 if name not in ("hidden_states", "encoder_hidden_states", "encoder_attention_mask")}
         attended = self.attn(self.ln_1(hidden_states), **call)
         x, h = layer_norm.add_layer_norm(hidden_states, attended[0], self.ln_2.weight, self.ln_2.bias, eps=self.ln_2.eps,

@@ -1,7 +1,7 @@
-"""The parts of a GPT on the ops: a class a part and a layout (nanoGPT's, separate q, k and v; transformers' are in gpt2.py).
+"""The parts of a GPT on the ops: one class per part and layout (nanoGPT's; separate q, k and v; transformers' are in gpt2.py).
 
-Each says `why_not`, why a call has to take the module's own forward, and `fast`, the formula that takes its place. swapped.py
-makes of such a class and a module's own class the one that the module gets.
+Each has `why_not`, which says why a call has to take the module's own forward, and `fast`, the formula that replaces it. swapped.py
+combines this class with the module's own and assigns the result to `__class__`.
 
 B batch, T sequence, C = n_embd, H = n_head, D = C / H head size.
 """
@@ -14,42 +14,41 @@ from ..touched import touched
 from .swapped import Swapped
 
 
-def _why_reference(op, candidates, choices, args):
-    """None where a kernel runs `op` for these arguments, else why none does. Raises under "fused", as the op would."""
+def _kernel_why_not(op, candidates, choices, args):
+    """None if a kernel runs `op` for these arguments, else why none does. Raises under "fused", as the op would."""
     if _backend.choose(op, candidates, choices, args) != "reference":
         return None
     if _backend.choice(op, choices) == "reference":
         return "backend='reference'"
-    return next((reason for reason in (why_not(*args) for _, why_not in candidates) if reason),
-                "no kernel was chosen")
+    return next(filter(None, (why_not(*args) for _, why_not in candidates)), "no kernel was chosen")
 
 
 # LayerNorm
 
 class Norm(Swapped):
-    """A LayerNorm over the last dimension: nn.LayerNorm's attributes."""
+    """A LayerNorm over the last dimension, with nn.LayerNorm's attributes."""
 
     part = "layer_norm"
     obeyed = ("weight", "bias", "eps")
 
     def why_not(self, input):
-        return _why_reference("layer_norm", layer_norm.CANDIDATES, self.backend, (input, self.weight, self.bias))
+        return _kernel_why_not("layer_norm", layer_norm.CANDIDATES, self.backend, (input, self.weight, self.bias))
 
     def fast(self, input):
         return layer_norm.layer_norm(input, self.weight, self.bias, eps=getattr(self, "eps", 1e-5), backend=self.backend)
 
 
 class NanoNorm(Norm, nano.LayerNorm):
-    """nanoGPT's own, or an nn.LayerNorm of eps 1e-5, which is the same: model.py's Block takes either into its fused path."""
+    """nanoGPT's own, or an nn.LayerNorm with eps 1e-5, which computes the same: model.py's Block runs either in its fused path."""
 
     obeyed = ("weight", "bias")
 
 
 # Attention
 
-def _why_not_packed(x, D, scale, choices, dropout_p):
-    """As `_why_reference`, asked before the projection: x (B, T, C) stands for the packed q, k and v made of it."""
-    return _why_reference("attention", attention.CANDIDATES, choices,
+def _packed_why_not(x, D, scale, choices, dropout_p):
+    """`_kernel_why_not` before the projection runs: x (B, T, C) stands for the packed q, k and v computed from it."""
+    return _kernel_why_not("attention", attention.CANDIDATES, choices,
                           (x, autocast_dtype(x), D, scale, choices, dropout_p))
 
 
@@ -67,7 +66,7 @@ class NanoAttention(Swapped, nano.CausalSelfAttention):
         return self.dropout if self.training else 0.0
 
     def why_not(self, x):
-        return _why_not_packed(x, self.n_embd // self.n_head, None, self.backend, self._attention_p())
+        return _packed_why_not(x, self.n_embd // self.n_head, None, self.backend, self._attention_p())
 
     def branch(self, x):
         y = attention.causal_attention_qkvpacked(self.c_attn(x), self.n_head, dropout_p=self._attention_p(), backend=self.backend)
@@ -78,7 +77,7 @@ class NanoAttention(Swapped, nano.CausalSelfAttention):
 
 
 class PackedAttention(NanoAttention):
-    """The same where the rate is that of the module attn_dropout, or 0 where there is none: minGPT, build-nanogpt."""
+    """The same with the rate of the module attn_dropout, or 0 without one: minGPT, build-nanogpt."""
 
     obeyed = ()
 
@@ -94,7 +93,7 @@ class SeparateAttention(Swapped):
 
     def why_not(self, x):
         heads = x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)                  # (B, H, T, D), for each of q, k and v
-        return _why_reference("attention", attention.SEPARATE_CANDIDATES, self.backend,
+        return _kernel_why_not("attention", attention.SEPARATE_CANDIDATES, self.backend,
                               (heads, heads, heads, autocast_dtype(heads), None, self.backend, nano._p(self.attn_drop)))
 
     def fast(self, x):
@@ -108,18 +107,18 @@ class SeparateAttention(Swapped):
 # MLP
 
 class Mlp(Swapped):
-    """Linear, activation, Linear, dropout. Each subclass says where they are."""
+    """Linear, activation, Linear, dropout. Each subclass knows where they are."""
 
     part = "mlp"
 
     def why_not(self, x):
-        return self.why_not_fused() or _why_reference("mlp", mlp.CANDIDATES, self.backend, (x, *self.weights()))
+        return self.why_not_fused() or _kernel_why_not("mlp", mlp.CANDIDATES, self.backend, (x, *self.weights()))
 
 
 class NanoMlp(Mlp, nano.MLP):
     """c_fc, an activation, c_proj, dropout. The activation is a module of any name, or a function that the forward calls."""
 
-    _activation = "gelu"        # which of the op's it is, the trial finds out: a subclass for each
+    _activation = "gelu"        # one subclass per activation of the op; the trial finds out which one fits
     dropouts = ("dropout",)
 
     def _act(self):
@@ -129,20 +128,20 @@ class NanoMlp(Mlp, nano.MLP):
     def watched_children(self):
         return [name for name, _ in [self._act()] if name is not None]
 
-    def _linears_touched(self):
+    def _branch_why_not(self):
         _, act = self._act()
         return (touched(self.c_fc, nn.Linear) or touched(self.c_proj, nn.Linear)
                 or (None if act is None else touched(act, type(act))))
 
     def why_not_fused(self):
-        return self._linears_touched() or touched(self.dropout, nn.Dropout)
+        return self._branch_why_not() or touched(self.dropout, nn.Dropout)
 
     def weights(self):
         return self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
 
     def branch(self, x):
-        """Without the dropout: what a fused block calls."""
-        if self._linears_touched() is not None:
+        """The MLP without its dropout, which is what a fused block calls."""
+        if self._branch_why_not() is not None:
             h, (_, act) = self.c_fc(x), self._act()
             return self.c_proj(reference.activation(h, self._activation) if act is None else act(h))
         return mlp.gelu_mlp(x, *self.weights(), activation=self._activation, recompute=self.recompute, backend=self.backend)
@@ -160,7 +159,7 @@ class NanoMlpRelu(NanoMlp):
 
 
 class SequentialMlp(Mlp):
-    """nn.Sequential(Linear, activation, Linear), and Dropout or not."""
+    """nn.Sequential(Linear, activation, Linear), with or without a Dropout at the end."""
 
     def _activation(self):
         return activation_name(self[1])
@@ -178,7 +177,7 @@ class SequentialMlp(Mlp):
 
 
 class SequentialMlpGelu(SequentialMlp):
-    """With an activation of somebody's own class: as in NanoMlp, the trial finds out which of the op's it is."""
+    """With an activation of a user's own class; as in NanoMlp, the trial finds out which of the op's it computes."""
 
     def _activation(self):
         return "gelu"
@@ -198,18 +197,18 @@ class SequentialMlpRelu(SequentialMlpGelu):
 
 
 def activation_name(module):
-    """The name of a module's activation function by its class, or None where it is none of the op's."""
+    """The op's name for the activation that a module of this class computes; None if the op does not have it."""
     if isinstance(module, nn.GELU):
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     return _ACTIVATIONS.get(type(module).__name__)
 
 
-_ACTIVATIONS = {"ReLU": "relu",     # the others are transformers'; `trial.py checks what they compute
+_ACTIVATIONS = {"ReLU": "relu",     # the others are transformers' classes; trial.py checks what they compute
                 "GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh",
                 "FastGELUActivation": "gelu_tanh"}
 
 
-# Block: the residual add behind the attention and the LayerNorm behind it are one kernel
+# Block: the residual add after the attention and the LayerNorm after that are one kernel
 
 class Block(Swapped):
 
@@ -217,11 +216,11 @@ class Block(Swapped):
 
     def why_not(self, x):
         ln = self.norms()[1]
-        return self.why_not_fused() or _why_reference("layer_norm", layer_norm.CANDIDATES, ln.backend, (x, ln.weight, ln.bias))
+        return self.why_not_fused() or _kernel_why_not("layer_norm", layer_norm.CANDIDATES, ln.backend, (x, ln.weight, ln.bias))
 
 
 class NanoBlock(Block, nano.Block):
-    """Called alone. A swapped GPT calls `fused` instead, where the second add goes into the next block's LayerNorm, too."""
+    """nanoGPT's block, called on its own. A swapped GPT calls `fused` instead, which also moves the second add into the next LayerNorm."""
 
     def norms(self):
         return self.ln_1, self.ln_2
@@ -231,7 +230,7 @@ class NanoBlock(Block, nano.Block):
 
 
 class SeparateBlock(Block):
-    """Pre-norm block of ln1, sa, ln2, ff."""
+    """Pre-norm block with attributes ln1, sa, ln2, ff."""
 
     obeyed = ("pre_norm",)
 
@@ -239,7 +238,7 @@ class SeparateBlock(Block):
         return self.ln1, self.ln2
 
     def why_not_fused(self):
-        return _norm_touched(self.ln2) or (None if getattr(self, "pre_norm", True) else "post-norm")
+        return _norm_why_not_fused(self.ln2) or (None if getattr(self, "pre_norm", True) else "post-norm")
 
     def feed_forward(self):
         return self.ff
@@ -251,14 +250,14 @@ class SeparateBlock(Block):
 
 
 class LectureBlock(SeparateBlock):
-    """The same of ln1, sa, ln2, ffwd."""
+    """The same with ffwd in place of ff."""
 
     def feed_forward(self):
         return self.ffwd
 
 
-def _norm_touched(module):
-    """None where a LayerNorm is a swapped one and calling it does nothing else; else what somebody did to it."""
+def _norm_why_not_fused(module):
+    """None if a LayerNorm is a swapped one and calling it does nothing else; else what was done to it."""
     if not (isinstance(module, Norm) and type(module).itself is type(module)):
         return f"{type(module).__name__} stands where a swapped LayerNorm did"
     return touched(module, type(module)) or module.changed()
@@ -275,10 +274,10 @@ class NanoGPT(Swapped, nano.GPT):
 
     def why_not(self, idx, targets=None):
         head, norm = self.lm_head.weight, self.transformer.ln_f.weight              # they stand for the residual stream
-        reason = _why_reference("layer_norm", layer_norm.CANDIDATES, self.backend, (norm, norm, None))
-        if reason is None or targets is None:
-            return reason
-        return reason and _why_reference("cross_entropy", cross_entropy.CANDIDATES, self.backend, (head, head, targets))
+        why_not = _kernel_why_not("layer_norm", layer_norm.CANDIDATES, self.backend, (norm, norm, None))
+        if why_not is None or targets is None:
+            return why_not
+        return why_not and _kernel_why_not("cross_entropy", cross_entropy.CANDIDATES, self.backend, (head, head, targets))
 
     def fast(self, idx, targets=None):
         return nano.GPT.forward(self, idx, targets)

@@ -1,6 +1,6 @@
-"""What is recognised: by the names of a module's attributes, which part of a GPT it could be, and what speaks against it.
+"""Find candidates: which part of a GPT a module could be, by the names of its attributes, and why it cannot be swapped.
 
-Names only make a candidate; trial.py runs it.
+Names only make a candidate; trial.py runs a copy of it.
 """
 import inspect
 
@@ -12,7 +12,7 @@ from .swapped import TAKEN
 
 
 def candidate(module):
-    """(part, the classes that could stand in, None or why none can) for a module whose attributes say what it is; else None."""
+    """(part, classes that could replace the module's, None or why none can) for a module with known attribute names; else None."""
     if isinstance(module, (nano.GPT, nano.Block, nano.CausalSelfAttention, nano.MLP, nano.LayerNorm)):
         return None                                                                 # calls the ops already
     if type(module).forward is nn.Module.forward:                                   # a ModuleDict of minGPT: nothing to call
@@ -23,10 +23,11 @@ def candidate(module):
     if from_transformers and {"c_attn", "c_proj"} <= children.keys():
         found = "attention", gpt2.GPT2Attention, _gpt2_attention_why_not(module, children)
     elif from_transformers and {"c_fc", "act", "c_proj", "dropout"} <= children.keys():
-        found = "mlp", gpt2.GPT2Mlp, _extra(module, children, {"c_fc", "act", "c_proj", "dropout"}) or _odd(module.act)
+        found = "mlp", gpt2.GPT2Mlp, (_members_why_not(module, children, {"c_fc", "act", "c_proj", "dropout"})
+                                      or _activation_why_not(module.act))
     elif from_transformers and {"ln_1", "attn", "ln_2", "mlp"} <= children.keys():
-        found = "block", gpt2.GPT2Block, (_no_cache(module) or _extra(module, children, {"ln_1", "attn", "ln_2", "mlp"})
-                                          or _norms_why_not(module.ln_2))
+        found = "block", gpt2.GPT2Block, (_cache_why_not(module) or _members_why_not(module, children, {"ln_1", "attn", "ln_2", "mlp"})
+                                          or _norm_why_not(module.ln_2))
     elif from_transformers:
         return None
     elif {"c_attn", "c_proj"} <= children.keys():
@@ -37,11 +38,11 @@ def candidate(module):
     elif {"c_fc", "c_proj"} <= children.keys():
         found = "mlp", *_nano_mlp(module, children)
     elif {"ln_1", "attn", "ln_2", "mlp"} <= children.keys():
-        found = "block", parts.NanoBlock, (_extra(module, children, {"ln_1", "attn", "ln_2", "mlp"})
+        found = "block", parts.NanoBlock, (_members_why_not(module, children, {"ln_1", "attn", "ln_2", "mlp"})
                                            or _nano_block_why_not(module))
     elif {"ln1", "sa", "ln2"} <= children.keys() and children.keys() & {"ff", "ffwd"}:
         ff, mixin = ("ff", parts.SeparateBlock) if "ff" in children else ("ffwd", parts.LectureBlock)
-        found = "block", mixin, (_extra(module, children, {"ln1", "sa", "ln2", ff}) or _norms_why_not(module.ln2)
+        found = "block", mixin, (_members_why_not(module, children, {"ln1", "sa", "ln2", ff}) or _norm_why_not(module.ln2)
                                  or (None if getattr(module, "pre_norm", True) else "post-norm"))
     elif (type(module) is nn.Sequential and len(module) in (3, 4) and type(module[0]) is type(module[2]) is nn.Linear
           and module[0].in_features == module[2].out_features):
@@ -58,7 +59,7 @@ def candidate(module):
 
 
 def _instance_why_not(module, mixin):
-    """What would have to be undone first, whatever the module is."""
+    """Why this instance cannot be swapped, whichever part it is: something would have to be undone first."""
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     if type(module).__dict__.get("parametrizations") is not None or "parametrizations" in module._modules:
@@ -73,9 +74,10 @@ def _instance_why_not(module, mixin):
     return None
 
 
-def _extra(module, children, known, *, optional=(), parameters=(), buffers=()):
-    """None where a module has no other children, parameters and buffers than the known ones."""
-    others = [*children.keys() - known - set(optional), *(name for name, _ in module.named_parameters(recurse=False) if name not in parameters),
+def _members_why_not(module, children, known, *, optional=(), parameters=(), buffers=()):
+    """None if a module has the known children, parameters and buffers and no others; else which it lacks or has besides."""
+    others = [*children.keys() - known - set(optional),
+              *(name for name, _ in module.named_parameters(recurse=False) if name not in parameters),
               *(name for name, _ in module.named_buffers(recurse=False) if name not in buffers)]
     missing = known - children.keys()
     if others or missing:
@@ -85,64 +87,65 @@ def _extra(module, children, known, *, optional=(), parameters=(), buffers=()):
 
 
 def _nano_attention_why_not(module, children):
-    reason = _extra(module, children, {"c_attn", "c_proj"}, optional=("attn_dropout", "resid_dropout"), buffers=("bias",))
+    why_not = _members_why_not(module, children, {"c_attn", "c_proj"}, optional=("attn_dropout", "resid_dropout"), buffers=("bias",))
     lacks = [name for name in ("n_head", "n_embd") if name not in module.__dict__]
-    return reason or (f"it has no {', '.join(lacks)}" if lacks else None)
+    return why_not or (f"it has no {', '.join(lacks)}" if lacks else None)
 
 
 def _separate_attention_why_not(module, children):
-    reason = _extra(module, children, {"query", "key", "value", "proj"}, optional=("attn_drop", "resid_drop"), buffers=("tril", "mask", "bias"))
-    return reason or (None if "n_head" in module.__dict__ else "it has no n_head")
+    why_not = _members_why_not(module, children, {"query", "key", "value", "proj"}, optional=("attn_drop", "resid_drop"),
+                               buffers=("tril", "mask", "bias"))
+    return why_not or (None if "n_head" in module.__dict__ else "it has no n_head")
 
 
-def _no_cache(module):
+def _cache_why_not(module):
     if gpt2.cache_name(type(module).forward) is None:
         return f"its forward takes no {' or '.join(gpt2.CACHES)}"
     return None
 
 
 def _gpt2_attention_why_not(module, children):
-    if reason := _no_cache(module):
-        return reason
+    if why_not := _cache_why_not(module):
+        return why_not
     if module.is_cross_attention or module.reorder_and_upcast_attn:
         return "cross-attention" if module.is_cross_attention else "reorder_and_upcast_attn"
     if module.config._attn_implementation == "eager":
-        return "attn_implementation='eager' writes its mask out; load the model with 'sdpa'"
-    return _extra(module, children, {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}, buffers=gpt2.MASK_BUFFERS)
+        return "attn_implementation='eager' materialises its mask; load the model with 'sdpa'"
+    return _members_why_not(module, children, {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}, buffers=gpt2.MASK_BUFFERS)
 
 
 def _nano_mlp(module, children):
-    """(the classes that can stand in, None or why none can): an activation that is known by its class is tried, else all of the op's."""
+    """(classes that could replace the module's, None or why none can): the one for an activation of a known class, else all."""
     act = [name for name in children if name not in ("c_fc", "c_proj", "dropout")]
-    reason = _extra(module, children, {"c_fc", "c_proj"}, optional=("dropout", *act[:1]))
+    why_not = _members_why_not(module, children, {"c_fc", "c_proj"}, optional=("dropout", *act[:1]))
     every = (parts.NanoMlp, parts.NanoMlpTanh, parts.NanoMlpRelu)
-    if reason is None and act:
+    if why_not is None and act:
         child = children[act[0]]
         if list(child.parameters()) or list(child.children()):
-            reason = f"it has {act[0]} besides"
+            why_not = f"it has {act[0]} besides"
         elif (name := parts.activation_name(child)) is not None:
             return tuple(mixin for mixin in every if mixin._activation == name), None
         elif type(child).__module__.startswith("torch."):
-            reason = f"its activation is a {type(child).__name__}"
-    return every, reason
+            why_not = f"its activation is a {type(child).__name__}"
+    return every, why_not
 
 
 def _sequential_mlp(module):
-    """The same of a Linear, an activation, a Linear and Dropout or not."""
+    """The same for nn.Sequential(Linear, activation, Linear), with or without a Dropout at the end."""
     act, every = module[1], (parts.SequentialMlpTanh, parts.SequentialMlpGelu, parts.SequentialMlpRelu)
     own = not type(act).__module__.startswith("torch.") and not list(act.parameters()) and not list(act.children())
     if parts.activation_name(act) is not None:
         every, own = parts.SequentialMlp, True
-    reason = None if len(module) == 3 or isinstance(module[3], nn.Dropout) else "it ends in no dropout"
-    return every, reason or (None if own else _odd(act))
+    why_not = None if len(module) == 3 or isinstance(module[3], nn.Dropout) else "its fourth module is not a Dropout"
+    return every, why_not or (None if own else _activation_why_not(act))
 
 
-def _odd(act):
+def _activation_why_not(act):
     return None if parts.activation_name(act) is not None else f"its activation is a {type(act).__name__}"
 
 
 def _nano_block_why_not(module):
-    """A block's fused path needs parts that were swapped; they come first."""
+    """A block's fused path needs swapped parts; `accelerate` swaps them before the block."""
     kinds = {"ln_1": nano.LayerNorm, "ln_2": nano.LayerNorm, "attn": nano.CausalSelfAttention, "mlp": nano.MLP}
     for name, cls in kinds.items():
         part = getattr(module, name)
@@ -151,19 +154,19 @@ def _nano_block_why_not(module):
     return None
 
 
-def _norms_why_not(ln):
+def _norm_why_not(ln):
     return None if isinstance(ln, parts.Norm) else f"its second LayerNorm is a {type(ln).__name__} that was not swapped"
 
 
 def _norm(module):
-    """(the class that can stand in, None or why it cannot) for a LayerNorm."""
+    """(the class that could replace the module's, None or why it cannot) for a LayerNorm."""
     weight = getattr(module, "weight", None)
     if weight is None or weight.dim() != 1:
         return parts.Norm, "it has no weight, or normalises over several dimensions"
     if dict(module.named_children()) or {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}:
         return parts.Norm, "it has other parameters or children than weight and bias"
     if not hasattr(module, "bias"):
-        return parts.Norm, "it has no bias, not even None"
+        return parts.Norm, "it has no attribute bias, not even None"
     return (parts.NanoNorm if getattr(module, "eps", 1e-5) == 1e-5 else parts.Norm), None
 
 
@@ -171,10 +174,10 @@ def _nano_gpt_why_not(module, children):
     parts = dict(module.transformer.named_children())
     if not {"wte", "wpe", "drop", "h", "ln_f"} <= parts.keys():
         return f"its transformer lacks {', '.join(sorted({'wte', 'wpe', 'drop', 'h', 'ln_f'} - parts.keys()))}"
-    reason = _extra(module, children, {"transformer", "lm_head"}) or _extra(
+    why_not = _members_why_not(module, children, {"transformer", "lm_head"}) or _members_why_not(
         module.transformer, parts, {"wte", "wpe", "drop", "h", "ln_f"})
-    if reason is not None:
-        return reason
+    if why_not is not None:
+        return why_not
     names = list(inspect.signature(type(module).forward).parameters)[1:3]
     if names != ["idx", "targets"]:
         return f"its forward takes {', '.join(names)}, not idx and targets"

@@ -5,22 +5,22 @@
     nanogpt-fast run train.py config/train_shakespeare_char.py --compare 20
     torchrun --standalone --nproc_per_node=8 -m nanogpt_fast run train.py config/train_gpt2.py
 
-The script says `from model import GPTConfig, GPT`. So the `model` module beside it is executed as always, and handed out with
-our classes in the place of its own; what else it defines stays. That would drop whatever a fork changed in those classes.
-Therefore the two are built and run side by side first, tiny, on the CPU: where initial weights, random state, logits, loss,
-gradients, generated tokens and the optimizer's groups are not equal bit for bit, where other operations run or a forward stores
-something, or where its GPT has what ours has not, its classes stay, and every GPT that the script makes is given to `accelerate`, which
-puts the ops where they fit. One banner line says which of the two happened.
+The script says `from model import GPTConfig, GPT`. So `run` executes the `model` module beside it and replaces the module's classes by
+ours before the script imports it; the rest of the module stays. That would drop whatever a fork changed in those classes, so `run`
+first builds a tiny model of both kinds and runs the two side by side on the CPU. The module's own classes stay if initial weights,
+random state, logits, loss, gradients, generated tokens or the optimizer's groups are not equal bit for bit, if other operations
+run, if a forward stores something, or if its GPT has a method or an attribute that ours lacks. Then every GPT that the script
+makes goes through `accelerate`, which swaps the parts that it can. One banner line says which of the two happened.
 
---module models.gpt names the module with the classes, as the script imports it, where it is not `model`.
+--module models.gpt names the module with the classes, as the script imports it, if it is not `model`.
 
-Arguments go to the script as they are, apart from --compare and from a --backend that names a choice of ours (auto, fused,
-reference, op=choice; nccl and gloo are the script's own). The exit status is the script's, and an error in it is shown as
-Python would.
+Arguments go to the script unchanged, except --compare and a --backend that names one of our choices (auto, fused, reference,
+op=choice; nccl and gloo are the script's own). The exit status is the script's, and an error in it is shown as Python would
+show it.
 
---compare N runs the script twice, each in a process of its own: with the checkout's model, then with ours. What passes through
-`Tensor.backward` is the loss; after N optimizer steps the script is stopped. Nothing is patched that a compiled graph could
-see.
+--compare N runs the script twice, each time in its own process: with the checkout's model, then with ours. The tensor on which
+the script calls `backward` is the loss; after N optimizer steps the script is stopped. Nothing is patched that a compiled graph
+could see.
 """
 import contextlib
 import dataclasses
@@ -44,8 +44,8 @@ from ..config import GPTConfig
 from . import accelerate, stage, trial
 
 CLASSES = ("LayerNorm", "CausalSelfAttention", "MLP", "Block", "GPTConfig", "GPT")
-USAGE = ("usage: nanogpt-fast run [--backend=auto|fused|reference] [--module NAME] [--compare N] SCRIPT.py [what the script "
-         "takes ...]")
+USAGE = ("usage: nanogpt-fast run [--backend=auto|fused|reference] [--module NAME] [--compare N] SCRIPT.py [arguments of the "
+         "script ...]")
 
 
 def main(argv):
@@ -60,7 +60,7 @@ def main(argv):
 
 
 def _parse(argv):
-    """(script, its arguments, our backend or None, the name of the module, number of steps to compare or None)."""
+    """(script, its arguments, our backend or None, name of the module with the classes, number of steps to compare or None)."""
     script, words, backend, name, compare = None, [], None, "model", None
     rest = list(argv)
     while rest:
@@ -69,23 +69,23 @@ def _parse(argv):
         if key == "--compare":
             value = value if equals else rest.pop(0) if rest else ""
             if not value.isdigit() or int(value) < 1:
-                raise ValueError(f"--compare takes the number of steps, at least 1; this is {value!r}")
+                raise ValueError(f"--compare takes the number of steps, at least 1; got {value!r}")
             compare = int(value)
         elif key == "--backend" and (script is None or _is_ours(value if equals else "")):
             backend = value if equals else rest.pop(0) if rest else ""
-            _backend.parse(backend)  # raises ValueError, which says what is accepted
-        elif key == "--module" and script is None:          # behind the script it is the script's
+            _backend.parse(backend)  # raises a ValueError that says what is accepted
+        elif key == "--module" and script is None:          # after the script's name it is the script's own
             name = value if equals else rest.pop(0) if rest else ""
             if not all(map(str.isidentifier, name.split("."))):
-                raise ValueError(f"--module takes the name that the script imports, such as models.gpt; this is {name!r}")
+                raise ValueError(f"--module takes the name that the script imports, such as models.gpt; got {name!r}")
         elif script is None:
             if word.startswith("-"):
-                raise ValueError(f"{word} stands before the script and is none of ours; {USAGE}")
+                raise ValueError(f"{word} stands before the script and is not an option of run; {USAGE}")
             script = Path(word)
         else:
             words.append(word)
     if script is None:
-        raise ValueError(f"no script is named; {USAGE}")
+        raise ValueError(f"no script is given; {USAGE}")
     if not script.is_file():
         raise FileNotFoundError(f"there is no script {script}; run this in a nanoGPT checkout")
     return script, words, backend, name, compare
@@ -101,7 +101,7 @@ def _is_ours(value):
 def _run(script, words, backend, name):
     """Run the script as __main__ with our classes in the module that it imports. Returns the exit status, or raises its SystemExit."""
     folder = str(script.resolve().parent)
-    sys.path[0:1] = [folder]  # as `python script` has it; the first entry was the folder of nanogpt-fast itself, or ""
+    sys.path[0:1] = [folder]  # as `python script` sets it; the first entry was the folder of nanogpt-fast itself, or ""
     sys.argv = [str(script), *words]
     module, what = _model_module(folder, name, backend)
     if os.environ.get("RANK", "0") == "0":
@@ -114,7 +114,7 @@ def _execute(script, backend):
         with _backend.use(backend) if backend else contextlib.nullcontext():
             runpy.run_path(str(script), run_name="__main__")
     except SystemExit:
-        raise  # its own status, or its own message
+        raise  # the script's own status or message
     except KeyboardInterrupt:
         _show()
         return 130
@@ -137,46 +137,47 @@ def _show():
 
 
 def _model_module(folder, name, backend):
-    """The checkout's module of this name, executed, with our classes or accelerated ones, in sys.modules; and which."""
+    """Import the checkout's module and put our classes into it, or accelerate its own: (the module, which of the two, as text)."""
     path = Path(folder, *name.split("."))
     if not (path.with_suffix(".py").is_file() or path.is_dir()):
-        raise FileNotFoundError(f"there is no {path}.py: `run` replaces the classes of the module that the script imports, model.py "
-                                "unless --module names another")
+        raise FileNotFoundError(f"there is no {path}.py: `run` replaces the classes of the module that the script imports, which is "
+                                "model.py unless --module names another")
     sys.modules.pop(name, None)
     module = importlib.import_module(name)
     if getattr(module, "GPT", None) is nano.GPT:
         return module, "nanogpt_fast's classes already"
     if not isinstance(getattr(module, "GPT", None), type):
-        raise ValueError(f"{module.__file__} defines no class GPT, so there is nothing to accelerate; --module names the module that does")
-    reason = why_not_ours(module)
-    if reason is None:
+        raise ValueError(f"{module.__file__} defines no class GPT, so there is nothing to accelerate; name the module that does "
+                         "with --module")
+    why_not = why_not_ours(module)
+    if why_not is None:
         for cls in CLASSES:
             setattr(module, cls, getattr(nano, cls))
         return module, "nanogpt_fast's classes in place of its own"
     _accelerate_what_it_makes(module, backend)
-    return module, f"its own classes, accelerated ({reason})"
+    return module, f"its own classes, accelerated ({why_not})"
 
 
-# T = 1024: a window or another rule for far tokens would show. The rest is as small as it can be.
+# T = 1024, so that a window or another rule for distant tokens shows. Everything else is as small as possible.
 TINY = dict(block_size=1024, vocab_size=17, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
 
 
 def why_not_ours(module):
-    """None where our classes compute what this model.py's do, bit for bit, and can do what they can; else what is different."""
+    """None if our classes compute what this model.py's do, bit for bit, and lack none of their attributes; else what differs."""
     missing = [name for name in CLASSES if not isinstance(getattr(module, name, None), type)]
     if missing:
         return f"it defines no {', '.join(missing)}"
     try:
         fields = [(f.name, f.default) for f in dataclasses.fields(module.GPTConfig)]
     except TypeError:
-        return "its GPTConfig is no dataclass"
+        return "its GPTConfig is not a dataclass"
     known = [(f.name, f.default) for f in dataclasses.fields(GPTConfig)][:7]
     if fields != known:
         return "its GPTConfig has other fields or defaults: " + ", ".join(name for name, _ in set(fields) ^ set(known))
     for name in CLASSES:
         methods = {key for key in vars(getattr(module, name)) if not key.startswith("__")} - vars(getattr(nano, name)).keys()
         if methods:
-            return f"its {name} has {', '.join(sorted(methods))}, ours has not"
+            return f"its {name} has {', '.join(sorted(methods))}, ours does not"
     for bias in (True, False):
         try:
             theirs, ours = (_facts(m, bias) for m in (module, nano))
@@ -201,8 +202,8 @@ def _equal(a, b):
 
 
 class _Facts(dict):
-    """{what: tensors and numbers} that two equal implementations share, given the seed. Besides: `attributes` of instances, `effects`, and
-    `operations`, {"forward", "generate"}, as in swap.stage."""
+    """{what: tensors and numbers} that are the same for two equal implementations and one seed. Also: names of instance `attributes`,
+    and what stage.call sees: `effects`, and `operations` of "forward" and of "generate"."""
 
 
 def _facts(module, bias):
@@ -211,7 +212,7 @@ def _facts(module, bias):
         model = module.GPT(module.GPTConfig(**TINY, bias=bias))
         facts = _Facts({"initial weights": [p.detach().clone() for p in model.state_dict().values()],
                         "random numbers": [torch.get_rng_state()]})
-        for p in model.parameters():  # away from where it started, where biases are zero and attention is even
+        for p in model.parameters():  # away from the initial weights, where biases are 0 and attention is nearly uniform
             torch.nn.init.normal_(p, std=0.5)
         facts.operations, facts.effects = {"forward": set(), "generate": set()}, set()
 
@@ -249,12 +250,12 @@ def _both(result):
 
 
 def _accelerate_what_it_makes(module, backend):
-    """Let every instance of the module's GPT go through `accelerate` once it is complete."""
+    """Make every instance of the module's GPT go through `accelerate` when its __init__ is done."""
     init = module.GPT.__init__
 
     def __init__(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        if type(self) is module.GPT:  # a subclass goes on building
+        if type(self) is module.GPT:  # a subclass is still in its own __init__
             report = accelerate(self, backend)
             if os.environ.get("RANK", "0") == "0":
                 print("\n".join(f"nanogpt-fast: {line}" for line in str(report).splitlines()), flush=True)
@@ -265,19 +266,20 @@ def _accelerate_what_it_makes(module, backend):
 # ------------------------------------------------------------------------------------------------------------------- --compare
 
 
-ROUNDING = 2 ** -20  # of float32, some twenty steps on: 8 times its epsilon
+ROUNDING = 2 ** -20  # relative difference of losses that float32's rounding explains after some twenty steps: 8 times its epsilon
 
 
 class _Done(BaseException):
-    """Enough steps. No Exception: a script that catches those must not catch this."""
+    """All steps are recorded. Not an Exception, so that no `except Exception` of the script catches it."""
 
 
 def _compare(script, words, backend, name, steps):
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("--compare runs the script twice in one process each; leave torchrun out")
+        raise ValueError("--compare runs the script twice, in one process each time; start it without torchrun")
     runs = {}
     for which in ("checkout", "ours"):
-        print(f"nanogpt-fast: {steps} steps of {script} with {'its own model.py' if which == 'checkout' else 'nanogpt_fast'} ...", flush=True)
+        model = "its own model.py" if which == "checkout" else "nanogpt_fast"
+        print(f"nanogpt-fast: {steps} steps of {script} with {model} ...", flush=True)
         runs[which] = _record_in_a_process(script, words, backend, name, steps, which)
     theirs, ours = runs["checkout"], runs["ours"]
     print(f"nanogpt-fast: {ours['what']}\n\n{'step':>5}  {'model.py':>14}  {'nanogpt_fast':>14}  {'difference':>10}")
@@ -294,7 +296,7 @@ def _compare(script, words, backend, name, steps):
 
 
 def _rate(run):
-    """(tokens or steps a second, as text). The first steps pay for compilation and evaluation: the median counts."""
+    """(tokens or steps a second, the same as text), from the median step: the first steps also compile and evaluate."""
     seconds = statistics.median(run["seconds"][1:] or run["seconds"])
     if run["tokens"]:
         return run["tokens"] / seconds, f"{run['tokens'] / seconds:>12,.0f} tokens/s"
@@ -316,8 +318,8 @@ def _record_in_a_process(script, words, backend, name, steps, which):
     if len(result["losses"]) < steps:
         print("\n".join(output.splitlines()[-20:]), file=sys.stderr)
         raise RuntimeError(f"{script} ended with status {process.returncode} after {len(result['losses'])} of {steps} "
-                           "optimizer steps; the end of what it said stands above (--compare needs a script that "
-                           "trains, for as many steps)")
+                           "optimizer steps; its last output is above (--compare needs a script that trains for that many "
+                           "steps)")
     return result
 
 
@@ -333,7 +335,7 @@ def record(job):
     backward = torch.Tensor.backward
 
     def recording_backward(self, *args, **kwargs):
-        waiting.append(self.detach())  # a micro-step's share of the loss; looked at after the step, not to stall a GPU
+        waiting.append(self.detach())  # a micro-step's share of the loss; read after the step, so as not to stall a GPU
         return backward(self, *args, **kwargs)
 
     def after_a_step(optimizer, args, kwargs):
@@ -361,7 +363,7 @@ def record(job):
 
 
 def _tokens_per_step(frames):
-    """What nanoGPT's scripts call their sizes, read from the script's globals; None where they have other names."""
+    """Read from the script's globals, under the names that nanoGPT's scripts use; None if they are not there."""
     while frames is not None:
         names = frames.tb_frame.f_globals
         if names.get("__name__") == "__main__" and "batch_size" in names and "block_size" in names:

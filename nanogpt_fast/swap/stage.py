@@ -1,11 +1,11 @@
-"""Where a forward is tried without a trace: a copy of a module that shares nothing that can be written, and what a call did there.
+"""Try a forward without leaving a trace: a copy of a module that shares no mutable state with it, and a record of what a call did.
 
-The copy is made without calling anything of the user's: no __init__, __deepcopy__, __setattr__, train(), no hook. Parameters are random,
-on the CPU; what cannot be copied (a lock, a generator, a closure over a module) raises CannotCopy, and the module is left alone.
+Copying calls none of the user's code: no __init__, __deepcopy__, __setattr__, train(), no hook. Parameters of the copy are random, on
+the CPU. What cannot be copied (a lock, a generator, a closure over a module) raises CannotCopy, and the module is left alone.
 
-`call` says what a forward did besides returning: which PyTorch operations ran, what it wrote (attributes, buffers, its input, globals of
-its module, attributes of its class), whether it printed, and whether it moved Python's or NumPy's random numbers. What lies outside
-the copy is put back.
+`call` records what a forward did besides returning: which PyTorch operations ran, what it wrote (attributes, buffers, its input, globals
+of its module, attributes of its class), whether it printed, and whether it drew from Python's or NumPy's random numbers. It restores
+what the forward changed outside of the copy.
 """
 import collections
 import contextlib
@@ -29,7 +29,7 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _SHARED = (numbers.Number, str, bytes, type(None), type, types.ModuleType, types.BuiltinFunctionType, enum.Enum, range, slice, torch.dtype,
            torch.device, torch.Size)
 _CONTAINERS = (list, tuple, set, frozenset, dict, collections.OrderedDict, collections.deque)
-_LARGE = 10_000     # elements: a longer list of somebody's module is not compared before and after
+_LARGE = 10_000     # elements: a longer list in a user's module is not compared before and after
 
 
 class CannotCopy(Exception):
@@ -40,7 +40,7 @@ class CannotCopy(Exception):
 
 
 def copy_of(module, replaced=()):
-    """A copy of a module. replaced: {id of something in it: what stands there instead}."""
+    """A copy of a module. replaced: {id of an object in it: what the copy holds in its place}."""
     return _copy(module, dict(replaced), type(module).__name__)
 
 
@@ -58,7 +58,7 @@ def _copy(value, memo, name):
     if isinstance(value, torch.Tensor):
         if value.layout != torch.strided or value.is_quantized:
             raise CannotCopy(f"{name} is not a dense tensor")
-        if isinstance(value, nn.Parameter):             # it gets random numbers
+        if isinstance(value, nn.Parameter):             # trial.py fills it with random numbers
             new = nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device="cpu"))
         else:
             new = value.detach().to("cpu", copy=True)
@@ -73,7 +73,7 @@ def _copy(value, memo, name):
     if kind is types.FunctionType:
         for cell in value.__closure__ or ():
             if not isinstance(cell.cell_contents, (*_SHARED, types.FunctionType)):
-                raise CannotCopy(f"{name} is a function over a {type(cell.cell_contents).__name__}")
+                raise CannotCopy(f"{name} is a closure over a {type(cell.cell_contents).__name__}")
         return value
     if kind is types.MethodType:
         return types.MethodType(value.__func__, _copy(value.__self__, memo, name))
@@ -82,7 +82,7 @@ def _copy(value, memo, name):
     if "numpy" in sys.modules and kind is sys.modules["numpy"].ndarray:
         return value.copy()
     if kind.__new__ is object.__new__ and isinstance(getattr(value, "__dict__", None), dict) and kind.__reduce_ex__ is object.__reduce_ex__:
-        new = memo[id(value)] = object.__new__(kind)         # a config, a namespace
+        new = memo[id(value)] = object.__new__(kind)         # such as a config or a namespace
         new.__dict__.update({key: _copy(item, memo, f"{name}.{key}") for key, item in value.__dict__.items()})
         return new
     raise CannotCopy(f"{name} is a {kind.__name__}")
@@ -93,12 +93,12 @@ def _copy(value, memo, name):
 
 class Seen(NamedTuple):
     result: object      # what was returned
-    operations: set     # names of PyTorch's operations, "mm"
-    effects: list       # what it did besides, in words
+    operations: set     # names of PyTorch operations, such as "mm"
+    effects: list       # its side effects, as text
 
 
 def call(module, function, args, keywords):
-    """Call function(module, *args, **keywords) on a copy, from the same random state each time, and say what it did."""
+    """Call function(module, *args, **keywords) on a copy, with torch seeded by 0 each time, and return what it did."""
     outside = _Outside(module)
     operations, printed = _Operations(), io.StringIO()
     before = _states(module, args)
@@ -118,7 +118,7 @@ def call(module, function, args, keywords):
 class _Operations(TorchDispatchMode):
 
     @classmethod
-    def _should_skip_dynamo(cls):       # True, the default, imports the compiler: 2 s
+    def _should_skip_dynamo(cls):       # the default, True, imports the compiler, which takes 2 s
         return False
 
     def __init__(self):
@@ -127,18 +127,18 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.removeprefix("aten::")
-        if function._schema.overload_name.endswith("_mode"):                        # division that rounds
+        if function._schema.overload_name.endswith("_mode"):                        # a division that rounds has a name of its own,
             name += f".{function._schema.overload_name}"
         result = function(*args, **(kwargs or {}))
         if name == "_to_copy" and args[0].is_floating_point() and not result.is_floating_point():
-            name += f" to {result.dtype}"                                           # so does this
+            name += f" to {result.dtype}"                                           # and so has a cast that rounds
         self.names.add(name)
         return result
 
 
 @contextlib.contextmanager
 def _no_global_hooks():
-    """Hooks for every module (a profiler's) are somebody's as well."""
+    """Hooks for all modules (a profiler's, say) are the user's code, too: do not run them."""
     hooks = [value for name, value in vars(_nn_module).items() if name.startswith("_global_") and isinstance(value, dict)]
     kept = [dict(each) for each in hooks]
     for each in hooks:
@@ -155,7 +155,7 @@ def _states(module, args):
 
 
 def _state(value, where, found=None, seen=None):
-    """{where: (what is there, its version)} of everything in a module or an argument that a call could write."""
+    """{where: (what is there, a tensor's version)} for everything in a module or an argument that a call could write to."""
     found, seen = ({}, set()) if found is None else (found, seen)
     found[where] = value, value._version if isinstance(value, torch.Tensor) else None
     if isinstance(value, (*_SHARED, torch.Tensor)) or id(value) in seen:
@@ -177,7 +177,7 @@ def _state(value, where, found=None, seen=None):
 
 
 def _same(a, b):
-    """Whether two entries of `_state` are equal; None stands for one that is not there."""
+    """Whether two entries of `_state` are equal; None stands for a missing one."""
     if a is None or b is None or a[1] != b[1]:
         return False
     return a[0] is b[0] or type(a[0]) is type(b[0]) and isinstance(a[0], PLAIN) and a[0] == b[0]
@@ -187,7 +187,7 @@ class _Outside:
     """What a forward can reach besides its module and its arguments: its classes, the globals of their modules, random numbers."""
 
     def __init__(self, module):
-        classes = {cls for m in module.modules() for cls in type(m).__mro__ if _is_somebodys(cls)}
+        classes = {cls for m in module.modules() for cls in type(m).__mro__ if _is_users(cls)}
         spaces = [(cls.__name__, cls, vars(cls)) for cls in classes]
         spaces += [(name, None, vars(sys.modules[name])) for name in {cls.__module__ for cls in classes} if name in sys.modules]
         self.spaces = [(name, cls, space, {key: (value, _contents(value)) for key, value in space.items() if _can_change(value)})
@@ -195,7 +195,7 @@ class _Outside:
         self.generators = [(name, get, put, get()) for name, get, put in _generators()]
 
     def put_back(self):
-        """Undo what was changed, and say what that was."""
+        """Undo the changes and return them, as text."""
         effects = []
         for name, get, put, state in self.generators:
             if pickle.dumps(get()) != pickle.dumps(state):
@@ -217,7 +217,7 @@ class _Outside:
         return effects
 
 
-def _is_somebodys(cls):
+def _is_users(cls):
     return cls.__module__.partition(".")[0] not in ("torch", "transformers", "nanogpt_fast", "builtins")
 
 
@@ -226,7 +226,7 @@ def _can_change(value):
 
 
 def _contents(value):
-    """A copy of a container's elements; of objects only who they are, since comparing two tensors is no yes or no."""
+    """A copy of a container of plain values; None for all else, which is compared by identity: == of two tensors is not one bool."""
     return type(value)(value) if type(value) in (list, dict, set) and len(value) <= _LARGE and is_plain(value) else None
 
 

@@ -1,6 +1,6 @@
-"""A module under another class: a subclass of its own class, made here, whose forward is ours where nothing speaks against it.
+"""The class that a swapped module gets: a subclass of its own class whose forward runs our formula unless `why_not` gives a reason.
 
-Which formula that is, the classes of parts.py say. Why a class, and not a `forward` on the instance: see __init__.py.
+The formulas are in parts.py. Why a class, and not a `forward` set on the instance: see __init__.py.
 """
 import collections
 import copy
@@ -16,44 +16,42 @@ from . import stage
 
 
 class State:
-    """What the swapped modules of one `accelerate` share: the choice of implementations, the count of their calls, the longest
-    sequence that was tried, and of own classes what the trial saw: the form of what transformers' forwards return, {class: {use_cache:
-    form}}, see gpt2.form, and the operations that ran, {class: names}."""
+    """What the swapped modules of one `accelerate` share."""
 
     def __init__(self, choices, context):
-        self.choices = choices
-        self.context = context
-        self.calls = collections.Counter()
-        self.forms = {}
-        self.operations = collections.defaultdict(set)
+        self.choices = choices                                  # implementations, see backend.parse
+        self.context = context                                  # the longest sequence that was tried
+        self.calls = collections.Counter()                      # {(part, where): number of calls}
+        self.forms = {}                                         # what transformers' forwards return: {own class: {use_cache: gpt2.form}}
+        self.operations = collections.defaultdict(set)          # that ran in the trial: {own class: names}
 
 
 class MISSING:
-    """The value of an attribute that is not there: a class, which stays one object in a pickle."""
+    """The value of a missing attribute. A class, because unpickling gives the same class, but not the same instance."""
 
 
 class Swapped:
-    """A module whose forward is `fast` where nothing is found against it, else its own. A subclass serves one part.
+    """A module that runs `fast` if `why_not` returns None, else its own forward. Each subclass serves one part.
 
-    `why_not` says what speaks against a call, `fast` is the formula; both take what `inputs` returns.
+    `why_not` returns the reason why a call cannot run `fast`, the formula; both take what `inputs` returns.
     """
 
     part = None
-    tensors = 1         # the first so many arguments are the formula's; those behind them have to have their defaults
-    rank = 3            # of the first, (B, T, C)
-    obeyed = ()         # attributes that the formula reads at each call, or that send it to the own path
+    tensors = 1         # how many leading arguments the formula takes; all others must have their default values
+    rank = 3            # dimensions of the first, (B, T, C)
+    obeyed = ()         # attributes that may change: the formula reads them at each call, or `why_not` checks them
 
     def forward(self, *args, **kwargs):
-        inputs, reason = (), self.changed() or self.why_not_bound(args, kwargs)
-        if reason is None:
+        inputs, why_not = (), self.changed() or self.why_not_bound(args, kwargs)
+        if why_not is None:
             inputs = self.inputs(args, kwargs)
-            reason = self.why_not(*inputs)
-        if not torch.compiler.is_compiling():  # a counter in a compiled graph would be a guard, and recompile at every call
-            self._swap_state.calls[self.part, "kernels" if reason is None else f"own path: {reason}"] += 1
-        return self.fast(*inputs) if reason is None else self._own.forward(self, *args, **kwargs)
+            why_not = self.why_not(*inputs)
+        if not torch.compiler.is_compiling():  # a compiled graph would guard on the counter, and recompile at every call
+            self._swap_state.calls[self.part, "kernels" if why_not is None else f"own path: {why_not}"] += 1
+        return self.fast(*inputs) if why_not is None else self._own.forward(self, *args, **kwargs)
 
     def bound(self, args, keywords):
-        """{name: value} of what was passed, by the own forward's signature."""
+        """{name: value} of the arguments, named as in the own forward's signature."""
         return {**dict(zip(self._names, args)), **keywords}
 
     def inputs(self, args, keywords):
@@ -61,7 +59,7 @@ class Swapped:
         return tuple(call[name] for name in self._names[:self.tensors] if name in call)
 
     def why_not_bound(self, args, keywords):
-        """None where the formula knows the arguments, else which one it does not. What the own forward refuses, it refuses itself."""
+        """None if the formula takes these arguments, else which one it does not. Invalid ones go to the own forward, which raises."""
         if len(args) > len(self._names):
             return "more arguments than its forward has"
         call, names = self.bound(args, keywords), self._names[:self.tensors]
@@ -70,18 +68,18 @@ class Swapped:
                 return f"the argument {name}"
         x = call.get(names[0])
         if not torch.is_tensor(x) or not all(call.get(name) is None or torch.is_tensor(call[name]) for name in names[1:]):
-            return "an input that is no tensor"
+            return "an input that is not a tensor"
         if x.dim() == self.rank and x.size(1) > self._swap_state.context:
             return f"{x.size(1)} tokens, more than the {self._swap_state.context} that it was tried with"
         return None
 
     def changed(self):
-        """None, or what is not as it was in the trial: an attribute that the own forward may read and the formula does not."""
+        """None, or what differs from the trial: an attribute that the own forward may read and the formula does not."""
         for owner, name, value in self._swap_tried:
             there = self if owner is None else getattr(self, owner, None)
             if not _equal(getattr(there, name, MISSING), value):
                 return f"{name if owner is None else f'{owner}.{name}'} is not what it was when this was tried"
-        for owner, count, absent in self._swap_known:   # attributes that have come since; PyTorch 2.11 cannot trace how many there are
+        for owner, count, absent in self._swap_known:   # attributes added since; PyTorch 2.11 cannot trace their number, hence the names
             spaces = ((self.__dict__, self._modules, self._buffers, self._parameters) if owner is None
                       else (getattr(self, owner).__dict__,))
             if torch.compiler.is_compiling() or sum(map(len, spaces)) != count:
@@ -92,7 +90,7 @@ class Swapped:
         return None
 
     def watched_children(self):
-        """The names of children of which the formula calls none, but computes what they do."""
+        """The names of children that the formula does not call because it computes what they do."""
         return []
 
     @property
@@ -108,20 +106,21 @@ class Swapped:
 
 
 def _equal(a, b):
-    """Whether two attributes or arguments are equal; tensors and other objects are where they are one."""
+    """Whether two attributes or arguments are equal: plain values by value, tensors and other objects by identity."""
     if a is b:
         return True
     if type(a) is not type(b):
         return False
-    return isinstance(a, stage.PLAIN) and a == b or isinstance(a, (tuple, list, dict)) and stage.is_plain(a) and stage.is_plain(b) and a == b
+    plain = isinstance(a, stage.PLAIN) or isinstance(a, (tuple, list, dict)) and stage.is_plain(a) and stage.is_plain(b)
+    return plain and a == b
 
 
-# ------------------------------------------------------------------------------------------------------ what is watched
+# --------------------------------------------------------------------------------------------------- watched attributes
 
 
 @functools.cache
 def mentioned(cls):
-    """The attributes that the code of a class could read: the names in it, and the texts that getattr may be given."""
+    """The attributes that the code of a class could read: all names in it, and all strings, which could be arguments of getattr."""
     names = set()
     for base in cls.__mro__[:cls.__mro__.index(nn.Module)]:
         for value in vars(base).values():
@@ -140,12 +139,12 @@ def _mentioned_in(code, names):
             _mentioned_in(constant, names)
 
 
-# nn.Module's own, what swap keeps, and what training/half_weights.py sets.
+# nn.Module's own attributes, those that swap sets, and the one that training/half_weights.py sets.
 _MACHINERY = frozenset((*vars(nn.Module()), *vars(nn.Module), "_swap_state", "_swap_tried", "_swap_known", "copies"))
 
 
 def watch(module):
-    """Remember with which attributes a swapped module was tried; `changed` compares. A config's count as well, but not transformers'."""
+    """Record the attributes with which a swapped module was tried, and those of its config (transformers' excepted), for `changed`."""
     cls, own, d = type(module), type(module)._own, module.__dict__
     tried, known = [], []
     for name in sorted(cls._mentioned - cls._obeyed):
@@ -167,7 +166,7 @@ def watch(module):
 
 
 def _kept(value):
-    """An attribute as it is now: of a list or a dict, which may be written to, a copy, unless it holds more than plain values."""
+    """An attribute as it is now: a copy if it is a list or dict of plain values, which code could write to; else the object itself."""
     return copy.copy(value) if isinstance(value, (list, dict)) and stage.is_plain(value) else value
 
 
@@ -182,29 +181,29 @@ def unswap(module):
 
 
 def _remake(own, mixin, lacking=()):
-    """An empty instance of the swapped class: what pickle and deepcopy fill."""
+    """An empty instance of the swapped class, for pickle and deepcopy to fill."""
     cls = swapped_class(own, mixin, lacking)
     return cls.__new__(cls)
 
 
 @functools.cache
 def swapped_class(own, mixin, lacking=()):
-    """The subclass of `own` that stands in for it: methods are mixin's where it has them, the name and the rest are own's.
+    """The subclass of `own` that replaces it: mixin's methods come first; the name and all else are own's.
 
     lacking: names of dropouts that mixin's formula calls and own does not have.
     """
     namespace = {"_own": own, "_mixin": mixin, "_lacking": lacking, "__module__": own.__module__, "__qualname__": own.__qualname__,
                  "__doc__": own.__doc__, **{name: nn.Dropout(0.0) for name in lacking}}
-    for base in mixin.__mro__:  # of model.py's classes we take what a forward needs; a fork's other methods stay the fork's
+    for base in mixin.__mro__:  # take only what a forward needs from model.py's classes; a fork's other methods stay the fork's
         if base in TAKEN:
             namespace["stands_for"] = base
             for name in vars(base).keys() - TAKEN[base] - namespace.keys():
                 if hasattr(own, name) and not hasattr(nn.Module, name) or name == "__init__":
                     namespace[name] = inspect.getattr_static(own, name)
-    signature = list(inspect.signature(own.forward).parameters.values())      # here, since torch.compile traces a call, and not inspect
+    signature = list(inspect.signature(own.forward).parameters.values())      # here and not per call: torch.compile cannot trace inspect
     namespace["_names"] = tuple(p.name for p in signature if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
     namespace["_open"] = any(p.kind is p.VAR_KEYWORD for p in signature)
-    # What has no default is tried with None, so None is what it may be.
+    # The trial passes None for arguments without a default, so None is the one value that they may have.
     namespace["_defaults"] = {p.name: None if p.default is p.empty else p.default for p in signature
                               if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     namespace["_required"] = tuple(p.name for p in signature if p.default is p.empty and p.kind in (
@@ -212,11 +211,11 @@ def swapped_class(own, mixin, lacking=()):
     namespace["_mentioned"] = mentioned(own)
     namespace["_obeyed"] = frozenset(mixin.obeyed)
     cls = type(own.__name__, (mixin, own), namespace)
-    cls.itself = cls            # a class that is built on this one inherits it, and is another
+    cls.itself = cls            # a class derived from this one inherits the attribute, and is not `itself`
     return cls
 
 
-# What a forward needs of each class of model.py. A fork that uses one of these names for something else is not swapped.
+# What a forward needs from each class of model.py. A fork that uses one of these names for something else is not swapped.
 TAKEN = {
     nano.GPT: {"forward", "embed", "_blocks", "_runs_fused", "_final_norm"},
     nano.Block: {"forward", "fused", "why_not_fused"},

@@ -1,14 +1,14 @@
-"""Recognised, then tried: a copy of a candidate runs its own forward and ours on the same weights and inputs before it is swapped.
+"""The trial: before a candidate is swapped, a copy of it runs its own forward and ours on the same weights and inputs.
 
-Three things have to hold, in eval and in train mode, for a few tokens with gradients and for as many as the model's context:
+Three things have to hold, in eval and in train mode, for a few tokens with gradients and for the model's whole context:
 
-    equal               what it returns: structure, types, shapes, values, gradients, and the random numbers that dropout draws. Weights
-                        and inputs are random, and each dropout has another probability, so that neither zeros nor a rate of 0 hide
-                        where it stands.
-    no other operation  A rule for large values, for one token id or for a far position may not show in a few random numbers. It shows
-                        in the operations: no formula of ours needs clamp, gt, where or max outside of what PyTorch's own functions
-                        call, so an operation that is not in OPERATIONS speaks against a part. Sums, products and shapes can't hide.
-    no other effect     whatever else a call does: stage.py.
+    equal results       Structure, types, shapes, values, gradients, and the random numbers that dropout draws. Weights and inputs are
+                        random, and each dropout has another probability, so that neither zeros nor a rate of 0 hide its position.
+    no other operation  A rule for large values, for one token id or for a distant position may not show in a few random numbers, but it
+                        shows in the operations: none of our formulas needs clamp, gt, where or max, except inside PyTorch's own
+                        functions. So a part that runs an operation outside of OPERATIONS is not swapped. Sums, products and changes of
+                        shape are in all of its lists: where they differ, the values do.
+    no other effect     stage.py lists what a call may write to.
 """
 import functools
 import math
@@ -20,7 +20,7 @@ from .. import backend as _backend
 from . import gpt2, parts, stage
 from .swapped import State, Swapped, mentioned, swapped_class, watch
 
-# What ours may differ from the module's own, relative to the largest value. An erf GELU in the place of a tanh one shows as 1e-4.
+# Allowed difference between our result and the module's own, relative to the largest value. Erf GELU instead of tanh differs by 1e-4.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5}
 LONGEST_PROBE = 16384
 
@@ -30,30 +30,31 @@ _SHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias", "alias", "t", "t
 _SUMS = {"add", "add_", "sub", "mul", "mul_", "div", "div_", "neg", "mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "einsum"}
 _DROPOUT = {"bernoulli_", "native_dropout"}
 _NORM = {"native_layer_norm", "var_mean", "var", "mean", "rsqrt", "sqrt", "pow", "std"}
-_MASK = {"ones", "zeros", "full", "tril", "triu", "eq", "logical_not", "bitwise_not", "masked_fill", "masked_fill_", "scalar_tensor", "_to_copy"}
+_MASK = {"ones", "zeros", "full", "tril", "triu", "eq", "logical_not", "bitwise_not", "masked_fill", "masked_fill_", "scalar_tensor",
+         "_to_copy"}
 _ATTENTION = {"_scaled_dot_product_flash_attention_for_cpu", "_softmax", "_safe_softmax", *_MASK}
-_MLP = {"gelu", "relu", "tanh", "pow", "erf", "sqrt"}     # sqrt: of 2 / pi
+_MLP = {"gelu", "relu", "tanh", "pow", "erf", "sqrt"}     # sqrt(2 / pi)
 _PLAIN = _SHAPES | _SUMS | _DROPOUT
 OPERATIONS = {"layer_norm": _SHAPES | _SUMS | _NORM, "attention": _PLAIN | _ATTENTION, "mlp": _PLAIN | _MLP,
-              "block": _PLAIN | _NORM,          # and its parts'
+              "block": _PLAIN | _NORM,          # and those of its parts
               "model": _PLAIN | _NORM | {"embedding", "index", "_log_softmax", "nll_loss_forward"},
-              "forward": set(),         # run.py's names for a whole model's: its parts', and
+              "forward": set(),         # "forward" and "generate" are for run.py, which adds those of a whole model
               # x[mask] = number is index_put_, and masked_fill_ from PyTorch 2.15 on.
               "generate": _PLAIN | {"topk", "lt", "index", "index_put_", "masked_fill", "masked_fill_", "_softmax", "multinomial"}}
 
 
 def swap(module, mixins, state, tried):
-    """Swap one module into the first of `mixins` that computes what it does. None, or why none does; then it is as it was."""
-    own, reason = type(module), None
+    """Swap one module, with the first of `mixins` that computes the same. Returns None, or why_not, and then the module is unchanged."""
+    own, first = type(module), None
     for mixin in mixins:
         lacking = tuple(name for name in getattr(mixin, "dropouts", ()) if name not in module._modules)
         cls = swapped_class(own, mixin, lacking)
-        if asked := sorted(set(lacking) & mentioned(own)):
-            return f"its code asks for {', '.join(asked)}, which it lacks"
+        if used := sorted(set(lacking) & mentioned(own)):
+            return f"its code uses {', '.join(used)}, which it lacks"
         key = _key(module, mixin, lacking)
         if key not in tried:
             try:
-                tried[key] = _tried(module, cls, state)
+                tried[key] = _trial_why_not(module, cls, state)
             except stage.CannotCopy as error:
                 tried[key] = f"it cannot be copied to be tried: {error}"
             except Exception as error:
@@ -61,19 +62,20 @@ def swap(module, mixins, state, tried):
         why_not = tried[key]
         if why_not is None:
             try:
-                object.__setattr__(module, "__class__", cls)      # past a __setattr__ of its own
-            except TypeError as error:              # __slots__ and the like: the layouts differ
-                return f"its class cannot be exchanged ({error})"
+                object.__setattr__(module, "__class__", cls)      # bypasses a __setattr__ of the module's own
+            except TypeError as error:              # the layouts differ, through __slots__ for example
+                return f"its class cannot be replaced ({error})"
             module.__dict__["_swap_state"] = state
             watch(module)
             return None
-        reason = reason or why_not
-    return reason
+        first = first or why_not
+    return first
 
 
 def _key(module, mixin, lacking):
-    """Modules of one class whose attributes, children, shapes and buffers are equal compute the same function of their weights: one of
-    them is tried. transformers' code is known: layer_idx there numbers the cache, and may enter the scale; the mask is not read."""
+    """Class, attributes, children, shapes and buffers. Modules with equal keys compute the same function of their weights, so one of them
+    is tried. Two exceptions for transformers, whose code is known: layer_idx numbers the cache, and matters to the result only with
+    scale_attn_by_inverse_layer_idx; the mask buffers are not read."""
     known = issubclass(mixin, gpt2.FromTransformers)
     by_layer = getattr(module, "scale_attn_by_inverse_layer_idx", False)
     def facts(path, m):
@@ -91,7 +93,7 @@ _MEMBERS = ("_parameters", "_buffers", "_modules")
 
 
 def _frozen(value):
-    """Something hashable that is equal where two attributes are; of what is not known, who it is."""
+    """Something hashable that is equal for equal attributes; for an object of unknown type its id."""
     if isinstance(value, stage.PLAIN):
         return type(value).__name__, repr(value)
     if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
@@ -102,10 +104,11 @@ def _frozen(value):
     return id(value)
 
 
-def _tried(module, cls, state):
-    """None where a copy's own forward and ours are equal in all that is described above; else what is different."""
+def _trial_why_not(module, cls, state):
+    """None if a copy's own forward and ours agree in everything that the module docstring lists; else what differs."""
     short, long = min(state.context, 16), min(state.context, LONGEST_PROBE)
-    # PyTorch's attention sums in another order than one that is written out; a whole vocabulary in float64 takes seconds.
+    # float32 for the others: PyTorch's attention and a written-out one sum in different orders, and a whole vocabulary in float64 takes
+    # seconds.
     dtype = torch.float64 if cls.part in ("layer_norm", "mlp") else torch.float32
     trial_state, twin = State(state.choices, long), None
     trial_state.forms, trial_state.operations = state.forms, state.operations
@@ -117,13 +120,13 @@ def _tried(module, cls, state):
                 twin = _twin(module, cls, trial_state, precision)
             for m in twin.modules():
                 m.__dict__["training"] = training
-            if reason := _compare(twin, type(module), cls, B, T, precision, with_gradients=training):
-                return f"{reason} in {'train' if training else 'eval'} mode"
+            if why_not := _twin_why_not(twin, type(module), cls, B, T, precision, with_gradients=training):
+                return f"{why_not} in {'train' if training else 'eval'} mode"
     return None
 
 
 def _twin(module, cls, state, dtype):
-    """A copy with random weights in `dtype`, and dropouts that differ."""
+    """A copy with random weights in `dtype`, and a different probability for each dropout."""
     replaced = {id(m._swap_state): state for m in module.modules() if "_swap_state" in m.__dict__}
     if issubclass(cls, parts.NanoGPT):
         replaced.update({id(block): _Block(i) for i, block in enumerate(module.transformer.h)})
@@ -131,7 +134,7 @@ def _twin(module, cls, state, dtype):
     twin.__dict__["_swap_state"] = state
     generator = torch.Generator().manual_seed(0)
     for parameter in twin.parameters():
-        scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.5     # outputs of order one: nothing hides in zeros
+        scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.5     # outputs of order one, so that no difference vanishes
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=dtype, device="cpu").mul_(scale)
     for i, m in enumerate(twin.modules()):
         for tensors in (m._buffers, m.__dict__):
@@ -147,7 +150,7 @@ def _twin(module, cls, state, dtype):
 
 
 class _Block(nn.Module):
-    """Stands where a model's block does, whose own trial is another: cheap, and no two of them can change places."""
+    """Replaces a block in the trial of a whole model (blocks have a trial of their own): cheap, and a change of their order shows."""
 
     def __init__(self, i):
         super().__init__()
@@ -157,8 +160,8 @@ class _Block(nn.Module):
         return x * self.scale + self.shift
 
 
-def _compare(twin, own, cls, B, T, dtype, with_gradients):
-    """None, or what is different between the own forward and ours on B rows of T tokens."""
+def _twin_why_not(twin, own, cls, B, T, dtype, with_gradients):
+    """None, or what differs between the own forward and ours on B rows of T tokens."""
     inputs, more = _inputs(twin, cls, B, T, dtype)
     for args in inputs:
         seen = []
@@ -178,7 +181,8 @@ def _compare(twin, own, cls, B, T, dtype, with_gradients):
             return "it computes something else: it draws other random numbers than nanoGPT's"
         if (difference := _largest(map(_difference, _tensors(theirs.result), _tensors(ours.result)))) > TOLERANCE[dtype]:
             return f"it computes something else: {difference:.1e} of the largest value away from nanoGPT's"
-        largest = max((g.abs().max() for g in gradients if g is not None and g.numel()), default=None)     # some are 0 but for rounding
+        # Relative to the largest of all gradients: some of them are 0 up to rounding.
+        largest = max((g.abs().max() for g in gradients if g is not None and g.numel()), default=None)
         difference = _largest(_difference(a, b, largest) for a, b in zip(gradients, gradients_of_ours))
         if difference > TOLERANCE[dtype]:
             return f"it computes something else: its gradients are {difference:.1e} of the largest value away from nanoGPT's"
@@ -190,7 +194,7 @@ def _compare(twin, own, cls, B, T, dtype, with_gradients):
 
 
 def _difference(expected, found, largest=None):
-    """The largest difference of two tensors or Nones, relative to the largest value."""
+    """The largest difference between two tensors, relative to `largest` or the largest value; 0 for two Nones, inf for one."""
     if expected is None or found is None or not expected.numel():
         return 0.0 if (expected is None) == (found is None) else float("inf")
     largest = expected.abs().max() if largest is None else largest
@@ -198,7 +202,7 @@ def _difference(expected, found, largest=None):
 
 
 def _largest(differences):
-    """The largest, or infinity where one is no number."""
+    """The largest; infinity if one is NaN."""
     return max((float("inf") if math.isnan(d) else d for d in differences), default=0.0)
 
 
@@ -207,7 +211,7 @@ def _known(own):
 
 
 def _call(fast, cls, module, *args, plain=False, **keywords):
-    """The own forward or ours; of transformers' parts, with and without a cache (which checkpointing drops) unless `plain`."""
+    """Call the own forward or ours; transformers' parts with and without a cache, unless `plain` (checkpointing drops the cache)."""
     def method(*args, **keywords):
         return cls.fast(module, *module.inputs(args, keywords)) if fast else cls._own.forward(module, *args, **keywords)
     if issubclass(cls, gpt2.FromTransformers) and not plain:
@@ -216,7 +220,7 @@ def _call(fast, cls, module, *args, plain=False, **keywords):
 
 
 def _inputs(twin, cls, B, T, dtype):
-    """([arguments of a call], keywords): what goes in, the same each time. What has no default gets None."""
+    """([arguments of each call], keywords): the same inputs every time; None for arguments without a default."""
     generator = torch.Generator().manual_seed(1)
     more = {} if issubclass(cls, gpt2.FromTransformers) else {name: None for name in cls._required}
     if issubclass(cls, parts.NanoGPT):
@@ -224,11 +228,11 @@ def _inputs(twin, cls, B, T, dtype):
         targets[torch.rand(B, T, generator=generator) < 0.1] = -1
         return [(idx, targets), (idx,)], more
     x = torch.randn(B, T, _width(twin, cls), generator=generator, dtype=dtype)
-    return [(x,), (1e6 * x,)] if dtype == torch.float64 else [(x,)], more       # what ReLU or tanh clips far out
+    return [(x,), (1e6 * x,)] if dtype == torch.float64 else [(x,)], more  # large ones too: an activation that clips only far out shows there
 
 
 def _gradients(fast, cls, twin, *args, **keywords):
-    """Of a weighted sum of what a call returns, by the weights and the input."""
+    """Gradients of a weighted sum of the results of a call with respect to the weights and the input."""
     leaves = list(twin.parameters())
     if args[0].is_floating_point():
         leaves.append(args[0].clone().requires_grad_())
@@ -239,12 +243,12 @@ def _gradients(fast, cls, twin, *args, **keywords):
     for leaf in leaves:
         leaf.grad = None
     if outputs:
-        torch.autograd.backward(total)      # autograd.grad is refused by reentrant checkpoints; total.backward() a script's owner may watch
+        torch.autograd.backward(total)      # reentrant checkpoints refuse autograd.grad; total.backward() may be patched (run.py does)
     return [leaf.grad for leaf in leaves]
 
 
 def _with_and_without_cache(method, module, cls, x):
-    """The tensors that two calls of a part of transformers' GPT-2 return, and what is in the cache then; records the forms."""
+    """What two calls of a part of transformers' GPT-2 return, and the cache's contents after them; records the forms of the results."""
     plain = method(x)
     name = gpt2.cache_name(cls._own.forward)
     if name == "layer_past":
@@ -255,14 +259,14 @@ def _with_and_without_cache(method, module, cls, x):
         cached = method(x, use_cache=True, **{name: cache})
         attn = getattr(module, "attn", module)
         heads = x.new_zeros(x.size(0), attn.num_heads, 1, attn.head_dim)
-        kept = cache.update(heads, heads, attn.layer_idx)                           # returns what is in it, and the new
-    # The own forward is called first; ours returns by these.
+        kept = cache.update(heads, heads, attn.layer_idx)                           # returns the old contents and the new entry
+    # The own forward is called first and sets the forms; ours returns results in them.
     module._swap_state.forms.setdefault(cls._own, {False: gpt2.form(plain), True: gpt2.form(cached)})
     return plain, cached, kept
 
 
 def _structure(result):
-    """What a call returned, in words: types and shapes."""
+    """The types and shapes of what a call returned, as text."""
     if torch.is_tensor(result):
         return f"a {str(result.dtype).removeprefix('torch.')} tensor {tuple(result.shape)}"
     if isinstance(result, (tuple, list)):
@@ -276,7 +280,7 @@ def _tensors(result):
 
 
 def _width(module, cls):
-    """C, of what goes in."""
+    """C of the input."""
     for name in ("ln_1", "ln1"):
         if hasattr(module, name):
             return getattr(module, name).weight.numel()
@@ -291,7 +295,7 @@ def _width(module, cls):
 
 
 def context_length(model):
-    """The longest context of a model, in tokens: of its config, of a causal mask, of its position embeddings; else 1024."""
+    """The longest context of a model in tokens: from its config, else from causal masks and position embeddings, else 1024."""
     for module in model.modules():
         config = getattr(module, "config", None)
         for name in ("block_size", "n_positions", "max_seq_len", "n_ctx", "sequence_len", "context_length"):

@@ -24,7 +24,7 @@ from nanogpt_fast.swap import gpt2 as gpt2_parts, parts
 @pytest.fixture
 def on_ops(monkeypatch):
     """Swapped modules call the ops although no kernel can run: the ops' reference implementations."""
-    monkeypatch.setattr(parts, "_why_reference", lambda *args: None)
+    monkeypatch.setattr(parts, "_kernel_why_not", lambda *args: None)
 
 
 def gpt2(lm=True, **changes):
@@ -66,7 +66,7 @@ def test_gpt2_logits_loss_gradients_and_greedy_text_are_the_same(activation, mon
     assert report.left == [] and len(report.swapped) == 2 * 5 + 1
     assert_same(step(model), before)
     assert torch.equal(model.eval().generate(tokens(), max_new_tokens=8, do_sample=False), text)
-    monkeypatch.setattr(parts, "_why_reference", lambda *args: None)
+    monkeypatch.setattr(parts, "_kernel_why_not", lambda *args: None)
     assert_same(step(model.train()), before, exact=False)
     assert torch.equal(model.eval().generate(tokens(), max_new_tokens=8, do_sample=False), text)
     assert nanogpt_fast.restore(model) == 11
@@ -160,7 +160,7 @@ def test_a_call_returns_what_it_returned_in_form_and_value(call, ops, monkeypatc
         expected = flat(CALLS[call](model))
         assert nanogpt_fast.accelerate(model).left == []
         if ops:
-            monkeypatch.setattr(parts, "_why_reference", lambda *args: None)
+            monkeypatch.setattr(parts, "_kernel_why_not", lambda *args: None)
         found = flat(CALLS[call](model))
     assert found[0] == expected[0]
     assert_same(found[1], expected[1], exact=not ops)
@@ -180,7 +180,7 @@ def test_a_training_step_in_bf16_and_under_checkpointing_is_the_same(options, au
     expected = run()
     assert nanogpt_fast.accelerate(model, backend="reference").left == []
     if ops:
-        monkeypatch.setattr(parts, "_why_reference", lambda *args: None)
+        monkeypatch.setattr(parts, "_kernel_why_not", lambda *args: None)
     found = run()
     assert len(found) == len(expected) == 2 + sum(1 for _ in model.parameters())
     for a, b in zip(found, expected):
@@ -359,7 +359,7 @@ def test_torch_compile_traces_an_accelerated_model_whole_and_once(ops, monkeypat
     expected = nano_step(model)
     nanogpt_fast.accelerate(model)
     if ops:
-        monkeypatch.setattr(parts, "_why_reference", lambda *args: None)
+        monkeypatch.setattr(parts, "_kernel_why_not", lambda *args: None)
     graphs = []
     def counting(graph, inputs):
         graphs.append(graph)
@@ -424,7 +424,7 @@ def _rank(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    parts._why_reference = lambda *args: None
+    parts._kernel_why_not = lambda *args: None
     curves = []
     for when in ("never", "before", "inside"):
         with contextlib.redirect_stdout(None):

@@ -100,7 +100,7 @@ def test_an_error_in_the_script_is_shown_as_python_shows_it(checkout, capfd):
 @pytest.mark.parametrize("words,message", [
     ([], None), (["train.py", "--compare", "x"], "--compare takes the number of steps"), (["nowhere.py"], "there is no script nowhere.py"),
     (["--fast", "train.py"], "--fast stands before the script"), (["--backend=quick", "train.py"], "'quick' is not one of"),
-    (["--backend=auto"], "no script is named")])
+    (["--backend=auto"], "no script is given")])
 def test_what_cannot_be_is_one_line(checkout, capfd, words, message):
     assert status_of(words) == (0 if message is None else 2)
     out, err = capfd.readouterr()
@@ -118,7 +118,7 @@ def test_without_a_model_py_it_says_so(checkout, capfd):
     ("is_causal=True)", "is_causal=True, scale=0.1)", "logits differ"),
     ("std=0.02 / math.sqrt", "std=0.01 / math.sqrt", "initial weights differ"),
     ("    bias: bool = True", "    bias: bool = True\n    rope: bool = False", "its GPTConfig has other fields or defaults: rope"),
-    ("    @torch.no_grad()", "    def speak(self):\n        pass\n\n    @torch.no_grad()", "its GPT has speak, ours has not"),
+    ("    @torch.no_grad()", "    def speak(self):\n        pass\n\n    @torch.no_grad()", "its GPT has speak, ours does not"),
     ("        return idx\n", "        return idx.flip(1)\n", "generated tokens differ"),
     ("class MLP", "class Mlp", "it defines no MLP"),
     # What random numbers of order one, 17 tokens and a short text do not meet.
@@ -187,7 +187,7 @@ def test_module_names_the_module_with_the_classes(checkout, capfd, monkeypatch, 
     out = capfd.readouterr().out
     assert f"runs on {checkout}/models/gpt.py with " in out and len(losses(out)) == 2
     assert ("nanogpt_fast's classes in place of its own" in out) == (classes == "equal to ours")
-    assert status_of(["--module", "models/gpt.py", "train.py"]) == 2 and "such as models.gpt; this is 'models/gpt.py'" in capfd.readouterr().err
+    assert status_of(["--module", "models/gpt.py", "train.py"]) == 2 and "such as models.gpt; got 'models/gpt.py'" in capfd.readouterr().err
 
 
 def test_a_module_without_a_gpt_says_so(checkout, capfd):

@@ -67,7 +67,7 @@ def test_a_dropout_that_the_code_would_take_is_missed():
             x = super().forward(x)
             return self.dropout(x) if hasattr(self, "dropout") else x
     report = nanogpt_fast.accelerate(nn.ModuleList([Asks(), BuildMlp()]))
-    assert {row.path: row.reason for row in report.left} == {"0": "its code asks for dropout, which it lacks"}
+    assert {row.path: row.reason for row in report.left} == {"0": "its code uses dropout, which it lacks"}
 
 
 def test_an_activation_that_is_changed_later_is_honoured(on_ops):
@@ -115,6 +115,6 @@ def test_the_report_counts_calls_on_kernels(monkeypatch):
     assert "2 x attention (CausalSelfAttention), not called yet" in str(report)
     model(torch.zeros(1, 3, dtype=torch.long))
     assert "2 x attention (CausalSelfAttention), 0 of 2 calls on kernels" in str(report)
-    monkeypatch.setattr(parts, "_why_reference", lambda *args: None)
+    monkeypatch.setattr(parts, "_kernel_why_not", lambda *args: None)
     model.transformer.h[0].attn(torch.randn(1, 3, C))
     assert "2 x attention (CausalSelfAttention), 1 of 3 calls on kernels" in str(report)

@@ -303,7 +303,7 @@ def test_targets_that_are_no_tensor_take_the_own_path(on_ops):
     assert report.left == []
     x, _ = batch()
     assert model(x, 0) == model(x, targets=0) == "a sampling step"
-    assert report.calls == {("model", "own path: an input that is no tensor"): 2}
+    assert report.calls == {("model", "own path: an input that is not a tensor"): 2}
 
 
 def with_mask(self, x, attn_mask=None, is_causal=True, *, note="none"):

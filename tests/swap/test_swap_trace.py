@@ -157,7 +157,7 @@ def test_a_function_over_a_module_is_not_tried():
     model = fork()
     block = model.transformer.h[0]
     block.mlpf = lambda x: block.mlp(x)
-    assert "mlpf is a function over a Block" in left(nanogpt_fast.accelerate(model))["transformer.h.0"]
+    assert "mlpf is a closure over a Block" in left(nanogpt_fast.accelerate(model))["transformer.h.0"]
 
 
 def test_torch_compile_traces_a_swapped_block_with_all_its_checks_whole(on_ops):
