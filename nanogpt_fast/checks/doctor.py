@@ -1,8 +1,8 @@
-"""`nanogpt-fast doctor`: what is here, what follows from it, and how to fix what is missing.
+"""`nanogpt-fast doctor`: what is installed, what runs because of it, and how to fix what is missing.
 
-It is needed where something is broken, so nothing is assumed to work: this file imports the standard library alone, every
-probe runs in `look`, which turns whatever goes wrong into a finding, and PyTorch, Triton, the driver and the extension are
-asked in processes of their own, where even a crash (a library of another ABI) is an answer.
+People run it when something is broken, so it assumes that nothing works: this file imports only the standard library, each probe
+runs in `look`, which turns any exception into a finding, and PyTorch, Triton, the driver and the extension are probed in processes
+of their own, where even a crash (a library with another ABI) is a finding.
 """
 import json
 import os
@@ -21,7 +21,7 @@ SECONDS = 120  # for one probe: importing torch from a cold network disk takes a
 
 
 def main(argv):
-    """The command `nanogpt-fast doctor`: prints the findings. Exit status 0, whatever is missing; 1 where nothing can run."""
+    """The command `nanogpt-fast doctor`: prints the findings. Exit status 0 whatever is missing; 1 if PyTorch does not import."""
     if [word for word in argv if word != "--json"]:
         print("usage: nanogpt-fast doctor [--json]\n\n" + __doc__.strip())
         return 0 if {"-h", "--help"} & set(argv) else 2
@@ -31,24 +31,24 @@ def main(argv):
 
 
 def examine():
-    """Everything that was found, as one dict. A section that could not be had holds {"error": why}."""
+    """All findings as one dict. A section whose probe failed holds {"error": why}."""
     return {"machine": look(machine), "compilers": look(compilers), "driver": look(driver), "torch": ask(TORCH),
             "triton": ask(TRITON), "extension": extension(), "ops": ask(OPS)}
 
 
-# ------------------------------------------------------------------------------------------------------------------ looking
+# ------------------------------------------------------------------------------------------------------------------- probes
 
 def look(probe):
-    """What a probe finds, or why it can't."""
+    """What a probe finds, or {"error": why it failed}."""
     try:
         return probe()
-    except Exception as error:  # whatever is broken is what we are here to tell
+    except Exception as error:  # any failure is a finding
         return {"error": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def ask(code):
-    """What a piece of Python prints as JSON, run in a process of its own; or {"error": the last line of what went wrong}."""
-    # An environment variable that this package refuses would hide everything else; `examine_ops` looks at it by itself.
+    """Run Python code in its own process; returns what it prints as JSON, or {"error": the last line of stderr}."""
+    # A value of NANOGPT_FAST_BACKEND that this package rejects would hide everything else; only OPS looks at it.
     environment = {key: value for key, value in os.environ.items() if key != "NANOGPT_FAST_BACKEND"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PACKAGE.parent), environment.get("PYTHONPATH"))))
     environment["NANOGPT_FAST_ASKED"] = os.environ.get("NANOGPT_FAST_BACKEND", "")
@@ -63,9 +63,9 @@ def ask(code):
         try:
             return json.loads(done.stdout.strip().splitlines()[-1])
         except (ValueError, IndexError):
-            return {"error": f"an answer that means nothing: {done.stdout[-200:]!r}"}
+            return {"error": f"unexpected output: {done.stdout[-200:]!r}"}
     if done.returncode < 0:
-        return {"error": f"it ended the process: {signal.Signals(-done.returncode).name}"}
+        return {"error": f"the process was killed: {signal.Signals(-done.returncode).name}"}
     lines = done.stderr.strip().splitlines()
     return {"error": lines[-1] if lines else f"exit status {done.returncode}"}
 
@@ -90,7 +90,7 @@ def machine():
 
 
 def compilers():
-    """The C++ compiler and nvcc as setup.py looks for them."""
+    """The C++ compiler and nvcc, in the places where setup.py looks."""
     found = {}
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     found["c++"] = version([*compiler.split(), "--version"]) if compiler else None
@@ -103,7 +103,7 @@ def compilers():
 
 
 def driver():
-    """What nvidia-smi says, which needs the driver but no CUDA."""
+    """What nvidia-smi says; it needs the driver but no CUDA."""
     if not shutil.which("nvidia-smi"):
         return {"error": "there is no nvidia-smi: no NVIDIA driver is installed"}
     command = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap,memory.total", "--format=csv,noheader"]
@@ -124,7 +124,7 @@ def run(command):
 
 
 def extension():
-    """nanogpt_fast._C: is it there, does it load, what is in it."""
+    """nanogpt_fast._C: whether it exists, whether it loads, what it contains."""
     files = sorted(path.name for path in PACKAGE.glob("_C.*") if path.suffix in (".so", ".pyd"))
     missing = PACKAGE / "_C_missing.txt"
     if not files:
@@ -136,14 +136,14 @@ def extension():
     return found
 
 
-# What runs in processes of their own. Each prints one line of JSON.
+# The probes that run in their own processes. Each prints one line of JSON.
 
 TORCH = """
     import json, torch
     found = {"version": torch.__version__, "cuda_build": torch.version.cuda, "threads": torch.get_num_threads(), "cuda": False}
     if torch.version.cuda:
         try:
-            torch.cuda.init()  # says why not, where is_available says only that it is not
+            torch.cuda.init()  # raises the reason, which is_available does not give
             found["cuda"] = torch.cuda.is_available()
             found["capability"] = torch.cuda.get_device_capability()
             found["gpu"] = torch.cuda.get_device_name()
@@ -160,14 +160,14 @@ TRITON = """
     print(json.dumps({"version": triton.__version__, "interpreted": os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")}))
 """
 
-# By its path: importing it through the package would import torch, which may be what is broken.
+# Loaded by its path: importing it through the package would import torch, which may be what is broken.
 EXTENSION = """
     import glob, importlib.util, json, os
     path = next(path for path in sorted(glob.glob(os.path.join(@PACKAGE@, "_C.*"))) if path.endswith((".so", ".pyd")))
     import sysconfig
     mine = os.path.join(@PACKAGE@, "_C" + sysconfig.get_config_var("EXT_SUFFIX"))
     if not os.path.exists(mine):
-        raise SystemExit(f"it was built for another Python than this one, which would load {os.path.basename(mine)}")
+        raise SystemExit(f"it was built for another Python; this one loads {os.path.basename(mine)}")
     spec = importlib.util.spec_from_file_location("nanogpt_fast._C", mine)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -176,8 +176,8 @@ EXTENSION = """
     print(json.dumps(found))
 """
 
-# What `auto` takes for a small GPT's training step as the trainer calls it, in the dtype that it would take, for one step of its
-# generation and for a draw, and why nothing faster. Nothing is launched.
+# Which implementations `auto` takes, and why nothing faster: for a training step of a small GPT as the trainer calls it, in the dtype
+# that the trainer would choose, for one decoding step and for one draw of the sampler. No kernel is launched.
 OPS = """
     import contextlib, io, json, os
     import torch
@@ -215,7 +215,7 @@ OPS = """
 """
 
 
-# --------------------------------------------------------------------------------------------------------------- reporting
+# ------------------------------------------------------------------------------------------------------------------- report
 
 def report(found):
     """The findings as text."""
@@ -254,14 +254,14 @@ def _gpu(d, t):
                      for g in d["gpus"])
     if t.get("cuda"):
         return gpus
-    why = "CUDA does not start" if t.get("cuda_build") else "this PyTorch was built without CUDA"
-    return f"{gpus}; PyTorch cannot use it: {t.get('cuda_error') or t.get('error') or why}"
+    why_not = "CUDA does not start" if t.get("cuda_build") else "this PyTorch was built without CUDA"
+    return f"{gpus}; PyTorch cannot use it: {t.get('cuda_error') or t.get('error') or why_not}"
 
 
 def _triton(t):
     if "error" in t:
         return f"none that can be imported: {t['error']}"
-    interpreting = ", interpreting (TRITON_INTERPRET is set): kernels are checked, not fast"
+    interpreting = ", interpreting (TRITON_INTERPRET is set): kernels can be checked, but are slow"
     return t["version"] + (interpreting if t["interpreted"] else "")
 
 
@@ -280,11 +280,11 @@ def _extension(e):
 
 def _ops(ops):
     if "error" in ops:
-        return [f"ops        cannot be asked: {ops['error']}"]
+        return [f"ops        unknown: {ops['error']}"]
     asked = f"with NANOGPT_FAST_BACKEND={ops['asked']}" if ops["asked"] else "`auto`"
     lines = [f"On the {'GPU' if ops['device'] == 'cuda' else 'CPU'} {asked} takes:"]
     if "environment" in ops:
-        lines.insert(0, f"NANOGPT_FAST_BACKEND is not understood, and importing nanogpt_fast fails: {ops['environment']}")
+        lines.insert(0, f"NANOGPT_FAST_BACKEND is invalid, so importing nanogpt_fast fails: {ops['environment']}")
     if "training" in ops:
         lines.append(f"  training in {ops['training']}")
     names = {"reference": "plain PyTorch", "triton": "Triton kernel", "cpp": "C++/CUDA extension", "error": "nothing: raises"}
@@ -314,11 +314,11 @@ def remedies(found):
     capability = torch.get("capability")
     if capability and tuple(capability) < (8, 0):
         advice.append((f"compute capability {capability[0]}.{capability[1]}",
-                       "none: the attention kernels need 8.0 (A100, RTX 30) and later"))
+                       "no fix: the attention kernels need 8.0 (A100, RTX 30) or later"))
     if "error" in triton and platform.system() == "Linux":
         advice.append(("no Triton", "pip install --force-reinstall triton"))
     elif triton.get("interpreted"):
-        advice.append(("Triton interprets", "unset TRITON_INTERPRET"))
+        advice.append(("Triton interprets its kernels", "unset TRITON_INTERPRET"))
     if "error" in ext:
         compilers = found["compilers"]
         need = "" if compilers.get("c++") else "apt install g++ python3-dev, then "

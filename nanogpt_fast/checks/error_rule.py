@@ -1,58 +1,59 @@
-"""When is a kernel's result right? One rule, for the tests and for `nanogpt-fast verify`.
+"""The error rule: when a kernel's result is right. The tests and `nanogpt-fast verify` use it.
 
-An absolute tolerance that admits bf16's rounding also admits a wrong eps. So the error is taken against fp64 on the same
-inputs, and bounded by the error that plain PyTorch makes in the same precision:
+An absolute tolerance that admits bf16's rounding also admits a wrong eps. So the error is measured against fp64 on the same
+inputs, and bounded by the error that plain PyTorch makes in the same precision.
 
-Magnitude: root mean square and largest error are each at most factor * max(plain's, rounding), factor 2 for results and 3 for
-gradients. `rounding` is what rounding the exact answer once may cost (half a unit in the last place), so a plain path that
-happens to be exact (a copy, one element, x of equal values) does not forbid the kernel's rounding.
+Magnitude: the root mean square error and the largest error are each at most factor * max(plain's, rounding), with factor 2 for
+results and 3 for gradients. `rounding` is what rounding the exact answer once may cost (half a unit in the last place), so a
+plain path that happens to be exact (a copy, one element, x of equal values) does not forbid the kernel's rounding.
 
-Two errors of equal quality differ by luck, and a test that draws its numbers anew must not fail by it, not once in 10^6. How far luck
-goes depends on how many errors are compared:
+Two errors of equal quality differ by chance, and a test with fresh random inputs must not fail by chance, not once in 10^6. How much
+chance explains depends on how many errors are compared:
 
-    root mean square   The logarithm of the ratio of two, each of n independent errors, scatters with a standard deviation of 1/sqrt(n)
-                       (Fisher's z). Where 5.2 of them (one side, 1e-7) are more than the factor, they are the bound: below n = 58.
-                       n is what counts as such: 2 (mean / standard error)^2 of the squares, rows and columns considered, since a few
-                       large ones, or one rstd for a row, are few observations; of the plain path's errors or of the exact values,
-                       whose roundings are as unequal as they are, whichever is less. The factor is also widened by 1 + 16/n, for all
-                       elements.
-    largest error      That of n errors is one of them, and often one of the few elements that are largest, whose rounding is largest;
-                       the plain path's one may have been lucky. So the largest may also be as large as chance makes the largest of n
-                       errors whose root mean square is the plain path's, and proportional to the element where it is above the
-                       average: T, where the tails of all n beyond T, taken as normal, sum to 1e-8.
-    a mean             of N numbers is a sum that was rounded up to N times on its way, as large as it then was. In order that is
-                       sqrt(N/9) half units of the mean, where one rounding has sqrt(1/3): so sqrt(1 + N/3) times what one may cost.
+    root mean square   The logarithm of the ratio of two, each of n independent errors, has a standard deviation of 1/sqrt(n)
+                       (Fisher's z). Where 5.2 standard deviations (one-sided, 1e-7) exceed the factor, they are the bound: below
+                       n = 58. n is the effective number of observations, 2 (mean / standard error)^2 of the squares, with the
+                       standard error taken over rows and columns, since a few large errors, or one rstd per row, are few
+                       observations. It is the lower of two: that of the plain path's errors, and that of the exact values, to
+                       which roundings are proportional. The factor is also widened by 1 + 16/n, n being all elements.
+    largest error      The largest of n errors is a single one, and often belongs to one of the few largest elements, whose rounding
+                       is largest; the plain path may have been lucky there. So the largest may also reach T, the value at which
+                       the tails beyond T of n normal errors sum to 1e-8. Each has the plain path's root mean square as its standard
+                       deviation, in proportion to the element where that is above average.
+    a mean             of N numbers is a sum that is rounded up to N times, each time at its current size. Summed in order that makes
+                       sqrt(N/9) half units of the mean, and one rounding sqrt(1/3): so sqrt(1 + N/3) times the cost of one.
 
-Bias: the mean error, and the mean error in the direction of the oracle's sign (a result scaled by 1 - d has no mean error, but
-this), lie within 6 standard errors of 0 (of a normal distribution; as much of Student's, where the standard error itself comes from
-few rows or columns, as 8 rows' from 7 degrees of freedom), or of what rounding the exact answer once explains, or of what the plain path has.
+Bias: the mean error, and the mean error along the oracle's sign (only that one shows a result scaled by 1 - d), lie within 6
+standard errors of 0, or of what rounding the exact answer once explains, or of the plain path's own. The 6 are those of a normal
+distribution; where the standard error itself comes from few rows or columns (8 rows: 7 degrees of freedom), the equivalent of
+Student's distribution.
 
-Rounding once explains a mean error where values are closer together than bf16's steps (a softmax of nearly equal logits), which
+Rounding once explains a mean error where values lie closer together than bf16's steps (a softmax of nearly equal logits) and
 are all rounded the same way, and where GELU' tends to 1 from above: dy * GELU' is rounded down to dy, in every element.
 Already-rounded values show less of this bias; any mean error between 0 and it passes.
 
-The plain path has a mean error of its own on a GPU. Tensor cores truncate as they sum, so each matmul is a little nearer to 0
-(the fp16 logits that one cuBLAS call computes for both: by 1.3e-6), and a number that is rounded on its way takes its products
-with it (bf16 rounds softmax - 1 = -0.99998 to -1, and the gradients of x and weight are too large). So the same two means of
-the plain path's errors on the same numbers are allowed, up to 2 times in results and 3 times in gradients, as for the
-magnitude. They count as far as they are over 2 of their own standard errors: chance excuses nothing. A bias in the other
-direction, or one that the plain path lacks, is still the kernel's. On a CPU, whose sums round to nearest, nothing of this counts,
-nor beside `stored` below: PyTorch's own rounding would hide a division by N + 1 instead of N = 300.
+On a GPU the plain path has a mean error of its own. Tensor cores truncate as they sum, so each matmul is a little nearer to 0
+(the fp16 logits that one cuBLAS call computes for both: by 1.3e-6), and a rounded intermediate shifts its products (bf16 rounds
+softmax - 1 = -0.99998 to -1, so the gradients of x and weight are too large). So the same two means of the plain path's errors on
+the same numbers are allowed, up to 2 times in results and 3 times in gradients, as for the magnitude. Only the part above 2
+of their own standard errors counts: chance excuses nothing. A bias in the other direction, or one that the plain path lacks, is
+still the kernel's. None of this applies on a CPU, whose sums round to nearest, nor together with `stored` below: PyTorch's own
+rounding would hide a division by N + 1 instead of N = 300.
 
-An intermediate that an algorithm stores in half precision is rounded once, too, and its products are off by what that makes. Who
-knows it says so (`stored`). Linear cross-entropy stores softmax - 1 in bf16, where -0.99998 is -1: all gradients are a little too
-large. PyTorch stores (softmax - 1) / N: too large or too small, by up to 4 times as much, as N has it.
+An intermediate that an algorithm stores in half precision is rounded once, too, which shifts its products. The caller passes
+what that explains as `stored`. Linear cross-entropy stores softmax - 1 in bf16, where -0.99998 becomes -1, so all gradients are a
+little too large. PyTorch stores (softmax - 1) / N, which is too large or too small by up to 4 times as much, depending on N.
 
 The sums over the intermediate may be off, too: tensor cores truncate them, on an H100 by 5e-5 of the gradient of x, over 50,304
-columns, and by nothing to be seen in that of weight. So `stored` may be several results, by exact sums and by tensor cores'. Any
-mean error between 0 and the farthest of them passes, on either side of 0. That is more than one explanation allows; what is beyond
-all of them is still found.
+columns, and by nothing measurable in the gradient of weight. So `stored` may be several results, from exact sums and from
+tensor cores. Any mean error between 0 and the farthest of them passes, on either side of 0. That allows more than one
+explanation would; a mean error beyond all of them is still found.
 
-fp32's own unit (1.2e-7) is always allowed. Errors within a row are correlated (one rstd, one softmax denominator), and within a
-column (h in half precision plus a bias that has more digits: what is rounded off is the bias's, in every row), so the standard
-error counts rows and columns as observations, too.
+fp32's own unit (1.2e-7) is always allowed. Errors are correlated within a row (one rstd, one softmax denominator) and within a
+column (h in half precision plus a bias with more digits: the same digits of the bias are rounded off in every row), so the
+standard error counts rows and columns as observations, too.
 
-Where the oracle rounds to inf or nan in the result's dtype, the result must be the same; where it does not, it must be finite.
+Where the oracle rounds to inf or nan in the result's dtype, the result must equal it; elsewhere it must be finite.
 """
 import math
 from dataclasses import dataclass, field
@@ -60,11 +61,11 @@ from dataclasses import dataclass, field
 import torch
 
 ERROR_FACTOR = {"forward": 2.0, "gradient": 3.0}  # times the plain low-precision path's own error
-STANDARD_ERRORS = 6.0  # of the signed mean error: chance passes it once in 5e8
-LUCK = 5.2             # standard deviations of the logarithm of two errors' ratio: chance passes it once in 10^7
-TAILS = 1e-8           # how often chance makes one of n errors larger than what is allowed to the largest
-FEWEST_OBSERVATIONS = 8.0   # a plain error of fewer has no reliable size, and the ratio to it no bound that means anything
-BY_CHANCE = 2.0  # standard errors of the plain path's mean error that are taken for chance, and excuse no bias
+STANDARD_ERRORS = 6.0  # of the signed mean error: chance exceeds it once in 5e8
+LUCK = 5.2             # standard deviations of the logarithm of two errors' ratio: chance exceeds it once in 10^7
+TAILS = 1e-8           # probability that chance puts one of n errors above the bound on the largest
+FEWEST_OBSERVATIONS = 8.0   # with fewer, the plain error has no reliable size, and the ratio to it no meaningful bound
+BY_CHANCE = 2.0  # standard errors of the plain path's mean error that count as chance and excuse no bias
 FEWEST_FOR_BIAS = 64  # distinct values; below that a mean has no reliable standard error
 
 
@@ -75,26 +76,25 @@ class Measurement:
     relative: float = 0.0
     plain_relative: float = 0.0     # plain PyTorch's
     bound: float = 0.0              # on `relative`
-    bias: float = 0.0               # of the two mean errors, what neither rounding nor plain has, the larger; in standard errors
-    used: dict = field(default_factory=dict)    # {part of the rule: how much of its bound the result takes; over 1 it is broken}
-    problem: str | None = None      # None, or which part of the rule is broken, by how much
+    bias: float = 0.0               # the larger of the two mean errors, less what rounding and plain explain; in standard errors
+    used: dict = field(default_factory=dict)    # {part of the rule: error / bound; above 1 the part is broken}
+    problem: str | None = None      # None, or which part of the rule is broken, and by how much
 
 
 def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtype=None, averaged=1, observations=None,
             cancelled=None, stored=None, tensor_cores=None):
-    """Hold `out` to the rule. Returns a Measurement.
+    """Apply the rule to `out`. Returns a Measurement.
 
     out, plain: the kernel's result and the plain path's on the same inputs, any dtype. oracle: fp64. direction: "forward" or
-    "gradient". factor: in place of ERROR_FACTOR[direction].
-    dtype, averaged: for a mean over `averaged` numbers that were rounded to `dtype`, as the loss is: fp32, but made of bf16
-    logits. The plain path's one error can then be near zero by luck; what rounding may cost is that of the numbers, averaged
-    out.
-    observations: how many independent errors there are, where they are fewer than elements (one score of attention is in
-    every element of a row). cancelled: of out's shape, the root mean square error of each element that the formula itself makes
-    in fp32 where two equal terms cancel, so that the oracle is 0 and the plain path may hit it by luck (dq and dk of a query
-    that sees one key). stored: of out's shape, fp64, one or a tuple: the result of an intermediate that the algorithm stores in
-    half precision, rounded once, summed as out may be. Their mean errors are explained, and the plain path's is not. tensor_cores:
-    they made the sums, so that the plain path's mean error counts; None: where out is on a GPU.
+    "gradient". factor: replaces ERROR_FACTOR[direction].
+    dtype, averaged: for a mean over `averaged` numbers that were rounded to `dtype`, such as a loss, which is fp32 but computed
+    from bf16 logits. The plain path's single error may be near zero by chance; `rounding` is then that of the numbers, averaged.
+    observations: how many independent errors there are, if fewer than elements (one attention score enters every element of a
+    row). cancelled: of out's shape, the root mean square error that the formula itself makes in fp32 in each element where two
+    equal terms cancel: the oracle is 0 there, and the plain path may hit it by chance (dq and dk of a query that sees one key).
+    stored: of out's shape, fp64, one tensor or a tuple: the exact result but for an intermediate that the algorithm stores in half
+    precision, rounded once, summed as out may be. These explain a mean error, and the plain path then explains none.
+    tensor_cores: whether they computed the sums, so that the plain path's mean error counts; None: if out is on a GPU.
     """
     if not out.shape == oracle.shape == plain.shape:
         return Measurement(problem=f"shapes out {tuple(out.shape)}, oracle {tuple(oracle.shape)}, plain {tuple(plain.shape)}")
@@ -104,8 +104,8 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
         return Measurement()
     factor = ERROR_FACTOR[direction] if factor is None else factor
     shared = (out.is_cuda if tensor_cores is None else tensor_cores) and stored is None
-    where = out.device if out.is_cuda else "cpu"  # to sort 38 million numbers takes a CPU seconds; MPS has no float64
-    expected = oracle.detach().to(out.dtype).to(where).double()  # the correctly rounded answer; its inf and nan are right
+    where = out.device if out.is_cuda else "cpu"  # a CPU takes seconds to sort 38 million numbers; MPS has no float64
+    expected = oracle.detach().to(out.dtype).to(where).double()  # the correctly rounded answer, including inf and nan
     units = torch.finfo(out.dtype), torch.finfo(dtype or out.dtype)
     out, oracle, plain = (t.detach().to(where).double() for t in (out, oracle, plain))
     finite = expected.isfinite()
@@ -125,7 +125,7 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
 
     n = min(int(finite.sum()) * averaged, observations or math.inf)
     rows = n if out.dim() < 2 else min(n, int(finite.sum()) * averaged / out.size(-1))
-    slack = factor * (1 + 16 / n + 2 / rows)  # one rstd, one denominator is wrong for a whole row: rows are few observations
+    slack = factor * (1 + 16 / n + 2 / rows)  # one rstd or denominator affects a whole row, and rows are few observations
     luck = math.exp(LUCK / math.sqrt(min(_observations(plain_error), _observations(exact)) - 2))
     found, bounds = Measurement(), {}
     norms = {"largest": lambda t: float(t.abs().max()), "rms": lambda t: float(t.square().mean().sqrt())}
@@ -137,7 +137,7 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
 
     def unavoidable(size):
         return max(size(plain_error), rounding(size), 0.0 if inherited is None else size(inherited))
-    unlucky = luck * max(norms["rms"](plain_error), rounding(norms["rms"]))     # the plain path's rms error, drawn again, is below
+    unlucky = luck * max(norms["rms"](plain_error), rounding(norms["rms"]))     # another draw of the plain path's rms error stays below
     deviation = max(norms["rms"](plain_error), rounding(norms["rms"]) / math.sqrt(3), unlucky / factor if luck > factor else 0.0)
     by_chance = dict(rms=unlucky, largest=_largest_by_chance(deviation, exact))
     for name, size in norms.items():
@@ -148,7 +148,7 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
                 f"{name} error {size(error):.3g} against fp64 is over {bounds[name]:.3g}, {bounds[name] / unavoidable(size):.3g} times the "
                 f"larger of the plain path's error ({size(plain_error):.3g}) and rounding ({rounding(size):.3g}); {direction}, "
                 f"{n} elements, worst at {first_index(error.abs() == error.abs().max())}")
-    unit = norms["rms"](exact) or 1.0  # an oracle of zeros: absolute errors
+    unit = norms["rms"](exact) or 1.0  # for an oracle of zeros, errors are absolute
     found.largest = norms["largest"](error)
     found.relative, found.plain_relative, found.bound = (
         absolute / unit for absolute in (norms["rms"](error), norms["rms"](plain_error), bounds["rms"]))
@@ -162,9 +162,9 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
 
 
 def _bias(error, exact, rounding, stored, plain, factor):
-    """(the worse bias in standard errors, None or the sentence that names it). rounding: the error of the exact answer, rounded
-    once; stored: those of an intermediate rounded once; plain: the plain path's, of whose mean `factor` times are allowed."""
-    distinct = exact[exact != 0].float().unique().numel()  # repeated values repeat one error: they are one observation
+    """(the worse bias in standard errors, error / bound, None or a sentence about it). rounding: the error of the exact answer rounded
+    once; stored: the errors of an intermediate rounded once; plain: the plain path's; `factor` times its mean is allowed."""
+    distinct = exact[exact != 0].float().unique().numel()  # repeated values repeat one error, so they are one observation
     if distinct < FEWEST_FOR_BIAS:
         return 0.0, 0.0, None
     allowed = torch.finfo(torch.float32).eps * float(exact.square().mean().sqrt())
@@ -186,13 +186,13 @@ def _bias(error, exact, rounding, stored, plain, factor):
 
 
 def _standard_error(signed, distinct):
-    """(that of the mean of errors (..., C), of which `distinct` are different; its degrees of freedom).
+    """(standard error of the mean of errors (..., C), of which `distinct` differ; its degrees of freedom).
 
-    Let an error have a part of its row, one of its column and one of its own, independent, of variances r, c and e. The mean
-    over R rows and C columns has the variance r/R + c/C + e/RC. The variance of row means, over R, is r/R + e/RC; that of
-    column means, over C, is c/C + e/RC; that of all elements, over RC, is (r + c + e)/RC, or nearly e/RC. Hence the last, and
-    by how much either of the others is more. Fewer than 8 means have no variance to speak of. A sum of variances has the degrees
-    of freedom that Welch and Satterthwaite give it.
+    Let an error be the sum of three independent parts, of its row, of its column and of its own, with variances r, c and e. The
+    mean over R rows and C columns has the variance r/R + c/C + e/RC. The variance of the row means, divided by R, is r/R + e/RC;
+    that of the column means, divided by C, is c/C + e/RC; that of all elements, divided by RC, is (r + c + e)/RC, or nearly
+    e/RC. So the estimate is the last, plus the excess of each of the others over it. Fewer than 8 means give no useful variance. The
+    degrees of freedom of a sum of variances are those of Welch and Satterthwaite.
     """
     grid = signed.reshape(-1, signed.size(-1))
     elements = float(grid.var()) / grid.numel()
@@ -204,28 +204,28 @@ def _standard_error(signed, distinct):
 
 
 def _student(z, freedom):
-    """As many standard errors of Student's distribution as z of the normal one, after D. L. Wallace, Bounds on normal approximations to
+    """t of Student's distribution that has the tail of z of the normal one, after D. L. Wallace, Bounds on normal approximations to
     Student's and the chi-square distributions, 1959: z = (8f + 1) / (8f + 3) sqrt(f log(1 + t^2 / f))."""
     freedom = max(freedom, 1.0)
     return math.sqrt(freedom * math.expm1((z * (8 * freedom + 3) / (8 * freedom + 1))**2 / freedom))
 
 
 def _observations(errors):
-    """How many independent normal errors would make the mean of the squares as sure as it is here: its variance is then 2/n of its
-    square. At least FEWEST_OBSERVATIONS."""
+    """The number n of independent normal errors whose mean square would be as certain as this one: its variance is 2/n of its square.
+    At least FEWEST_OBSERVATIONS."""
     if errors.numel() <= FEWEST_OBSERVATIONS:
         return FEWEST_OBSERVATIONS
     squares = errors.square()
     standard, _ = _standard_error(squares, squares.numel())
-    if standard == 0.0:     # all alike, or none: nothing scatters
+    if standard == 0.0:     # all errors are equal, or 0: there is no scatter
         return math.inf
     ratio = float(squares.mean()) / standard
     return max(2 * ratio * ratio, FEWEST_OBSERVATIONS)
 
 
 def _largest_by_chance(rms, exact):
-    """T for which the tails beyond T of normal errors, one an element, sum to TAILS. Their standard deviation is `rms`, and in proportion
-    more where the element is above its own root mean square. Elements are counted in 64 sizes, each taken for its largest."""
+    """T for which the tails beyond T of normal errors, one per element, sum to TAILS. Their standard deviation is `rms`, and larger in
+    proportion for elements above their own root mean square. Elements go into 64 bins by size; each counts as its bin's largest."""
     sizes = exact.abs() / max(float(exact.square().mean().sqrt()), 1e-300)
     top = max(float(sizes.max()), 1.0)
     counts = torch.histc(sizes.clamp(min=1.0).float(), 64, 1.0, top * (1 + 1e-6) + 1e-6).double().cpu()

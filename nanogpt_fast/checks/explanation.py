@@ -10,11 +10,11 @@ from ..model import GPT, Block
 class Row(NamedTuple):
     op: str
     implementation: str  # "triton", "cudnn", "cpp", "reference", or "error" where backend='fused' would raise
-    reason: str          # why no faster one, or what else there is to know; empty where the fastest runs as it should
+    reason: str          # why no faster one runs, or a remark; empty if the fastest runs
 
 
 class Explanation(list):
-    """The rows, one an op; printed as a table."""
+    """A list of rows; prints as a table."""
 
     def __str__(self):
         width = max((len(row.op) for row in self), default=0)
@@ -22,31 +22,32 @@ class Explanation(list):
 
 
 def explain(model, *, dtype=None, tokens=8, return_logits=True):
-    """What every op of `model` (a GPT, maybe compiled or wrapped in DDP) would take for a training step on its device.
+    """Which implementation each op of `model` (a GPT, possibly compiled or wrapped in DDP) would take for a training step on its device.
 
-    dtype: the autocast dtype, or None without autocast. return_logits=False: as our trainer calls it. Runs one
-    small forward on the reference path and launches no kernel; the random state and the train/eval mode stay as they are. Returns an Explanation, a list of Row(op, implementation, reason).
+    dtype: the autocast dtype, or None without autocast. return_logits=False: as our trainer calls the model. Runs one small forward
+    on the reference path and launches no kernel; the random state and the train/eval mode do not change. Returns an Explanation, a
+    list of Row(op, implementation, reason).
     """
     gpt = next((module for module in model.modules() if isinstance(module, GPT)), None)
     if gpt is None:
-        raise TypeError(f"explain takes a model that is or holds a nanogpt_fast.GPT; this is a {type(model).__name__}")
+        raise TypeError(f"explain takes a model that is or contains a nanogpt_fast.GPT; this is a {type(model).__name__}")
     device = next(gpt.parameters()).device
     idx = torch.zeros(1, min(tokens, gpt.config.block_size), dtype=torch.long, device=device)
     devices = [device] if device.type == "cuda" else []
     autocast = torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype not in (None, torch.float32))
     with torch.random.fork_rng(devices), backend.recording() as record, autocast:
-        gpt(idx, idx, **({} if return_logits else dict(return_logits=False)))  # a subclass may have nanoGPT's two arguments
+        gpt(idx, idx, **({} if return_logits else dict(return_logits=False)))  # a subclass may take only nanoGPT's two arguments
 
     rows = {}
     for op, wanted, name, reasons in record:
         if name == "reference" and wanted == "fused" and op not in backend.LIBRARY_OPS:
             name = "error"
         if name == "triton" and backend.interpreted() and device.type == "cpu":
-            reasons = ["executed by Triton's interpreter: a check of the kernel, and slow"]
+            reasons = ["runs in Triton's interpreter, which checks the kernel but is slow"]
         rows[op, name] = Row(op, name, "; ".join(reasons))
     explanation = Explanation(sorted(rows.values(), key=lambda row: backend.OPS.index(row.op)))
     for i, block in enumerate(gpt.transformer.h):
-        reason = block.why_not_fused() if isinstance(block, Block) else f"it is a {type(block).__name__}"
-        if reason is not None:
-            explanation.append(Row(f"block {i}", "unfused", f"{reason}; its own forward is called"))
+        why_not = block.why_not_fused() if isinstance(block, Block) else f"it is a {type(block).__name__}"
+        if why_not is not None:
+            explanation.append(Row(f"block {i}", "unfused", f"{why_not}; its own forward is called"))
     return explanation

@@ -1,13 +1,12 @@
-"""`nanogpt-fast verify`: is what runs on this machine right?
+"""`nanogpt-fast verify`: check that what runs on this machine computes the right numbers.
 
-Every op in every implementation that can run here, in each dtype, forward and backward, is held to float64 on the same numbers
-by the rule of `error_rule.py`: at most twice (gradients: three times) the error that plain PyTorch makes in that dtype, and no
-bias. Then the whole GPT: logits, loss, the gradient of every parameter, and the losses of 20 training steps.
+Every op, in every implementation that can run here, in each dtype, forward and backward, is compared with float64 on the same
+inputs under the rule of `error_rule.py`: at most twice (gradients: three times) the error that plain PyTorch makes in that dtype,
+and no bias. Then the whole GPT: logits, loss, the gradient of every parameter, and the losses of 20 training steps.
 
-Without a GPU the Triton kernels run in Triton's interpreter, on small shapes, in a second process (Triton decides when it is
-imported whether it interprets), and what the C++ extension has for a CPU, the sampler too, runs as it is. What can't run here says
-why. The exit
-status is 1 if anything is wrong.
+Without a GPU the Triton kernels run in Triton's interpreter, on small shapes, in a second process (Triton decides at import
+whether it interprets); the C++ extension's CPU code, including the sampler, runs as it is. Each row that can't run here says why.
+The exit status is 1 if any check fails.
 """
 import contextlib
 import io
@@ -41,8 +40,8 @@ STEPS = 20
 @dataclass
 class VerifyOptions:
     """Checks every op, in every implementation that this machine can run, against float64; then the whole GPT. Exit status 1 if
-    anything is wrong."""
-    quick: bool = option(False, "one shape an op: under a minute on two cores")
+    any check fails."""
+    quick: bool = option(False, "one shape per op: under a minute on two cores")
     only: str = option("", "check only these, separated by commas: attention, layer_norm, mlp, cross_entropy, sample, gpt")
     json: str = option("", "also write the table to this file")
 
@@ -54,20 +53,20 @@ class Row:
     implementation: str
     dtype: str
     shape: str
-    direction: str              # which tensor: the name of a result, or d and the name of an input
+    direction: str              # which tensor: the name of a result, or "d " and the name of an input
     largest: float = 0.0        # absolute error
     relative: float = 0.0       # L2
     plain: float = 0.0          # plain PyTorch's relative error in this dtype
-    bound: float = 0.0          # on relative
-    bias: float = 0.0           # of the mean error, in standard errors
-    result: str = "pass"        # pass, FAIL, or -: not run here
+    bound: float = 0.0          # on `relative`
+    bias: float = 0.0           # the mean error in standard errors
+    result: str = "pass"        # "pass", "FAIL", or "-": not run here
     why: str = ""
 
     def __str__(self):
         start = f"{self.op:<15} {self.implementation:<9} {self.dtype:<5} {self.shape:<28} {self.direction:<34}"
         if self.result == "-":
             return f"{start.rstrip()}  not run here: {self.why}"
-        if self.bound == 0.0:  # nothing was measured: tokens, which are equal or not, or an error
+        if self.bound == 0.0:  # there are no numbers: tokens are equal or not, or the check raised
             return f"{start}{'':51}{self.result}" + (f": {self.why}" if self.why else "")
         numbers = f"{self.largest:>9.2e} {self.relative:>9.2e} {self.plain:>9.2e} {self.bound:>9.2e} {self.bias:>6.1f}"
         return f"{start} {numbers}  {self.result}" + (f": {self.why}" if self.why else "")
@@ -84,7 +83,7 @@ def main(argv):
     if unknown := set(only) - {*_backend.OPS, "gpt"}:
         raise ValueError(f"--only={o.only}: there is no {min(unknown)!r}; expected some of {', '.join(_backend.OPS)}, gpt")
     if not torch.cuda.is_available() and not _backend.interpreted() and _backend.triton_import_error() is None:
-        environment = {"TRITON_DEFAULT_FP_FUSION": "1", **os.environ, "TRITON_INTERPRET": "1"}  # fusion: what is not said warns
+        environment = {"TRITON_DEFAULT_FP_FUSION": "1", **os.environ, "TRITON_INTERPRET": "1"}  # Triton 3.9 warns if fusion is not set
         return subprocess.run([sys.executable, "-m", "nanogpt_fast", "verify", *argv], env=environment).returncode
     if _backend.interpreted() and (problem := _backend.triton_import_error()) is not None:
         raise RuntimeError(problem)
@@ -116,7 +115,7 @@ def _triton_version():
 
 
 def check(device, quick, only=()):
-    """All rows, one by one as they are had. only: names of ops, and "gpt"; empty is all."""
+    """Yields each row as soon as it is known. only: names of ops, and "gpt"; empty means all."""
     for case in cases(device, quick):
         if not only or case.op in only:
             for name, dtype in itertools.product(implementations(case.op, device), DTYPES):
@@ -132,14 +131,14 @@ MODULES = {"attention": attention, "layer_norm": layer_norm, "mlp": mlp, "cross_
 
 
 def implementations(op, device):
-    """The names of those that are checked: of the extension's only where it computes, on a CPU."""
+    """The names of the implementations that are checked: "cudnn" on a GPU only, and "cpp" (the extension's CPU code) on a CPU only."""
     elsewhere = "cudnn" if device.type == "cpu" else "cpp"
     return [name for name, _ in MODULES[op].CANDIDATES if name != elsewhere]
 
 
 @contextlib.contextmanager
 def only_implementation(op, name):
-    """Inside, "fused" means this one, or why it can't run."""
+    """Inside, "fused" tries only this implementation."""
     module = MODULES[op]
     before = module.CANDIDATES
     module.CANDIDATES = tuple(candidate for candidate in before if candidate[0] == name)
@@ -150,7 +149,7 @@ def only_implementation(op, name):
 
 
 def _survive(op, dtype, shape, rows):
-    """The rows; and if one raises, a failed one. A kernel that can't be compiled or launched is a finding, and others wait."""
+    """Yields the rows; an exception becomes a failed row, since a kernel that can't compile or launch must not end the other checks."""
     try:
         yield from rows
     except Exception as error:
@@ -165,9 +164,9 @@ def _survive(op, dtype, shape, rows):
 class Case:
     """An op on one shape, as a training step under autocast calls it.
 
-    make(half): {name: tensor}; half(tensor) is what arrives in the low precision, the others are fp32 (parameters, the
-    residual). call(inputs, backend): {name: result}. differentiate: which results send a gradient back; None is all.
-    stored(inputs in fp64, dtype): {name: what `error_rule.measure` calls so}, or None.
+    make(half): {name: tensor}; half(tensor) casts what arrives in the low precision, the others are fp32 (parameters, the
+    residual). call(inputs, backend): {name: result}. differentiate: which results get a gradient in the backward; None means all.
+    stored(inputs in fp64, dtype): {name: the argument `stored` of `error_rule.measure`}, or None.
     """
     op: str
     shape: str
@@ -178,7 +177,7 @@ class Case:
 
 
 def cases(device, quick):
-    """The shapes: small in the interpreter, where a program takes milliseconds; a training step's on a GPU."""
+    """The shapes: those of a training step on a GPU; small ones in the interpreter, where a program takes milliseconds."""
     gpu = device.type == "cuda"
 
     def randn(*shape):
@@ -204,7 +203,7 @@ def cases(device, quick):
             "w_proj": randn(C, 4 * C) / (4 * C)**0.5, "b_proj": 0.1 * randn(C)},
             lambda t, backend: {"out": mlp.gelu_mlp(**t, form=form_in(t["x"], form), backend=backend)})
 
-    def form_in(x, form):   # the one for Hopper computes in half precision only
+    def form_in(x, form):   # the form for Hopper computes in half precision only
         half = torch.is_autocast_enabled(device.type) or x.dtype in mlp_hopper.DTYPES
         return form if half or form != "hopper" else "pointwise"
 
@@ -220,14 +219,14 @@ def cases(device, quick):
             loss, logits = cross_entropy.linear_cross_entropy(**t, **fixed, backend=backend)
             return {"loss": loss, "logits": logits} if return_logits else {"loss": loss}
 
-        def stored(t, dtype):   # softmax - 1 at the target, unscaled, is what lies in the buffer of the logits
+        def stored(t, dtype):   # the kernel stores the unscaled dlogits, softmax - 1 at the target, in the buffer of the logits
             dlogits = torch.softmax(t["x"] @ t["weight"].t(), 1)
             dlogits[torch.arange(rows, device=device), targets.clamp(min=0)] -= 1
             dlogits[targets < 0] = 0
             dlogits, n = dlogits.to(dtype), (targets >= 0).sum()
             return {"d x": products(dlogits, t["weight"], n), "d weight": products(dlogits.t(), t["x"], n)}
 
-        def products(a, b, n):  # by exact sums, which explain an H100's d weight, and by its tensor cores', which explain its d x
+        def products(a, b, n):  # exact sums explain d weight on an H100, sums on its tensor cores explain d x
             exact = a.double() @ b / n
             if gpu and a.dtype in mlp_hopper.DTYPES:
                 return exact, torch.mm(a, b.to(a.dtype), out_dtype=torch.float32).double() / n
@@ -240,11 +239,11 @@ def cases(device, quick):
         yield from (attention_case(4, 1024, 12, 64), attention_case(2, 777, 4, 128))
         yield from (layer_norm_case(8192, 768), layer_norm_case(8192, 768, bias=False))
         yield from (mlp_case(4096, 768, form) for form in forms)
-        # 8,192 rows are two chunks. Where the logits themselves are compared, fewer columns: eight fp64 copies of them are alive.
+        # 8,192 rows are two chunks. Fewer columns where the logits themselves are compared: eight fp64 copies of them are alive.
         yield from (cross_entropy_case(8192, 768, 5003 if logits else 50304, logits) for logits in (False, True))
         if quick:
             return
-    on_tiles = cross_entropy_case(256, 128, 130, return_logits=False)   # as small as goes to a CPU's AMX tiles in every dtype
+    on_tiles = cross_entropy_case(256, 128, 130, return_logits=False)   # the smallest that runs on a CPU's AMX tiles in every dtype
     if quick:
         yield attention_case(1, 65, 2, 32)
         yield layer_norm_case(24, 96)
@@ -263,12 +262,12 @@ def cases(device, quick):
 
 def check_op(case, name, dtype, device):
     """Rows of one case in one implementation and dtype: every result and every gradient."""
-    torch.manual_seed(zlib.crc32(f"{case.op} {case.shape}".encode()))  # the same numbers in each run and each dtype
+    torch.manual_seed(zlib.crc32(f"{case.op} {case.shape}".encode()))  # the same inputs in each run and each dtype
     inputs = case.make(lambda tensor: tensor.to(dtype))
     autocast = dtype if dtype != torch.float32 else None
     start = dict(op=case.op, dtype=NAMES[dtype], shape=case.shape)
     leaves = {key: t.detach().requires_grad_() for key, t in inputs.items()}
-    ours = AUTO if name == "cudnn" else FUSED   # cuDNN's forward before our backward: `auto` takes it, where nothing else is left
+    ours = AUTO if name == "cudnn" else FUSED   # only `auto` takes cuDNN's forward with our backward; here no other candidate is left
     implementation, reasons = chosen(case.op, lambda: case.call(leaves, ours), device, autocast, "auto" if name == "cudnn" else "fused")
     if implementation == "reference":
         yield Row(implementation=name, direction="", result="-", why="; ".join(reasons) or "there is no kernel", **start)
@@ -295,7 +294,7 @@ def _gradient_names(inputs):
 
 
 def chosen(op, call, device, autocast, choice="fused"):
-    """(implementation that `call()` would take under this choice, the reasons against the others); nothing is launched."""
+    """(implementation that `call()` would take under this choice, the reasons against the others); launches no kernel."""
     with _backend.use(choice), _backend.recording() as record, _autocast(device, autocast):
         call()
     return next(((name, reasons) for named, _, name, reasons in record if named == op), ("reference", []))
@@ -306,9 +305,9 @@ def _autocast(device, dtype):
 
 
 def evaluate(case, inputs, backend, device, autocast, cotangents=None):
-    """({name: result or gradient}, {name of a result: the gradient that was sent back through it}).
+    """({name: result or gradient}, {name of a result: its cotangent, the gradient that went into its backward}).
 
-    cotangents None draws them, in numbers that the low precision holds exactly, so that all three evaluations get the same
+    cotangents=None draws them, as numbers that the low precision represents exactly, so that all three evaluations get the same
     ones.
     """
     leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
@@ -328,14 +327,14 @@ def evaluate(case, inputs, backend, device, autocast, cotangents=None):
 
 
 def check_sampler(dtype, device, quick):
-    """Rows of the sampler: the extension's tokens are those of the definition in PyTorch, every one of them."""
+    """Rows of the sampler: every one of the extension's tokens must equal that of the definition in PyTorch."""
     rows, V = (16, 1000) if quick else (64, 50304)
     torch.manual_seed(zlib.crc32(b"sample"))
     logits = (torch.randn(rows, V, device=device) * 3).to(dtype)
     start = dict(op="sample", dtype=NAMES[dtype], shape=f"rows={rows} V={V}")
     implementation, reasons = chosen("sample", lambda: sample.sample(logits[:1], seed=0, backend=FUSED), device, None)
     if implementation == "reference":
-        yield Row(implementation="-", direction="", result="-", why="; ".join(reasons) or "there is none", **start)
+        yield Row(implementation="-", direction="", result="-", why="; ".join(reasons) or "there is no kernel", **start)
         return
     for name, filters in (("temperature", dict(temperature=0.8)), ("top-k", dict(top_k=40)), ("top-p", dict(top_p=0.9)),
                           ("min-p", dict(min_p=0.05)), ("all three", dict(temperature=1.3, top_k=200, top_p=0.95, min_p=0.01)),
@@ -348,7 +347,7 @@ def check_sampler(dtype, device, quick):
 
 # ------------------------------------------------------------------------------------------------------------ the whole GPT
 
-# Of the reference path's own error, in L2. In fp32 both are a few roundings, so there the ops' rule holds.
+# Allowed multiples of the reference path's own error, in L2. In fp32 both errors are a few roundings, so the ops' factors apply.
 GPT_FACTOR = {torch.float32: {"forward": 2.0, "gradient": 3.0}, torch.bfloat16: {"forward": 1.2, "gradient": 2.0}}
 
 
@@ -369,9 +368,8 @@ def check_gpt(dtype, device, quick):
     plain = _build(config, "reference").to(device)
     exact, fused = _build(config, "reference").to(device).double(), _build(config, "fused").to(device)
     exact.load_state_dict(plain.state_dict()), fused.load_state_dict(plain.state_dict())
-    missing = _missing(fused, tokens[0], device, autocast)
-    if missing:
-        yield Row(implementation="-", direction="", result="-", why=missing, **start)
+    if why_not := _kernels_why_not(fused, tokens[0], device, autocast):
+        yield Row(implementation="-", direction="", result="-", why=why_not, **start)
         return
 
     def rows(kind, found, oracle, reference):
@@ -395,8 +393,8 @@ def _build(config, backend):
         return GPT(config, backend=backend)
 
 
-def _missing(model, tokens, device, autocast):
-    """Why the model can't run on kernels alone, or "" where it can."""
+def _kernels_why_not(model, tokens, device, autocast):
+    """Why the model can't run on kernels alone, or "" if it can."""
     with _backend.recording() as record, _autocast(device, autocast), torch.no_grad():
         model(tokens[:, :-1], tokens[:, 1:])
     return "; ".join(dict.fromkeys(f"{op}: {', '.join(reasons) or 'there is no kernel'}" for op, _, name, reasons in record
@@ -415,7 +413,7 @@ def _gradients(model, tokens, device, autocast):
 
 
 def _train(model, tokens, device, autocast):
-    """The losses of one AdamW step a batch of tokens, as one tensor."""
+    """The losses of AdamW steps, one step per batch of tokens, as one tensor."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for batch in tokens:

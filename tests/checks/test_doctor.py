@@ -107,7 +107,7 @@ def test_why_no_extension_was_built_is_read_from_what_the_build_left(tmp_path, m
 
 
 def test_a_library_that_crashes_the_process_is_a_finding():
-    assert doctor.ask("import os; os.abort()") == {"error": "it ended the process: SIGABRT"}
+    assert doctor.ask("import os; os.abort()") == {"error": "the process was killed: SIGABRT"}
 
 
 def test_an_answer_that_does_not_come_is_a_finding(monkeypatch):
@@ -125,7 +125,7 @@ def test_a_probe_that_raises_is_a_finding():
     (dict(torch=dict(cuda_build=None, cuda=False)), "PyTorch without CUDA", "--index-url https://download.pytorch.org/whl/"),
     (dict(torch=dict(cuda=False, cuda_error="no CUDA-capable device")), "CUDA does not start", "CUDA_VISIBLE_DEVICES"),
     (dict(torch=dict(capability=[7, 5])), "compute capability 7.5", "8.0"),
-    (dict(triton=dict(interpreted=True)), "Triton interprets", "unset TRITON_INTERPRET"),
+    (dict(triton=dict(interpreted=True)), "Triton interprets its kernels", "unset TRITON_INTERPRET"),
     (dict(extension=dict(cuda=None, cuda_why_not="nvcc was not found")), "the extension has no CUDA part", "pip install"),
     (dict(extension=dict(cuda=None, cuda_why_not="nvcc was not found"), compilers=dict(nvcc=None)),
      "the extension has no CUDA part", "NANOGPT_FAST_CUDA=1 pip"),
