@@ -1,14 +1,14 @@
 """`nanogpt-fast bench`: training and generation end to end, against nanoGPT.
 
-    nanogpt-fast bench train       tokens a second, share of the GPU's peak, peak memory, first step      train.py
-    nanogpt-fast bench generate    prefill, tokens a second at several batch sizes, latency, share of     generate.py
-                                   the memory limit
+    nanogpt-fast bench train       tokens/s, MFU (share of the GPU's peak), peak memory, first step       train.py
+    nanogpt-fast bench generate    prefill, tokens/s at several batch sizes, latency, share of the        generate.py
+                                   memory bandwidth limit
     nanogpt-fast bench loss        loss against wall-clock time, on the same text                         loss.py
 
-All variants live side by side and take turns (`measure.interleaved`), so a slow minute of the machine falls on all of them;
-only ratios within one run mean anything. "nanoGPT" is the model.py of a checkout where `--upstream DIR` names one. Without it,
-it is `GPT(config, backend="reference")`, which makes exactly the PyTorch calls of nanoGPT's model (tests/test_contract.py holds
-them equal bit for bit), with nanoGPT's optimizer and its training step, and with its sampling loop for generation.
+Variants take turns (`measure.interleaved`), so a slow minute of the machine falls on all of them; only ratios within one run mean
+anything. "nanoGPT" is the model.py of the checkout that `--upstream DIR` names. Without one it is `GPT(config, backend="reference")`,
+which makes exactly the PyTorch calls of nanoGPT's model (tests/test_contract.py asserts equality bit for bit), with nanoGPT's
+optimizer and training step, and with its sampling loop for generation.
 """
 import sys
 
@@ -33,13 +33,13 @@ def main(argv):
     device = devices.choose_device(o.device)
     if not o.model:
         o.model = "cpu" if device.type != "cuda" else "gpt2" if argv[0] == "train" else "baby"
-    if device.type == "cuda":  # as nanoGPT's train.py
+    if device.type == "cuda":  # as in nanoGPT's train.py
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     dtype = devices.choose_dtype("bfloat16" if o.dtype == "auto" and device.type == "cuda" else o.dtype, device)
     try:
-        with measure.told_to_end():
+        with measure.sigterm_raises():
             function(o, device, dtype)
-    except measure.ToldToEnd:
-        print("told to end; what was recorded until then is written", file=sys.stderr)
-        return 128 + 15  # as a shell says SIGTERM
+    except measure.Interrupted:
+        print("interrupted; what was measured so far is recorded", file=sys.stderr)
+        return 128 + 15  # a shell's exit status for SIGTERM

@@ -1,4 +1,4 @@
-"""What the three benchmarks share: models by name, options, both sides' models, and the record that is written."""
+"""What the three benchmarks share: models by name, options, the models of both sides, and the JSON record."""
 import contextlib
 import importlib.util
 import io
@@ -15,40 +15,40 @@ from ..model import GPT
 from ..options import option
 from . import measure
 
-# name: (config, batch size). On a CPU GPT-2's context is 256 and 4 sequences are a batch, so that a step takes seconds.
+# name: (config, batch size). On a CPU, GPT-2 has a context of 256 and a batch of 4 sequences, so that a step takes seconds.
 GPT2 = dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=False)
 MODELS = {
     "gpt2": (GPT2, 32),                                                                     # 124M parameters
     "gpt2-medium": ({**GPT2, "n_layer": 24, "n_head": 16, "n_embd": 1024}, 16),             # 350M
     "baby": (dict(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, bias=False, dropout=0.2), 64),
     "cpu": (dict(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, bias=False), 12),  # nanoGPT's CPU recipe
-    "tiny": (dict(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=32, bias=False), 4),   # to try the command itself
+    "tiny": (dict(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=32, bias=False), 4),   # to try out the command itself
 }
-ON_CPU = {"gpt2": 4, "gpt2-medium": 2}  # batch sizes there
+ON_CPU = {"gpt2": 4, "gpt2-medium": 2}  # batch sizes on a CPU
 
 
 @dataclass
 class BenchOptions:
-    """What the three have in common."""
+    """The options that the three benchmarks share."""
     model: str = option("", "empty: gpt2 on a GPU, cpu on a CPU", choices=("", *MODELS))
     upstream: str = option("", "a nanoGPT checkout: its own model.py runs beside ours")
-    backend: str = option("auto", "implementation of our ops, as for `nanogpt-fast train`")
+    backend: str = option("auto", "implementation of our ops, as in `nanogpt-fast train`")
     device: str = option("auto", "auto (CUDA, else CPU), cpu, cuda, cuda:1")
     dtype: str = option("auto", "of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU",
                         choices=("auto", "float32", "bfloat16", "float16"))
     only: str = option("", "only the variants whose name contains one of these words, separated by commas")
     rounds: int = option(10, "samples of each variant", minimum=1)
-    minutes: float = option(60.0, "begin nothing further after so long; building variants may take two thirds of it", above=0)
+    minutes: float = option(60.0, "start nothing new after this time; building variants may take two thirds of it", above=0)
     json: str = option("", "append the result, with every sample, to this file")
 
     def __post_init__(self):
         ops_backend.parse(self.backend)
         if self.upstream and not Path(self.upstream, "model.py").is_file():
-            raise ValueError(f"upstream is {self.upstream!r}, where there is no model.py; name a nanoGPT checkout")
+            raise ValueError(f"upstream is {self.upstream!r}, but there is no model.py in it; name a nanoGPT checkout")
 
 
 def record(o, benchmark, device, **found):
-    """Append what was found to the file that the options name, with the words that repeat it."""
+    """Append the results to the file that --json names, with the options that reproduce them."""
     if o.json:
         asked = {key: value for key, value in asdict(o).items() if key not in ("json", "upstream", "data_dir", "traces")}
         measure.append(o.json, benchmark, device=device.type, options=asked,
@@ -56,7 +56,7 @@ def record(o, benchmark, device, **found):
 
 
 def wanted(o, names):
-    """The names that --only leaves, in their order. A word that is a whole name means that one alone."""
+    """The names that --only selects, in their order. A word that is a whole name selects that one alone."""
     words = [word for word in o.only.split(",") if word]
     left = [name for name in names if not words or any(word == name or word not in names and word in name for word in words)]
     if not left:
@@ -65,12 +65,12 @@ def wanted(o, names):
 
 
 def quiet():
-    """GPT and its optimizer print their sizes."""
+    """Hide stdout: GPT and its optimizer print their sizes."""
     return contextlib.redirect_stdout(io.StringIO())
 
 
 def shape_of(model, device, **changed):
-    """(config as a dict, batch size) of a model's name."""
+    """(config as a dict, batch size) for a model's name."""
     config, batch_size = MODELS[model]
     if device.type == "cpu" and model in ON_CPU:
         config, batch_size = {**config, "block_size": 256}, ON_CPU[model]
@@ -78,7 +78,7 @@ def shape_of(model, device, **changed):
 
 
 def build(o, nanogpt, config, device, seed=0):
-    """A model with the weights of a seed: nanoGPT's or ours."""
+    """nanoGPT's model or ours, with weights drawn from a seed."""
     torch.manual_seed(seed)
     with quiet():
         if nanogpt and o.upstream:

@@ -1,4 +1,4 @@
-"""`nanogpt-fast bench generate`: prefill and decoding of nanoGPT's loop, of a plain key-value cache, and of ours, in turns."""
+"""`nanogpt-fast bench generate`: prefill and decoding with nanoGPT's loop, a plain key-value cache and ours, in turns."""
 import time
 from dataclasses import dataclass
 
@@ -14,17 +14,17 @@ from .common import MODELS, BenchOptions, build, record, wanted
 @dataclass
 class BenchGenerateOptions(BenchOptions):
     """Times generation: prefill of a prompt, then one token at a time."""
-    model: str = option("gpt2", "whose shape (weights are random)", choices=tuple(MODELS))
+    model: str = option("gpt2", "the model's shape (weights are random)", choices=tuple(MODELS))
     batch_sizes: str = option("1,8,64", "prompts at a time, separated by commas")
     prompt: int | None = option(None, "tokens of a prompt; None: 512 on a GPU, 128 on a CPU", minimum=1)
-    tokens: int | None = option(None, "tokens to draw; None: 256 on a GPU, 32 on a CPU, less for nanoGPT's loop", minimum=2)
+    tokens: int | None = option(None, "tokens to draw; None: 256 on a GPU, 32 on a CPU; nanoGPT's loop draws an eighth", minimum=2)
     rounds: int = option(5, "samples of each variant", minimum=1)
 
 
 class NanoGPTLoop:
-    """nanoGPT's generate: the whole context through the model for every token."""
+    """nanoGPT's generate: the whole context goes through the model for every token."""
 
-    tokens_share = 8  # its tokens are so slow that an eighth of them says enough
+    tokens_share = 8  # its tokens are so slow that an eighth of them suffices
 
     def __init__(self, o, config, device, dtype):
         self.model = build(o, True, config, device).eval()
@@ -60,7 +60,7 @@ class UpstreamLoop(NanoGPTLoop):
 
 
 class PlainCache:
-    """The key-value cache that most people write, in plain PyTorch: static, weights cast once, one token at a time."""
+    """The key-value cache that most people write in plain PyTorch: static, weights cast once, one token at a time."""
 
     tokens_share = 1
 
@@ -84,7 +84,7 @@ class PlainCache:
             pass
 
     def forward(self, idx, start, cache):
-        """Logits (B, V) behind idx (B, T), which stands at positions start ... ; the first call is the prefill."""
+        """Logits (B, V) after idx (B, T), which is at positions start .. start + T - 1; the first call is the prefill."""
         t, T = self.model.transformer, idx.size(1)
         x = t.wte(idx) + t.wpe.weight[start:start + T]
         for block, (keys, values) in zip(t.h, cache):
@@ -116,7 +116,7 @@ class Ours:
 
 
 def draw_as_nanogpt(logits):
-    """One token a row, (B, 1), with temperature 0.8 and top-k 200."""
+    """One token per row, (B, 1), with temperature 0.8 and top-k 200."""
     logits = logits / 0.8
     kth = torch.topk(logits, min(200, logits.size(-1))).values[:, [-1]]
     logits[logits < kth] = -float("inf")
@@ -126,9 +126,9 @@ def draw_as_nanogpt(logits):
 def run(o, device, dtype):
     """The command `bench generate`."""
     gpu = device.type == "cuda"
-    config = {**MODELS[o.model][0], "dropout": 0.0}  # with its whole context on a CPU too
+    config = {**MODELS[o.model][0], "dropout": 0.0}  # with its whole context, on a CPU too
     prompt = min(o.prompt or (512 if gpu else 128), config["block_size"] - 2)
-    tokens = min(o.tokens or (256 if gpu else 32), config["block_size"] - prompt)  # inside the window, where a cache works
+    tokens = min(o.tokens or (256 if gpu else 32), config["block_size"] - prompt)  # within the context, where a cache works
     sides = {"nanoGPT": (UpstreamLoop if o.upstream else NanoGPTLoop, dtype), "plain KV cache": (PlainCache, dtype),
              "ours": (Ours, dtype)}
     if not gpu and dtype == torch.float32:
@@ -138,10 +138,10 @@ def run(o, device, dtype):
     limits = measure.limits(device)
     matrix, vector = (torch.ones(1 << 15, 4096), torch.ones(4096)) if not gpu else (None, None)  # 0.5 GiB, larger than any cache
     until = time.monotonic() + 60 * o.minutes
-    print(f"{o.model}: {prompt} tokens of prompt, then {tokens}, on {devices.describe(device)}; memory at "
+    print(f"{o.model}: a prompt of {prompt} tokens, then {tokens} more, on {devices.describe(device)}; memory at "
           f"{limits['memory'] / 1e9:,.0f} GB/s")
     print(f"{'':>5} {'':<22} {'prefill':>10} {'tokens/s':>10} {'times nanoGPT':>14} {'times plain':>12} {'times batch 1':>14} "
-          f"{'of the limit':>13}  latency of a token, ms: half, 90 %, 99 % of them")
+          f"{'of the limit':>13}  latency per token, ms: p50, p90, p99")
     alone = {}  # tokens a second at batch 1
     for B in (int(text) for text in o.batch_sizes.split(",")):
         idx = torch.randint(config["vocab_size"], (B, prompt), generator=torch.Generator().manual_seed(B)).to(device)
@@ -150,19 +150,19 @@ def run(o, device, dtype):
         for name, (side, _) in sides.items():
             runs[name, 1] = lambda side=side: side.all(idx, 1)
             runs[name, counts[name]] = lambda side=side, n=counts[name]: side.all(idx, n)
-        if not gpu:  # in turns, too: what a CPU's memory gives changes with who else uses it
+        if not gpu:  # in turns, too: a CPU's memory bandwidth changes with the load of other processes
             runs["memory"] = lambda: matrix @ vector
         samples = measure.interleaved(runs, o.rounds, warmup=1, until=until)
         if not all(samples.values()):
-            raise measure.ToldToEnd
+            raise measure.Interrupted
         median, found = measure.medians(samples), {}
         if not gpu:
             limits["memory"] = matrix.numel() * matrix.itemsize / median["memory"]
             print(f"      memory at {limits['memory'] / 1e9:,.1f} GB/s", flush=True)
         for name, (side, side_dtype) in sides.items():
             n = counts[name]
-            later = median[name, n] - median[name, 1]  # what the tokens behind the first took
-            rate = B * (n - 1) / later if later > 0 else B * n / median[name, n]  # noise hides it: count the prefill too
+            later = median[name, n] - median[name, 1]  # the time of all tokens after the first
+            rate = B * (n - 1) / later if later > 0 else B * n / median[name, n]  # if noise hides it, count the prefill too
             limit = limits["memory"] * B / bytes_a_step(config, B, prompt + n / 2, side_dtype)
             latency = latencies(side, idx, n) if B == 1 else []
             found[name] = dict(prefill_s=median[name, 1], tokens_per_s=rate, tokens=n, of_limit=rate / limit, latency=latency,
@@ -177,7 +177,7 @@ def run(o, device, dtype):
 
 
 def latencies(side, idx, n):
-    """Seconds between tokens as a reader sees them, on the host; the first, which is the prefill, is left out."""
+    """Seconds between tokens as a reader sees them, on the host; without the first, which is the prefill."""
     times = []
     for drawn in side.stream(idx, n):
         if torch.is_tensor(drawn):
@@ -187,12 +187,12 @@ def latencies(side, idx, n):
 
 
 def percentiles(seconds):
-    """Half, 90 and 99 percent of them are below: in ms, as text; empty for none."""
+    """The 50th, 90th and 99th percentile in ms, as text; empty without samples."""
     ranked = sorted(seconds)
     return ", ".join(f"{1e3 * ranked[min(int(q * len(ranked)), len(ranked) - 1)]:.2f}" for q in (0.5, 0.9, 0.99) if ranked)
 
 
 def bytes_a_step(config, B, T, dtype):
-    """What one decoding step must read: all weights but the positions once, and the keys and values of B rows of T tokens."""
+    """What one decoding step must read: all weights but the position embeddings once, and the keys and values of B rows of T tokens."""
     C, L = config["n_embd"], config["n_layer"]
     return (config["vocab_size"] * C + 12 * L * C * C + 2 * L * C * T * B) * dtype.itemsize

@@ -1,7 +1,7 @@
 """`nanogpt-fast bench loss`: nanoGPT and ours trained on the same batches from the same weights, each against its own clock.
 
-On a GPU the clock stands in the first steps, which compile and capture: 17 seconds of nanoGPT's on an H100 would hide what 400 steps take.
-What they took is recorded and printed beside.
+On a GPU the clock does not run in the first steps, which compile and capture: 17 seconds for nanoGPT on an H100, which would hide the
+time of 400 steps. The time that these steps take is recorded and printed separately.
 """
 import contextlib
 import statistics
@@ -17,7 +17,7 @@ from . import measure
 from .common import MODELS, BenchOptions, record, shape_of
 from .train import Trainer, Variant
 
-UNTIMED = 5     # steps on a GPU until everything is compiled and captured
+UNTIMED = 5     # steps on a GPU after which everything is compiled and captured
 
 
 @dataclass
@@ -27,9 +27,9 @@ class BenchLossOptions(BenchOptions):
     data: str = option("embedded", "as for `nanogpt-fast train`")
     data_dir: str = option("data", "where data sets live")
     steps: int = option(500, "of training", minimum=1)
-    eval_interval: int = option(50, "steps between measurements of the loss; the clock stands meanwhile", minimum=1)
-    eval_iters: int = option(20, "batches that such a measurement averages", minimum=1)
-    learning_rate: float = option(1e-3, "the highest", above=0)
+    eval_interval: int = option(50, "steps between measurements of the loss; the clock stops during one", minimum=1)
+    eval_iters: int = option(20, "batches that one measurement averages", minimum=1)
+    learning_rate: float = option(1e-3, "the peak, after warm-up", above=0)
 
 
 def run(o, device, dtype):
@@ -38,11 +38,12 @@ def run(o, device, dtype):
     from ..text.batches import Batches
     folder = prepare.find(o.data, o.data_dir)
     vocabulary = prepare.load_tokenizer(folder).vocab_size
-    config, B = shape_of(o.model, device, dropout=0.0, vocab_size=vocabulary)  # without dropout, both can be held to one loss
+    config, B = shape_of(o.model, device, dropout=0.0, vocab_size=vocabulary)  # without dropout the two losses can be compared
     compiled = device.type == "cuda"
     chosen = devices.choose_dtype("auto", device, config["n_embd"])
     bf16 = device.type == "cpu" and o.dtype == "auto" and chosen == torch.bfloat16
-    both = {"nanoGPT": Variant(nanogpt=True, compiled=compiled), "ours": Variant(logits=False, bf16=bf16)}     # as `nanogpt-fast train` runs them
+    both = {"nanoGPT": Variant(nanogpt=True, compiled=compiled),
+            "ours": Variant(logits=False, bf16=bf16)}     # as `nanogpt-fast train` runs it
     schedule = LossSchedule(learning_rate=o.learning_rate, min_lr=o.learning_rate / 10, warmup_iters=o.steps // 20,
                             lr_decay_iters=o.steps)
 
@@ -52,7 +53,7 @@ def run(o, device, dtype):
     untimed = UNTIMED if device.type == "cuda" else 0
     sides = {name: Side(Trainer(o, variant, config, B, device, dtype), batches("train", 1), untimed) for name, variant in both.items()}
     print(f"{o.model} on {o.data}, {o.steps} steps of {B} x {config['block_size']} tokens, on {devices.describe(device)}")
-    told = None
+    interrupted = None
     try:
         for step in range(0, o.steps + 1, o.eval_interval):
             for name, side in sides.items():
@@ -63,8 +64,8 @@ def run(o, device, dtype):
                 side.advance(step, min(o.eval_interval, o.steps - step), schedule, device)
         if untimed:
             print("; ".join(f"{name}: {side.before:.1f} s more for the first {untimed} steps" for name, side in sides.items()))
-    except measure.ToldToEnd as error:      # what was had until then counts
-        told = error
+    except measure.Interrupted as error:      # the rows so far are recorded below
+        interrupted = error
     finally:
         for side in sides.values():
             side.batches.close()
@@ -72,8 +73,8 @@ def run(o, device, dtype):
         record(o, "loss", device, shape=dict(config, batch_size=B), dtype=str(dtype).removeprefix("torch."), compiled=compiled,
                untimed=dict(steps=untimed, seconds={name: side.before for name, side in sides.items()}),
                curves={name: side.rows for name, side in sides.items()})
-    if told:
-        raise told
+    if interrupted:
+        raise interrupted
 
 
 @dataclass
@@ -87,11 +88,11 @@ class LossSchedule:
 
 
 class Side:
-    """One model on its way: what it has cost so far, and where it stands."""
+    """One model in training: its time so far and its losses."""
 
     def __init__(self, trainer, batches, untimed=0):
         self.trainer, self.batches, self.seconds, self.rows = trainer, batches, 0.0, []
-        self.untimed, self.before = untimed, 0.0                # steps until the clock begins, and seconds that they took
+        self.untimed, self.before = untimed, 0.0                # steps before the clock starts, and the seconds they took
 
     def advance(self, start, count, schedule, device):
         """Train for `count` steps against the clock."""
@@ -113,7 +114,7 @@ class Side:
 
     @torch.no_grad()
     def evaluate(self, step, batches, count):
-        """Note the validation loss at this step; the clock stands."""
+        """Record the validation loss at this step; the clock does not run meanwhile."""
         model = self.trainer.model.eval()
         with self.trainer.context:
             values = [model(*batches.next())[1].item() for _ in range(count)]

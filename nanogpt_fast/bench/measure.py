@@ -1,8 +1,8 @@
-"""How everything that is measured here is timed and recorded: `nanogpt-fast bench` and the scripts of benchmarks/.
+"""How `nanogpt-fast bench` and the scripts of benchmarks/ take their timings and record them.
 
-Variants of one thing take turns, in an order that changes from round to round, so that a slow minute of the machine falls on
-all of them alike; what is compared is the ratio of their medians. Every sample is kept. A record is one line of JSON with the
-machine, the versions and the commit beside the samples.
+Variants take turns, in an order that changes from round to round, so that a slow minute of the machine falls on all of them
+alike; the ratios of their medians are what counts. Every sample is kept. A record is one line of JSON: the samples with the
+machine, the versions and the commit.
 """
 import contextlib
 import datetime
@@ -20,16 +20,16 @@ from pathlib import Path
 import torch
 
 
-class ToldToEnd(BaseException):
-    """SIGTERM, as `timeout` sends it. Not an Exception: a compiler would take it for an error of its own."""
+class Interrupted(BaseException):
+    """SIGTERM arrived, which `timeout` sends. Not an Exception, which a compiler would catch as an error of its own."""
 
 
 @contextlib.contextmanager
-def told_to_end():
-    """Inside, SIGTERM raises ToldToEnd, so that what was measured until then can still be written."""
-    def tell(number, frame):
-        raise ToldToEnd
-    before = signal.signal(signal.SIGTERM, tell)
+def sigterm_raises():
+    """Inside, SIGTERM raises Interrupted, so that the measurements so far can still be written."""
+    def handle(number, frame):
+        raise Interrupted
+    before = signal.signal(signal.SIGTERM, handle)
     try:
         yield
     finally:
@@ -37,15 +37,15 @@ def told_to_end():
 
 
 def interleaved(variants, rounds, warmup=2, seed=0, until=None):
-    """Time functions in turns. variants: {name: function}. Returns {name: [seconds, one a round]}.
+    """Time functions in turns. variants: {name: function}. Returns {name: [seconds, one per round]}.
 
-    A CPU clock around each call, with the GPU synchronised on both sides where there is one. until: a time.monotonic() after
-    which no further round begins (one is always had). On ToldToEnd the samples that there are.
+    Uses the CPU's clock around each call, with the GPU, if any, synchronised on both sides. until: a time.monotonic() after which no
+    further round starts (at least one round runs). On SIGTERM returns the samples so far.
     """
     sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     order, shuffle = list(variants), random.Random(seed).shuffle
     samples = {name: [] for name in variants}
-    with contextlib.suppress(ToldToEnd):
+    with contextlib.suppress(Interrupted):
         for _ in range(warmup):
             for function in variants.values():
                 function()
@@ -66,7 +66,7 @@ def interleaved_on_gpu(variants, rounds, warmup=3, seed=0, until=None):
     """`interleaved` by the GPU's own clock: events around each call, with cold caches.
 
     Before each call the L2 cache is overwritten, and the GPU is kept busy for as long as the host needs to queue the call, so
-    that neither a warm cache nor a launch that comes late is measured. What the host costs is seen end to end.
+    that the timing includes neither a warm cache nor launch latency. The host's cost shows in end-to-end timings.
     """
     cycles = {}
     for name, function in variants.items():
@@ -75,7 +75,7 @@ def interleaved_on_gpu(variants, rounds, warmup=3, seed=0, until=None):
         torch.cuda.synchronize()
         start = time.perf_counter()
         function()
-        # 2e9 cycles a second is more than any of these GPUs has: half as long again as the host has just needed.
+        # 1.5 times what the host just needed, in cycles at 2 GHz, which is more than any of these GPUs runs at.
         cycles[name] = int(1.5 * 2e9 * (time.perf_counter() - start)) + 20_000
         torch.cuda.synchronize()
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
@@ -102,10 +102,10 @@ def interleaved_on_gpu(variants, rounds, warmup=3, seed=0, until=None):
 
 
 def limits(device, dtype=torch.bfloat16):
-    """What this machine reaches now, in bytes and FLOP a second.
+    """The rates that this machine reaches now, in bytes/s and FLOP/s.
 
-    "copy": read and written. "memory": the higher of that and of reading alone (a matrix times a vector, as decoding does
-    it): a CPU reads what it writes, so a copy says too little there. "matmul": in `dtype`.
+    "copy": bytes read plus bytes written. "memory": the higher of that and of reading alone (a matrix times a vector, as in
+    decoding): a CPU reads a cache line before it writes it, so a copy underestimates its bandwidth. "matmul": in `dtype`.
     """
     gpu = torch.device(device).type == "cuda"
     matrix = torch.ones(1 << (16 if gpu else 15), 4096, device=device)  # 1 GiB, 0.5 GiB: larger than any cache
@@ -132,7 +132,7 @@ def environment():
     try:
         import triton
         env["triton"] = triton.__version__
-    except Exception:  # a broken Triton is no reason to lose what was measured
+    except Exception:  # a broken Triton is no reason to lose the measurements
         pass
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -159,12 +159,12 @@ def cpu_name():
 
 @functools.cache
 def commit():
-    """The commit that was measured: what NANOGPT_FAST_COMMIT says, for a copy of the tree without its history or with another; else
-    the checkout's, with "+" behind it where the tree had changes; else "unknown"."""
-    told = os.environ.get("NANOGPT_FAST_COMMIT")
+    """The measured commit: NANOGPT_FAST_COMMIT if set, for a copy of the tree without its git history; else the checkout's, followed
+    by "+" if the tree has changes; else "unknown"."""
+    given = os.environ.get("NANOGPT_FAST_COMMIT")
     root = Path(__file__).parents[2]
-    if told or not (root / "setup.py").exists():  # installed: the folder around it may be somebody else's checkout
-        return told or "unknown"
+    if given or not (root / "setup.py").exists():  # if installed, the surrounding folder may be another project's checkout
+        return given or "unknown"
 
     def git(*words):
         return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -183,12 +183,12 @@ def nvidia_smi(query):
 
 
 def append(path, benchmark, **record):
-    """Add one record to a JSON-lines file: what was measured, where, and every sample."""
+    """Append one record to a JSON-lines file, with the environment."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"benchmark": benchmark, **record, "environment": environment()}) + "\n"
     target = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:  # one call, so that the records of two processes do not mix
+    try:  # a single write, so that the records of two processes do not mix
         os.write(target, line.encode())
     finally:
         os.close(target)

@@ -1,9 +1,9 @@
-"""`nanogpt-fast bench train`: a training step of each variant.
+"""`nanogpt-fast bench train`: times a training step of each variant.
 
-Each variant has a process of its own. On a CPU they take turns, each waiting while others run: our trainer changes malloc's settings
-for its process, and the peak memory of a process can be told from no other. On a GPU they run one after the other, since two
-captured steps of 64 x 1024 tokens do not fit side by side; the first one is run again at the end, which shows how far the card's
-clocks have moved meanwhile. What has been measured is written after every variant.
+Each variant has a process of its own, because our trainer changes malloc's settings for its process, and because peak memory is known
+per process. On a CPU the processes take turns, each waiting while another runs. On a GPU they run one after the other, since two
+captured steps of 64 x 1024 tokens do not fit side by side; the first variant runs again at the end, which shows how far the GPU's
+clocks have drifted. The results so far are written after every variant.
 """
 import contextlib
 import itertools
@@ -34,11 +34,11 @@ from .common import BenchOptions, build, quiet, record, shape_of, wanted
 class BenchTrainOptions(BenchOptions):
     """Times a training step: forward under autocast, backward, clip, AdamW. Ours appears twice: as the drop-in, with one import
     changed and the logits returned, and as our trainer calls it, without them. Each eager and compiled."""
-    batch_size: int | None = option(None, "sequences a step; None: the model's own (32 for gpt2 on a GPU)", minimum=1)
-    steps: int | None = option(None, "steps a sample; None: 10 on a GPU, 1 on a CPU", minimum=1)
-    apart: bool = option(True, "each variant in a process of its own, on a CPU ours with our malloc settings")
-    again: bool = option(True, "on a GPU run the first variant once more at the end")
-    profile: int = option(0, "on a GPU: print where the time of so many steps goes, kernel by kernel, after timing", minimum=0)
+    batch_size: int | None = option(None, "sequences per step; None: the model's own (32 for gpt2 on a GPU)", minimum=1)
+    steps: int | None = option(None, "steps per sample; None: 10 on a GPU, 1 on a CPU", minimum=1)
+    apart: bool = option(True, "each variant in its own process, ours on a CPU with our malloc settings")
+    again: bool = option(True, "on a GPU: run the first variant once more at the end")
+    profile: int = option(0, "on a GPU: after timing, profile this many steps and print the time of each kernel", minimum=0)
     traces: str = option("", "folder for the profile's Chrome traces; empty: none")
 
 
@@ -48,13 +48,13 @@ class Variant:
     logits: bool = True          # False: as our trainer calls it
     compiled: bool = False
     bf16: bool = False           # on a CPU, where float32 is the default
-    fused: bool = False          # nanoGPT with AdamW's fused step, which on a CPU it does not ask for
-    backend: str = ""            # instead of --backend
-    mlp_form: str = ""           # of ours: where the activation is computed, forward and backward
-    recompute: bool = False      # of ours: GELU computed again in the backward
+    fused: bool = False          # nanoGPT with AdamW's fused step, which nanoGPT does not request on a CPU
+    backend: str = ""            # replaces --backend
+    mlp_form: str = ""           # ours only: where the activation is computed, in the forward and in the backward
+    recompute: bool = False      # ours only: compute GELU again in the backward
 
 
-TRAIN_VARIANTS = {  # built in this order: where time is short, the ones that count are had
+TRAIN_VARIANTS = {  # built in this order, the most important first in case time runs out
     "nanoGPT compiled": Variant(nanogpt=True, compiled=True),
     "one import": Variant(),
     "our trainer": Variant(logits=False),
@@ -62,7 +62,7 @@ TRAIN_VARIANTS = {  # built in this order: where time is short, the ones that co
     "one import compiled": Variant(compiled=True),
     "nanoGPT": Variant(nanogpt=True),
 }
-TRAIN_VARIANTS_GPU = {  # our trainer's own variations: only where --only asks for them
+TRAIN_VARIANTS_GPU = {  # variations of our trainer, available only with --only
     "trainer with our attention": Variant(logits=False, backend="auto,attention=fused"),
     "trainer with the MLP's epilogue": Variant(logits=False, mlp_form="epilogue"),
     "trainer with the MLP pointwise": Variant(logits=False, mlp_form="pointwise"),
@@ -70,7 +70,7 @@ TRAIN_VARIANTS_GPU = {  # our trainer's own variations: only where --only asks f
     "trainer with PyTorch's MLP": Variant(logits=False, backend="auto,mlp=reference"),
     "trainer with PyTorch's loss": Variant(logits=False, backend="auto,cross_entropy=reference"),
 }
-TRAIN_VARIANTS_CPU = {  # what nanoGPT's user could switch on beside ours
+TRAIN_VARIANTS_CPU = {  # bf16: what nanoGPT's users could switch on themselves, and ours
     "nanoGPT bf16 fused": Variant(nanogpt=True, bf16=True, fused=True),
     "nanoGPT bf16 fused compiled": Variant(nanogpt=True, bf16=True, fused=True, compiled=True),
     "one import bf16": Variant(bf16=True),
@@ -82,7 +82,7 @@ TRAIN_VARIANTS_CPU = {  # what nanoGPT's user could switch on beside ours
 class Trainer:
     """One variant: a model, its optimizer, and `step(x, y)`, x and y (B, T), which returns the loss.
 
-    Our trainer's is the step that `nanogpt-fast train` takes (training/step.py). The others do what nanoGPT's train.py does.
+    For our trainer this is the step that `nanogpt-fast train` takes (training/step.py); the others do what nanoGPT's train.py does.
     """
 
     def __init__(self, o, variant, config, B, device, dtype, seed=0):
@@ -117,7 +117,7 @@ class Trainer:
 
 
 def _optimizer(o, variant, model, device):
-    """nanoGPT fuses AdamW on CUDA alone; ours on a CPU too, which is a difference that a user gets."""
+    """nanoGPT fuses AdamW on CUDA only, ours on a CPU too; the benchmark keeps this difference, which users get as well."""
     with quiet():
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
     if variant.nanogpt and device.type == "cpu" and (variant.fused or not o.upstream):
@@ -141,7 +141,7 @@ def run(o, device, dtype):
 
     print(f"{o.model}: {B} x {T} tokens a step, {str(dtype).removeprefix('torch.')}, on {devices.describe(device)}", flush=True)
     with quiet():
-        counter = GPT(GPTConfig(**config))  # counts the FLOPs of either side
+        counter = GPT(GPTConfig(**config))  # counts the FLOPs of both sides
 
     def timed(samples):
         seconds = statistics.median(samples) / steps
@@ -166,39 +166,39 @@ def run(o, device, dtype):
 
 
 def one_after_the_other(o, names, runner, timed, until, write):
-    """{name: what was found}; what there is so far is written after every variant."""
+    """{name: results}; writes the results so far after every variant."""
     found = {}
     order = names + ([names[0]] if o.again and len(names) > 2 else [])
-    ready = [runner(name) for name in order[:1]]    # a process imports PyTorch while the one before it is timed
+    ready = [runner(name) for name in order[:1]]    # each process imports PyTorch while the one before it is timed
     for i, name in enumerate(order):
         if found and time.monotonic() > until:
             found.setdefault(name, dict(error="not measured: out of time"))
             if ready:
                 ready.pop().kill()
             continue
-        worker, had = None, dict(clocks=[])
+        worker, row = None, dict(clocks=[])
         try:
             worker = ready.pop(0) if ready else runner(name)
             ready += [runner(name) for name in order[i + 1:i + 2]]
-            had |= worker.first()
-            print(f"{name:<28} first step {had['first_step_s']:6.1f} s", flush=True)
+            row |= worker.first()
+            print(f"{name:<28} first step {row['first_step_s']:6.1f} s", flush=True)
             worker.several()            # a warm-up
             samples = []
             for _ in range(o.rounds):
                 samples.append(worker.timed())
-                had["clocks"].append(measure.nvidia_smi("clocks.sm,power.draw,temperature.gpu"))
-            had |= timed(samples)
-            print(f"{name:<28} {1e3 * statistics.median(had['samples']):8.2f} ms a step, {had['tokens_per_s']:,.0f} tokens/s, "
-                  f"peak {had['peak_memory'] / 2**30:.1f} GiB, {had['clocks'][-1]}", flush=True)
+                row["clocks"].append(measure.nvidia_smi("clocks.sm,power.draw,temperature.gpu"))
+            row |= timed(samples)
+            print(f"{name:<28} {1e3 * statistics.median(row['samples']):8.2f} ms a step, {row['tokens_per_s']:,.0f} tokens/s, "
+                  f"peak {row['peak_memory'] / 2**30:.1f} GiB, {row['clocks'][-1]}", flush=True)
             if o.profile and name not in found:
-                write(found | {name: had})
-                had["kernels"] = worker.profiled()
-                print(kernel_table(had["kernels"], statistics.median(had["samples"])), flush=True)
+                write(found | {name: row})
+                row["kernels"] = worker.profiled()
+                print(kernel_table(row["kernels"], statistics.median(row["samples"])), flush=True)
             worker.close()
-        except Exception as error:      # out of memory, a graph that cannot be captured: others can still be timed
+        except Exception as error:      # such as out of memory, or a failed graph capture: the others can still be timed
             print(f"{name:<28} {error}", flush=True)
-            had["error"] = str(error)[:3000]
-        except BaseException:           # told to end
+            row["error"] = str(error)[:3000]
+        except BaseException:           # measure.Interrupted, KeyboardInterrupt
             for one in ready:
                 one.kill()
             raise
@@ -206,8 +206,8 @@ def one_after_the_other(o, names, runner, timed, until, write):
             if worker is not None:
                 worker.kill()
         if name in found:
-            had = found[name] | dict(samples_again=had.get("samples"), clocks_again=had["clocks"], error_again=had.get("error"))
-        found[name] = had
+            row = found[name] | dict(samples_again=row.get("samples"), clocks_again=row["clocks"], error_again=row.get("error"))
+        found[name] = row
         write(found)
     if any("error" in row for row in found.values()):
         write(found)
@@ -215,28 +215,28 @@ def one_after_the_other(o, names, runner, timed, until, write):
 
 
 def in_turns(o, names, runner, timed, until, apart):
-    """{name: what was found}: builds every variant, takes its first step, then lets them take turns."""
-    runs, found, workers, told_to_end = {}, {}, [], False
+    """{name: results}: builds every variant and takes its first step, then lets the variants take turns."""
+    runs, found, workers, interrupted = {}, {}, [], False
     for name in names:
-        if told_to_end or runs and time.monotonic() > until - 20 * o.minutes:
+        if interrupted or runs and time.monotonic() > until - 20 * o.minutes:
             found[name] = dict(error="not measured: out of time")
             continue
         try:
             one = runner(name)
             found[name] = one.first()
-        except Exception as error:  # out of memory, a graph that cannot be captured: others can still be timed
+        except Exception as error:  # such as out of memory, or a failed graph capture: the others can still be timed
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
             print(f"{name:<28} {type(error).__name__}: {error}", flush=True)
             found[name] = dict(error="out of memory" if out_of_memory else f"{type(error).__name__}: {error}"[:300])
             continue
-        except measure.ToldToEnd:  # in the middle of a compilation, say: what was built before can still be timed
-            found[name], told_to_end = dict(error="not measured: out of time"), True
+        except measure.Interrupted:  # in the middle of a compilation, say: the variants built so far can still be timed
+            found[name], interrupted = dict(error="not measured: out of time"), True
             continue
         print(f"{name:<28} first step {found[name]['first_step_s']:6.1f} s", flush=True)
         runs[name] = one.several
         workers += [one] if apart else []
 
-    samples = measure.interleaved(runs, o.rounds, warmup=1, until=time.monotonic() + 5 if told_to_end else until)
+    samples = measure.interleaved(runs, o.rounds, warmup=1, until=time.monotonic() + 5 if interrupted else until)
     for name, values in samples.items():
         found[name] |= timed(values) if values else dict(error="not measured: out of time")
     for worker in workers:
@@ -255,11 +255,11 @@ class Runner:
         self.trainer = Trainer(o, variant, config, B, device, dtype)
 
     def first(self):
-        """Take the first steps; returns what is known then."""
+        """Take the first steps; returns their time, the peak memory, the ops' implementations and why the step is not captured."""
         trainer, start = self.trainer, time.perf_counter()
         trainer.step(*next(self.batches)).item()
         first = time.perf_counter() - start
-        for _ in range(captured.WARM_UP_STEPS + 1 if trainer.not_captured is None else 1):  # up to the step that is recorded
+        for _ in range(captured.WARM_UP_STEPS + 1 if trainer.not_captured is None else 1):  # until the CUDA graph is captured
             trainer.step(*next(self.batches))
         ops = {}
         if isinstance(trainer.model, GPT):
@@ -273,11 +273,11 @@ class Runner:
             self.trainer.step(*next(self.batches))
 
     def timed(self):
-        """Seconds that `several` takes, by the CPU's clock, with the GPU synchronised on both sides."""
+        """Seconds that `several` takes by the CPU's clock, with the GPU synchronised on both sides."""
         return measure.interleaved({"": self.several}, 1, warmup=0)[""][0]
 
     def profiled(self):
-        """[kernel, calls a step, microseconds a step], the longest first: what the GPU did in `o.profile` steps."""
+        """[[kernel, calls per step, microseconds per step], ...], the longest first, averaged over `o.profile` steps."""
         from torch.profiler import ProfilerActivity, profile
         steps = self.o.profile
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
@@ -286,10 +286,10 @@ class Runner:
             torch.cuda.synchronize(self.device)
         kernels = {}
         for event in found.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA and "#" not in event.name:     # Optimizer.step#AdamW.step spans others
-                had = kernels.setdefault(event.name, [0, 0.0])
-                had[0] += 1
-                had[1] += event.device_time_total
+            if event.device_type == torch.autograd.DeviceType.CUDA and "#" not in event.name:     # Optimizer.step#AdamW.step spans kernels
+                total = kernels.setdefault(event.name, [0, 0.0])
+                total[0] += 1
+                total[1] += event.device_time_total
         if self.o.traces:
             os.makedirs(self.o.traces, exist_ok=True)
             name = "".join(c if c.isalnum() else "-" for c in self.name)
@@ -299,11 +299,11 @@ class Runner:
 
 
 class Worker:
-    """A variant in a process of its own, which does nothing unless it is asked: the same `first`, `several`, `timed`, `profiled`."""
+    """A variant in a process of its own, idle between calls: the same `first`, `several`, `timed` and `profiled` as Runner."""
 
     def __init__(self, o, name, *rest):
         self.name, self.asked, self.limit = name, False, 60 * o.minutes + 300
-        context = multiprocessing.get_context("spawn")  # a fork would inherit threads that do not run there
+        context = multiprocessing.get_context("spawn")  # a forked child would have this process's locks but not its threads
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=_work, args=(other, torch.get_num_threads(), o, name, *rest), daemon=True)
         self.process.start()
@@ -338,7 +338,7 @@ class Worker:
         return self.ask("profiled")
 
     def kill(self):
-        """End the process, however it stands; if it is at work, it says where."""
+        """Kill the process, whatever its state; if it is busy, it prints its stack first."""
         if self.asked:
             os.kill(self.process.pid, signal.SIGUSR1)
             time.sleep(0.2)
@@ -346,27 +346,27 @@ class Worker:
         self.process.join()
 
     def close(self):
-        """End the process; returns the most memory that it ever held, in bytes."""
+        """End the process; returns its peak resident memory in bytes."""
         peak = self.ask("close")
         self.process.join()
         return peak
 
 
 def _work(pipe, threads, o, name, variant, *rest):
-    """The process of a Worker. SIGUSR1 makes it print where it stands."""
+    """The main function of a Worker's process. SIGUSR1 makes it print its stack."""
     import faulthandler
     faulthandler.register(signal.SIGUSR1)
-    import resource  # here: Windows has neither, and `apart` is off there
-    os.setsid()  # what is sent to the parent's group, as `timeout` sends SIGTERM, is for the parent to heed
+    import resource  # not at the top: Windows has neither this nor SIGUSR1, and `apart` is off there
+    os.setsid()  # signals to the parent's group, such as the SIGTERM of `timeout`, are for the parent to handle
     torch.set_num_threads(threads)
-    if torch.cuda.is_available():  # as the parent has set it, and nanoGPT's train.py
+    if torch.cuda.is_available():  # as in the parent, and in nanoGPT's train.py
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     runner = None
     with cpu.keep_freed_memory(not variant.logits):
         while True:
             try:
                 what = pipe.recv()
-            except EOFError:  # the parent has ended
+            except EOFError:  # the parent has exited
                 return
             if what == "close":
                 kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -381,7 +381,7 @@ def _work(pipe, threads, o, name, variant, *rest):
 
 
 def table(found):
-    """The result as text."""
+    """The results as text."""
     shipped, strongest = found.get("nanoGPT", {}), strongest_of(found)
     lines = [f"{'':<28} {'tokens/s':>10} {'times nanoGPT':>14} {'its strongest':>14} {'MFU':>7} {'peak memory':>12} "
              f"{'first step':>11}"]
@@ -395,11 +395,11 @@ def table(found):
         memory = "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**30:.2f} GiB"
         lines.append(f"{name:<28} {row['tokens_per_s']:>10,.0f} {ratios[0]:>14} {ratios[1]:>14} {mfu:>7} {memory:>12} "
                      f"{row['first_step_s']:>9.1f} s")
-    return "\n".join(lines) + "\n(times nanoGPT: as it is shipped; its strongest: the fastest of its rows)"
+    return "\n".join(lines) + "\n(times nanoGPT: relative to nanoGPT as shipped; its strongest: relative to its fastest row)"
 
 
 def kernel_table(kernels, step_s, most=30):
-    """Where a step's time goes, as text."""
+    """The time of each kernel in a step, as text."""
     total = sum(micros for _, _, micros in kernels)
     lines = [f"  {total / 1e3:.2f} ms of kernels in a step of {1e3 * step_s:.2f} ms, {sum(calls for _, calls, _ in kernels):.0f} launches"]
     lines += [f"  {micros:>9.1f} us {100 * micros / total:>5.1f} % {calls:>6.1f} x {micros / calls:>8.1f} us  {name[:110]}"
@@ -408,18 +408,18 @@ def kernel_table(kernels, step_s, most=30):
 
 
 def strongest_of(found):
-    """The fastest row of nanoGPT, whatever was switched on; {} where none was run."""
+    """The fastest row of nanoGPT, with any of its options; {} if none was run."""
     return max((row for name, row in found.items() if name.startswith("nanoGPT") and "tokens_per_s" in row),
                key=lambda row: row["tokens_per_s"], default={})
 
 
 def rival_of(found):
-    """The row that the others are compared with: nanoGPT compiled, or as it is where that was not run; or None."""
+    """The row that the others are compared with: nanoGPT compiled, else nanoGPT as shipped, else None."""
     return next((found[name] for name in ("nanoGPT compiled", "nanoGPT") if "tokens_per_s" in found.get(name, ())), None)
 
 
 def _reset_peak(device):
-    """Bytes in use now; the peak counts from here."""
+    """Start measuring the peak from here; returns the bytes in use now."""
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize(device)
@@ -428,5 +428,5 @@ def _reset_peak(device):
 
 
 def _peak(device, before):
-    """Bytes that a variant has needed since it was begun, at its peak, as if it were alone. None on a CPU."""
+    """Peak bytes that a variant has allocated since `before`, as if it were alone. None on a CPU."""
     return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None

@@ -65,15 +65,15 @@ def test_without_a_checkout_nanogpts_side_trains_exactly_as_a_checkouts(tmp_path
     assert losses[0] == losses[1]
 
 
-def test_what_was_built_is_timed_when_the_process_is_told_to_end(tmp_path, monkeypatch):
+def test_what_was_built_is_timed_when_the_process_is_interrupted(tmp_path, monkeypatch):
     step = train.Trainer.step
 
-    def told(self, x, y):
+    def interrupted(self, x, y):
         if self.ours:  # our trainer's, the second that is built
-            raise measure.ToldToEnd
+            raise measure.Interrupted
         return step(self, x, y)
 
-    monkeypatch.setattr(train.Trainer, "step", told)
+    monkeypatch.setattr(train.Trainer, "step", interrupted)
     record = run(tmp_path, "train", "--apart=False", "--model=tiny", "--only=one import,our trainer,nanoGPT", "--rounds=2")
     assert record["variants"]["one import"]["tokens_per_s"] > 0
     assert record["variants"]["our trainer"] == record["variants"]["nanoGPT"] == {"error": "not measured: out of time"}
@@ -147,7 +147,7 @@ def test_both_sides_fall_to_the_same_loss_on_the_same_text(tmp_path):
     assert record["untimed"]["steps"] == 0
 
 
-def test_the_clock_of_a_loss_curve_begins_behind_its_untimed_steps_and_what_was_had_is_written(tmp_path, monkeypatch):
+def test_the_clock_of_a_loss_curve_begins_behind_its_untimed_steps_and_what_was_measured_is_written(tmp_path, monkeypatch):
     class Side(bench_loss.Side):
         def __init__(self, trainer, batches, untimed=0):
             super().__init__(trainer, batches, untimed=5)
@@ -161,7 +161,7 @@ def test_the_clock_of_a_loss_curve_begins_behind_its_untimed_steps_and_what_was_
 
         def evaluate(self, step, *args):
             if step == 9:
-                raise measure.ToldToEnd
+                raise measure.Interrupted
             return super().evaluate(step, *args)
     monkeypatch.setattr(bench_loss, "Side", Side)
     where = data(tmp_path)
@@ -202,7 +202,7 @@ def test_variants_take_turns_and_none_runs_twice_before_all_have_run():
     assert all(sorted(each) == ["a", "b", "c"] for each in rounds) and len(set(rounds)) > 2
 
 
-def test_when_time_is_up_no_further_round_begins_but_one_is_had():
+def test_when_time_is_up_no_further_round_begins_but_the_first_one_runs():
     assert len(measure.interleaved({"a": lambda: None}, rounds=9, until=0.0)["a"]) == 1
 
 
@@ -216,12 +216,12 @@ def test_the_draw_of_the_rivals_is_nanogpts():
     assert torch.equal(found, torch.multinomial(F.softmax(scaled, dim=-1), 1))
 
 
-def test_what_was_timed_is_kept_when_the_process_is_told_to_end():
+def test_what_was_timed_is_kept_when_the_process_is_interrupted():
     def work(calls=iter(range(100))):
         if next(calls) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with measure.told_to_end():
+    with measure.sigterm_raises():
         assert len(measure.interleaved({"a": work}, rounds=99, warmup=0)["a"]) == 5
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
