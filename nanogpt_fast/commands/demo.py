@@ -1,4 +1,4 @@
-"""The demo: train a character-level GPT on text that every Python carries, complete a prompt, say what to try next."""
+"""`nanogpt-fast demo`: train a character-level GPT on text that every Python includes, complete a prompt, suggest what to try next."""
 import shlex
 import time
 
@@ -10,10 +10,10 @@ from ..training.trainer import TrainOptions, train
 
 PROMPT = "The value of "
 
-# Sized to finish in about two minutes on two CPU cores, with validation loss still falling when it ends.
+# Sized to finish in about two minutes on two CPU cores, with the validation loss still falling at the end.
 CPU = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_iters=2000, eval_interval=250, eval_iters=20,
            warmup_iters=100, learning_rate=1e-3)
-# nanoGPT's baby GPT: minutes on any GPU of the last years.
+# nanoGPT's baby GPT: minutes on any recent GPU.
 GPU = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, max_iters=2000, eval_interval=250, eval_iters=50,
            warmup_iters=100, learning_rate=1e-3, dropout=0.2)
 
@@ -47,13 +47,13 @@ def main(argv):
     width = max(map(len, here))
     print(f"""
 {time.monotonic() - started:.0f} seconds, {result.iter_num} steps. Written to {result.out_dir}/:
-  loss.png        the loss curve                 metrics.jsonl   every figure behind it
+  loss.png        the loss curve                 metrics.jsonl   all of its numbers
   ckpt.pt         the best weights, in nanoGPT's format
   last.pt         everything an exact resume needs
 
 To try next:
-  {here[0]:<{width}}  type a beginning, watch it go on
+  {here[0]:<{width}}  type a prompt, watch it continue
   {here[1]:<{width}}  one completion
-  {here[2]:<{width}}  learn a text of your own (--help lists every key)
+  {here[2]:<{width}}  train on a text of your own (--help lists every key)
 """)
     return 0 if result.stopped is None else 128 + result.stopped

@@ -1,7 +1,7 @@
-"""`nanogpt-fast ladder`: the models of classic.py from the bigram to the GPT, trained on the same text for as many tokens each.
+"""`nanogpt-fast ladder`: train the models of classic.py, from the bigram to the GPT, on the same text for the same number of tokens.
 
-Five steps, one idea each, and what each idea is worth: one table (parameters, steps, time, losses), one plot, a sample of text
-from each. The GPT of the last step is kept as nanoGPT's ckpt.pt, so that `nanogpt-fast chat` can be asked for more.
+Five rungs, each adding one idea, and what each idea is worth: one table (parameters, steps, time, losses), one plot, and a sample of
+text from each model. The GPT, the last rung, is saved as nanoGPT's ckpt.pt, for `nanogpt-fast chat`.
 """
 import json
 import math
@@ -19,9 +19,8 @@ from ..options import option
 from ..text import prepare
 from ..text.batches import open_tokens
 
-# The best of a few tried, a factor of 3 apart, after 300 steps of the default settings (the bigram's after 1,000); the GPT's was
-# compared with none. The smaller the model, the further each weight has to travel: every entry of the bigram's table has to find
-# its own value.
+# The best of a few, a factor of 3 apart, after 300 steps with the default settings (1,000 for the bigram); the GPT's was not tuned.
+# The smaller the model, the further each weight has to travel: every entry of the bigram's table has to find its own value.
 LEARNING_RATE = {"bigram": 3e-2, "one head": 3e-3, "many heads": 3e-3, "block": 1e-3, "GPT": 1e-3}
 
 
@@ -45,7 +44,7 @@ class LadderOptions:
     n_embd: int = option(128, "C: width of all but the bigram", minimum=1)
     dropout: float = option(0.0, "probability", minimum=0, below=1)
     sample_tokens: int = option(200, "length of each sample", minimum=0)
-    seed: int = option(1337, "of weights, batches and samples: the same for every step")
+    seed: int = option(1337, "of weights, batches and samples: the same for every model")
     device: str = option("auto", "auto, cpu, cuda, mps, ...")
 
 
@@ -58,14 +57,14 @@ def main(argv):
     train_data, val_data = (torch.from_numpy(open_tokens(folder / f"{split}.bin", o.block_size).astype("int64"))
                             for split in ("train", "val"))
     if tokenizer.vocab_size > 8192:
-        raise ValueError(f"{folder} has a vocabulary of {tokenizer.vocab_size:,}, and the bigram's table is its square; "
-                         "prepare the text by characters, or with --tokenizer=word --vocab_size=4096")
+        raise ValueError(f"{folder} has a vocabulary of {tokenizer.vocab_size:,}, and the bigram's table is its square; prepare "
+                         "the text with --tokenizer=char, or with --tokenizer=word --vocab_size=4096")
     config = classic.ClassicConfig(
         vocab_size=tokenizer.vocab_size, block_size=o.block_size, n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd,
         dropout=o.dropout, tied=True)  # tied, so that the GPT fits nanoGPT's layout as it is
     out_dir = Path(o.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    print(f"{len(train_data):,} tokens of {o.data} to learn, {len(val_data):,} to validate, a vocabulary of "
+    print(f"{len(train_data):,} tokens of {o.data} to train on, {len(val_data):,} to validate on, a vocabulary of "
           f"{tokenizer.vocab_size}; {o.steps:,} steps of {o.batch_size} x {o.block_size} tokens for each model, "
           f"on {devices.describe(device)}\n")
 
@@ -88,12 +87,12 @@ def main(argv):
                      config={"dataset": folder.name})
     print(table(rows))
     print(f"\nWritten to {out_dir}/: ladder.md, ladder.png, ladder.json, and the GPT as ckpt.pt.\n"
-          f"To ask it for more: nanogpt-fast chat --out_dir={out_dir}")
+          f"For more of its text: nanogpt-fast chat --out_dir={out_dir}")
 
 
 def climb(name, model, train_data, val_data, tokenizer, o):
-    """Train one step of the ladder and let it write; returns its row of the table, with the history of its losses."""
-    with tqdm(total=o.steps, desc=f"{name:>10}", leave=False, disable=None) as bar:  # None: no bar where nobody watches
+    """Train one model and draw a sample from it; returns its row of the table, with the history of its losses."""
+    with tqdm(total=o.steps, desc=f"{name:>10}", leave=False, disable=None) as bar:  # None: no bar unless on a terminal
         def log(step, record):
             bar.update(step - bar.n)
             if record is not None:
@@ -113,7 +112,7 @@ COLUMNS = (("model", "{name}"), ("parameters", "{parameters:,}"), ("steps", "{st
 
 
 def table(rows):
-    """The comparison as a Markdown table, its columns aligned, so that it reads in a terminal too."""
+    """The comparison as a Markdown table with aligned columns, so that it can be read in a terminal, too."""
     cells = [[title for title, _ in COLUMNS], *([form.format(**row) for _, form in COLUMNS] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -125,7 +124,7 @@ def markdown(report):
     """ladder.md: the table, then a sample of each model."""
     o = report["settings"]
     parts = [f"Each model on {o['data']} for {o['steps']:,} steps of {o['batch_size']} x {o['block_size']} tokens. Losses in "
-             f"nats per token; a blind guess loses {math.log(report['vocab_size']):.2f}. "
+             f"nats per token; a uniform guess has a loss of {math.log(report['vocab_size']):.2f}. "
              f"{report['device']}, torch {report['torch']}.",
              table(report["models"])]
     parts += [f"**{row['name']}** writes:\n\n{_indented(row['sample'])}" for row in report["models"]]
@@ -144,7 +143,7 @@ def draw(report, path):
     FigureCanvasAgg(figure)  # draws without a display, whatever backend the user's pyplot has
     axes = figure.subplots()
     for row in report["models"]:
-        history = row["history"][1:]  # before the first step all of them guess, some worse than blindly
+        history = row["history"][1:]  # before the first step all models guess, some worse than uniformly
         axes.plot([record["tokens"] for record in history], [record["val_loss"] for record in history], marker=".",
                   label=f"{row['name']}  {row['val_loss']:.2f}")
     axes.set(xlabel="tokens seen", ylabel="validation loss (nats per token)", title="What each idea is worth")

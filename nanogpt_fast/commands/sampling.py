@@ -1,7 +1,7 @@
 """`nanogpt-fast sample` and `nanogpt-fast chat`: a trained GPT completes prompts.
 
-One sample streams: its text appears as it is drawn. Several run as one batch and appear when all are done, with nanoGPT's
-line between them. Only the text goes to stdout; everything about it goes to stderr.
+A single sample streams: its text appears as it is drawn. Several samples run as one batch and appear when all are done, with
+nanoGPT's line between them. Only the text goes to stdout; all messages go to stderr.
 """
 import contextlib
 import sys
@@ -24,29 +24,29 @@ SEPARATOR = "---------------"  # between samples, as nanoGPT prints it
 
 @dataclass
 class ChatOptions:
-    """Type the beginning of a text and a trained GPT goes on. Every line is a prompt of its own; an empty one is a line break.
+    """Type the beginning of a text and a trained GPT continues it. Each line is a separate prompt; an empty line is a line break.
 
-    Ctrl-C interrupts a completion, and leaves at the prompt; so does Ctrl-D.
+    Ctrl-C interrupts a completion; at the prompt, Ctrl-C or Ctrl-D exits.
     """
 
     init_from: str = option("resume", "resume (the checkpoint in out_dir) | gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a "
-                            "folder of such weights", section="Model")
+                            "folder with such weights", section="Model")
     out_dir: str = option("out", "where the checkpoint is (ckpt.pt), or a checkpoint file itself")
     max_new_tokens: int = option(500, "tokens to generate", minimum=0, section="Text")
     temperature: float = option(0.8, "below 1: less random, above: more; 0: greedy", minimum=0)
-    top_k: int | None = option(200, "keep only so many of the most likely tokens; None: all", minimum=1)
+    top_k: int | None = option(200, "keep only this many of the most likely tokens; None: all", minimum=1)
     top_p: float | None = option(None, "keep the most likely tokens that together have this probability", minimum=0, maximum=1)
-    min_p: float | None = option(None, "keep tokens at least this likely in relation to the likeliest", minimum=0, maximum=1)
-    greedy: bool = option(False, "always take the likeliest token")
-    stop: str = option("", r"end before this text; typed alone, \n is a line break")
+    min_p: float | None = option(None, "keep tokens at least this likely relative to the most likely one", minimum=0, maximum=1)
+    greedy: bool = option(False, "always take the most likely token")
+    stop: str = option("", r"end before this text; on its own, \n means a line break")
     seed: int = option(1337, "of the draws: the same seed, prompt and machine give the same text", minimum=0)
     device: str = option("auto", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps", section="Machine")
     dtype: str = option("auto", "auto: bfloat16 on GPUs that have it, float16 on older ones, else float32",
                         choices=("auto", "float32", "bfloat16", "float16"))
-    cache: str = option("on", "keep keys and values; off: the whole context again for every token, as nanoGPT does it (the same "
+    cache: str = option("on", "keep keys and values; off: recompute the whole context for every token, as nanoGPT does (the same "
                         "text, slower)", choices=("on", "off"))
-    compile: bool = option(False, "taken for nanoGPT's sake; as there, torch.compile does not reach generation, which has a "
-                           "KV cache and CUDA graphs of its own")
+    compile: bool = option(False, "accepted because nanoGPT has it; as there, torch.compile does not affect generation, which has "
+                           "its own KV cache and CUDA graphs")
     backend: str = option("auto", "implementation of the ops: auto, fused, reference, or one by one as in "
                           "auto,attention=reference")
 
@@ -64,7 +64,7 @@ class SampleOptions(ChatOptions):
     One sample (--num_samples=1) is printed as it is drawn; several are drawn as one batch.
     """
 
-    start: str = option("\n", r"the prompt, or FILE:prompt.txt; typed alone, \n is a line break; GPT-2 also knows "
+    start: str = option("\n", r"the prompt, or FILE:prompt.txt; on its own, \n means a line break; GPT-2 also knows "
                         "<|endoftext|>", section="Prompt")
     num_samples: int = option(10, "completions to draw", minimum=1)
 
@@ -73,7 +73,7 @@ def sample(argv):
     """The command `nanogpt-fast sample`."""
     o = options.parse(SampleOptions, argv, "nanogpt-fast sample")
     prompt = read_prompt(o.start)
-    torch.manual_seed(o.seed)  # before the model is built, which draws too: so nanoGPT's sample.py does it, and gets this text
+    torch.manual_seed(o.seed)  # before the model is built, which also draws: nanoGPT's sample.py does the same, and prints this text
     loaded = load(o)
     ids = encode(prompt, loaded, said=set())
     began, count = time.perf_counter(), 0
@@ -98,9 +98,9 @@ def chat(argv):
     loaded = load(o)
     terminal = sys.stdin.isatty()
     if terminal:
-        with contextlib.suppress(ImportError):  # its import alone gives input() a history and line editing
+        with contextlib.suppress(ImportError):  # importing it gives input() a history and line editing
             import readline  # noqa: F401
-        note("Type the beginning of a text. Ctrl-C interrupts, and leaves at the prompt.")
+        note("Type the beginning of a text. Ctrl-C interrupts a completion, and exits at the prompt.")
     torch.manual_seed(o.seed)
     said = set()
     while True:
@@ -112,7 +112,7 @@ def chat(argv):
         prompt = line or "\n"
         try:
             ids = encode(prompt, loaded, said)
-        except tokenizers.TokenizerError as error:  # a slip at the keyboard should not end the conversation
+        except tokenizers.TokenizerError as error:  # a typing mistake should not end the chat
             note(str(error))
             continue
         with contextlib.suppress(KeyboardInterrupt):
@@ -132,17 +132,17 @@ class Loaded(NamedTuple):
 
 
 def load(o):
-    """The model and tokenizer that the options name, on the device they name. Raises what `checkpoint.load_model` raises."""
+    """The model and tokenizer that the options name, on their device. Raises what `checkpoint.load_model` raises."""
     device = devices.choose_device(o.device)
     dtype = devices.choose_dtype(o.dtype, device)
     with contextlib.redirect_stdout(sys.stderr):  # GPT prints its size
         if o.init_from == "resume":
             if not Path(o.out_dir).exists():
-                raise FileNotFoundError(f"no folder {o.out_dir}: name the one of your run with --out_dir, or train first "
+                raise FileNotFoundError(f"no folder {o.out_dir}: pass your run's folder as --out_dir, or train first "
                                         "(nanogpt-fast train --dataset=embedded)")
             model, tokenizer, meta = checkpoint.load_model(o.out_dir, device, backend=o.backend)
             if tokenizer is None:
-                raise ValueError(f"there is no tokenizer to read a prompt with: {meta['no_tokenizer']}")
+                raise ValueError(f"there is no tokenizer to encode a prompt with: {meta['no_tokenizer']}")
         else:
             tokenizer = tokenizers.GPT2Tokenizer()
             model = GPT.from_pretrained(o.init_from, dict(dropout=0.0), backend=o.backend).eval().to(device)
@@ -166,17 +166,17 @@ def read_prompt(start):
     else:
         start = typed(start)
     if not start:
-        raise ValueError(r"the prompt is empty; give at least one character (nanoGPT's habit is a line break, --start='\n')")
+        raise ValueError(r"the prompt is empty; give at least one character (nanoGPT's default is a line break, --start='\n')")
     return start
 
 
 def typed(text):
-    r"""The text, except that nothing but \n and \t, which a shell hands on as they were typed, means what it says."""
+    r"""The text, with \n and \t replaced if it holds nothing else: a shell passes these on as typed, with the backslash."""
     return text.replace(r"\n", "\n").replace(r"\t", "\t") if not text.replace(r"\n", "").replace(r"\t", "") else text
 
 
 def encode(prompt, loaded, said):
-    """The prompt's ids (1, T) on the device. What is beyond the context counts for nothing, which is said once a session."""
+    """The prompt's ids (1, T) on the device. If it is longer than the context, a note says so, once per session."""
     ids = loaded.tokenizer.encode(prompt)
     T = loaded.model.config.block_size
     if len(ids) > T and "cropped" not in said:
@@ -202,7 +202,7 @@ def complete_batch(loaded, ids, o):
     """(num_samples completions of ids (1, T) as text, number of tokens drawn), all in one batch."""
     texts = [TextStream(loaded.tokenizer, typed(o.stop)) for _ in range(o.num_samples)]
     with torch.no_grad(), loaded.context:
-        if not o.stop:  # nothing depends on the text, so the host need not look before the end
+        if not o.stop:  # no decision depends on the text, so the host need not read tokens before the end
             drawn = loaded.model.generate(ids, o.max_new_tokens, num_samples=o.num_samples, **asked(o))
             new = drawn[:, ids.size(1):]  # (num_samples, max_new_tokens)
             return [text.all(row) for text, row in zip(texts, new.tolist())], new.numel()
@@ -218,26 +218,26 @@ def complete_batch(loaded, ids, o):
 
 
 def asked(o):
-    """What `generate` is asked for besides the number of tokens."""
+    """The arguments of `generate` besides the number of tokens."""
     return dict(temperature=0.0 if o.greedy else o.temperature, top_k=o.top_k, top_p=o.top_p, min_p=o.min_p, use_cache=o.cache == "on")
 
 
 class TextStream:
-    """Token ids in, text out as soon as it is decided: whole characters only, and nothing from the stop text on.
+    """Token ids in, text out as soon as it is decided: only whole characters, and nothing from the stop text on.
 
-    A token of a byte-pair vocabulary may end in the middle of a character; then it waits for the next ones.
+    A token of a byte-pair vocabulary may end in the middle of a character; it is then held back until the rest arrives.
     """
 
-    WAIT = 8  # tokens; a character has at most four bytes, so more are not the beginning of one
+    WAIT = 8  # tokens; a character has at most four bytes, so more tokens cannot be an unfinished character
 
     def __init__(self, tokenizer, stop=""):
         self.tokenizer, self.stop = tokenizer, stop
         self.ended = False  # the stop text has appeared
         self.ids = []       # not decoded yet
-        self.held = ""      # decoded, but maybe the beginning of the stop text
+        self.held = ""      # decoded, but possibly the beginning of the stop text
 
     def feed(self, ids):
-        """The text that these further ids decide."""
+        """The text that is decided by these ids."""
         self.ids += [i for i in ids if i < self.tokenizer.vocab_size]  # ids of a padded vocabulary mean nothing
         text = self.tokenizer.decode(self.ids)
         if text.endswith("\ufffd") and len(self.ids) < self.WAIT:
@@ -246,7 +246,7 @@ class TextStream:
         return self._release(text)
 
     def finish(self):
-        """What is still held when no more ids come."""
+        """The text that is still held back; no more ids come."""
         text = "" if self.ended else self._release(self.tokenizer.decode(self.ids)) + self.held
         self.ids, self.held = [], ""
         return text

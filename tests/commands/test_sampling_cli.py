@@ -203,7 +203,7 @@ def test_a_damaged_vocabulary_is_a_clear_error(tmp_path, monkeypatch):
 
 
 def test_missing_and_truncated_checkpoints_are_clear_errors(trained, tmp_path):
-    fails("no folder nowhere: name the one of your run with --out_dir, or train first", "sample", "--out_dir=nowhere")
+    fails("no folder nowhere: pass your run's folder as --out_dir, or train first", "sample", "--out_dir=nowhere")
     (tmp_path / "empty").mkdir()
     fails("there is no checkpoint empty/ckpt.pt", "chat", "--out_dir=empty")
     whole = (tmp_path / "out/ckpt.pt").read_bytes()
