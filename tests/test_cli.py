@@ -109,8 +109,8 @@ def test_training_options_that_cannot_be_are_one_line(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("name, damage, message", [
     ("meta.pkl", lambda whole: whole[:40], "meta.pkl: neither a tokenizer's JSON nor a readable meta.pkl"),
-    ("meta.pkl", lambda whole: b"cos\nsystem\n(S'true'\ntR.", "meta.pkl: refused: it asks for os.system"),
-    ("train.bin", lambda whole: whole[:-1], "train.bin is 2,321 bytes long, which is no whole number of 16-bit tokens"),
+    ("meta.pkl", lambda whole: b"cos\nsystem\n(S'true'\ntR.", "meta.pkl: refused: it imports os.system"),
+    ("train.bin", lambda whole: whole[:-1], "train.bin is 2,321 bytes long, which is not a whole number of 16-bit tokens"),
     ("train.bin", lambda whole: b"\x00\x01" * len(whole), "train.bin holds token 256 at position"),
 ])
 def test_training_on_damaged_data_is_one_line(tmp_path, monkeypatch, capsys, name, damage, message):

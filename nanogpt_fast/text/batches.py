@@ -1,14 +1,14 @@
-"""Batches of training data: nanoGPT's draws, gathered in the background while the step runs.
+"""Batches of training data: drawn as in nanoGPT, gathered in the background while the step runs.
 
-nanoGPT's get_batch does two things: it draws B random offsets, and it copies B windows of T + 1 tokens out of the file. Only
-the draw touches the random state, so only the draw must happen at its place in the program; the copying is handed to a
-thread. `prefetch()` where nanoGPT calls get_batch, `next()` where the batch is used: the same numbers in the same order, on
-CPU even with dropout drawing from the same generator in between.
+nanoGPT's get_batch does two things: it draws B random offsets, and it copies B windows of T + 1 tokens out of the file. Only the
+draw touches the random state, so only the draw must happen at its place in the program; a thread does the copying. Call
+`prefetch()` where nanoGPT calls get_batch and `next()` where the batch is used: the batches are the same, in the same order, even
+on a CPU, where dropout draws from the same generator in between.
 
     batches = Batches(folder, "train", batch_size=12, block_size=1024, device="cuda")
     batches.prefetch()
     for step in range(steps):
-        x, y = batches.next()             # (B, T) int64 each, on the device; y is x one token later
+        x, y = batches.next()             # (B, T) int64 each, on the device; y is x shifted by one token
         loss = model(x, y)[1]
         batches.prefetch()                # drawn here, gathered during the backward pass
         loss.backward()
@@ -26,9 +26,9 @@ class Batches:
     split:       "train" or "val"
     batch_size:  B windows of block_size = T tokens each
     device:      where x and y go; for CUDA through pinned buffers, without waiting for the copy
-    generator:   a CPU torch.Generator to draw from; None is torch's own, as in nanoGPT
-    vocab_size:  if given, ids outside it raise ValueError: on a GPU the embedding would end the process
-    Raises FileNotFoundError, and ValueError where the file is damaged or holds less than one block and a token.
+    generator:   a CPU torch.Generator to draw from; None means torch's default generator, as in nanoGPT
+    vocab_size:  if given, ids outside of it raise ValueError; on a GPU the embedding's assertion would kill the process
+    Raises FileNotFoundError, and ValueError if the file is damaged or holds fewer than block_size + 1 tokens.
     """
 
     def __init__(self, folder, split, batch_size, block_size, *, device="cpu", generator=None, vocab_size=None):
@@ -37,17 +37,17 @@ class Batches:
         self.batch_size, self.block_size, self.vocab_size = batch_size, block_size, vocab_size
         self.device = torch.device(device)
         self.generator = generator
-        self.drawn = None         # offsets (B,) of the prefetched batch, until it is taken
+        self.drawn = None         # offsets (B,) of the prefetched batch, until `next` takes it
         self._gathering = None    # the future of its tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"{split}-batches")
-        # CUDA: two pinned buffers in turn, each with the event that ends its last copy. Pinning needs the CUDA runtime, which a
-        # thread must not call while the main thread captures a graph; so it happens here, and the thread only writes memory.
+        # CUDA: two pinned buffers in turn, each with an event recorded after its last copy. Pinning needs the CUDA runtime, which
+        # a thread must not call while the main thread captures a graph; so it happens here, and the thread only writes memory.
         shape = (2, batch_size, block_size)  # x and y in one buffer, so that one copy moves both
         self._pinned = [(torch.empty(shape, dtype=torch.int64, pin_memory=True), torch.cuda.Event())
                         for _ in range(2)] if self.device.type == "cuda" else []
 
     def prefetch(self):
-        """Draw the next batch now and gather it in the background. Does nothing if one is waiting already."""
+        """Draw the next batch now and gather it in the background. Does nothing if a batch is already waiting."""
         if self._gathering is None:
             self.drawn = torch.randint(len(self.tokens) - self.block_size, (self.batch_size,), generator=self.generator)
             self._start()
@@ -65,7 +65,7 @@ class Batches:
         return xy[0], xy[1]
 
     def state_dict(self):
-        """What a resumed run needs to go on with the same batches; torch's own random state is the caller's to keep.
+        """What a resumed run needs to continue with the same batches; the caller saves torch's own random state.
 
         {"drawn": (B,) int64 offsets of the prefetched batch or None, "generator": its state or None,
         "size": tokens in the file}
@@ -74,14 +74,14 @@ class Batches:
                 "generator": None if self.generator is None else self.generator.get_state()}
 
     def load_state_dict(self, state):
-        """Go on where `state_dict` was taken. Raises ValueError where the data or the shape of a batch has changed."""
+        """Continue where `state_dict` was taken. Raises ValueError if the data or the shape of a batch has changed."""
         drawn = state["drawn"]
         if state["size"] != len(self.tokens):
             raise ValueError(f"{self.path} holds {len(self.tokens):,} tokens, and held {state['size']:,} when the run was "
-                             "saved: the data has changed, so the run cannot go on exactly")
+                             "saved: the data has changed, so an exact resume is impossible")
         if drawn is not None and (drawn.shape != (self.batch_size,) or drawn.max() >= len(self.tokens) - self.block_size):
             raise ValueError(f"the saved batch ({len(drawn)} windows) does not fit batch_size {self.batch_size} and block_size "
-                             f"{self.block_size}: resume with the values that the run was saved with")
+                             f"{self.block_size}: resume with the values of the saved run")
         if self._gathering is not None:
             self._gathering.result()
         self._gathering, self.drawn = None, None
@@ -100,7 +100,7 @@ class Batches:
         if self._pinned:
             self._pinned.reverse()
             target, copied = self._pinned[0]
-            copied.synchronize()  # of two batches ago: done long since
+            copied.synchronize()  # the copy of two batches ago: done long ago
         self._gathering = self._thread.submit(self._gather, self.drawn.numpy(), target, copied)
 
     def _gather(self, offsets, target, copied):
@@ -116,9 +116,9 @@ class Batches:
 
 
 def open_tokens(path, block_size=0):
-    """The tokens of a .bin file, mapped into memory: (N,) uint16, little-endian. Raises FileNotFoundError, ValueError.
+    """The tokens of a .bin file, memory-mapped: (N,) uint16, little-endian. Raises FileNotFoundError, ValueError.
 
-    Only the pages that batches touch are read. The map holds on to its file, so preparing the data again does not disturb a
+    Only the pages that batches touch are read. The mapping keeps its file alive, so preparing the data again does not disturb a
     running job.
     """
     try:
@@ -126,7 +126,7 @@ def open_tokens(path, block_size=0):
     except FileNotFoundError:
         raise FileNotFoundError(f"no {path}: prepare the data with `nanogpt-fast prepare`") from None
     if size % 2:
-        raise ValueError(f"{path} is {size:,} bytes long, which is no whole number of 16-bit tokens: it is damaged, "
+        raise ValueError(f"{path} is {size:,} bytes long, which is not a whole number of 16-bit tokens: it is damaged, "
                          "prepare it again")
     if size // 2 <= block_size:
         raise ValueError(f"{path} holds {size // 2:,} tokens; with block_size {block_size} it must hold at least "

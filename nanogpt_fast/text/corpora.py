@@ -1,12 +1,12 @@
 """Corpora: the texts to learn from, as one string each.
 
-    embedded          Python's own language reference, which every installation carries: nothing is downloaded
-    shakespeare       tinyshakespeare, downloaded once and checked by its sha256; GPT-2 tokens, as in nanoGPT
+    embedded          Python's language reference, which every Python installation includes: nothing is downloaded
+    shakespeare       tinyshakespeare, downloaded once and verified by its sha256; GPT-2 tokens, as in nanoGPT
     shakespeare_char  the same text; characters, as in nanoGPT
     PATH              any UTF-8 text file, or a folder: all its text files, in the order of their names
 
-Line endings become "\\n" and a byte-order mark is dropped, as Python's text mode does. Errors name the file, and for bytes
-that are not UTF-8 their position.
+Line endings become "\\n", as in Python's text mode, and a byte-order mark is dropped. Errors name the file, and the position of
+bytes that are not UTF-8.
 """
 import hashlib
 import http.client
@@ -29,16 +29,16 @@ def embedded():
     """Python's language reference as text: printable ASCII and newlines.
 
     The reference itself differs from one Python version to the next (373,265 characters in 3.11, 397,019 in 3.12, 414,243 in
-    3.13), so figures measured on it belong to a version. What could differ for no good reason does not: topics come in the
-    order of their names, and everything is folded to PRINTABLE, which is also the vocabulary, whether or not a version's text
-    happens to use all of it. Topics quote one another (a fifth of the text): every paragraph is kept once, or the validation
-    split would be a text that the model has seen.
+    3.13), so results measured on it belong to one version. All else is fixed: topics come in the order of their names, and the
+    text is reduced to PRINTABLE, which is also the vocabulary, even if a version's text does not use all of it. Topics quote one
+    another (a fifth of the text), so each paragraph is kept once: else the validation split would hold text that the model has
+    seen.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise RuntimeError("this Python carries no pydoc_data, which the embedded corpus is made of (some distributions strip "
-                           "it); use a text file of your own, or 'shakespeare_char'") from None
+        raise RuntimeError("this Python has no module pydoc_data, from which the embedded corpus is made (some distributions "
+                           "remove it); use a text file of your own, or 'shakespeare_char'") from None
     seen, kept = set(), []
     for name in sorted(topics):
         for paragraph in topics[name].split("\n\n"):
@@ -50,7 +50,7 @@ def embedded():
 
 
 def shakespeare(path):
-    """tinyshakespeare, from the file `path`; downloaded to it first where it is missing. Raises ValueError, RuntimeError."""
+    """tinyshakespeare, from the file `path`, downloaded first if it is missing. Raises ValueError, RuntimeError."""
     path = Path(path)
     if not path.exists():
         try:
@@ -72,17 +72,17 @@ def _check_shakespeare(content, where):
     found = hashlib.sha256(content).hexdigest()
     if found != SHAKESPEARE_SHA256:
         raise ValueError(f"{where} is not tinyshakespeare: its sha256 is {found}, expected {SHAKESPEARE_SHA256}. "
-                         "Remove the file to download it again, or prepare it by its path to use it as it is")
+                         "Remove the file to download it again, or pass its path to use it as it is")
 
 
 def read(path):
-    """The text of a file, or of all text files below a folder (hidden and binary ones are left out). Raises ValueError."""
+    """The text of a file, or of all text files below a folder (hidden and binary ones are skipped). Raises ValueError."""
     path = Path(path)
     if path.is_file():
         text = decode(path.read_bytes(), path)
     elif path.is_dir():
         contents = ((file, file.read_bytes()) for file in _files_below(path))
-        texts = [decode(content, file) for file, content in contents if b"\0" not in content[:8192]]  # git's sign of a binary
+        texts = [decode(content, file) for file, content in contents if b"\0" not in content[:8192]]  # git's test for a binary
         if not texts:
             raise ValueError(f"{path} holds no text file")
         text = "".join(text if text.endswith("\n") or not text else text + "\n" for text in texts)
@@ -100,7 +100,7 @@ def _files_below(folder):
 
 
 def decode(content, where):
-    """The text of these UTF-8 bytes. Raises ValueError naming `where` and the position of the first byte that is wrong."""
+    """The text of these UTF-8 bytes. Raises a ValueError that names `where` and the position of the first invalid byte."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,12 +1,12 @@
 """Prepare a data set: text in, nanoGPT's files out, and `nanogpt-fast prepare`.
 
-    data/<name>/train.bin, val.bin   token ids, raw little-endian uint16, no header: the first 90 % of the text and the rest
+    data/<name>/train.bin, val.bin   token ids, raw little-endian uint16, no header: the first 90 % of the text, and the rest
     data/<name>/meta.pkl             nanoGPT's character vocabulary; a word or GPT-2 tokenizer goes to tokenizer.json instead
-    data/<name>/source.json          what they were made from: a text that has changed is prepared again, silently stale
-                                     data is never trained on
+    data/<name>/source.json          what they were made from: a text that has changed is prepared again, so that nobody trains
+                                     on stale data unknowingly
 
-`find(dataset)` is what the trainer calls: it takes the name of a prepared folder, of a corpus, or the path of a text, and
-prepares what is not there yet.
+The trainer calls `find(dataset)`: it takes the name of a prepared folder or of a corpus, or the path of a text, and prepares
+what is missing.
 """
 import contextlib
 import hashlib
@@ -24,7 +24,7 @@ from nanogpt_fast.text import corpora, tokenizers
 
 FILES = ("train.bin", "val.bin")
 VOCABULARIES = ("meta.pkl", "tokenizer.json")
-MAX_VOCAB_SIZE = 65_535  # what uint16 holds
+MAX_VOCAB_SIZE = 65_535  # ids have to fit uint16
 CHUNK = 1 << 20          # characters encoded at a time: a Python list of ids takes 8 bytes for each
 
 
@@ -37,10 +37,10 @@ class PrepareOptions:
     """
 
     source: str = option("embedded", "the corpus or path", positional=True)
-    name: str = option("", "folder below data_dir to write; empty: the corpus's own name, or the file's without its suffix")
+    name: str = option("", "folder below data_dir to write to; empty: the name of the corpus, or of the file without its suffix")
     tokenizer: str = option("", "empty: characters (GPT-2's for `shakespeare`)", choices=("", "char", "word", "gpt2"))
     vocab_size: int | None = option(None, "word tokenizer: keep this many of the most frequent words", minimum=2)
-    val_fraction: float = option(0.1, "share of the text, its end, held back for validation", above=0, below=1)
+    val_fraction: float = option(0.1, "fraction of the text, at its end, held out for validation", above=0, below=1)
     data_dir: str = option("data", "where data sets live")
 
 
@@ -56,16 +56,16 @@ def main(argv):
 
 
 def find(dataset, data_dir="data", say=print):
-    """The folder (a Path) with the token files of `dataset`, prepared first where they are missing or made from another text.
+    """The folder (a Path) with the token files of `dataset`, prepared first if they are missing or made from another text.
 
-    dataset: the name of a folder below `data_dir`, or the path of one, that holds train.bin and val.bin; a corpus by name; a
-    text file or a folder of them. Raises FileNotFoundError naming what could be meant, ValueError where preparing would
-    overwrite a data set that was made from something else, and what `write` raises.
+    dataset: the name of a folder below `data_dir`, or the path of one, that holds train.bin and val.bin; the name of a corpus; a
+    text file or a folder of text files. Raises FileNotFoundError that lists what exists, ValueError if preparing would overwrite
+    a data set made from something else, and what `write` raises.
     """
     how = dict(kind=corpora.TOKENIZER.get(dataset, "char"))
     if dataset in corpora.TOKENIZER:
         folder = Path(data_dir, dataset)
-        if _is_prepared(folder):  # such a text never changes, and what nanoGPT's prepare.py wrote under this name is as good
+        if _is_prepared(folder):  # a corpus never changes, and files that nanoGPT's prepare.py wrote under this name are as good
             return folder
         text = _read(dataset, folder)
     else:
@@ -87,7 +87,7 @@ def find(dataset, data_dir="data", say=print):
                 raise ValueError(f"{folder} holds a data set made from {about.get('source') or 'something else'}: give this "
                                  f"one another name with `nanogpt-fast prepare {dataset} --name=NAME`, then train with "
                                  "--dataset=NAME")
-            how = {key: about[key] for key in ("kind", "vocab_limit", "val_fraction")}  # the text has changed, the wishes not
+            how = {key: about[key] for key in ("kind", "vocab_limit", "val_fraction")}  # the text has changed, not the settings
     say(f"preparing {dataset} in {folder}")
     write(text, folder, source=dataset, say=say, **how)
     return folder
@@ -96,9 +96,9 @@ def find(dataset, data_dir="data", say=print):
 def write(text, folder, kind="char", *, source="", vocab_limit=None, val_fraction=0.1, say=print):
     """Write the token files of `text` to `folder`; returns the tokenizer. kind: "char", "word" or "gpt2".
 
-    Everything is written under temporary names first. Then train.bin goes and comes back last, so that an interruption leaves
-    the former data set, the new one, or visibly none: never parts of both. Raises ValueError where the vocabulary does not
-    fit 16 bits or a split would be empty.
+    Everything is written under temporary names first. Then the old train.bin is removed and the new one renamed last, so that an
+    interruption leaves the former data set, the new one, or visibly none: never parts of both. Raises ValueError if the
+    vocabulary does not fit 16 bits or a split would be empty.
     """
     folder = Path(folder)
     tokenizer = _build_tokenizer(text, kind, source, vocab_limit)
@@ -113,7 +113,7 @@ def write(text, folder, kind="char", *, source="", vocab_limit=None, val_fractio
 
     folder.mkdir(parents=True, exist_ok=True)
     counts = {}
-    with contextlib.ExitStack() as renames:  # leaves in reverse order: train.bin, entered first, is renamed last
+    with contextlib.ExitStack() as renames:  # exits in reverse order: train.bin, entered first, is renamed last
         for name, part in splits.items():
             file = renames.enter_context(replacing(folder / name))
             counts[name] = sum(_write_ids(file, tokenizer, chunk) for chunk in _chunks(part, kind))
@@ -124,12 +124,12 @@ def write(text, folder, kind="char", *, source="", vocab_limit=None, val_fractio
             (folder / former).unlink(missing_ok=True)
         tokenizer.save(folder / VOCABULARIES[kind != "char"])
     say(f"{len(text):,} characters, a vocabulary of {tokenizer.vocab_size:,} ({kind}): "
-        f"{counts['train.bin']:,} tokens to train, {counts['val.bin']:,} to validate, in {folder}")
+        f"{counts['train.bin']:,} tokens to train on, {counts['val.bin']:,} to validate on, in {folder}")
     return tokenizer
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a data folder; GPT-2's where it holds none, which is nanoGPT's convention. Raises TokenizerError."""
+    """The tokenizer of a data folder; GPT-2's if it holds none, by nanoGPT's convention. Raises TokenizerError."""
     for name in VOCABULARIES:
         if Path(folder, name).exists():
             return tokenizers.load(Path(folder, name))
@@ -146,7 +146,7 @@ def _name_of(source):
 
 def _tokenizer_kind(given):
     if given.vocab_size is not None and given.tokenizer != "word":
-        raise ValueError(f"vocab_size belongs to --tokenizer=word; the tokenizer here is {given.tokenizer or 'the default'!r}")
+        raise ValueError(f"vocab_size needs --tokenizer=word; the tokenizer here is {given.tokenizer or 'the default'!r}")
     return given.tokenizer or corpora.TOKENIZER.get(given.source, "char")
 
 
@@ -154,10 +154,10 @@ def _read(source, folder):
     if source == "embedded":
         return corpora.embedded()
     if source in corpora.TOKENIZER:
-        return corpora.shakespeare(folder / "input.txt")  # where nanoGPT's prepare.py keeps it too
+        return corpora.shakespeare(folder / "input.txt")  # where nanoGPT's prepare.py keeps it, too
     if not Path(source).exists():
         nearest = options.nearest(source, corpora.TOKENIZER)
-        raise FileNotFoundError(f"{source!r} is no file, no folder and no corpus; the corpora are "
+        raise FileNotFoundError(f"{source!r} is not a file, a folder or a corpus; the corpora are "
                                 f"{', '.join(corpora.TOKENIZER)} (nearest: {nearest})")
     return corpora.read(source)
 
@@ -182,7 +182,7 @@ def _build_tokenizer(text, kind, source, vocab_limit):
 
 
 def _chunks(text, kind):
-    if kind != "char":  # a cut would split a word, or a byte pair that belongs together
+    if kind != "char":  # a cut could split a word or a token of byte pairs
         return [text]
     return (text[start:start + CHUNK] for start in range(0, len(text), CHUNK))
 

@@ -3,14 +3,14 @@
     tokenizer.encode(text) -> list of int        tokenizer.vocab_size        tokenizer.save(path), load(path)
     tokenizer.decode(ids)  -> str                ids: any iterable of int, or a 1-D tensor or array
 
-    CharTokenizer   one id per character; its file is nanoGPT's meta.pkl, readable by nanoGPT and written by it
+    CharTokenizer   one id per character; its file is nanoGPT's meta.pkl, which nanoGPT can read and write
     WordTokenizer   one id per word, punctuation mark or whitespace character, the most frequent first, up to a limit
     GPT2Tokenizer   GPT-2's byte-pair encoding through tiktoken (pip install "nanogpt-fast[gpt2]")
 
-`load(path)` tells by the file which of them it holds. `to_state()` and `from_state(state)` carry a tokenizer inside a
-checkpoint as a dict of strings and lists, which torch.load(weights_only=True) accepts.
+`load(path)` recognises from the file's content which tokenizer it holds. `to_state()` and `from_state(state)` convert a tokenizer to
+a dict of strings and lists and back, for a checkpoint that torch.load(weights_only=True) accepts.
 
-What cannot be encoded, decoded or read raises TokenizerError, a ValueError, that names the character, the id or the file.
+What cannot be encoded, decoded or read raises TokenizerError, a ValueError that names the character, the id or the file.
 """
 import collections
 import io
@@ -24,17 +24,17 @@ UNKNOWN = "<unk>"
 
 
 class TokenizerError(ValueError):
-    """A text, an id or a file that this tokenizer cannot take; the message names it."""
+    """A text, an id or a file that a tokenizer does not accept; the message names it."""
 
 
 def from_state(state):
     """The tokenizer that `to_state` described: {"kind": "char", "chars": [...]}, {"kind": "word", ...} or {"kind": "gpt2"}."""
     kind = state.get("kind") if isinstance(state, dict) else None
     if not isinstance(kind, str) or kind not in KINDS:
-        raise TokenizerError(f"a tokenizer's state is a dict with 'kind' one of {', '.join(KINDS)}; this is {_short(state)}")
+        raise TokenizerError(f"a tokenizer's state is a dict whose 'kind' is one of {', '.join(KINDS)}; this is {_short(state)}")
     try:
         return KINDS[kind](**{key: value for key, value in state.items() if key != "kind"})
-    except TypeError as error:  # a field too many or too few, or of a type that cannot be a vocabulary
+    except TypeError as error:  # an extra or missing field, or one whose type cannot be a vocabulary
         raise TokenizerError(f"this state does not describe a {kind!r} tokenizer: {error}") from None
 
 
@@ -49,16 +49,16 @@ def load(path):
 
 
 class Tokenizer:
-    """What the three have in common: a vocabulary with ids 0 .. vocab_size - 1, and a file."""
+    """What the three tokenizers share: a vocabulary with ids 0 .. vocab_size - 1, and a file format."""
 
     def save(self, path):
         """Write the tokenizer to `path` (under a temporary name first, then renamed)."""
-        with replacing(path) as f:  # surrogatepass: a lone surrogate is a character to Python and must come back as it was
+        with replacing(path) as f:  # surrogatepass: a lone surrogate is a character to Python and must survive the round trip
             f.write(json.dumps(self.to_state(), ensure_ascii=False, indent=1).encode("utf-8", "surrogatepass"))
 
     @classmethod
     def load(cls, path):
-        """Like the module's `load`, and a TokenizerError where the file holds a tokenizer of another kind."""
+        """Like the module's `load`, but raises TokenizerError if the file holds a tokenizer of another kind."""
         tokenizer = load(path)
         if not isinstance(tokenizer, cls):
             raise TokenizerError(f"{path} holds a {type(tokenizer).__name__}, not a {cls.__name__}")
@@ -66,7 +66,7 @@ class Tokenizer:
 
     def _checked(self, ids):
         ids = [int(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
-        for i in ids:  # also the negative ones, which Python's lists would take from the end
+        for i in ids:  # negative ids, too: Python's lists would count them from the end
             if not 0 <= i < self.vocab_size:
                 raise TokenizerError(f"token id {i} is outside this vocabulary of {self.vocab_size}, 0 to {self.vocab_size - 1}")
         return ids
@@ -79,12 +79,12 @@ class Tokenizer:
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character; `chars` lists them by id. No unknowns: a character that is not there raises TokenizerError."""
+    """One id per character; `chars` lists the characters by id. There is no unknown token: other characters raise TokenizerError."""
 
     def __init__(self, chars):
         chars = list(chars)
         if not chars or not all(isinstance(c, str) and len(c) == 1 for c in chars) or len(set(chars)) < len(chars):
-            raise TokenizerError(f"a character vocabulary is one character or more, each once; this is {_short(chars)}")
+            raise TokenizerError(f"a character vocabulary is a list of distinct characters, at least one; this is {_short(chars)}")
         self.itos = dict(enumerate(chars))
         self.stoi = {c: i for i, c in self.itos.items()}
 
@@ -120,15 +120,15 @@ class CharTokenizer(Tokenizer):
 
 
 class WordTokenizer(Tokenizer):
-    """One id per word, punctuation mark or whitespace character, so that joining the pieces gives the text back exactly.
+    """One id per word, punctuation mark or whitespace character, so that joining the pieces restores the text exactly.
 
     words:   the pieces by id
-    unknown: what `encode` does with a piece that is not among them. "mark" gives the id of "<unk>", which is then words[0];
-             "error" raises TokenizerError naming the piece.
+    unknown: what `encode` does with a piece that is not in `words`. "mark" gives the id of "<unk>", which must be words[0]; "error"
+             raises a TokenizerError that names the piece.
     """
 
-    # Every character falls into exactly one of the three, so nothing of the text is lost: words (with inner apostrophes, as in
-    # "don't"), whitespace, and the rest. "<unk>" would be split into "<", "unk", ">": no text contains the mark by accident.
+    # Every character belongs to exactly one of three kinds, so nothing is lost: words (with inner apostrophes, as in "don't"),
+    # whitespace, and the rest. "<unk>" in a text is split into "<", "unk", ">", so no text contains the mark by accident.
     PIECES = re.compile(r"\w+(?:'\w+)*|\s|[^\w\s]")
     RULES = ("mark", "error")
 
@@ -137,9 +137,9 @@ class WordTokenizer(Tokenizer):
         if unknown not in self.RULES:
             raise TokenizerError(f"unknown={unknown!r}; the rules for unknown words are {', '.join(self.RULES)}")
         if not words or not all(isinstance(w, str) and w for w in words) or len(set(words)) < len(words):
-            raise TokenizerError(f"a word vocabulary is one word or more, each once, none empty; this is {_short(words)}")
+            raise TokenizerError(f"a word vocabulary is a list of distinct non-empty words, at least one; this is {_short(words)}")
         if unknown == "mark" and words[0] != UNKNOWN:
-            raise TokenizerError(f"with unknown='mark' the first word is {UNKNOWN!r}; here it is {words[0]!r}")
+            raise TokenizerError(f"with unknown='mark' the first word must be {UNKNOWN!r}; here it is {words[0]!r}")
         self.words, self.unknown = words, unknown
         self.ids = {w: i for i, w in enumerate(words)}
 
@@ -147,13 +147,13 @@ class WordTokenizer(Tokenizer):
     def from_text(cls, text, max_vocab_size=None, unknown="mark"):
         """The vocabulary of a text: its pieces, the most frequent first (ties in code point order), `max_vocab_size` at most.
 
-        Under the rule "mark" one of the places is taken by "<unk>".
+        With the rule "mark", "<unk>" takes one of the places.
         """
         if not text:
             raise TokenizerError("the text is empty: there is no vocabulary to build from it")
         first = [UNKNOWN] if unknown == "mark" else []
         if max_vocab_size is not None and max_vocab_size <= len(first):
-            raise TokenizerError(f"max_vocab_size={max_vocab_size} leaves no place for a word (at least {len(first) + 1})")
+            raise TokenizerError(f"max_vocab_size={max_vocab_size} leaves no place for a word; use at least {len(first) + 1}")
         counts = collections.Counter(cls.PIECES.findall(text))
         by_frequency = sorted(counts, key=lambda piece: (-counts[piece], piece))
         return cls((first + by_frequency)[:max_vocab_size], unknown)
@@ -170,7 +170,7 @@ class WordTokenizer(Tokenizer):
             return [self.ids[piece] for piece in pieces]
         except KeyError as missing:
             raise TokenizerError(f"word {missing.args[0]!r} is not in this vocabulary of {self.vocab_size}; "
-                                 "unknown='mark' would stand in for it") from None
+                                 f"unknown='mark' would encode it as {UNKNOWN!r}") from None
 
     def decode(self, ids):
         return "".join([self.words[i] for i in self._checked(ids)])
@@ -182,8 +182,8 @@ class WordTokenizer(Tokenizer):
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's 50,257 byte-pair tokens. "<|endoftext|>" in a text is the token of that name, as in nanoGPT's sample.py.
 
-    tiktoken fetches the vocabulary once and keeps it. Where the package or the vocabulary cannot be had: RuntimeError.
-    Bytes cannot hold a lone surrogate: it comes back as U+FFFD. Any other text comes back as it was.
+    tiktoken downloads the vocabulary once and caches it. Raises RuntimeError if the package or the vocabulary is not available.
+    UTF-8 cannot encode a lone surrogate, which is decoded as U+FFFD. Any other text survives the round trip.
     """
 
     def __init__(self):
@@ -194,7 +194,7 @@ class GPT2Tokenizer(Tokenizer):
                                "or use a char or word tokenizer") from error
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # tiktoken lets through whatever requests, the disk or its own hash check raise
+        except Exception as error:  # tiktoken passes on any error of requests, the disk or its own hash check
             raise RuntimeError("GPT-2's vocabulary is fetched over the network on first use, and that failed: "
                                f"{type(error).__name__}: {_short(error)}. Connect once, or point TIKTOKEN_CACHE_DIR to a "
                                "cache that has it, or use a char or word tokenizer.") from error
@@ -217,10 +217,10 @@ KINDS = {"char": CharTokenizer, "word": WordTokenizer, "gpt2": GPT2Tokenizer}
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """A pickle is a program; one that names no class or function can build only numbers, strings, lists and dicts."""
+    """Unpickles only numbers, strings, lists and dicts: a pickle is a program, and without classes or functions it can build no more."""
 
     def find_class(self, module, name):
-        raise TokenizerError(f"refused: it asks for {module}.{name}, and a vocabulary is made of strings and integers only")
+        raise TokenizerError(f"refused: it imports {module}.{name}, but a vocabulary consists of strings and integers only")
 
 
 def _read_meta(content):
@@ -229,7 +229,7 @@ def _read_meta(content):
         meta = _PlainUnpickler(io.BytesIO(content)).load()
     except TokenizerError:
         raise
-    except Exception as error:  # a damaged pickle raises nearly anything: UnpicklingError, EOFError, KeyError, MemoryError ...
+    except Exception as error:  # a damaged pickle can raise nearly anything: UnpicklingError, EOFError, KeyError, MemoryError ...
         raise TokenizerError("neither a tokenizer's JSON nor a readable meta.pkl "
                              f"({type(error).__name__}: {_short(error)})") from None
     if not isinstance(meta, dict) or not all(isinstance(meta.get(name), dict) for name in ("stoi", "itos")):
@@ -238,11 +238,11 @@ def _read_meta(content):
     try:
         chars = [itos[i] for i in range(len(itos))]
         consistent = stoi == {c: i for i, c in enumerate(chars)} and meta.get("vocab_size") == len(chars)
-    except (KeyError, TypeError):  # a number is missing, or something stands where a character should
+    except (KeyError, TypeError):  # an id is missing, or an entry is not a character
         consistent = False
     if not consistent:
         raise TokenizerError(f"its parts contradict each other: vocab_size {_short(meta.get('vocab_size'))}, {len(itos)} in "
-                             f"itos, {len(stoi)} in stoi; they should number the same characters from 0 without a gap")
+                             f"itos, {len(stoi)} in stoi; they should number the same characters from 0 without gaps")
     return {"kind": "char", "chars": chars}
 
 

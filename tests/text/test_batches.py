@@ -147,7 +147,7 @@ def test_missing_and_damaged_files_are_clear_errors(folder):
     with pytest.raises(FileNotFoundError, match="nanogpt-fast prepare"):
         Batches(folder / "nowhere", "train", B, T)
     (folder / "train.bin").write_bytes(b"\x00" * 101)
-    with pytest.raises(ValueError, match="101 bytes long, which is no whole number"):
+    with pytest.raises(ValueError, match="101 bytes long, which is not a whole number"):
         Batches(folder, "train", B, T)
     (folder / "train.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="holds 0 tokens"):

@@ -42,7 +42,7 @@ def test_the_embedded_vocabulary_is_the_same_on_every_python_version():
 
 def test_a_python_without_pydoc_data_says_so(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
-    with pytest.raises(RuntimeError, match="carries no pydoc_data"):
+    with pytest.raises(RuntimeError, match="has no module pydoc_data"):
         corpora.embedded()
 
 
@@ -236,14 +236,14 @@ def test_the_command_prepares_and_says_how_to_train(tmp_path, capsys):
     (tmp_path / "my.txt").write_text(TEXT)
     prepare.main(["my.txt", "--name", "other"])
     out = capsys.readouterr().out
-    assert "train on it: nanogpt-fast train --dataset=other" in out and "17 (char): 1,161 tokens to train" in out
+    assert "train on it: nanogpt-fast train --dataset=other" in out and "17 (char): 1,161 tokens to train on" in out
     assert hashlib.sha256(TEXT.encode()).hexdigest() in Path("data/other/source.json").read_text()
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["nowhere.txt"], "'nowhere.txt' is no file, no folder and no corpus"),
+    (["nowhere.txt"], "'nowhere.txt' is not a file, a folder or a corpus"),
     (["shakespear"], "nearest: shakespeare"),
-    (["embedded", "--vocab_size=10"], "vocab_size belongs to --tokenizer=word"),
+    (["embedded", "--vocab_size=10"], "vocab_size needs --tokenizer=word"),
     (["embedded", "--tokenizer=bpe"], "tokenizer is 'bpe'; expected"),
     (["embedded", "--val_fraction=1"], "val_fraction is 1.0"),
 ])
