@@ -1,4 +1,4 @@
-# Two commands: `make demo` trains a small GPT and completes a prompt; `make test` runs the tests. Both make .venv first.
+# `make demo` trains a small GPT and completes a prompt; `make test` runs the tests. Both create .venv first.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,15 +15,15 @@ LOCK = -c constraints.txt -c constraints-test.txt
 demo: $(VENV)/.installed
 	$(BIN)/nanogpt-fast demo $(DEMO)
 
-# Triton decides at import whether it interprets, so kernels are executed in a process of their own (tests/conftest.py).
-# The exit status is the first failure's, but both halves always run.
+# Triton decides at import whether it interprets, so the kernels' tests run in a process of their own (tests/conftest.py).
+# Both halves always run; the exit status is 1 if either fails.
 test test-all: $(VENV)/.installed-test
 	@status=0; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile $(if $(filter test-all,$@),--all) $(TEST) || status=1; \
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -q -n 2 $(if $(filter test-all,$@),--all) $(TEST) || status=1; \
 	exit $$status
 
-# The oldest and the newest of everything that is promised, each in an environment of its own; docs/environments.md has the last results.
+# Tests with the oldest and the newest supported versions, each in its own environment; docs/environments.md has the last results.
 # `make matrix PYTHON=python3.13` for another Python.
 matrix:
 	@status=0; \
@@ -34,7 +34,7 @@ matrix:
 gate: $(VENV)/.installed
 	$(BIN)/python -m nanogpt_fast.kernels.gate
 
-# The documents and the API as a site, in site/. It reads the sources without importing them, so its environment has no torch.
+# The documents and the API as a site, in site/. mkdocs reads the sources without importing them, so its environment has no torch.
 docs: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 	@echo "Open site/index.html"
@@ -44,8 +44,8 @@ docs: .venv-docs/.installed
 	@.venv-docs/bin/python -m pip --disable-pip-version-check install -q -r constraints-docs.txt
 	@touch $@
 
-# Without an NVIDIA driver the CPU build of torch is enough, and gigabytes smaller: its index is tried first, without
-# retries; where it cannot be reached the default index decides. torch's version stands in constraints.txt alone.
+# Without an NVIDIA driver the CPU build of torch suffices, which is gigabytes smaller: its index is tried first, without retries,
+# then the default index. The version of torch is in constraints.txt only.
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "nanogpt_fast needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Python's venv module is missing. On Debian and Ubuntu: sudo apt-get install python3-venv"; exit 1; }
@@ -56,7 +56,7 @@ $(VENV)/.torch: constraints.txt
 	else \
 	  echo "Installing torch (CPU build: no NVIDIA driver) ..."; \
 	  $(PIP) --retries 0 --timeout 5 install -q --index-url $(CPU_WHEELS) --extra-index-url $(CPU_WHEELS) $(TORCH) 2>/dev/null \
-	  || { echo "PyTorch's CPU wheel index cannot be reached; taking the default index."; $(PIP) install -q $(TORCH); }; \
+	  || { echo "PyTorch's CPU wheel index cannot be reached; using the default index."; $(PIP) install -q $(TORCH); }; \
 	fi
 	@touch $@
 
@@ -67,9 +67,9 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	@$(PIP) install -q -c constraints.txt -e .
 	@touch $@
 
-# Every version is in the two files of constraints, those that build the extension as well: pip's isolated build would take the newest.
+# The two constraints files pin every version, including the extension's build tools: pip's isolated build would take the newest.
 $(VENV)/.installed-test: $(VENV)/.torch $(SOURCES) constraints-test.txt
-	@echo "Installing nanogpt_fast and what its tests need ..."
+	@echo "Installing nanogpt_fast and the packages for its tests ..."
 	@$(PIP) install -q $(LOCK) setuptools pybind11 ninja
 	@$(PIP) install -q $(LOCK) --no-build-isolation -e ".[test]"
 	@touch $@ $(VENV)/.installed

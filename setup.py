@@ -1,11 +1,11 @@
 """Builds the C++/CUDA extension `nanogpt_fast._C`; everything static is in pyproject.toml.
 
-The extension needs a C++17 compiler, pybind11 and ninja, not torch. The CUDA part is built where nvcc is found: in CUDA_HOME
-(or CUDA_PATH), on PATH, in /usr/local/cuda. What is missing costs only the part that needs it, and the reason is printed, and kept
-for `nanogpt-fast doctor`: in `_C.build_info()`, or, where there is no extension at all, in `nanogpt_fast/_C_missing.txt`.
+The extension needs a C++17 compiler, pybind11 and ninja, but not torch. The CUDA part is built if nvcc is found in CUDA_HOME (or
+CUDA_PATH), on PATH or in /usr/local/cuda. If a tool is missing, only the part that needs it is left out; the reason is printed and
+kept for `nanogpt-fast doctor`, in `_C.build_info()` or, if there is no extension at all, in `nanogpt_fast/_C_missing.txt`.
 
-    NANOGPT_FAST_CUDA=0             no CUDA part
-    NANOGPT_FAST_CUDA=1             the CUDA part or a failed build; nvcc is fetched from PyPI where the machine has none
+    NANOGPT_FAST_CUDA=0             do not build the CUDA part
+    NANOGPT_FAST_CUDA=1             fail if the CUDA part cannot be built; fetch nvcc from PyPI if the machine has none
     NANOGPT_FAST_CUDA_ARCHS=90,100  only these architectures
     CXX=clang++                     another compiler
 """
@@ -29,12 +29,12 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 ARCHS = ("80", "86", "89", "90", "100", "120")  # A100, RTX 30, RTX 40 and L4, H100, B200, RTX 50; the newest also as PTX
 MISSING = "_C_missing.txt"
 
-# -ffp-contract=off: sampler/definition.h needs arithmetic that no compiler contracts. The two after it allow loops with comparisons to
-# be vectorised.
+# -ffp-contract=off: the sampler's definition (sampler/definition.h) must not be compiled to fused multiply-adds. The next two flags let
+# the compiler vectorise loops with comparisons.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 X86_ISAS = {"avx2": ["-mavx2", "-mfma"],
             "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]}
-# For files whose results need not be exact to the bit. -Wno-psabi: vectors are never passed between files, so the ABI doesn't matter.
+# For files whose results need not be bitwise reproducible. -Wno-psabi: vectors are never passed between files, so the ABI doesn't matter.
 VECTOR_FLAGS = ["-ffp-contract=fast", "-Wno-psabi"]
 
 
@@ -43,7 +43,7 @@ VECTOR_FLAGS = ["-ffp-contract=fast", "-Wno-psabi"]
 def cuda_wanted():
     value = os.environ.get("NANOGPT_FAST_CUDA", "")
     if value not in ("", "0", "1"):
-        raise SystemExit(f"NANOGPT_FAST_CUDA is {value!r}; expected 0 (forbid), 1 (demand) or nothing (where nvcc is found)")
+        raise SystemExit(f"NANOGPT_FAST_CUDA is {value!r}; expected 0 (no CUDA part), 1 (required) or nothing (built if nvcc is found)")
     return value
 
 
@@ -52,7 +52,7 @@ def find_nvcc():
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     candidates = [os.path.join(home, "bin", "nvcc") for home in homes]
     candidates += [found for found in [shutil.which("nvcc")] if found] + ["/usr/local/cuda/bin/nvcc"]
-    if cuda_wanted() == "1":  # PyPI's nvidia-cuda-nvcc, which setup_requires brought
+    if cuda_wanted() == "1":  # PyPI's nvidia-cuda-nvcc, which setup_requires installed
         candidates += [found for folder in sys.path for found in glob.glob(os.path.join(folder, "nvidia", "cu*", "bin", "nvcc"))]
     for candidate in candidates:
         if os.access(candidate, os.X_OK):
@@ -61,19 +61,19 @@ def find_nvcc():
 
 
 def nvcc_from_pypi():
-    """What to ask of PyPI where nvcc is demanded and not here: not newer than the driver, if there is one, allows."""
+    """The PyPI packages to install if nvcc is required and not found, no newer than the driver (if there is one) supports."""
     if cuda_wanted() != "1" or find_nvcc()[0]:
         return []
     version = ctypes.c_int(0)
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     except OSError:
-        pass  # no driver here: built for another machine
+        pass  # no driver here: the build is for another machine
     limit = ""
     if version.value:
         major, minor = version.value // 1000, version.value % 1000 // 10
         if major < 13:
-            raise SystemExit(f"NANOGPT_FAST_CUDA=1: the driver allows CUDA {major}.{minor}, and PyPI has nvcc for 13.0 and later only. "
+            raise SystemExit(f"NANOGPT_FAST_CUDA=1: the driver supports CUDA {major}.{minor}, but PyPI has nvcc only from 13.0 on. "
                              f"Install the CUDA {major}.{minor} toolkit and set CUDA_HOME.")
         limit = f",<{major}.{minor + 1}"
     parts = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl", "nvidia-cuda-runtime")
@@ -81,7 +81,7 @@ def nvcc_from_pypi():
 
 
 def cuda_architectures(nvcc):
-    """Those asked for that this nvcc knows; the others are named."""
+    """The requested architectures that this nvcc knows; warns about the others."""
     asked = re.findall(r"\d+", os.environ.get("NANOGPT_FAST_CUDA_ARCHS", "").replace(".", "")) or list(ARCHS)
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = set(re.findall(r"compute_(\d+)", listed))
@@ -117,8 +117,8 @@ class NinjaBuildExt(build_ext):
     """build_ext that compiles through ninja: in parallel, C++ and CUDA alike, and only what changed."""
 
     def run(self):
-        self.into_sources = self.inplace or self.editable_mode  # the base class clears `inplace` while it builds
-        super().run()  # distutils reports a failed optional extension and goes on; the reason was kept below
+        self.into_sources = self.inplace or self.editable_mode  # the base class clears `inplace` during the build
+        super().run()  # distutils reports a failed optional extension and continues; build_extension keeps the reason
         for extension in self.extensions:
             for folder in self.package_folders(extension):
                 path = os.path.join(folder, MISSING)
@@ -130,7 +130,7 @@ class NinjaBuildExt(build_ext):
                     os.remove(path)
 
     def package_folders(self, extension):
-        """Where the extension goes: the wheel's tree, and for editable and in-place builds the sources."""
+        """The folders that get the extension: the wheel's tree, and for editable and in-place builds the sources."""
         folders = [os.path.dirname(os.path.join(self.build_lib, *self.get_ext_fullname(extension.name).split(".")))]
         if self.into_sources:
             folders.append(os.path.join(ROOT, "nanogpt_fast"))
@@ -141,11 +141,11 @@ class NinjaBuildExt(build_ext):
             self.ninja(self.get_ext_fullpath(extension.name))
         except CompileError as error:
             extension.missing = str(error)
-            # A failed build leaves no older library behind that would hide the failure.
+            # Remove older libraries, which would hide the failure.
             for folder in self.package_folders(extension):
                 for stale in glob.glob(os.path.join(folder, "_C.*.so")):
                     os.remove(stale)
-            print(f"nanogpt_fast: the C++/CUDA extension is NOT built: {error}\n"
+            print(f"nanogpt_fast: the C++/CUDA extension was NOT built: {error}\n"
                   "nanogpt_fast: everything works without it; sampling runs on plain PyTorch, slower.", file=sys.stderr)
             raise
 
@@ -160,11 +160,11 @@ class NinjaBuildExt(build_ext):
         try:
             import ninja
             import pybind11
-        except ImportError as error:  # only without build isolation
+        except ImportError as error:  # possible only without build isolation
             raise CompileError(f"{error.name} is missing; pip install pybind11 ninja, or build with isolation") from error
 
         if cuda_wanted() == "0":
-            nvcc, why_not = None, "NANOGPT_FAST_CUDA=0 was set when it was built"
+            nvcc, why_not = None, "NANOGPT_FAST_CUDA=0 was set during the build"
         else:
             nvcc, why_not = find_nvcc()
         if nvcc is None:
@@ -184,7 +184,7 @@ class NinjaBuildExt(build_ext):
             raise CompileError("the compiler failed:\n" + "\n".join(done.stdout.splitlines()[-40:]))
 
     def ninja_file(self, target, compiler, includes, nvcc, why_not):
-        """The text of build.ninja: a rule per tool, an edge per object."""
+        """The text of build.ninja: one rule per tool, one edge per object."""
         source = os.path.join(ROOT, "csrc")
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
@@ -200,17 +200,20 @@ class NinjaBuildExt(build_ext):
             objects.append((f"sampler/cpu_row_{isa}", "sampler/cpu_row", [f"-DNGF_ISA={isa}", *flags]))
             for name in ("decode/kernels", "rows/cross_entropy", "rows/attention", "rows/layer_norm", "rows/adamw"):
                 objects.append((f"{name}_{isa}", name, [f"-DNGF_ISA={isa}", *flags, *VECTOR_FLAGS]))
-        link = ["-ldl"] if sys.platform.startswith("linux") else []    # team.h looks PyTorch's OpenMP up; glibc before 2.34 has it apart
+        # team.h looks up PyTorch's OpenMP with dlsym, which is in a library of its own in glibc before 2.34.
+        link = ["-ldl"] if sys.platform.startswith("linux") else []
         if nvcc:
             archs = cuda_architectures(nvcc)
             about += ["-DNGF_CUDA", text_macro("NGF_CUDA_VERSION", nvcc_version(nvcc)),
                       text_macro("NGF_CUDA_ARCHS", " ".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[-1]}"]))]
             generate = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             generate.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-            # -t 0 compiles the architectures in parallel. cudart is static: nothing to find at run time, and it imports without a driver.
-            nvcc_command = [nvcc, "-ccbin", compiler[0], "-std=c++17", "-O3", "-t", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{source}"]
+            # -t 0 compiles the architectures in parallel. cudart is static, so no library is needed at run time, and the extension
+            # can be imported without a driver.
+            nvcc_command = [nvcc, "-ccbin", compiler[0], "-std=c++17", "-O3", "-t", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+                            f"-I{source}"]
             cuda_objects = {"sampler/cuda": generate}
-            if "90" in archs and not nvcc_version(nvcc).startswith(("11.", "unknown")):     # instructions that only Hopper has
+            if "90" in archs and not nvcc_version(nvcc).startswith(("11.", "unknown")):     # they use instructions that only Hopper has
                 for name in ("hopper/linear_act", "hopper/attention_backward"):
                     cuda_objects[name] = ["-gencode=arch=compute_90a,code=sm_90a"]
                 about.append("-DNGF_SM90")
@@ -240,7 +243,7 @@ class NinjaBuildExt(build_ext):
 
     @staticmethod
     def real_nvcc(nvcc):
-        """nvcc may be a script or a link elsewhere; it says itself where its toolkit is."""
+        """The nvcc of the toolkit: the command may be a script or a link elsewhere, but --dryrun prints where its toolkit is."""
         dry = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
         found = re.search(r"^#\$ TOP=(.*)$", dry.stderr, re.MULTILINE)
         return os.path.join(found.group(1).strip(), "bin", "nvcc") if found else nvcc
