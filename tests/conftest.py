@@ -1,11 +1,11 @@
 """Which half of the suite this process runs.
 
-Triton decides when a kernel is decorated whether it is interpreted, so two processes are needed where there is no GPU:
+Triton decides when a kernel is decorated whether to interpret it, so without a GPU the suite needs two processes:
 
     pytest tests                                everything that does not execute a Triton kernel
     TRITON_INTERPRET=1 pytest tests/kernels     the tests that do, in Triton's interpreter
 
-With a CUDA GPU both halves run in one process, on the real thing. `make test` runs both.
+With a CUDA GPU both halves run in one process, on the GPU. `make test` runs both halves.
 """
 import os
 
@@ -25,8 +25,8 @@ def pytest_report_header(config):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seeds", type=int, default=0, metavar="N", help="draw the numbers of each test that holds errors to error_rule.py "
-                     "N times, and tell how many fail and how near to its bounds the others come")
+    parser.addoption("--seeds", type=int, default=0, metavar="N", help="run each test that uses error_rule.py with N seeds, and report "
+                     "how many runs fail and how close the others come to their bounds")
     parser.addoption("--all", action="store_true", help="also run the tests marked slow (`make test-all`)")
 
 

@@ -1,8 +1,8 @@
-"""How near do tests come to failing by chance? `pytest tests/ops/test_layer_norm_cpu.py --seeds 2000` (conftest.py) calls each test so often.
+"""How close tests come to failing by chance: `pytest tests/ops/test_layer_norm_cpu.py --seeds 2000` calls each test 2,000 times.
 
-Each call has other random numbers: torch.manual_seed is called right before it, and what the test or a generator of its own seeds inside
-stays as it is. A test that calls `error_rule.measure` is told in the summary, with how often it failed and the largest part of each bound
-that a result took; one that does not is called once.
+Each call gets other random numbers, since torch.manual_seed runs right before it with another seed; a test that seeds for itself, or has
+a generator of its own, repeats its numbers. The summary lists each test that calls `error_rule.measure`, with how often it failed and the
+largest error / bound of each part of the rule. Other tests run once.
 """
 import sys
 
@@ -11,17 +11,17 @@ import torch
 
 from nanogpt_fast.checks import error_rule
 
-FIRST = 10**6   # far from the seeds in tests
+FIRST = 10**6   # the first seed, far from those in tests
 
 
 class Seeds:
-    """The plugin. times: how often."""
+    """The pytest plugin. times: number of calls of each test."""
 
     def __init__(self, times):
         self.times, self.measured, self.rows = times, [], []
 
     def pytest_collection_modifyitems(self):
-        """Let every module that imported `measure` keep here what it returns."""
+        """Replace `measure` in every module that imported it by one that also stores its results here."""
         def kept(*args, rule=error_rule.measure, **options):
             self.measured.append(rule(*args, **options))
             return self.measured[-1]
@@ -52,7 +52,7 @@ class Seeds:
         return True
 
     def pytest_terminal_summary(self, terminalreporter):
-        terminalreporter.section(f"{self.times} seeds: the part of its bounds that the largest error took; above 1 it failed")
+        terminalreporter.section(f"{self.times} seeds: the largest error / bound of each part of the rule; above 1 it failed")
         for _, failed, _, name, largest in sorted(self.rows, reverse=True):
             parts = "  ".join(f"{part} {used:.2f}" for part, used in largest.items())
             terminalreporter.line(f"{failed:>5} failed  {parts}  {name}")

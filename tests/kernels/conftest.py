@@ -1,6 +1,6 @@
-"""What every kernel test gets: the interpreter made right for bf16, the device, and a seed that differs in each run.
+"""What every kernel test gets: an interpreter patched for bf16, the device, and a seed that differs in each run.
 
-A failure prints its seed; NANOGPT_FAST_SEED=<seed> draws the same inputs again.
+The report's header prints the seed; NANOGPT_FAST_SEED=<seed> draws the same inputs again.
 """
 import os
 import random
@@ -8,10 +8,10 @@ import zlib
 
 import pytest
 
-# Triton 3.9 warns that fused multiply-adds will no longer be the default. Results are compared here, so say which.
+# Triton 3.9 warns that fused multiply-adds will no longer be the default. These tests compare results, so they set it explicitly.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-import harness  # noqa: E402  (after the environment is set: Triton reads it when it is imported)
+import harness  # noqa: E402  (after the environment is set, which Triton reads at import)
 import torch  # noqa: E402
 
 
@@ -23,8 +23,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """NANOGPT_FAST_EXAMPLES=n, where minutes count: of each parametrised test n cases at most, spread over its list. On a GPU nearly every
-    case compiles a kernel or two."""
+    """NANOGPT_FAST_EXAMPLES=n, for when time is short, keeps at most n cases of each parametrised test, spread over its list: on a GPU
+    nearly every case compiles a kernel or two."""
     if not (most := int(os.environ.get("NANOGPT_FAST_EXAMPLES", 0))):
         return
     cases = {}

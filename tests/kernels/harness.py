@@ -1,21 +1,21 @@
-"""How a kernel is checked: on a CPU in Triton's interpreter, on a GPU for real, by the same tests.
+"""How kernels are checked, by the same tests: on a CPU in Triton's interpreter, on a GPU for real.
 
-A kernel can be wrong in ways that an `allclose` against PyTorch does not show. What is here, and the mistake it finds:
+A kernel can be wrong in ways that an `allclose` against PyTorch does not show. The tools here, and the mistakes they find:
 
     install_interpreter_patches   the interpreter multiplies the bit patterns of bf16 numbers and truncates when it casts to
-                                  bf16; with the patches it computes what the GPU computes. Nothing happens on a GPU.
+                                  bf16; with the patches it computes what the GPU computes. Does nothing on a GPU.
     assert_close_to_oracle        a small systematic error (eps, N-1, a missing term) hides below any absolute tolerance in
-                                  bf16. Error is measured against fp64, bounded by the plain path's own, and must have no bias.
-    guarded_outputs               launchers allocate with torch.empty: here that memory is full of a marked NaN, so an element
-                                  never written is found, and lies between canaries, so a store out of bounds is found.
+                                  bf16. The error is measured against fp64, bounded by the plain path's own, and must have no bias.
+    guarded_outputs               launchers allocate with torch.empty: here that memory is filled with a marked NaN, which shows
+                                  elements never written, and lies between canaries, which show stores out of bounds.
     with_nan_margins              a load out of bounds reads NaN.
-    assert_grid_order_is_free     programs run in ascending, reversed and shuffled order must give the same bits, and no two
-                                  may store to one address: on a GPU they run at once, in no order.
-    addresses_of_one_program      offsets past 2^31 are seen in the addresses a program forms, without the memory.
-    pairwise                      few cases that hold every pair of parameters.
-    planted_fault                 the checks themselves are checked: a fault written into the kernel's source must be seen.
+    assert_grid_order_is_free     programs in ascending, reversed and shuffled order must give the same bits, and no two may store
+                                  to one address: on a GPU they run at once, in no order.
+    addresses_of_one_program      offsets past 2^31 show in the addresses that a program computes, without allocating the memory.
+    pairwise                      few cases that cover every pair of parameter values.
+    planted_fault                 checks the checks: they must notice a fault written into the kernel's source.
 
-Everything about the interpreter is an attribute of Triton's own module that exists from 3.6 to 3.9.
+Everything patched in the interpreter is an attribute of Triton's own modules that exists from 3.6 to 3.9.
 """
 import contextlib
 import importlib.util
@@ -41,8 +41,8 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
 
 def examples(on_gpu, interpreted):
-    """How many a hypothesis test draws. On a GPU a head size or a width is a constant of its kernel, so an example compiles one:
-    NANOGPT_FAST_EXAMPLES asks for few where minutes count."""
+    """The number of examples of a hypothesis test. On a GPU a head size or a width is a constexpr, so each example compiles a kernel:
+    NANOGPT_FAST_EXAMPLES lowers the number where time is short."""
     return int(os.environ.get("NANOGPT_FAST_EXAMPLES", interpreted if INTERPRETED else on_gpu))
 
 
@@ -50,11 +50,11 @@ def examples(on_gpu, interpreted):
 # The error rule
 # ---------------------------------------------------------------------------------------------------------------------------
 def assert_close_to_oracle(out, oracle, plain, direction, *, what="out", **options):
-    """The kernel's `out` is as near to the fp64 `oracle` as plain PyTorch in low precision (`plain`) is, and not biased.
+    """Asserts that the kernel's `out` is as close to the fp64 `oracle` as plain PyTorch in low precision (`plain`), and not biased.
 
     out, plain: the kernel's result and the plain path's on the same inputs, any dtype. oracle: fp64. direction: "forward"
-    (2 times the plain error) or "gradient" (3 times). options: of `error_rule.measure`, where the rule and its reasons are.
-    Raises AssertionError saying which bound broke, by how much.
+    (2 times the plain error) or "gradient" (3 times). options: those of `error_rule.measure`; error_rule.py explains the rule.
+    Raises an AssertionError that says which bound was exceeded, and by how much.
     """
     problem = measure(out, oracle, plain, direction, **options).problem
     assert problem is None, f"{what}: {problem}"
@@ -63,8 +63,8 @@ def assert_close_to_oracle(out, oracle, plain, direction, *, what="out", **optio
 # ---------------------------------------------------------------------------------------------------------------------------
 # Memory: poison, margins, canaries
 # ---------------------------------------------------------------------------------------------------------------------------
-MARGIN_BYTES = 4096  # on either side; a multiple of every alignment a kernel may count on, wider than a row of C=768 in bf16
-# A quiet NaN with a payload that no arithmetic makes by itself; for integers a large odd number.
+MARGIN_BYTES = 4096  # on either side; a multiple of every alignment a kernel may assume, wider than a row of C=768 in bf16
+# A quiet NaN with a payload that arithmetic does not produce; for integers a large odd number.
 POISON = {
     torch.float64: (torch.int64, 0x7FF8_DEAD_BEEF_DEAD), torch.float32: (torch.int32, 0x7FC0_DEAD),
     torch.float16: (torch.int16, 0x7EAD), torch.bfloat16: (torch.int16, 0x7FED),
@@ -94,7 +94,7 @@ def is_poison(tensor):
 
 
 def with_nan_margins(tensor):
-    """A copy of `tensor`, same values, shape and strides, that lies between NaNs; they also fill the gaps between its rows."""
+    """A copy of `tensor` with the same values, shape and strides, surrounded by NaNs, which also fill the gaps between its rows."""
     flat, margin = _poisoned_storage(_span(tensor.shape, tensor.stride()), tensor.dtype, tensor.device)
     view = flat.as_strided(tensor.shape, tensor.stride(), margin)
     if 0 in tensor.stride():  # expanded: write each element once
@@ -117,7 +117,7 @@ class Allocations:
 
     def assert_all_written(self):
         for _, _, tensor in self.made:
-            if tensor.dtype.itemsize == 1 or tensor.numel() == 0:  # one byte has no value to spare for poison
+            if tensor.dtype.itemsize == 1 or tensor.numel() == 0:  # in one byte every value may be a result
                 continue
             left = is_poison(tensor)
             assert not left.any(), (f"{int(left.sum())} of {left.numel()} elements of an output {tuple(tensor.shape)}, "
@@ -126,10 +126,10 @@ class Allocations:
 
 @contextlib.contextmanager
 def guarded_outputs(*, all_written=True):
-    """Inside, torch.empty, torch.empty_like, torch.empty_strided and Tensor.new_empty give poison between canaries.
+    """Inside, torch.empty, torch.empty_like, torch.empty_strided and Tensor.new_empty return poison between canaries.
 
-    At the end every canary must be alive and, unless `all_written=False` (scratch memory that is meant to stay half empty),
-    every element written. Yields the Allocations.
+    At the end every canary must be intact and every element written, unless `all_written=False` (for scratch memory that kernels
+    fill only in part). Yields the Allocations.
     """
     allocations = Allocations()
     real = {"empty": torch.empty, "empty_like": torch.empty_like, "empty_strided": torch.empty_strided,
@@ -167,8 +167,8 @@ def guarded_outputs(*, all_written=True):
 def grid_order(order="ascending"):
     """Inside, the interpreter runs the programs of each launch in this order: ascending, reversed, shuffled (torch's generator).
 
-    Also watches the stores: two programs of a launch that store to one address raise AssertionError at the end, naming
-    the kernel. On a GPU nothing is changed and nothing watched.
+    It also records the stores: if two programs of a launch store to one address, an AssertionError at the end names the kernel. On
+    a GPU this does nothing.
     """
     if not INTERPRETED:
         yield
@@ -189,7 +189,7 @@ def grid_order(order="ascending"):
                                  "shuffled": lambda: torch.randperm(programs.size).numpy()}[order]()
         real_dim(self, nx, ny, nz)
 
-    def set_grid_idx(self, x, y, z):  # called in ascending order; the program that runs is another one
+    def set_grid_idx(self, x, y, z):  # called in ascending order; the program that runs is the one at this place in `order`
         launch, (_, ny, nz) = launches[-1], self.grid_dim
         launch["program"] = program = int(launch["order"][(x * ny + y) * nz + z])
         real_idx(self, program // (ny * nz), program // nz % ny, program % nz)
@@ -210,7 +210,7 @@ def grid_order(order="ascending"):
 
 
 def _collisions(launch):
-    """Sentences about addresses that two programs of one launch stored to."""
+    """A list of messages about addresses to which two programs of one launch stored."""
     if not launch["stores"]:
         return []
     addresses = np.concatenate([a for _, a in launch["stores"]])
@@ -226,9 +226,9 @@ def _collisions(launch):
 
 
 def assert_grid_order_is_free(run):
-    """`run()` -> tensor or tuple of tensors gives the same bits in ascending, reversed and two shuffled orders of its programs.
+    """Asserts that `run()` -> tensor or tuple of tensors gives the same bits in ascending, reversed and two shuffled program orders.
 
-    On a GPU the order is the hardware's: the same bits from four runs.
+    On a GPU, where the hardware chooses the order, four runs must give the same bits.
     """
     first = None
     for order in ("ascending", "reversed", "shuffled", "shuffled"):
@@ -252,8 +252,8 @@ def same_bits(a, b):
 def addresses_of_one_program(program, grid):
     """Inside, a launch on grid (1,) runs as program `program` (x, y, z) of `grid`; loads give 0 and stores do nothing.
 
-    Yields a list of ("load" or "store", addresses under the mask as uint64), in order. So a kernel can be asked where the last
-    program of a launch too large for any memory would read and write. Interpreter only.
+    Yields a list of ("load" or "store", addresses under the mask as uint64), in order. This shows where the last program of a launch
+    that is too large for any memory would read and write. Interpreter only.
     """
     builder_class = interpreter.InterpreterBuilder
     real = {name: getattr(builder_class, name) for name in ("set_grid_idx", "set_grid_dim", "create_masked_load", "create_masked_store")}
@@ -286,8 +286,8 @@ def addresses_of_one_program(program, grid):
 def pairwise(*dimensions):
     """Tuples with one value of each dimension, such that every pair of values of two dimensions is in at least one of them.
 
-    Most faults that depend on parameters depend on at most two. Greedy: of the tuples left, take the one with most pairs not
-    yet seen (ties: the first), until none has any.
+    Most faults that depend on parameters depend on at most two. Greedy: take the tuple with the most pairs not yet covered (the
+    first of several), until all pairs are.
     """
     def pairs(case):
         return {(i, case[i], j, case[j]) for i, j in itertools.combinations(range(len(case)), 2)}
@@ -308,12 +308,12 @@ def pairwise(*dimensions):
 
 @contextlib.contextmanager
 def planted_fault(module, pattern, replacement, count=1):
-    """Inside, `module` (a kernel file) behaves as if `re.sub(pattern, replacement)` had been done in its source.
+    """Inside, `module` (a kernel file) behaves as if `re.sub(pattern, replacement)` had been applied to its source.
 
     pattern: a regular expression that matches exactly `count` times, else ValueError: a fault that changes nothing proves
     nothing. The mutated source is imported beside the module, so relative imports work, and its functions replace the
-    module's for the duration. Callers that hold a function of the module from before (`from module import f`) do not see it, and
-    a kernel elsewhere that calls one (`module.f`) sees it if it is launched as `fresh(kernel)`.
+    module's for the duration. Code that imported a function of the module before (`from module import f`) keeps the old one; a
+    kernel elsewhere that calls `module.f` gets the new one if it is launched as `fresh(kernel)`.
     """
     source = Path(module.__file__).read_text()
     mutated, found = re.subn(pattern, replacement, source)
@@ -339,14 +339,14 @@ def planted_fault(module, pattern, replacement, count=1):
 
 
 def fresh(kernel):
-    """The kernel as if it were defined here and now. The interpreter looks up what a kernel calls whenever it runs; a GPU gets
-    what was compiled at the first launch, for which Triton does not look again at the functions of other modules.
+    """The kernel, decorated anew. The interpreter looks up the functions that a kernel calls at every run; on a GPU Triton compiles
+    them at the first launch and does not check functions of other modules again.
     """
     return triton.jit(kernel.fn)
 
 
 def assert_fault_is_seen(module, pattern, replacement, check, count=1):
-    """`check()` passes as the kernel is, and raises AssertionError with the fault planted."""
+    """Asserts that `check()` passes with the kernel as it is, and raises AssertionError with the fault planted."""
     check()
     with planted_fault(module, pattern, replacement, count):
         try:
