@@ -75,13 +75,13 @@ def _instance_why_not(module, mixin):
 
 
 def _members_why_not(module, children, known, *, optional=(), parameters=(), buffers=()):
-    """None if a module has the known children, parameters and buffers and no others; else which it lacks or has besides."""
+    """None if a module has the known children, parameters and buffers and no others; else which it lacks or also has."""
     others = [*children.keys() - known - set(optional),
               *(name for name, _ in module.named_parameters(recurse=False) if name not in parameters),
               *(name for name, _ in module.named_buffers(recurse=False) if name not in buffers)]
     missing = known - children.keys()
     if others or missing:
-        return "; ".join([f"it has {', '.join(sorted(others))} besides"] * bool(others)
+        return "; ".join([f"it also has {', '.join(sorted(others))}"] * bool(others)
                          + [f"it lacks {', '.join(sorted(missing))}"] * bool(missing))
     return None
 
@@ -122,7 +122,7 @@ def _nano_mlp(module, children):
     if why_not is None and act:
         child = children[act[0]]
         if list(child.parameters()) or list(child.children()):
-            why_not = f"it has {act[0]} besides"
+            why_not = f"it also has {act[0]}"
         elif (name := parts.activation_name(child)) is not None:
             return tuple(mixin for mixin in every if mixin._activation == name), None
         elif type(child).__module__.startswith("torch."):

@@ -80,7 +80,7 @@ def _parse(argv):
                 raise ValueError(f"--module takes the name that the script imports, such as models.gpt; got {name!r}")
         elif script is None:
             if word.startswith("-"):
-                raise ValueError(f"{word} stands before the script and is not an option of run; {USAGE}")
+                raise ValueError(f"{word} stands before the script but is not an option of run; {USAGE}")
             script = Path(word)
         else:
             words.append(word)

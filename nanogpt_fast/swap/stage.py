@@ -127,11 +127,11 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.removeprefix("aten::")
-        if function._schema.overload_name.endswith("_mode"):                        # a division that rounds has a name of its own,
+        if function._schema.overload_name.endswith("_mode"):                        # distinguish a division that rounds,
             name += f".{function._schema.overload_name}"
         result = function(*args, **(kwargs or {}))
         if name == "_to_copy" and args[0].is_floating_point() and not result.is_floating_point():
-            name += f" to {result.dtype}"                                           # and so has a cast that rounds
+            name += f" to {result.dtype}"                                           # and a cast that rounds
         self.names.add(name)
         return result
 

@@ -70,7 +70,7 @@ class Swapped:
         if not torch.is_tensor(x) or not all(call.get(name) is None or torch.is_tensor(call[name]) for name in names[1:]):
             return "an input that is not a tensor"
         if x.dim() == self.rank and x.size(1) > self._swap_state.context:
-            return f"{x.size(1)} tokens, more than the {self._swap_state.context} that it was tried with"
+            return f"{x.size(1)} tokens, more than the {self._swap_state.context} that were tried"
         return None
 
     def changed(self):
@@ -78,7 +78,7 @@ class Swapped:
         for owner, name, value in self._swap_tried:
             there = self if owner is None else getattr(self, owner, None)
             if not _equal(getattr(there, name, MISSING), value):
-                return f"{name if owner is None else f'{owner}.{name}'} is not what it was when this was tried"
+                return f"{name if owner is None else f'{owner}.{name}'} has changed since the swap"
         for owner, count, absent in self._swap_known:   # attributes added since; PyTorch 2.11 cannot trace their number, hence the names
             spaces = ((self.__dict__, self._modules, self._buffers, self._parameters) if owner is None
                       else (getattr(self, owner).__dict__,))
@@ -86,7 +86,7 @@ class Swapped:
                 for name in absent:
                     for names in spaces:
                         if name in names:
-                            return f"{name} was not there when this was tried"
+                            return f"{name} was added since the swap"
         return None
 
     def watched_children(self):

@@ -94,7 +94,7 @@ def test_gpt2_model_masks_caches_and_counts(on_ops):
 
 @pytest.mark.parametrize("changes,reason", [
     (dict(activation_function="silu"), "its activation is a SiLU"), (dict(attn_implementation="eager"), "attn_implementation='eager'"),
-    (dict(add_cross_attention=True), "it has crossattention, ln_cross_attn besides"),
+    (dict(add_cross_attention=True), "it also has crossattention, ln_cross_attn"),
     (dict(reorder_and_upcast_attn=True), "reorder_and_upcast_attn")], ids=str)
 def test_what_gpt2_can_be_and_the_ops_are_not_is_named(changes, reason):
     model = gpt2(**changes)

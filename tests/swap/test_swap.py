@@ -223,8 +223,8 @@ def test_other_modules_other_parameters_and_odd_activations_are_named():
     model.transformer.h[1].mlp.forward = lambda x: x
     reasons = left(model)
     assert reasons["transformer.h.0.mlp"] == "its activation is a SiLU"
-    assert reasons["transformer.h.0.attn"] == "it has q_norm besides"
-    assert reasons["transformer.h.1.attn"] == "it has temperature besides"
+    assert reasons["transformer.h.0.attn"] == "it also has q_norm"
+    assert reasons["transformer.h.1.attn"] == "it also has temperature"
     assert reasons["transformer.h.1.mlp"] == "its forward was replaced on the instance"
     assert "attn is a CausalSelfAttention that was not swapped" in reasons["transformer.h.0"]
 
