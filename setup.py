@@ -200,7 +200,7 @@ class NinjaBuildExt(build_ext):
             objects.append((f"sampler/cpu_row_{isa}", "sampler/cpu_row", [f"-DNGF_ISA={isa}", *flags]))
             for name in ("decode/kernels", "rows/cross_entropy", "rows/attention", "rows/layer_norm", "rows/adamw"):
                 objects.append((f"{name}_{isa}", name, [f"-DNGF_ISA={isa}", *flags, *VECTOR_FLAGS]))
-        # team.h looks up PyTorch's OpenMP with dlsym, which is in a library of its own in glibc before 2.34.
+        # team.h looks up PyTorch's OpenMP with dlsym, which glibc before 2.34 has in a separate library.
         link = ["-ldl"] if sys.platform.startswith("linux") else []
         if nvcc:
             archs = cuda_architectures(nvcc)

@@ -15,11 +15,11 @@ chance explains depends on how many errors are compared:
                        n = 58. n is the effective number of observations, 2 (mean / standard error)^2 of the squares, with the
                        standard error taken over rows and columns, since a few large errors, or one rstd per row, are few
                        observations. It is the lower of two: that of the plain path's errors, and that of the exact values, to
-                       which roundings are proportional. The factor is also widened by 1 + 16/n, n being all elements.
+                       which roundings are proportional. The factor is also widened by 1 + 16/n + 2/rows, n being all elements.
     largest error      The largest of n errors is a single one, and often belongs to one of the few largest elements, whose rounding
                        is largest; the plain path may have been lucky there. So the largest may also reach T, the value at which
-                       the tails beyond T of n normal errors sum to 1e-8. Each has the plain path's root mean square as its standard
-                       deviation, in proportion to the element where that is above average.
+                       the tails beyond T of n normal errors sum to 1e-8. Their standard deviation is the plain path's root mean
+                       square, and larger in proportion for elements above the average.
     a mean             of N numbers is a sum that is rounded up to N times, each time at its current size. Summed in order that makes
                        sqrt(N/9) half units of the mean, and one rounding sqrt(1/3): so sqrt(1 + N/3) times the cost of one.
 
@@ -83,7 +83,7 @@ class Measurement:
 
 def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtype=None, averaged=1, observations=None,
             cancelled=None, stored=None, tensor_cores=None):
-    """Apply the rule to `out`. Returns a Measurement.
+    """Check `out` against the rule. Returns a Measurement.
 
     out, plain: the kernel's result and the plain path's on the same inputs, any dtype. oracle: fp64. direction: "forward" or
     "gradient". factor: replaces ERROR_FACTOR[direction].

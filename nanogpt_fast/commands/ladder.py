@@ -37,7 +37,7 @@ class LadderOptions:
     out_dir: str = option("out-ladder", "where the results are written")
     data_dir: str = option("data", "where data sets live")
     steps: int = option(700, "training steps of each model", minimum=1)
-    batch_size: int = option(32, "sequences a step", minimum=1)
+    batch_size: int = option(32, "sequences per step", minimum=1)
     block_size: int = option(64, "T: the context, in tokens", minimum=1)
     n_layer: int = option(4, "blocks of the GPT", minimum=1)
     n_head: int = option(4, "heads of all but `one head`", minimum=1)
