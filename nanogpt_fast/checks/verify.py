@@ -26,7 +26,7 @@ from .. import backend as _backend, options
 from ..config import GPTConfig
 from ..files import replacing
 from ..model import GPT
-from ..ops import attention, cross_entropy, layer_norm, mlp, sample
+from ..ops import attention, cross_entropy, layer_norm, linear, mlp, sample
 from ..ops.hopper import mlp as mlp_hopper
 from ..options import option
 from .error_rule import measure
@@ -42,7 +42,7 @@ class VerifyOptions:
     """Checks every op, in every implementation that this machine can run, against float64; then the whole GPT. Exit status 1 if
     any check fails."""
     quick: bool = option(False, "one shape per op: under a minute on two cores")
-    only: str = option("", "check only these, separated by commas: attention, layer_norm, mlp, cross_entropy, sample, gpt")
+    only: str = option("", "check only these, separated by commas: attention, layer_norm, linear, mlp, cross_entropy, sample, gpt")
     json: str = option("", "also write the table to this file")
 
 
@@ -127,7 +127,7 @@ def check(device, quick, only=()):
                 yield from _survive(op, dtype, "", function(dtype, device, quick))
 
 
-MODULES = {"attention": attention, "layer_norm": layer_norm, "mlp": mlp, "cross_entropy": cross_entropy}
+MODULES = {"attention": attention, "layer_norm": layer_norm, "linear": linear, "mlp": mlp, "cross_entropy": cross_entropy}
 
 
 def implementations(op, device):
@@ -197,11 +197,18 @@ def cases(device, quick):
             return {"x": randn(rows, C), "branch": half(randn(rows, C)), **(vectors if bias else {"weight": vectors["weight"]})}
         return Case("layer_norm", f"rows={rows} C={C}" + " no bias" * (not bias), make, call)
 
+    def linear_case(rows, C):
+        def call(t, backend):   # with a copy of the weight, as the trainer keeps one
+            return {"out": linear.linear(**t, copy=t["weight"].detach().to(t["x"].dtype), backend=backend)}
+        return Case("linear", f"rows={rows} C={C}", lambda half: {
+            "x": half(randn(rows, C)), "weight": randn(3 * C, C) / C**0.5, "bias": 0.1 * randn(3 * C)}, call)
+
     def mlp_case(rows, C, form):
         return Case("mlp", f"rows={rows} C={C} {form}", lambda half: {
             "x": half(randn(rows, C)), "w_fc": randn(4 * C, C) / C**0.5, "b_fc": 0.1 * randn(4 * C),
             "w_proj": randn(C, 4 * C) / (4 * C)**0.5, "b_proj": 0.1 * randn(C)},
-            lambda t, backend: {"out": mlp.gelu_mlp(**t, form=form_in(t["x"], form), backend=backend)})
+            lambda t, backend: {"out": mlp.gelu_mlp(**t, form=form_in(t["x"], form), backend=backend, copies=tuple(
+                t[name].detach().to(t["x"].dtype) for name in ("w_fc", "w_proj")))})
 
     def form_in(x, form):   # the form for Hopper computes in half precision only
         half = torch.is_autocast_enabled(device.type) or x.dtype in mlp_hopper.DTYPES
@@ -243,13 +250,14 @@ def cases(device, quick):
         yield from (cross_entropy_case(8192, 768, 5003 if logits else 50304, logits) for logits in (False, True))
         if quick:
             return
-    on_tiles = cross_entropy_case(256, 128, 130, return_logits=False)   # the smallest that runs on a CPU's AMX tiles in every dtype
+    # the smallest that runs on a CPU's AMX tiles in every dtype
+    on_tiles = (linear_case(256, 128), mlp_case(256, 128, "pointwise"), cross_entropy_case(256, 128, 130, return_logits=False))
     if quick:
         yield attention_case(1, 65, 2, 32)
         yield layer_norm_case(24, 96)
         yield from (mlp_case(70, 32, form) for form in forms)
         yield from (cross_entropy_case(21, 32, 257, return_logits) for return_logits in (False, True))
-        yield on_tiles
+        yield from on_tiles
         return
     yield from (attention_case(1, T, 2, D) for T, D in ((1, 64), (65, 32), (129, 64), (130, 128), (70, 80)))
     yield from (layer_norm_case(rows, C) for rows, C in ((1, 768), (24, 96), (9, 1600)))
@@ -257,7 +265,7 @@ def cases(device, quick):
     yield from (mlp_case(rows, C, form) for rows, C in ((1, 32), (70, 32), (130, 72)) for form in forms)
     yield from (cross_entropy_case(rows, 32, V, return_logits)
                 for rows, V in ((1, 1000), (50, 65), (21, 257), (5, 50304)) for return_logits in (False, True))
-    yield on_tiles
+    yield from on_tiles
 
 
 def check_op(case, name, dtype, device):
