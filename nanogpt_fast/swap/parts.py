@@ -259,7 +259,7 @@ class LectureBlock(SeparateBlock):
 def _norm_why_not_fused(module):
     """None if a LayerNorm is a swapped one and calling it does nothing else; else what was done to it."""
     if not (isinstance(module, Norm) and type(module).itself is type(module)):
-        return f"{type(module).__name__} stands where a swapped LayerNorm did"
+        return f"{type(module).__name__} replaces a swapped LayerNorm"
     return touched(module, type(module)) or module.changed()
 
 
