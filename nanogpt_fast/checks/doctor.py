@@ -94,9 +94,9 @@ def compilers():
     found = {}
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     found["c++"] = version([*compiler.split(), "--version"]) if compiler else None
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + ["/usr/local/cuda"]
-    nvccs = [os.path.join(home, "bin", "nvcc") for home in homes]
-    nvcc = next((path for path in nvccs if os.access(path, os.X_OK)), None) or shutil.which("nvcc")
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    nvccs = [*(os.path.join(home, "bin", "nvcc") for home in homes), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    nvcc = next((path for path in nvccs if path and os.access(path, os.X_OK)), None)
     release = re.search(r"release (\S+),", run([nvcc, "--version"])) if nvcc else None
     found["nvcc"] = release.group(1) if release else ("it does not answer" if nvcc else None)
     return found

@@ -277,7 +277,7 @@ class NanoGPT(Swapped, nano.GPT):
         why_not = _kernel_why_not("layer_norm", layer_norm.CANDIDATES, self.backend, (norm, norm, None))
         if why_not is None or targets is None:
             return why_not
-        return why_not and _kernel_why_not("cross_entropy", cross_entropy.CANDIDATES, self.backend, (head, head, targets))
+        return _kernel_why_not("cross_entropy", cross_entropy.CANDIDATES, self.backend, (head, head, targets))
 
     def fast(self, idx, targets=None):
         return nano.GPT.forward(self, idx, targets)
