@@ -260,10 +260,10 @@ def test_the_raw_operators_check_what_anybody_may_pass():
             (ValueError, "the head size is 0", lambda: ops.attention_qkvpacked(qkv[..., :0], None, 2, None, 0.0)),
             (ValueError, "do is .* expected", lambda: ops.attention_qkvpacked_backward(out[:, 1:], qkv, out, lse, None, 2, None, 0.0)),
             (ValueError, "lse is .* expected", lambda: ops.attention_qkvpacked_backward(out, qkv, out, lse.half(), None, 2, None, 0.0)),
-            (ValueError, "expected \\(B, H, Tq, D\\)", lambda: ops.attention(q[0], k, v, None, None, 0.0)),
+            (ValueError, "expected q \\(B, H, Tq, D\\)", lambda: ops.attention(q[0], k, v, None, None, 0.0)),
             (ValueError, "the head size is 0", lambda: ops.attention(q[..., :0], k[..., :0], v[..., :0], None, None, 0.0)),
             (ValueError, "do has shape", lambda: ops.attention_backward(y[0], q, k, v, y, y_lse, None, None, 0.0)),
-            (ValueError, "expected \\(B, H, Tq, D\\)", lambda: ops.attention_decode(q[0], k, v, seed, None))):
+            (ValueError, "expected q \\(B, H, Tq, D\\)", lambda: ops.attention_decode(q[0], k, v, seed, None))):
         with pytest.raises(error, match=message):
             call()
 

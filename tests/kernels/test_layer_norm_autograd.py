@@ -296,7 +296,7 @@ def test_the_operators_pass_torchs_own_check(branch_dtype, p):
     (dict(x=torch.zeros(3, C, dtype=torch.float64)), "x is torch.float64 on .*; the kernel takes float32, float16"),
     (dict(weight=torch.ones(C, dtype=torch.float64)), "x is torch.float32 on .*, weight is torch.float64"),
     (dict(x=torch.zeros(3, 9000), weight=torch.ones(9000), bias=None, branch=None), "rows have 9000 elements; .* 1 to 8192"),
-    (dict(x=torch.zeros(3, C, dtype=torch.bfloat16)), "x is torch.bfloat16, branch torch.float32: their sum is not"),
+    (dict(x=torch.zeros(3, C, dtype=torch.bfloat16)), "x is torch.bfloat16, branch torch.float32: their sum does not have"),
 ])
 def test_fused_refuses_and_names_the_reason(change, reason):
     arguments = dict(x=torch.zeros(3, C), branch=torch.zeros(3, C), weight=torch.ones(C), bias=torch.zeros(C)) | change
