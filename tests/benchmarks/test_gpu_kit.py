@@ -1,4 +1,4 @@
-"""The kit for a GPU machine (benchmarks/gpu) against an imitated lease: what hangs, crashes or is killed loses nothing that was had."""
+"""The kit for a GPU machine (benchmarks/gpu) against an imitated lease: what hangs, crashes or is killed loses no result that exists already."""
 import json
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Half-precision copies of the weights: cast once a step, with autocast's numbers, and out of the way of whoever looks."""
+"""Half-precision copies of the weights: cast once a step, with autocast's numbers, and invisible to everything but our own forward."""
 import contextlib
 import copy
 import functools
