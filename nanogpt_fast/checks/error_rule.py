@@ -22,6 +22,9 @@ chance explains depends on how many errors are compared:
                        square, and larger in proportion for elements above the average.
     a mean             of N numbers is a sum that is rounded up to N times, each time at its current size. Summed in order that makes
                        sqrt(N/9) half units of the mean, and one rounding sqrt(1/3): so sqrt(1 + N/3) times the cost of one.
+    few sums           Where chance alone exceeds the factor, the plain path's few errors do not tell how large an error may be, and
+                       rounding the exact value tells too little if the terms cancel. So the caller passes what adding the terms
+                       one after the other costs (`in_order`), and the factor counts from the largest of the three.
 
 Bias: the mean error, and the mean error along the oracle's sign (only that one shows a result scaled by 1 - d), lie within 6
 standard errors of 0, or of what rounding the exact answer once explains, or of the plain path's own. The 6 are those of a normal
@@ -82,7 +85,7 @@ class Measurement:
 
 
 def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtype=None, averaged=1, observations=None,
-            cancelled=None, stored=None, tensor_cores=None):
+            cancelled=None, summed=None, stored=None, tensor_cores=None):
     """Check `out` against the rule. Returns a Measurement.
 
     out, plain: the kernel's result and the plain path's on the same inputs, any dtype. oracle: fp64. direction: "forward" or
@@ -92,6 +95,7 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
     observations: how many independent errors there are, if fewer than elements (one attention score enters every element of a
     row). cancelled: of out's shape, the root mean square error that the formula itself makes in fp32 in each element where two
     equal terms cancel: the oracle is 0 there, and the plain path may hit it by chance (dq and dk of a query that sees one key).
+    summed: for sums, of out's shape: `in_order` of their terms. Used where the results are so few that chance exceeds the factor.
     stored: of out's shape, fp64, one tensor or a tuple: the exact result but for an intermediate that the algorithm stores in half
     precision, rounded once, summed as out may be. These explain a mean error, and the plain path then explains none.
     tensor_cores: whether they computed the sums, so that the plain path's mean error counts; None: if out is on a GPU.
@@ -129,14 +133,14 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
     luck = math.exp(LUCK / math.sqrt(min(_observations(plain_error), _observations(exact)) - 2))
     found, bounds = Measurement(), {}
     norms = {"largest": lambda t: float(t.abs().max()), "rms": lambda t: float(t.square().mean().sqrt())}
-    inherited = None if cancelled is None else cancelled.to(where).double()
+    inherited = [t.to(where).double() for t in (cancelled, summed if luck > factor else None) if t is not None]
 
     def rounding(size):
         once, each = (0.5 * unit.eps * size(exact) + unit.tiny * unit.eps for unit in units)
         return max(once * math.sqrt(1 + averaged / 3 if averaged > 1 else 1), each / math.sqrt(averaged))
 
     def unavoidable(size):
-        return max(size(plain_error), rounding(size), 0.0 if inherited is None else size(inherited))
+        return max(size(plain_error), rounding(size), *map(size, inherited))
     unlucky = luck * max(norms["rms"](plain_error), rounding(norms["rms"]))     # another draw of the plain path's rms error stays below
     deviation = max(norms["rms"](plain_error), rounding(norms["rms"]) / math.sqrt(3), unlucky / factor if luck > factor else 0.0)
     by_chance = dict(rms=unlucky, largest=_largest_by_chance(deviation, exact))
@@ -236,6 +240,15 @@ def _largest_by_chance(rms, exact):
         beyond = float((counts * torch.special.erfc(middle / 2**0.5 / deviations)).sum())
         below, above = (middle, above) if beyond > TAILS else (below, middle)
     return rms * above
+
+
+def in_order(count, squares, total):
+    """The root mean square error of adding `count` fp32 numbers one after the other: `measure`'s `summed`, fp64 of squares' shape.
+
+    squares: the sum of their squares. total: the exact sum. Each partial sum is rounded once, at its own size. The k-th, of terms
+    in random order, has a mean square of about squares * k / count + (total * k / count)^2; the sum over k, times eps^2 / 12.
+    """
+    return torch.finfo(torch.float32).eps / 12**0.5 * (count / 2 * squares.double() + count / 3 * total.double().square()).sqrt()
 
 
 def first_index(mask):

@@ -14,6 +14,7 @@ from harness import (assert_close_to_oracle, assert_fault_is_seen, assert_grid_o
 from hypothesis import HealthCheck, given, settings, strategies as st
 from nanogpt_fast.kernels import dropout, mlp
 
+from nanogpt_fast.checks.error_rule import in_order
 from nanogpt_fast.reference import activation as plain_activation
 
 ROWS = (1, 2, 31, 64, 65, 127, 128, 129, 200)
@@ -47,13 +48,14 @@ def check_linear_act(M, K, N, name, dtype, bias, tile=None):
     x, w, b = draw(M, K, dtype=dtype), draw(N, K, dtype=dtype, scale=2 / K**0.5), draw_bias(bias, N, dtype)
     exact = F.linear(x.double(), w.double(), low(b, torch.float64))
     plain = F.linear(x, w, low(b, dtype))
+    summed = in_order(K, F.linear(x.double().square(), w.double().square()), exact)     # act' is about 1 at most
     with guarded_outputs():
         y, h = mlp.linear_act(x, w, b, activation=name, tile=tile)
         alone, none = mlp.linear_act(x, w, b, activation=name, keep_h=False, tile=tile)
-    assert_close_to_oracle(h, exact, plain, "forward", what="h")
+    assert_close_to_oracle(h, exact, plain, "forward", summed=summed, what="h")
     # PyTorch's sequence rounds h first, and act of a rounded h is biased. The epilogue doesn't, and is held to a path that doesn't.
     once = act(F.linear(x.float(), w.float(), low(low(b, dtype), torch.float32)), name).to(dtype)
-    assert_close_to_oracle(y, act(exact, name), once, "forward", what="act(h)")
+    assert_close_to_oracle(y, act(exact, name), once, "forward", summed=summed, what="act(h)")
     assert none is None and same_bits(alone, y), "at inference the result differs from training's"
 
     h = with_nan_margins(F.linear(x, w))
@@ -77,16 +79,18 @@ def check_dact(M, K, N, name, dtype, bias, tile=None):
     h, b = draw(M, N, dtype=dtype, scale=2.0), draw_bias(bias, N, dtype)
     dpost = with_nan_margins(dy @ w)
     runs = {"epilogue": (lambda **want: mlp.linear_dact(dy, w, h, b, activation=name, tile=tile, **want),
-                         dy.double() @ w.double()),
-            "pointwise": (lambda **want: mlp.dact(dpost, h, b, activation=name, **want), dpost.double())}
+                         dy.double() @ w.double(), dy.double().square() @ w.double().square()),
+            "pointwise": (lambda **want: mlp.dact(dpost, h, b, activation=name, **want), dpost.double(), None)}
     plain_dh, plain_db = gradients(dpost, h, low(b, dtype), name)
-    for form, (run, dpost_exact) in runs.items():
+    for form, (run, dpost_exact, squares) in runs.items():
         with guarded_outputs():
             dh, post, db = run(want_post=True)
             lean, none, no_db = run(want_db=False)
         exact_dh, exact_db = gradients(dpost_exact, h.double(), low(b, torch.float64), name)
-        assert_close_to_oracle(dh, exact_dh, plain_dh, "gradient", what=f"dh, {form}")
-        assert_close_to_oracle(db, exact_db, plain_db, "gradient", what=f"db, {form}")
+        summed = None if squares is None else in_order(K, squares, dpost_exact)
+        assert_close_to_oracle(dh, exact_dh, plain_dh, "gradient", summed=summed, what=f"dh, {form}")
+        summed = in_order(M, exact_dh.square().sum(0), exact_db)
+        assert_close_to_oracle(db, exact_db, plain_db, "gradient", summed=summed, what=f"db, {form}")
         exact = h.double() if b is None else h.double() + b.double()
         plain_post = act(h if b is None else h + low(b, dtype), name)
         assert_close_to_oracle(post, act(exact, name), plain_post, "forward", what=f"post, {form}")

@@ -8,7 +8,7 @@ from gpts import small
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt_fast import backend, explain, reference
-from nanogpt_fast.checks.error_rule import measure
+from nanogpt_fast.checks.error_rule import in_order, measure
 from nanogpt_fast.ops import extension
 from nanogpt_fast.ops.cpu import layer_norm as layer_norm_cpu
 from nanogpt_fast.ops.layer_norm import CANDIDATES, add_layer_norm, implementation, layer_norm
@@ -101,13 +101,16 @@ class Problem:
     def check(self, found):
         oracle, plain = self.plain(torch.float64), self.plain()
         assert found.keys() == oracle.keys()
+        terms = {"dbias": self.dy.double(), "dweight": F.layer_norm(oracle["s"], oracle["s"].shape[-1:], eps=self.eps) * self.dy.double()}
+        summed = {name: in_order(len(each), each.square().sum(0), oracle[name]) for name, each in terms.items() if name in oracle}
         for name in found:
             # dweight and dbias leave the extension in fp32, whatever the parameters are.
             assert found[name].dtype == plain[name].dtype or name in ("dweight", "dbias"), name
             # The only element of a row is its own mean: two equal terms cancel, to what fused multiply-adds round off one of them.
             alone = self.x.size(-1) == 1 and name in ("dx", "dbranch")
             cancelled = (self.dy * self.weight).double() * self.eps**-0.5 * 2**-24 if alone else None
-            problem = measure(found[name], oracle[name], plain[name], "gradient" if name[0] == "d" else "forward", cancelled=cancelled).problem
+            direction = "gradient" if name[0] == "d" else "forward"
+            problem = measure(found[name], oracle[name], plain[name], direction, cancelled=cancelled, summed=summed.get(name)).problem
             assert problem is None, f"{name}: {problem}"
 
 
