@@ -11,6 +11,7 @@ import torch
 
 _library = torch.library.Library("nanogpt_fast", "FRAGMENT")
 raw = torch.ops.nanogpt_fast
+implementations = {}        # {name: function}: what an operator launches, for tools that trace it
 
 # When Inductor of PyTorch 2.11 meets an operator for the first time, it formats the arguments for a log message even if logging is off.
 # An argument's text includes the text of everything it was computed from, once per use, so it grows fivefold with every GPT block: 16 MB
@@ -21,6 +22,7 @@ _INDUCTOR_FORMATS = torch.__version__ < (2, 13)
 def define(schema, implementation, fake):
     """Register `schema` ("name(Tensor x, ...) -> Tensor") with its implementation and the fake that allocates its empty outputs."""
     name = schema.split("(")[0]
+    implementations[name] = implementation
     _library.define(schema)
     # An exported graph calls the operator with tensors that require grad; the implementation does not support autograd.
     _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
