@@ -9,7 +9,7 @@ from ..model import GPT, Block
 
 class Row(NamedTuple):
     op: str
-    implementation: str  # "triton", "cudnn", "cpp", "reference", or "error" where backend='fused' would raise
+    implementation: str  # "triton", "cudnn", "cublas", "cpp", "reference", or "error" where backend='fused' would raise
     reason: str          # why no faster one runs, or a remark; empty if the fastest runs
 
 

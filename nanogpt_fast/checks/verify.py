@@ -131,9 +131,9 @@ MODULES = {"attention": attention, "layer_norm": layer_norm, "linear": linear, "
 
 
 def implementations(op, device):
-    """The names of the implementations that are checked: "cudnn" on a GPU only, and "cpp" (the extension's CPU code) on a CPU only."""
-    elsewhere = "cudnn" if device.type == "cpu" else "cpp"
-    return [name for name, _ in MODULES[op].CANDIDATES if name != elsewhere]
+    """The names of the implementations to check: NVIDIA's libraries on a GPU only, "cpp" (the extension's CPU code) on a CPU only."""
+    elsewhere = ("cudnn", "cublas") if device.type == "cpu" else ("cpp",)
+    return [name for name, _ in MODULES[op].CANDIDATES if name not in elsewhere]
 
 
 @contextlib.contextmanager

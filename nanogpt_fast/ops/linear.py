@@ -1,14 +1,14 @@
 """A Linear for half-precision training as an op: y = x W^T + b, computed with a copy of W that the caller keeps.
 
 The trainer casts each weight once per optimizer step (training/half_weights.py) instead of at every use, as autocast does. The results
-are autocast's, and the gradient goes to the original weight. With the extension's GEMMs (ops/cpu/linear.py), that gradient is summed
-in fp32 and never rounded to half precision.
+are autocast's, and the gradient goes to the original weight. With "cublas" and "cpp" (the extension's GEMMs, ops/cpu/linear.py) that
+gradient is summed in fp32 and never rounded to half precision, which also saves a launch and its traffic.
 """
 import torch
 import torch.nn.functional as F
 
 from .. import backend as _backend
-from .common import no_second_derivative
+from .common import no_autocast, no_second_derivative
 from .cpu import linear as _cpu
 
 
@@ -27,11 +27,17 @@ def linear(x, weight, bias, *, copy=None, backend=None):
 
 
 def implementation(weight, copy=None, *, backend=None):
-    """The name of the implementation that `linear` uses for these arguments ("cpp", "reference")."""
+    """The name of the implementation that `linear` uses for these arguments ("cublas", "cpp", "reference")."""
     return _backend.choose("linear", CANDIDATES, backend, (weight, copy))
 
 
-CANDIDATES = (("cpp", _cpu.why_not),)       # args: (weight, copy)
+def _cublas_why_not(weight, copy):
+    """None if cuBLAS's products can leave the gradient of an fp32 weight in fp32, else ""; nobody misses it."""
+    half = copy is not None and copy.dtype in (torch.float16, torch.bfloat16)
+    return None if half and weight.is_cuda and weight.dtype == torch.float32 and not torch.compiler.is_compiling() else ""
+
+
+CANDIDATES = (("cublas", _cublas_why_not), ("cpp", _cpu.why_not))       # args: (weight, copy)
 
 
 def cast(weight, copy):
@@ -58,7 +64,11 @@ class _Linear(torch.autograd.Function):
         rows = x.reshape(-1, x.size(-1)).to(copy.dtype)
         ctx.save_for_backward(rows, copy)   # records copy's version: autograd detects a refresh before the backward
         ctx.x_shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return _cpu.matmul(rows, copy, bias=bias).view(*x.shape[:-1], copy.size(0))
+        if rows.is_cuda:
+            y = F.linear(rows, copy, None if bias is None else bias.to(copy.dtype))
+        else:
+            y = _cpu.matmul(rows, copy, bias=bias)
+        return y.view(*x.shape[:-1], copy.size(0))
 
     @staticmethod
     def backward(ctx, dy):
@@ -66,7 +76,21 @@ class _Linear(torch.autograd.Function):
         rows, copy = ctx.saved_tensors
         need_x, need_weight, _, need_bias = ctx.needs_input_grad
         dy = dy.reshape(-1, copy.size(0)).contiguous()
-        dx = _cpu.matmul(dy, copy, by_input=True).view(ctx.x_shape).to(ctx.dtypes[0]) if need_x else None
-        dw = _cpu.weight_gradient(dy, rows, ctx.dtypes[1]) if need_weight else None
-        db = dy.sum(0, dtype=torch.float32).to(ctx.dtypes[2]) if need_bias else None
+        dx = dw = db = None
+        with no_autocast(dy.device.type):
+            if need_x:
+                dx = (dy @ copy if dy.is_cuda else _cpu.matmul(dy, copy, by_input=True)).view(ctx.x_shape).to(ctx.dtypes[0])
+            if need_weight:
+                dw = weight_gradient(dy, rows) if dy.is_cuda else _cpu.weight_gradient(dy, rows, ctx.dtypes[1])
+            if need_bias:
+                db = dy.sum(0, dtype=torch.float32).to(ctx.dtypes[2])
         return dx, dw, None, db
+
+
+def weight_gradient(dy, x):
+    """dy^T x -> (N, K) for dy (M, N) and x (M, K), summed and returned in fp32: they may be half precision while the parameter is fp32."""
+    if dy.dtype == torch.float32:
+        return dy.t() @ x
+    if dy.is_cuda:
+        return torch.mm(dy.t(), x, out_dtype=torch.float32)
+    return dy.t().float() @ x.float()       # no CPU matmul takes half-precision inputs and returns fp32

@@ -252,21 +252,12 @@ def _backward(dy, x, w_fc, b_fc, w_proj, h, post, seed, activation, dropout_p, f
         if need_x:
             dx = dh @ w_fc
         if need_w_fc:
-            dw_fc = _weight_gradient(dh, x)
+            dw_fc = linear.weight_gradient(dh, x)
     elif need_post:
         post = kernels.act(h, bias, activation=activation)
     if need_w_proj:
-        dw_proj = _weight_gradient(dy, post)
+        dw_proj = linear.weight_gradient(dy, post)
     return dx, dw_fc, db_fc, dw_proj, db_proj
-
-
-def _weight_gradient(d, x):
-    """d^T x -> (N, K) for d (M, N) and x (M, K), summed and returned in fp32: d may be half precision while the parameter is fp32."""
-    if d.dtype == torch.float32:
-        return d.t() @ x
-    if d.is_cuda:
-        return torch.mm(d.t(), x, out_dtype=torch.float32)
-    return d.t().float() @ x.float()        # no CPU matmul takes half-precision inputs and returns fp32
 
 
 # -------------------------------------------------------------------------------------------------- what torch.compile sees

@@ -10,8 +10,8 @@ Autocast casts every fp32 weight in every forward pass: 4 bytes read and 2 writt
     weights.refresh()            the only cast
 
 The results are autocast's: it casts the same weight to the same bits, and its gradient back to fp32. Where a kernel or the extension
-computes the gradient, it is never even rounded to half precision: the MLP's and the head's on a GPU, all of them on a CPU with AMX
-(ops/linear.py). There the extension runs the GEMMs in float32, too, where nothing needs casting. The embedding, which shares the
+computes the gradient, or cuBLAS in fp32, it is never even rounded to half precision: all of them on a GPU and on a CPU with AMX
+(ops/linear.py). On the CPU the extension runs the GEMMs in float32, too, where nothing needs casting. The embedding, which shares the
 vocabulary head's weight, keeps reading fp32; biases and LayerNorms are small and stay with autocast.
 """
 import contextlib

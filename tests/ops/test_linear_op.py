@@ -1,4 +1,6 @@
 """The op `linear`: with a copy of its weight it computes what autocast does and sends the weight its gradient; which implementation, and why."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from nanogpt_fast.ops.cpu import linear as cpu
 
 bf16 = torch.bfloat16
 REFERENCE = backend.parse("reference")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 needs_amx = pytest.mark.skipif(not cpu.AMX, reason="this CPU has no AMX")
 
 
@@ -41,25 +44,34 @@ def test_the_reference_with_a_copy_is_autocast_bit_for_bit(bias):
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, autocast, strict=True))
 
 
-@needs_amx
-@pytest.mark.parametrize("dtype", [bf16, torch.float32], ids=str)
-def test_the_extensions_products_are_as_near_to_fp64_and_the_weights_gradient_is_not_rounded(dtype):
-    tensors = operands(dtype=dtype)
-    copy = tensors[1].detach().to(dtype)
-    assert linear.implementation(tensors[1], copy) == "cpp"
+@pytest.mark.parametrize("name, device, dtype", [
+    pytest.param("cpp", "cpu", bf16, marks=needs_amx), pytest.param("cpp", "cpu", torch.float32, marks=needs_amx),
+    pytest.param("cublas", "cuda", bf16, marks=needs_cuda), pytest.param("cublas", "cuda", torch.float16, marks=needs_cuda)], ids=str)
+def test_the_products_are_as_near_to_fp64_and_the_weights_gradient_is_not_rounded(name, device, dtype):
+    tensors = [t.detach().to(device).requires_grad_() for t in operands(dtype=dtype)]
+    assert linear.implementation(tensors[1], tensors[1].detach().to(dtype)) == name
 
     def run(choice, dtype=dtype, *cast):
         x, weight, bias = cast or tensors
-        y = linear.linear(x, weight, bias if choice == "auto" or dtype != bf16 else bias.to(dtype), copy=weight.detach().to(dtype),
+        y = linear.linear(x, weight, bias if choice == "auto" or dtype.itemsize != 2 else bias.to(dtype), copy=weight.detach().to(dtype),
                           backend=backend.parse(choice))
         torch.manual_seed(3)
-        return y, *torch.autograd.grad(y, (x, weight, bias), torch.randn(y.shape).to(bf16).to(y.dtype))
+        return y, *torch.autograd.grad(y, (x, weight, bias), torch.randn(y.shape, device=device).to(bf16).to(y.dtype))
     exact = run("reference", torch.float64, *(t.detach().double().requires_grad_() for t in tensors))
     for ours, plain, oracle in zip(run("auto"), run("reference"), exact, strict=True):
         assert (ours - oracle).norm() <= 1.5 * (plain - oracle).norm() + 1e-6 * oracle.norm()
-    if dtype == bf16:
+    if dtype.itemsize == 2:
         gradient = run("auto")[2]
-        assert gradient.dtype == torch.float32 and not torch.equal(gradient, gradient.to(bf16).float())
+        assert gradient.dtype == torch.float32 and not torch.equal(gradient, gradient.to(dtype).float())
+
+
+@pytest.mark.parametrize("weight, copy, taken", [
+    (torch.float32, bf16, True), (torch.float32, torch.float16, True), (torch.float32, torch.float32, False), (bf16, bf16, False),
+    (torch.float32, None, False)], ids=str)
+def test_on_a_gpu_cublas_keeps_the_gradient_of_an_fp32_weight_in_fp32(weight, copy, taken):
+    """Of tensors that only say that they are on a GPU; `benchmarks.count` runs the code on fake ones."""
+    on_gpu = lambda dtype: SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda"))
+    assert linear.implementation(on_gpu(weight), copy and on_gpu(copy)) == ("cublas" if taken else "reference")
 
 
 @pytest.mark.parametrize("weight, copy, reason", [
