@@ -258,7 +258,7 @@ class GPT(nn.Module):
         ln_f = self.transformer.ln_f
         if branch is None or touched(ln_f, LayerNorm) is not None:
             return ln_f(_add(x, branch, p))
-        return layer_norm.add_layer_norm(x, branch, ln_f.weight, ln_f.bias, dropout_p=p, backend=ln_f.backend)[1]
+        return layer_norm.add_layer_norm(x, branch, ln_f.weight, ln_f.bias, dropout_p=p, last=True, backend=ln_f.backend)[1]
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters. non_embedding excludes the position embedding; the token embedding counts, since it is the head's weight."""

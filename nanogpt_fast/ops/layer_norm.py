@@ -38,8 +38,9 @@ def layer_norm(x, weight, bias, *, eps=1e-5, backend=None):
     return _LayerNorm.apply(x, weight, bias, (name, eps, y_dtype))
 
 
-def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtype=None, backend=None):
-    """(s, y) with s = x + dropout(branch) and y = layer_norm(s). branch None: s is x, or a view of it.
+def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtype=None, last=False, backend=None):
+    """(s, y) with s = x + dropout(branch) and y = layer_norm(s). branch None: s is x, or a view of it. last: nobody needs s, return None
+    for it; torch.compile then does not fill the gradient of an unused s with zeros.
 
     x (..., C), the residual stream; branch of the same shape; weight (C,), bias (C,) or None. s has x's dtype. y has out_dtype;
     if None, the kernel writes the dtype in which the next matmul computes: autocast's, or x's without autocast (the reference
@@ -55,7 +56,7 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
     name = _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias, branch, out_dtype))
     if name == "reference":
         s, y = reference.add_layer_norm(x, branch, weight, bias, eps=eps, dropout_p=dropout_p)
-        return s, y if out_dtype is None else y.to(out_dtype)
+        return None if last else s, y if out_dtype is None else y.to(out_dtype)
     if out_dtype is None:
         out_dtype = autocast_dtype(x)
     if branch is None:
@@ -64,7 +65,7 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
         dropout_p = 0.0     # there is nothing to drop
     elif name == "cpp" and dropout_p > 0:   # draws nanoGPT's random numbers
         branch, dropout_p = F.dropout(branch, dropout_p), 0.0
-    return _AddLayerNorm.apply(x, branch, weight, bias, dropout_seed(x, dropout_p), (name, dropout_p, eps, out_dtype))
+    return _AddLayerNorm.apply(x, branch, weight, bias, dropout_seed(x, dropout_p), (name, dropout_p, eps, out_dtype, last))
 
 
 def implementation(x, weight, bias, *, backend=None):
@@ -157,7 +158,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, branch, weight, bias, seed, options):
-        name, p, eps, y_dtype = options
+        name, p, eps, y_dtype, last = options
         s, y, statistics = _forward(name, x, branch, weight, bias, seed, p, eps, y_dtype)
         s = x if branch is None else s
         ctx.save_for_backward(s, weight, statistics, seed)
@@ -165,7 +166,7 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx.options = name, p, None if branch is None else branch.dtype, None if bias is None else bias.dtype
         if not is_compiling():  # compiled graphs get zeros for an unused output; eager asks for None and skips them
             ctx.set_materialize_grads(False)
-        return s, y
+        return None if last else s, y
 
     @staticmethod
     def backward(ctx, ds, dy):

@@ -16,8 +16,8 @@ COUNTS = {
     "--who trainer": (344, 70.86, 52.92),
     "--who import": (405, 77.85, 52.92),
     "--who trainer --model baby": (184, 4.11, 1.11),
-    "--who trainer --compiled": (358, 70.82, 52.92),
-    "--who import --compiled": (394, 83.70, 52.92),
+    "--who trainer --compiled": (357, 70.41, 52.92),
+    "--who import --compiled": (393, 83.30, 52.92),
     "--who nanogpt --compiled": (442, 107.4, 52.92),
 }
 QUICK = "--who trainer"

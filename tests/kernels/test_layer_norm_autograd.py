@@ -67,6 +67,18 @@ def test_without_a_branch_the_stream_is_x_itself(used):
         assert add_layer_norm(x, None, weight, bias, backend=FUSED)[0] is x
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_the_last_one_returns_no_stream_and_the_same_gradients(p):
+    inputs, found = leaves(3, 5), []
+    for last in (False, True):
+        torch.manual_seed(7)    # of the mask
+        s, y = add_layer_norm(*inputs, dropout_p=p, last=last, backend=FUSED)
+        assert (s is None) == last
+        found.append((y, *gradients([y], inputs)))
+    assert all(harness.same_bits(a, b) for a, b in zip(*found, strict=True))
+    assert add_layer_norm(*inputs, last=True, backend=backend.parse("reference"))[0] is None
+
+
 def test_without_a_bias():
     x, branch, weight, _ = leaves(3, 5)
     fused, plain = add_layer_norm(x, branch, weight, None, backend=FUSED), reference.add_layer_norm(x, branch, weight, None)
@@ -238,7 +250,8 @@ class Net(torch.nn.Module):
 
     def forward(self, x):
         s, y = add_layer_norm(x, self.lin(x), self.ln.weight, self.ln.bias, dropout_p=self.p, backend=FUSED)
-        return s + self.lin(layer_norm(y, self.ln.weight, None, backend=FUSED))
+        h = layer_norm(y, self.ln.weight, None, backend=FUSED)
+        return add_layer_norm(s, self.lin(h), self.ln.weight, None, dropout_p=self.p, last=True, backend=FUSED)[1]
 
 
 @pytest.mark.parametrize("autocast", [False, True])
