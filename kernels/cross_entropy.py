@@ -213,8 +213,8 @@ def check_range(targets, V, ignore_index):
                              "for a row to ignore")
 
 
-def row_losses(logits, targets, ignore_index, *, gradient):
-    """One launch: losses (rows,) fp32 of logits (rows, V), with the last stride 1, and targets (rows,).
+def row_losses(logits, targets, ignore_index, *, gradient, out=None):
+    """One launch: losses (rows,) fp32 of logits (rows, V), with the last stride 1, and targets (rows,). out: where the losses go, or None.
 
     gradient: True overwrites logits with dlogits, unscaled, and returns (losses, None, None). False keeps them and returns (losses,
     maxima, log_sums), each (rows,) fp32. maximum + log_sum is the log-sum-exp; they are kept separate because near 1e4 fp32 holds
@@ -222,7 +222,8 @@ def row_losses(logits, targets, ignore_index, *, gradient):
     """
     rows, V = logits.shape
     losses, maxima, log_sums = (torch.empty(rows, dtype=torch.float32, device=logits.device) if wanted else None
-                                for wanted in (True, not gradient, not gradient))
+                                for wanted in (out is None, not gradient, not gradient))
+    losses = losses if out is None else out
     if rows:
         block, warps = tile(V)
         with torch.cuda.device_of(logits):
@@ -298,7 +299,7 @@ def forward_backward(x, weight, targets, ignore_index, need_dx, need_dw):
         x_chunk, target_chunk = x[n:n + rows], targets[n:n + rows]
         logits = buffer[:x_chunk.size(0)]
         torch.mm(x_chunk, weight.t(), out=logits)
-        losses[n:n + rows] = row_losses(logits, target_chunk, ignore_index, gradient=need_dx or need_dw)[0]
+        row_losses(logits, target_chunk, ignore_index, gradient=need_dx or need_dw, out=losses[n:n + rows])
         if need_dx:
             product(logits, weight, dx[n:n + rows])  # logits now holds dlogits
         if need_dw:

@@ -28,7 +28,6 @@ FREE = set("""_record_function_enter_new _record_function_exit _reshape_alias _u
     empty_like empty_strided expand is_same_size lift_fresh new_empty new_empty_strided permute promote_types record_stream reshape resize_
     select set_ slice split split_with_sizes squeeze t transpose unbind unsqueeze view _local_scalar_dense""".split())
 OVERWRITING = {"copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_"}     # they write an argument that they don't read
-ONLY_READ = {("_fused_adamw_", "grads")}        # declared as written; only with a GradScaler it is
 IN_PLACE = {"cross_entropy._loss_kernel": "GRADIENT"}   # {kernel: the option with which it overwrites its first tensor}
 # PyTorch's multi_tensor_apply: chunks per launch, elements per chunk, and tensors per launch by how many lists there are.
 BLOCKS, CHUNK, TENSORS = 320, 65536, (0, 110, 64, 48, 36, 30)
@@ -82,7 +81,8 @@ class Trace(TorchDispatchMode):
         for argument, value in itertools.zip_longest(schema.arguments, args):
             value = kwargs.get(argument.name) if value is None else value
             tensors = _tensors(value)
-            writes = argument.alias_info is not None and argument.alias_info.is_write and (name, argument.name) not in ONLY_READ
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            writes &= (name, argument.name) != ("_fused_adamw_", "grads") or kwargs.get("grad_scale") is not None      # as the kernel does
             written += tensors if writes else []
             read += [] if writes and (argument.name == "out" or name in OVERWRITING) else tensors
         given = {id(t) for t in read + written}

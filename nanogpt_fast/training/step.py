@@ -4,6 +4,7 @@
 on a CPU the extension ends it in one pass over memory (cpu.py).
 """
 import torch
+from torch.optim import optimizer as optimizers
 
 from .. import devices
 from . import captured, cpu
@@ -48,11 +49,12 @@ class TrainingStep:
                 meanwhile()
             self.graphs.update()
             return self.graphs.loss
-        loss = torch.zeros((), device=self.device)
+        loss = None
         for micro_step in range(self.accumulation):
             if self.ranks > 1:  # gradients are averaged over the ranks once, with the last micro-batch
                 self.network.require_backward_grad_sync = micro_step == self.accumulation - 1
-            loss += self.forward_backward(*next_batch(), meanwhile)
+            share = self.forward_backward(*next_batch(), meanwhile)
+            loss = share if loss is None else loss + share
         self.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
@@ -63,7 +65,7 @@ class TrainingStep:
         with cpu.embedding_gradient_by_row(self.model, wanted=self._by_row), self.weights.in_use():
             with self.context:
                 _, loss = self.network(x, y, return_logits=False)
-                loss = loss / self.accumulation
+                loss = loss / self.accumulation if self.accumulation > 1 else loss
             meanwhile()
             self.scaler.scale(loss).backward()
         return loss.detach()
@@ -73,9 +75,35 @@ class TrainingStep:
         if self._on_cpu and not self.scaler.is_enabled():
             cpu.update(self.optimizer, self.weights, self.grad_clip)
             return
-        if self.grad_clip != 0.0:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if self.grad_clip != 0.0 and not self.scaler.is_enabled() and clips_itself(self.optimizer):
+            clip_and_step(self.optimizer, self.model.parameters(), self.grad_clip)
+        else:
+            if self.grad_clip != 0.0:
+                self.scaler.unscale_(self.optimizer)
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.weights.refresh()
+
+
+def clips_itself(optimizer):
+    """Whether `clip_and_step` can end a step of this optimizer: a fused AdamW on CUDA whose step has no hooks, which would see unclipped
+    gradients."""
+    hooks = (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+             or optimizers._global_optimizer_pre_hooks or optimizers._global_optimizer_post_hooks)
+    return type(optimizer) is torch.optim.AdamW and "step" not in vars(optimizer) and not hooks and all(
+        group["fused"] and all(p.is_cuda for p in group["params"]) for group in optimizer.param_groups)
+
+
+def clip_and_step(optimizer, parameters, max_norm):
+    """clip_grad_norm_ to `max_norm` and optimizer.step() in one pass over the gradients: the fused AdamW divides them as it reads them.
+
+    PyTorch's AdamW has the attribute `grad_scale` for this, which GradScaler sets, too. Like clip_grad_norm_ it leaves the clipped
+    gradients; they are divided by norm / max_norm instead of multiplied by max_norm / norm, a difference of a unit in the last place.
+    """
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale
