@@ -1,8 +1,21 @@
-"""Write a file so that a crash, a full disk or kill -9 leaves either the old content or the new, never a mixture."""
+"""Write files so that a crash, a full disk or kill -9 leaves either the old content or the new, never a mixture; lock a file.
+
+A temporary file stays locked while its process writes it. So `remove_litter` can tell what a killed process left behind from what
+another process is writing now.
+"""
 import contextlib
 import os
+import re
 import secrets
 import shutil
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")  # how the names of temporary files end
 
 
 @contextlib.contextmanager
@@ -13,17 +26,82 @@ def replacing(path):
     first. If the block raises, the previous file is unchanged and the temporary one is removed. If `path` is a symbolic link, its
     target is replaced.
     """
-    path = os.path.realpath(os.fspath(path))
+    with replacing_together(path) as (f,):
+        yield f
+
+
+@contextlib.contextmanager
+def replacing_together(*paths, without=()):
+    """`with replacing_together(a, b) as (f, g): ...`: `replacing` for files that are one state.
+
+    No file is renamed before the content of all is on the disk; so a full disk changes none of them. Then they are renamed in the
+    order given. A kill between two renames leaves the first ones new and the others old. Where no reader may take such a mixture,
+    name one file that every reader needs in `without`, and give it last: the files in `without` are deleted before the first rename.
+    """
+    paths = [os.path.realpath(os.fspath(path)) for path in paths]
+    with contextlib.ExitStack() as temporaries:
+        files = [temporaries.enter_context(_temporary(path)) for path in paths]
+        yield files
+        for f, path in zip(files, paths):
+            f.flush()
+            os.fsync(f.fileno())
+            if os.path.exists(path):
+                shutil.copymode(path, f.name)
+            if fcntl is None:
+                f.close()  # Windows renames no open file
+        for path in without:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        for f, path in zip(files, paths):
+            os.replace(f.name, path)
+        for folder in {os.path.dirname(path) for path in paths}:
+            _sync(folder)
+
+
+@contextlib.contextmanager
+def _temporary(path):
+    """A new binary file beside `path`, locked; removed if the block raises."""
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
         with open(temporary, "xb") as f:
+            lock(f)
             yield f
-            f.flush()
-            os.fsync(f.fileno())
-        if os.path.exists(path):
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def _sync(folder):
+    """Ask for the renames themselves to reach the disk, where the system can do that for a folder."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def lock(file):
+    """Lock an open file (flock) until it is closed or its process ends, however it ends.
+
+    Returns True; False if another opening of the file has the lock; None if this system or file system has no such locks.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def remove_litter(folder):
+    """Delete the temporary files in `folder` that killed processes left. Those that a living process writes are locked and stay."""
+    for path in Path(folder).glob("*.tmp"):
+        if TEMPORARY.search(path.name):
+            with contextlib.suppress(OSError), open(path, "r+b") as f:
+                if lock(f):
+                    path.unlink()

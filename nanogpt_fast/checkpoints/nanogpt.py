@@ -1,11 +1,13 @@
 """nanoGPT's checkpoints: written completely or not at all, and read without executing anything in them.
 
 ckpt.pt has nanoGPT's format: a dict of model, optimizer, model_args, iter_num, best_val_loss and config that nanoGPT's train.py and
-sample.py load, and `torch.load(weights_only=True)` too; it also has the tokenizer, if known. last.pt is the same dict plus "resume",
-everything else that an exact continuation needs. Both directions work: nanoGPT's own ckpt.pt can be read here.
+sample.py load, and `torch.load(weights_only=True)` too; it also has the tokenizer, if known, and the name of the run. last.pt is the
+same dict plus "resume", everything else that an exact continuation needs (folder.py writes the two). Both directions work: nanoGPT's
+own ckpt.pt can be read here.
 
 What cannot be read, written or used raises CheckpointError, whose message says which file, what is wrong and what to do.
 """
+import contextlib
 import dataclasses
 import pickle
 import zipfile
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 
 from ..config import GPTConfig
-from ..files import replacing
+from ..files import replacing_together
 from ..model import GPT
 from ..text import tokenizers
 from .state import CheckpointError, plain_names, untie_head
@@ -33,12 +35,22 @@ NUMPY_SCALARS = [(_scalar, "numpy.core.multiarray.scalar"), (_scalar, "numpy._co
 
 def save(checkpoint, path):
     """Write the dict under a temporary name, then rename: whatever happens, `path` is the previous checkpoint or the new one."""
+    with writing(path) as (f,):
+        torch.save(checkpoint, f)
+
+
+@contextlib.contextmanager
+def writing(*paths):
+    """`files.replacing_together`; what the disk or torch's writer raises becomes a CheckpointError."""
     try:
-        with replacing(path) as f:
-            torch.save(checkpoint, f)
+        with replacing_together(*paths) as files:
+            yield files
+    except CheckpointError:
+        raise
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"cannot write {path}: {_system_reason(error)}. "
-                              f"{'The previous one is intact.' if Path(path).exists() else 'There was none before.'}") from error
+        names = " and ".join(map(str, paths))
+        raise CheckpointError(f"cannot write {names}: {_system_reason(error)}. "
+                              f"{'The previous one is intact.' if Path(paths[0]).exists() else 'There was none before.'}") from error
 
 
 def _system_reason(error):
@@ -49,21 +61,6 @@ def _system_reason(error):
             return cause.strerror
         cause = cause.__context__
     return str(error)
-
-
-def remove_leftovers(folder):
-    """Delete the half-written temporary files that a killed run left in its folder."""
-    for name in ("ckpt.pt", "last.pt"):
-        for leftover in Path(folder).glob(f"{name}.*.tmp"):
-            leftover.unlink(missing_ok=True)
-
-
-def latest(folder):
-    """The path of the checkpoint to resume from: last.pt; or ckpt.pt, if it is the only one or nanoGPT has trained it further."""
-    last, best = Path(folder, "last.pt"), Path(folder, "ckpt.pt")
-    if last.is_file() and best.is_file() and best.stat().st_mtime > last.stat().st_mtime:  # our trainer always writes last.pt last
-        return best if read(best)["iter_num"] > read(last)["iter_num"] else last
-    return last if last.is_file() else best
 
 
 def read(path):
@@ -113,10 +110,10 @@ def refuse_damage(path):
 
 # ------------------------------------------------------------------------------------------------------------ contents
 
-def contents(model, optimizer, *, iter_num, best_val_loss, config, tokenizer=None, resume=None):
-    """The dict of a checkpoint: nanoGPT's six entries, the tokenizer if there is one, and for last.pt what an exact continuation needs."""
+def contents(model, optimizer, *, iter_num, best_val_loss, config, tokenizer=None, run=None):
+    """The dict of a checkpoint: nanoGPT's six entries, the tokenizer if there is one, and the name of the run that it is of."""
     more = {} if tokenizer is None else {"tokenizer": tokenizer.to_state()}
-    more |= {} if resume is None else {"resume": resume}
+    more |= {} if run is None else {"run": run}
     return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), model_args=model_args(model.config), iter_num=iter_num,
                 best_val_loss=best_val_loss, config=config, **more)
 

@@ -13,7 +13,7 @@ class TrainOptions:
     torchrun --standalone --nproc_per_node=8 -m nanogpt_fast train config.py
     """
 
-    out_dir: str = option("out", "folder for ckpt.pt, last.pt, metrics.jsonl, loss.png", section="Files and evaluation")
+    out_dir: str = option("out", "folder for ckpt.pt, last.pt, metrics.jsonl, loss.png, run.json; one run at a time", section="Files and evaluation")
     eval_interval: int = option(2000, "steps between evaluations; each prints, saves and draws", minimum=1)
     log_interval: int = option(1, "steps between rows of metrics.jsonl and, not on a terminal, printed lines", minimum=1)
     eval_iters: int = option(200, "batches of each split that an evaluation averages", minimum=1)

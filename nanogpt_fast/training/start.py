@@ -1,7 +1,7 @@
 """How a run begins: its data, its model, and, if it resumes from a checkpoint, the saved state."""
 import torch
 
-from ..checkpoints import nanogpt as checkpoints
+from ..checkpoints import folder as run_folder, nanogpt as checkpoints
 from ..checkpoints.state import CheckpointError, set_random_states
 from ..config import GPTConfig
 from ..model import GPT
@@ -35,9 +35,9 @@ def initial_model(o, tokenizer, ops):
     if o.init_from != "resume":
         return GPT.from_pretrained(o.init_from, dict(dropout=o.dropout), activation=o.activation, backend=ops), None
 
-    path = checkpoints.latest(o.out_dir)
+    path = run_folder.latest(o.out_dir)
     checkpoint = checkpoints.read(path)
-    print(f"resuming from {path}, step {checkpoint['iter_num']}")
+    print(f"resuming from {path}: run {checkpoint.get('run', 'without a name')}, step {checkpoint['iter_num']}")
     known = checkpoint.get("tokenizer")
     if known is not None and tokenizer is not None and known != tokenizer.to_state():
         raise CheckpointError(
@@ -50,12 +50,14 @@ def initial_model(o, tokenizer, ops):
 def continue_exactly(start, optimizer, scaler, batches, ranks):
     """Restore optimizer, scaler, random states and data position; returns the step whose evaluation is already done.
 
-    nanoGPT's ckpt.pt has only the optimizer: the run then continues with fresh random numbers, as nanoGPT does.
+    A ckpt.pt has only the optimizer: the run then continues with fresh random numbers, as nanoGPT does, and says so.
     """
     if "optimizer" in start:
         checkpoints.load_optimizer(optimizer, start["optimizer"], start["path"])
     resume = start.get("resume")
     if resume is None:
+        print(f"WARNING: not an exact continuation: {start['path']} has the weights{' and the optimizer' * ('optimizer' in start)}, but "
+              "no random state and no position in the data. Batches and dropout start from fresh seeds")
         return None
     if scaler.is_enabled() and resume["scaler"]:
         scaler.load_state_dict(resume["scaler"])
@@ -65,9 +67,9 @@ def continue_exactly(start, optimizer, scaler, batches, ranks):
         try:
             batches.load_state_dict(mine["batches"])
         except ValueError as error:  # another batch size or text may be intended, so only say it
-            print(f"not an exact continuation: {error}")
+            print(f"WARNING: not an exact continuation: {error}")
     else:
-        print(f"saved by {len(resume['ranks'])} ranks, resumed by {ranks.size}: batches and dropout start from fresh seeds")
+        print(f"WARNING: not an exact continuation: saved by {len(resume['ranks'])} ranks, resumed by {ranks.size}: batches and dropout start from fresh seeds")
     return resume["evaluated_at"]
 
 

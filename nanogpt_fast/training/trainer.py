@@ -5,7 +5,7 @@ Read `_train` from top to bottom: data, model, optimizer and step, then one loop
     options.py      what can be set                    step.py         one step: forward, backward, clip, AdamW
     start.py        data, model, resuming              evaluation.py   the loss of both splits, a sample
     progress.py     what a run shows and records       losses.py       the losses of steps, read late
-    ../checkpoints/nanogpt.py: what it writes and reads back;  ../devices.py: devices and ranks
+    ../checkpoints/folder.py: its folder, and resuming;  ../checkpoints/nanogpt.py: its files;  ../devices.py: devices and ranks
 
 A run is a function of its options: evaluation and the printed samples draw from generators of their own, so a run that was
 stopped and resumed takes the same steps, bit for bit on a CPU, as one that never stopped.
@@ -23,7 +23,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import backend as ops_backend, devices, options
-from ..checkpoints import nanogpt as checkpoints
+from ..checkpoints import folder as run_folder, nanogpt as checkpoints
 from ..checkpoints.state import random_states
 from ..model import GPT
 from ..text.batches import Batches
@@ -70,12 +70,14 @@ def train(o):
     """Train with the TrainOptions `o` -> TrainResult.
 
     Raises ValueError for invalid options, FileNotFoundError for missing data, CheckpointError (a RuntimeError) if a
-    checkpoint can't be read or written, NonFiniteLoss if the loss becomes nan or infinite.
+    checkpoint can't be read or written, RuntimeError if another process trains in out_dir, NonFiniteLoss if the loss becomes nan
+    or infinite.
     """
     options.check(o)
     group, ops = split_backend(o.backend)
     with devices.ranks(group, devices.choose_device(o.device)) as (ranks, device):
         with (contextlib.nullcontext() if ranks.is_master else contextlib.redirect_stdout(io.StringIO()),
+              run_folder.owned(o.out_dir, create=o.init_from != "resume") if ranks.is_master else contextlib.nullcontext(),
               cpu.keep_freed_memory(device.type == "cpu" and o.malloc == "auto") as malloc):
             return _train(o, ranks, device, ops, malloc)
 
@@ -125,24 +127,26 @@ def _train(o, ranks, device, ops, malloc):
                         accumulation=accumulation, grad_clip=o.grad_clip, ranks=ranks.size)
 
     # the state of a resumed run
-    iter_num, best_val_loss, evaluated_at = 0, 1e9, None
+    iter_num, best_val_loss, evaluated_at, run = 0, 1e9, None, run_folder.new_run()
     if checkpoint is not None:
-        iter_num, best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
+        iter_num, best_val_loss, run = checkpoint["iter_num"], checkpoint["best_val_loss"], checkpoint.get("run", run)
         evaluated_at = start.continue_exactly(checkpoint, optimizer, step.scaler, train_batches, ranks)
-        checkpoint = None  # its weights are in the model now: free the memory
+    if ranks.is_master and not o.eval_only:
+        if checkpoint is not None:
+            run_folder.finish(o.out_dir, checkpoint)
+        else:
+            run_folder.begin(o.out_dir, run)
+    checkpoint = None  # its weights are in the model now: free the memory
 
-    def save(name, resume=None):
-        if ranks.is_master:
-            checkpoints.save(checkpoints.contents(model, optimizer, iter_num=iter_num, best_val_loss=best_val_loss,
-                                                  config=dataclasses.asdict(o), tokenizer=tokenizer, resume=resume), Path(o.out_dir, name))
-
-    def save_last():
+    def save(best=False):
+        """Write last.pt, and if `best` ckpt.pt too. Every rank's state is here before the first file is opened."""
         of_each_rank = ranks.gather(dict(random=random_states(), batches=train_batches.state_dict()))
-        save("last.pt", dict(ranks=of_each_rank, scaler=step.scaler.state_dict(), evaluated_at=evaluated_at))
+        if ranks.is_master:
+            contents = checkpoints.contents(model, optimizer, iter_num=iter_num, best_val_loss=best_val_loss,
+                                            config=dataclasses.asdict(o), tokenizer=tokenizer, run=run)
+            run_folder.save(o.out_dir, contents, dict(ranks=of_each_rank, scaler=step.scaler.state_dict(), evaluated_at=evaluated_at),
+                            best=best)
 
-    if ranks.is_master:
-        Path(o.out_dir).mkdir(parents=True, exist_ok=True)
-        checkpoints.remove_leftovers(o.out_dir)
     tokens = o.gradient_accumulation_steps * o.batch_size * T
     banner(o, step, dtype, compiled, not_captured, malloc, ranks, folder, tokens)
     progress = Progress(o, start=iter_num, total=o.max_iters, tokens=tokens, evaluated_at=evaluated_at, active=ranks.is_master)
@@ -181,9 +185,7 @@ def _train(o, ranks, device, ops, malloc):
                         text = sample_text(model, tokenizer, o, device, step.context) if ranks.is_master else None
                         progress.evaluated(iter_num, found, lr, " (best)" if improved else "", text)
                         if iter_num > 0 and not o.eval_only:
-                            if improved or o.always_save_checkpoint:
-                                save("ckpt.pt")
-                            save_last()
+                            save(best=improved or o.always_save_checkpoint)
             if stopping or o.eval_only or iter_num >= o.max_iters:
                 break
 
@@ -200,7 +202,7 @@ def _train(o, ranks, device, ops, malloc):
 
         losses.read(report)
         if stopping and not o.eval_only:
-            save_last()
+            save()
     train_loss, val_loss = (None, None) if measured is None else (measured["train"], measured["val"])
     return TrainResult(model, Path(o.out_dir), iter_num, best_val_loss, train_loss, val_loss,
                        (stop.signal or signal.SIGTERM) if stopping else None)

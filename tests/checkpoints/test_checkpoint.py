@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 
-from nanogpt_fast import GPT, GPTConfig, options
+from nanogpt_fast import GPT, GPTConfig, files, options
 from nanogpt_fast.checkpoints import nanogpt as checkpoint
 from nanogpt_fast.checkpoints.nanogpt import CheckpointError, load_model, read, save
 from nanogpt_fast.training import start, trainer as training
@@ -53,7 +53,7 @@ def refused(path):
 
 def test_ckpt_pt_has_nanogpts_keys_and_plain_contents(trained):
     saved = torch.load(trained / "ckpt.pt", weights_only=True)
-    assert list(saved) == ["model", "optimizer", "model_args", "iter_num", "best_val_loss", "config", "tokenizer"]
+    assert list(saved) == ["model", "optimizer", "model_args", "iter_num", "best_val_loss", "config", "tokenizer", "run"]
     assert set(saved["model_args"]) == {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
     assert saved["config"]["dataset"] == "sums" and saved["iter_num"] == 10 and isinstance(saved["best_val_loss"], float)
 
@@ -221,14 +221,12 @@ def test_kill_9_in_the_middle_of_a_write_leaves_the_former_checkpoint_whole(tmp_
     leftovers = [p for p in tmp_path.iterdir() if p.name != "ckpt.pt"]
     assert leftovers and leftovers[0].stat().st_size > 100_000  # it was killed with half a file on the disk
     assert read(tmp_path / "ckpt.pt")["iter_num"] == 1
-    checkpoint.remove_leftovers(tmp_path)
+    files.remove_litter(tmp_path)
     assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 
 def full_disk(monkeypatch, room):
     """From now on every file that `replacing` writes to fails like a full disk after `room` bytes."""
-    from nanogpt_fast import files
-
     class Full:
         def __init__(self, file):
             self.file, self.left = file, room

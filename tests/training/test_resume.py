@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from nanogpt_fast import GPT
-from nanogpt_fast.checkpoints import nanogpt as checkpoint
+from nanogpt_fast.checkpoints import folder as run_folder
 from nanogpt_fast.checkpoints import state
 from nanogpt_fast.checkpoints.nanogpt import CheckpointError
 from nanogpt_fast.training import progress
@@ -110,11 +110,12 @@ def test_a_ckpt_pt_that_nanogpt_has_trained_further_is_preferred_to_an_older_las
     o = tiny.options(folder, max_iters=4)
     train(o)
     saved = torch.load(folder / "out" / "ckpt.pt", weights_only=True)
-    torch.save(saved, folder / "out" / "ckpt.pt")  # younger, but no further: last.pt, which can do it exactly
-    os.utime(folder / "out" / "last.pt", (1, 1))
-    assert checkpoint.latest(folder / "out").name == "last.pt"
-    torch.save({**saved, "iter_num": 9}, folder / "out" / "ckpt.pt")
-    assert checkpoint.latest(folder / "out").name == "ckpt.pt"
+    theirs = {key: saved[key] for key in ("model", "optimizer", "model_args", "iter_num", "best_val_loss", "config")}
+    torch.save(theirs, folder / "out" / "ckpt.pt")  # younger, but no further: last.pt, which can do it exactly
+    os.utime(folder / "out" / "last.pt", (time.time() - 9, time.time() - 9))
+    assert run_folder.latest(folder / "out").name == "last.pt"
+    torch.save({**theirs, "iter_num": 9}, folder / "out" / "ckpt.pt")
+    assert run_folder.latest(folder / "out").name == "ckpt.pt"
     assert train(dataclasses.replace(o, init_from="resume", max_iters=11)).iter_num == 11
 
 

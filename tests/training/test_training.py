@@ -117,7 +117,7 @@ def tiny_vocab(folder):
 def test_a_run_learns_and_leaves_its_metrics_its_picture_and_its_checkpoints(folder, capsys):
     o = tiny.options(folder, max_iters=35, sample_tokens=20)
     result = train(o)
-    assert sorted(p.name for p in result.out_dir.iterdir()) == ["ckpt.pt", "last.pt", "loss.png", "metrics.jsonl"]
+    assert sorted(p.name for p in result.out_dir.iterdir()) == ["ckpt.pt", "last.pt", "loss.png", "metrics.jsonl", "run.json"]
     assert (result.out_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list(tiny.losses(o)) == list(range(35))
     evaluations = tiny.evaluations(o)

@@ -1,0 +1,172 @@
+"""A run's folder: who trains in it, which of its checkpoints a resume takes, and how they are saved.
+
+last.pt is the state of the run, and its rename is the one commit point. ckpt.pt, with the weights to sample from, is renamed after
+it. A kill between the two renames loses nothing: last.pt has all that ckpt.pt has, and `finish` writes ckpt.pt from it.
+
+run.json names the process that trains here and is locked while it lives. It also names the run that began here last. If that run was
+killed before its first checkpoint, the checkpoints here are of an earlier run, and `latest` refuses them.
+"""
+import contextlib
+import json
+import os
+import secrets
+import socket
+import time
+from pathlib import Path
+
+import torch
+
+from .. import files
+from . import nanogpt
+from .state import CheckpointError
+
+RECORD = "run.json"
+_locked = set()  # descriptors of the locked run.json files
+
+
+def _unlock_in_child():
+    for descriptor in _locked:
+        os.close(descriptor)
+    _locked.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_in_child)  # a forked child may outlive the trainer, and must not keep its lock
+
+
+# ------------------------------------------------------------------------------------------------------------ who has it
+
+@contextlib.contextmanager
+def owned(folder, create=True):
+    """Inside, no other process trains in `folder`. Removes what killed runs left half-written there.
+
+    The lock ends with the process, however it ends. create: create the folder if it is missing; otherwise a missing one is left alone.
+    Raises RuntimeError, which names the process that has the folder.
+    """
+    folder = Path(folder)
+    if not create and not folder.is_dir():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / RECORD, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        taken = files.lock(descriptor)
+        if taken is False:
+            other = _record(folder)
+            raise RuntimeError(f"{folder} is in use: process {other.get('pid', '(unknown)')} on {other.get('host', 'an unknown host')} has "
+                               f"trained there since {other.get('since', 'an unknown time')}. Two runs would overwrite each other's "
+                               "checkpoints. Wait for its end, stop it, or use another --out_dir")
+        if taken is None:
+            print(f"{folder}: this file system has no locks, so a second run in the same folder would not be noticed")
+        _locked.add(descriptor)
+        _write(folder, pid=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M:%S"))
+        files.remove_litter(folder)
+        yield
+    finally:
+        _locked.discard(descriptor)
+        os.close(descriptor)
+
+
+def begin(folder, run):
+    """Note that the run `run` begins here with new weights. Says which checkpoints it is going to replace."""
+    last, best = Path(folder, "last.pt"), Path(folder, "ckpt.pt")
+    former = last if last.is_file() else best
+    if former.is_file():
+        print(f"{former} is {_described(_label(former))}: this new run replaces it at its first checkpoint "
+              "(--init_from=resume continues the earlier run)")
+    _write(folder, run=run, began=time.time())
+
+
+def new_run():
+    """The name of a new run: when it began, and some random digits."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+
+
+def _record(folder):
+    """What run.json holds: pid, host, since; run, began (seconds since 1970) of the run that began here last. Whatever is unknown is absent."""
+    try:
+        found = json.loads(Path(folder, RECORD).read_text(encoding="utf-8").splitlines()[0])
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, IndexError):
+        return {}
+
+
+def _write(folder, **changes):
+    """Change run.json in place, because the lock belongs to this very file: in one write, and a reader takes only the first line."""
+    line = json.dumps({**_record(folder), **changes}).encode() + b"\n"
+    with open(Path(folder, RECORD), "r+b", buffering=0) as f:
+        f.write(line)
+        f.truncate()
+
+
+# ------------------------------------------------------------------------------------------------------------ what to resume
+
+def latest(folder):
+    """The path of the checkpoint to resume from: last.pt; or ckpt.pt, if it is the only one or nanoGPT has trained it further.
+
+    Raises CheckpointError if it is of an earlier run than the one that began in this folder last.
+    """
+    last, best = Path(folder, "last.pt"), Path(folder, "ckpt.pt")
+    chosen = last if last.is_file() else best
+    if last.is_file() and best.is_file() and best.stat().st_mtime > last.stat().st_mtime:
+        try:
+            label = _label(best)
+            if (label is None or label[0] is None) and nanogpt.read(best)["iter_num"] > nanogpt.read(last)["iter_num"]:
+                chosen = best
+        except CheckpointError as error:
+            print(f"WARNING: {error} {last} is taken.")
+    record = _record(folder)
+    if "run" in record and chosen.is_file() and chosen.stat().st_mtime < record["began"]:
+        label = _label(chosen)
+        if label is not None and label[0] != record["run"]:
+            began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["began"]))
+            raise CheckpointError(f"{chosen} is {_described(label)}, but a later run, {record['run']}, began in {folder} at {began} and "
+                                  f"ended before its first checkpoint. Start that run again without --init_from=resume; or, to "
+                                  f"continue the earlier one, delete {Path(folder, RECORD)}")
+    return chosen
+
+
+def _label(path):
+    """(run, step) that a checkpoint says it is of; the run is None in nanoGPT's; None for a file that cannot be read.
+
+    The weights stay on the disk."""
+    try:
+        with torch.serialization.safe_globals(nanogpt.NUMPY_SCALARS):
+            found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return found.get("run"), int(found["iter_num"])
+    except Exception:  # whatever torch's reader meets first in a damaged or foreign file; `nanogpt.read` says what it is
+        return None
+
+
+def _described(label):
+    """A label in words."""
+    if label is None:
+        return "not readable"
+    run, step = label
+    return f"of {'a run without a name' if run is None else f'run {run}'}, step {step}"
+
+
+# ------------------------------------------------------------------------------------------------------------ saving
+
+def save(folder, checkpoint, resume, *, best):
+    """Write last.pt, and if `best` ckpt.pt too. checkpoint: of `nanogpt.contents`. resume: what an exact continuation needs besides.
+
+    A kill at any time leaves a whole last.pt, the former or the new one, and with it all that is needed. Raises CheckpointError.
+    """
+    last, ckpt = Path(folder, "last.pt"), Path(folder, "ckpt.pt")
+    with nanogpt.writing(*[last, ckpt][:1 + best]) as opened:
+        if best:
+            torch.save(checkpoint, opened[1])
+            opened[1].flush()  # so that last.pt is the younger file
+        torch.save({**checkpoint, "resume": {**resume, "ckpt": best}}, opened[0])
+
+
+def finish(folder, checkpoint):
+    """Write the ckpt.pt that was saved with this checkpoint of last.pt, if a kill came before it got its name."""
+    last, ckpt = Path(folder, "last.pt"), Path(folder, "ckpt.pt")
+    if not checkpoint.get("resume", {}).get("ckpt"):
+        return
+    stale = not ckpt.is_file() or ckpt.stat().st_mtime <= last.stat().st_mtime
+    if stale and _label(ckpt) != (checkpoint["run"], checkpoint["iter_num"]):
+        print(f"{ckpt} is older than {last}: the run was killed while it saved both. It is written again from {last}")
+        nanogpt.save({key: value for key, value in checkpoint.items() if key not in ("resume", "path")}, ckpt)
