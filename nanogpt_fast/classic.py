@@ -356,11 +356,16 @@ def train(model, train_data, val_data, *, steps, batch_size=32, learning_rate=1e
 CLASSES = {cls.__name__: cls for cls in (Bigram, AttentionOnly, ClassicGPT)}
 
 
+def contents(model, tokenizer=None):
+    """What a checkpoint of one of this file's models holds: its class, config and weights, and the tokenizer."""
+    return {"classic": type(model).__name__, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
+            "tokenizer": None if tokenizer is None else tokenizer.to_state()}
+
+
 def save_checkpoint(path, model, tokenizer=None):
     """Write one of this file's models, with its config and tokenizer, to `path` (a temporary name first, then renamed)."""
     with replacing(path) as f:
-        torch.save({"classic": type(model).__name__, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
-                    "tokenizer": None if tokenizer is None else tokenizer.to_state()}, f)
+        torch.save(contents(model, tokenizer), f)
 
 
 def is_checkpoint(path):

@@ -1,7 +1,7 @@
 """Write files so that a crash, a full disk or kill -9 leaves either the old content or the new, never a mixture; lock a file.
 
-A temporary file stays locked while its process writes it. So `remove_litter` can tell what a killed process left behind from what
-another process is writing now.
+A temporary file is locked while its process writes it. So what a killed process left can be told from what another process is writing
+now, and goes away when the same file is written next.
 """
 import contextlib
 import os
@@ -15,7 +15,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")  # how the names of temporary files end
+TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp")  # what the name of a temporary file adds to the file's
 
 
 @contextlib.contextmanager
@@ -38,7 +38,8 @@ def replacing_together(*paths, without=()):
     order given. A kill between two renames leaves the first ones new and the others old. Where no reader may take such a mixture,
     name one file that every reader needs in `without`, and give it last: the files in `without` are deleted before the first rename.
     """
-    paths = [os.path.realpath(os.fspath(path)) for path in paths]
+    paths, without = ([os.path.realpath(os.fspath(path)) for path in named] for named in (paths, without))
+    remove_litter(*paths)
     with contextlib.ExitStack() as temporaries:
         files = [temporaries.enter_context(_temporary(path)) for path in paths]
         yield files
@@ -98,10 +99,27 @@ def lock(file):
     return True
 
 
-def remove_litter(folder):
-    """Delete the temporary files in `folder` that killed processes left. Those that a living process writes are locked and stay."""
-    for path in Path(folder).glob("*.tmp"):
-        if TEMPORARY.search(path.name):
-            with contextlib.suppress(OSError), open(path, "r+b") as f:
-                if lock(f):
-                    path.unlink()
+@contextlib.contextmanager
+def locked(folder, say):
+    """Inside, no other process is inside `locked` of this folder: waits for it, and tells `say`. Does nothing where there are no locks."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if lock(descriptor) is False:
+            say(f"another process writes to {folder}: waiting for its end")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_litter(*paths):
+    """Delete the temporary files that killed processes left of these files. Those that a living process writes are locked and stay."""
+    for path in map(Path, paths):
+        for temporary in path.parent.glob("*.tmp"):
+            if temporary.name.startswith(path.name) and TEMPORARY.fullmatch(temporary.name, len(path.name)):
+                with contextlib.suppress(OSError), open(temporary, "r+b") as f:
+                    if lock(f):
+                        temporary.unlink()

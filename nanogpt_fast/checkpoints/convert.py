@@ -24,9 +24,7 @@ of both models are compared at the end, and a difference raises, too: no convers
 """
 import contextlib
 import io
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,7 +37,7 @@ from ..classic import ClassicConfig, ClassicGPT
 from ..config import GPTConfig
 from ..model import GPT
 from ..options import option
-from . import nanogpt
+from . import huggingface, nanogpt
 from .state import plain_names, untie_head
 
 # A linear layer or LayerNorm each, by its two names in a block; only c_attn has no one-to-one counterpart.
@@ -113,9 +111,11 @@ def convert_checkpoint(source, target, to=None):
         return gpt
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     converted = to_classic(gpt) if to == "classic" else gpt
-    with _proved(target, converted) as temporary:
-        write = classic.save_checkpoint if to == "classic" else save_gpt
-        write(temporary, converted, tokenizer)
+    contents = classic.contents(converted, tokenizer) if to == "classic" else gpt_contents(converted, tokenizer)
+    with nanogpt.writing(target) as (f,):
+        torch.save(contents, f)
+        f.flush()
+        _prove(converted, _load(f.name)[0])
     return converted
 
 
@@ -135,30 +135,16 @@ def _load(source):
     return gpt, tokenizer, "nanogpt"
 
 
-@contextlib.contextmanager
-def _proved(target, model):
-    """Write to a temporary name, read it back, compare logits with `model`'s, rename."""
-    temporary = Path(f"{target}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        _prove(model, _load(temporary)[0])
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write_folder(gpt, target):
-    target = Path(target)
-    if target.exists() and not target.is_dir():
+    if Path(target).exists() and not Path(target).is_dir():
         raise FileExistsError(f"{target} is a file; transformers' models are folders")
-    target.mkdir(parents=True, exist_ok=True)
+
+    def check(folder):
+        _prove(gpt, _load(folder)[0])
+        if find_spec("transformers"):
+            _prove(gpt, _TransformersGPT(folder))
     try:
-        with tempfile.TemporaryDirectory(dir=target, prefix=".") as temporary:
-            gpt.save_pretrained(temporary)
-            _prove(gpt, _load(temporary)[0])
-            _prove(gpt, _TransformersGPT(temporary)) if find_spec("transformers") else None
-            for file in Path(temporary).iterdir():
-                os.replace(file, target / file.name)
+        huggingface.write_folder(gpt, target, check)
     except ValueError as error:
         raise ConversionError(str(error)) from None
 
@@ -203,11 +189,15 @@ def main(argv):
     print(f"{o.target} holds the {type(model).__name__} that computes what {o.source} does: read back, and its logits compared")
 
 
-def save_gpt(path, gpt, tokenizer=None, *, iter_num=0, best_val_loss=float("inf"), config=None):
-    """Write a GPT as nanoGPT's ckpt.pt, with a fresh optimizer: `nanogpt-fast sample` and `chat` read it."""
+def save_gpt(path, gpt, tokenizer=None, **known):
+    """Write a GPT as nanoGPT's ckpt.pt, with a fresh optimizer: `nanogpt-fast sample` and `chat` read it. known: see `gpt_contents`."""
+    nanogpt.save(gpt_contents(gpt, tokenizer, **known), path)
+
+
+def gpt_contents(gpt, tokenizer=None, *, iter_num=0, best_val_loss=float("inf"), config=None):
+    """What nanoGPT's ckpt.pt of this GPT holds, with a fresh optimizer."""
     optimizer = _quietly(lambda: gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu"))
-    nanogpt.save(nanogpt.contents(gpt, optimizer, iter_num=iter_num, best_val_loss=best_val_loss, config=config or {},
-                                  tokenizer=tokenizer), path)
+    return nanogpt.contents(gpt, optimizer, iter_num=iter_num, best_val_loss=best_val_loss, config=config or {}, tokenizer=tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from . import nanogpt
 from .state import CheckpointError
 
 RECORD = "run.json"
+WRITTEN = ("ckpt.pt", "last.pt", "metrics.jsonl", "loss.png")  # by a trainer, each under a temporary name first
 _locked = set()  # descriptors of the locked run.json files
 
 
@@ -60,7 +61,7 @@ def owned(folder, create=True):
             print(f"{folder}: this file system has no locks, so a second run in the same folder would not be noticed")
         _locked.add(descriptor)
         _write(folder, pid=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M:%S"))
-        files.remove_litter(folder)
+        files.remove_litter(*(folder / name for name in WRITTEN))
         yield
     finally:
         _locked.discard(descriptor)

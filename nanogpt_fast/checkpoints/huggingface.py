@@ -6,12 +6,13 @@ initialise missing weights.
 """
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import torch
 
 from ..config import GPTConfig
-from ..files import replacing
+from ..files import replacing_together
 from .state import CheckpointError, plain_names
 
 SIZES = {
@@ -99,7 +100,8 @@ def _json(path):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}. A folder written by save_pretrained has this file.") from None
+        raise CheckpointError(f"cannot read {path}: {error.strerror}. A folder written by save_pretrained has this file; "
+                              "if writing it was interrupted, write it again.") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON, or is damaged ({error})") from None
     if not isinstance(content, dict):
@@ -158,10 +160,12 @@ def shapes(config):
     return {**found, "transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,), "lm_head.weight": (V, C)}
 
 
-def write_folder(model, folder):
+def write_folder(model, folder, check=None):
     """Write a GPT as config.json and model.safetensors, which transformers' GPT2LMHeadModel.from_pretrained reads. Exact.
 
-    Absent biases become zeros. Raises ValueError for an untied head, which transformers' GPT-2 does not have.
+    Absent biases become zeros. check: called with a folder that shows the two files before they get their names; if it raises, nothing
+    has changed. An interruption leaves the former model, the new one, or no config.json, without which nobody reads the folder: never
+    the weights of one with the config of another. Raises ValueError for an untied head, which transformers' GPT-2 does not have.
     """
     if model.lm_head.weight is not model.transformer.wte.weight or model.lm_head.bias is not None:
         raise ValueError("this GPT's head is a matrix of its own, or has a bias; transformers' GPT-2 has the "
@@ -182,9 +186,16 @@ def write_folder(model, folder):
                 "torch_dtype": dtype, "bos_token_id": _end_of_text(cfg), "eos_token_id": _end_of_text(cfg)}
     content = _safetensors().save(tensors, metadata={"format": "pt"})
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, data in ((WEIGHTS, content), ("config.json", json.dumps(settings, indent=2).encode() + b"\n")):
-        with replacing(Path(folder, name)) as file:
-            file.write(data)
+    weights, config = Path(folder, WEIGHTS), Path(folder, "config.json")
+    with replacing_together(weights, config, without=[config]) as (f, g):
+        f.write(content)
+        g.write(json.dumps(settings, indent=2).encode() + b"\n")
+        if check is not None:
+            f.flush(), g.flush()
+            with tempfile.TemporaryDirectory() as view:
+                for written, path in ((f, weights), (g, config)):
+                    os.symlink(written.name, Path(view, path.name))
+                check(view)
 
 
 def _end_of_text(config):

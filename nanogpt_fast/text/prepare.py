@@ -8,7 +8,6 @@
 The trainer calls `find(dataset)`: it takes the name of a prepared folder or of a corpus, or the path of a text, and prepares
 what is missing.
 """
-import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt_fast import options
-from nanogpt_fast.files import replacing
+from nanogpt_fast.files import locked, remove_litter, replacing_together
 from nanogpt_fast.options import option
 from nanogpt_fast.text import corpora, tokenizers
 
@@ -96,9 +95,9 @@ def find(dataset, data_dir="data", say=print):
 def write(text, folder, kind="char", *, source="", vocab_limit=None, val_fraction=0.1, say=print):
     """Write the token files of `text` to `folder`; returns the tokenizer. kind: "char", "word" or "gpt2".
 
-    Everything is written under temporary names first. Then the old train.bin is removed and the new one renamed last, so that an
-    interruption leaves the former data set, the new one, or visibly none: never parts of both. Raises ValueError if the
-    vocabulary does not fit 16 bits or a split would be empty.
+    Everything is written under temporary names first. Once it is all on the disk, the old train.bin is removed and the new one renamed
+    last, so that an interruption leaves the former data set, the new one, or visibly none: never parts of both. Two processes take
+    turns. Raises ValueError if the vocabulary does not fit 16 bits or a split would be empty.
     """
     folder = Path(folder)
     tokenizer = _build_tokenizer(text, kind, source, vocab_limit)
@@ -112,17 +111,19 @@ def write(text, folder, kind="char", *, source="", vocab_limit=None, val_fractio
                          "one")
 
     folder.mkdir(parents=True, exist_ok=True)
+    vocabulary, former = VOCABULARIES if kind == "char" else VOCABULARIES[::-1]
+    names = ("val.bin", "source.json", vocabulary, "train.bin")
     counts = {}
-    with contextlib.ExitStack() as renames:  # exits in reverse order: train.bin, entered first, is renamed last
-        for name, part in splits.items():
-            file = renames.enter_context(replacing(folder / name))
-            counts[name] = sum(_write_ids(file, tokenizer, chunk) for chunk in _chunks(part, kind))
-        about = dict(source=source if source in corpora.TOKENIZER else os.path.abspath(source), sha256=_sha256(text), kind=kind,
-                     vocab_limit=vocab_limit, val_fraction=val_fraction)
-        renames.enter_context(replacing(folder / "source.json")).write(json.dumps(about, indent=1).encode())
-        for former in ("train.bin", *VOCABULARIES):
-            (folder / former).unlink(missing_ok=True)
-        tokenizer.save(folder / VOCABULARIES[kind != "char"])
+    with locked(folder, say):
+        remove_litter(folder / former)
+        with replacing_together(*(folder / name for name in names), without=[folder / "train.bin", folder / former]) as opened:
+            file = dict(zip(names, opened))
+            for name, part in splits.items():
+                counts[name] = sum(_write_ids(file[name], tokenizer, chunk) for chunk in _chunks(part, kind))
+            about = dict(source=source if source in corpora.TOKENIZER else os.path.abspath(source), sha256=_sha256(text), kind=kind,
+                         vocab_limit=vocab_limit, val_fraction=val_fraction)
+            file["source.json"].write(json.dumps(about, indent=1).encode())
+            tokenizer.write(file[vocabulary])
     say(f"{len(text):,} characters, a vocabulary of {tokenizer.vocab_size:,} ({kind}): "
         f"{counts['train.bin']:,} tokens to train on, {counts['val.bin']:,} to validate on, in {folder}")
     return tokenizer

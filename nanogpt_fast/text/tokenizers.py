@@ -53,8 +53,13 @@ class Tokenizer:
 
     def save(self, path):
         """Write the tokenizer to `path` (under a temporary name first, then renamed)."""
-        with replacing(path) as f:  # surrogatepass: a lone surrogate is a character to Python and must survive the round trip
-            f.write(json.dumps(self.to_state(), ensure_ascii=False, indent=1).encode("utf-8", "surrogatepass"))
+        with replacing(path) as f:
+            self.write(f)
+
+    def write(self, file):
+        """Write the tokenizer to an open binary file."""
+        # surrogatepass: a lone surrogate is a character to Python and must survive the round trip
+        file.write(json.dumps(self.to_state(), ensure_ascii=False, indent=1).encode("utf-8", "surrogatepass"))
 
     @classmethod
     def load(cls, path):
@@ -113,10 +118,9 @@ class CharTokenizer(Tokenizer):
     def to_state(self):
         return {"kind": "char", "chars": list(self.stoi)}
 
-    def save(self, path):
+    def write(self, file):
         """Write nanoGPT's meta.pkl: a pickled {"vocab_size", "itos", "stoi"}."""
-        with replacing(path) as f:
-            pickle.dump({"vocab_size": self.vocab_size, "itos": self.itos, "stoi": self.stoi}, f)
+        pickle.dump({"vocab_size": self.vocab_size, "itos": self.itos, "stoi": self.stoi}, file)
 
 
 class WordTokenizer(Tokenizer):

@@ -221,7 +221,7 @@ def test_kill_9_in_the_middle_of_a_write_leaves_the_former_checkpoint_whole(tmp_
     leftovers = [p for p in tmp_path.iterdir() if p.name != "ckpt.pt"]
     assert leftovers and leftovers[0].stat().st_size > 100_000  # it was killed with half a file on the disk
     assert read(tmp_path / "ckpt.pt")["iter_num"] == 1
-    files.remove_litter(tmp_path)
+    files.remove_litter(tmp_path / "ckpt.pt")
     assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 

@@ -1,13 +1,15 @@
 """Checkpoints between nanoGPT's ckpt.pt, the classic layout and transformers' folders: every direction exact, and what is refused."""
+import itertools
 import json
 import os
 import shutil
 
+import kills
 import pytest
 import torch
 
 from nanogpt_fast import GPT, GPTConfig, classic, cli
-from nanogpt_fast.checkpoints import convert, nanogpt as checkpoint
+from nanogpt_fast.checkpoints import convert, huggingface, nanogpt as checkpoint
 from nanogpt_fast.checkpoints.convert import ConversionError, convert_checkpoint
 from nanogpt_fast.checkpoints.nanogpt import CheckpointError
 
@@ -204,14 +206,43 @@ def test_a_conversion_that_went_wrong_is_noticed_before_the_target_gets_its_name
         with torch.no_grad():
             model.transformer.h[1].mlp.c_fc.weight.mul_(1.01)
         return model
-    save_gpt, save_pretrained = convert.save_gpt, GPT.save_pretrained
-    monkeypatch.setattr(convert, "save_gpt", lambda path, model, tokenizer: save_gpt(path, wrong(convert.to_gpt(convert.to_classic(model)))))
-    monkeypatch.setattr(GPT, "save_pretrained", lambda model, folder: save_pretrained(wrong(convert.to_gpt(convert.to_classic(model))), folder))
+    gpt_contents, write_folder = convert.gpt_contents, huggingface.write_folder
+    monkeypatch.setattr(convert, "gpt_contents", lambda model, _: gpt_contents(wrong(convert.to_gpt(convert.to_classic(model)))))
+    monkeypatch.setattr(huggingface, "write_folder", lambda model, folder, check: write_folder(
+        wrong(convert.to_gpt(convert.to_classic(model))), folder, check))
     for source, target in ((sources["classic"], tmp_path / "ckpt.pt"), (sources["nanogpt"], tmp_path / "hf")):
         assert cli.main(["convert", str(source), str(target)]) == 2
         out, err = capsys.readouterr()
         assert "logits differ by" in err and "holds the GPT" not in out
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_kill_before_any_call_leaves_the_former_folder_the_new_one_or_one_that_is_refused(sources, tmp_path):
+    """Both have the same shapes: only config.json tells how many heads there are."""
+    former, new = gpt(n_head=4), gpt(activation="gelu_tanh")
+    with torch.no_grad():
+        new.transformer.h[0].mlp.c_fc.weight.mul_(2)
+    expected = {"former": former(IDX, IDX)[0], "new": new(IDX, IDX)[0]}
+    found = []
+    for last in itertools.count():
+        shutil.rmtree(tmp_path / "hf", ignore_errors=True)
+        former.save_pretrained(tmp_path / "hf")
+        (tmp_path / "hf" / "notes.txt").write_text("mine")
+        try:
+            with kills.killed_before(last):
+                huggingface.write_folder(new, tmp_path / "hf")
+            break
+        except kills.Killed:
+            pass
+        try:
+            logits = GPT.from_pretrained(str(tmp_path / "hf")).eval()(IDX, IDX)[0]
+            found.append(next(name for name in expected if torch.equal(logits, expected[name])))
+        except CheckpointError as error:
+            assert "cannot read" in str(error) and "config.json" in str(error) and "write it again" in str(error)
+            found.append("refused")
+        convert_checkpoint(sources["nanogpt"], tmp_path / "hf")
+        assert sorted(os.listdir(tmp_path / "hf")) == ["config.json", "model.safetensors", "notes.txt"]
+    assert set(found) == {"former", "refused", "new"} and found == sorted(found, key=["former", "refused", "new"].index)
 
 
 def test_the_command_says_what_it_did_and_what_cannot_be(sources, tmp_path, capsys):

@@ -26,20 +26,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-class Killed(BaseException):
-    """In place of kill -9: nothing catches it."""
-
-
 def killed(o, monkeypatch, step=2):
     """Train until `step`, then end without a word to the disk."""
     original = progress.Progress.step
 
     def last_step(self, iter_num, *args):
         if iter_num == step:
-            raise Killed
+            raise kills.Killed
         original(self, iter_num, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(kills.Killed):
         patch.setattr(progress.Progress, "step", last_step)
         train(o)
 
@@ -111,9 +107,9 @@ def test_a_kill_between_the_two_renames_costs_nothing(folder, monkeypatch, capsy
     def until_last_pt(source, target):
         replace(source, target)
         if target.endswith("last.pt"):
-            raise Killed
+            raise kills.Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(kills.Killed):
         patch.setattr(os, "replace", until_last_pt)
         train(o)
     assert not (folder / "out" / "ckpt.pt").exists()
@@ -207,14 +203,14 @@ def test_a_file_system_without_locks_is_said_and_trained_on(folder, monkeypatch,
 def test_a_start_removes_what_dead_processes_left_and_nothing_else(folder):
     out = folder / "out"
     out.mkdir()
-    for name in ("loss.png.0123abcd.tmp", "last.pt.89abcdef.tmp", "my.tmp", "notes.txt"):
+    for name in ("loss.png.0123abcd.tmp", "last.pt.89abcdef.tmp", "my.tmp", "my.0123abcd.tmp", "notes.txt"):
         (out / name).write_bytes(b"half")
     with files.replacing(out / "being-written") as f:       # by a living process
         train(tiny.options(folder, max_iters=2))
         f.write(b"whole")
     assert (out / "being-written").read_bytes() == b"whole"
     left = sorted(name for name in os.listdir(out) if name not in ("ckpt.pt", "last.pt", "loss.png", "metrics.jsonl", "run.json"))
-    assert left == ["being-written", "my.tmp", "notes.txt"]
+    assert left == ["being-written", "my.0123abcd.tmp", "my.tmp", "notes.txt"]
 
 
 def test_files_that_are_one_state_change_together_or_not_at_all(tmp_path, monkeypatch):

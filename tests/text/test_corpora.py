@@ -1,9 +1,14 @@
 """Corpora and the files made from them (C29): read and written as nanoGPT does, with clear errors for texts that are none."""
 import hashlib
+import itertools
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import kills
 import numpy as np
 import pytest
 
@@ -176,13 +181,66 @@ def test_a_failure_on_the_way_leaves_the_former_data_whole(monkeypatch):
     assert {path.name: path.read_bytes() for path in Path("data/play").iterdir()} == before
 
 
-def test_a_crash_between_the_renames_leaves_no_mixture(monkeypatch):
+def test_a_kill_before_any_call_leaves_the_former_data_the_new_or_visibly_none(tmp_path):
+    new = TEXT + "\u00df"
+    found = []
+    for last in itertools.count():
+        shutil.rmtree("data", ignore_errors=True)
+        prepare.write(TEXT, "data/play", "word")
+        try:
+            with kills.killed_before(last):
+                prepare.write(new, "data/play")
+            break
+        except kills.Killed:
+            pass
+        try:
+            tokenizer = prepare.load_tokenizer(prepare.find("play"))
+            text = tokenizer.decode([*tokens("data/play", "train"), *tokens("data/play", "val")])
+            found.append({TEXT: "former", new: "new"}[text])
+        except FileNotFoundError as error:
+            assert "no data set 'play'" in str(error)
+            found.append("none")
+        prepare.write(new, "data/play")
+        assert not list(Path("data/play").glob("*.tmp"))
+    assert set(found) == {"former", "none", "new"} and found == sorted(found, key=["former", "none", "new"].index)
+    assert found.count("none") == 5     # from the removal of train.bin to its rename
+
+
+def test_a_disk_that_is_full_at_the_last_moment_leaves_the_former_data_whole(monkeypatch):
     prepare.write(TEXT, "data/play")
-    monkeypatch.setattr(tokenizers.CharTokenizer, "save", lambda self, path: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        prepare.write(TEXT + "ß", "data/play")
-    with pytest.raises(FileNotFoundError, match="no data set 'play'"):
-        prepare.find("play")
+    before = {path.name: path.read_bytes() for path in Path("data/play").iterdir()}
+    fsync, calls = os.fsync, []
+
+    def full_disk(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        prepare.write(TEXT[::-1] + "new", "data/play")
+    assert {path.name: path.read_bytes() for path in Path("data/play").iterdir()} == before
+
+
+def test_a_second_process_waits_for_the_first_and_says_so(tmp_path):
+    code = ("import sys; from nanogpt_fast import files\n"
+            "with files.locked(sys.argv[1], print): print('locked', flush=True); sys.stdin.readline()")
+    Path("data/play").mkdir(parents=True)
+    process = subprocess.Popen([sys.executable, "-c", code, "data/play"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert process.stdout.readline() == b"locked\n"
+    said = []
+
+    def say(text):
+        said.append((text, Path("data/play/train.bin").exists()))
+        if "waiting" in text:
+            process.stdin.close()   # the other one ends
+
+    prepare.write(TEXT, "data/play", say=say)
+    assert process.wait() == 0
+    process.stdout.close()
+    assert said[0] == ("another process writes to data/play: waiting for its end", False) and said[-1][1]
 
 
 # ---------------------------------------------------------------------------------------------------------- find
