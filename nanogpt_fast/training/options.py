@@ -9,11 +9,12 @@ from ..options import option
 class TrainOptions:
     """Train a GPT on text. nanoGPT's config files, names and defaults work unchanged.
 
-    Ctrl-C saves and exits; the same command with --init_from=resume continues exactly there. Several GPUs:
-    torchrun --standalone --nproc_per_node=8 -m nanogpt_fast train config.py
+    Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal save and exit; the same command with --init_from=resume continues exactly there.
+    Several GPUs: torchrun --standalone --nproc_per_node=8 -m nanogpt_fast train config.py
     """
 
-    out_dir: str = option("out", "folder for ckpt.pt, last.pt, metrics.jsonl, loss.png, run.json; one run at a time", section="Files and evaluation")
+    out_dir: str = option("out", "folder for ckpt.pt, last.pt, metrics.jsonl, loss.png, run.json; one run at a time",
+                          section="Files and evaluation")
     eval_interval: int = option(2000, "steps between evaluations; each prints, saves and draws", minimum=1)
     log_interval: int = option(1, "steps between rows of metrics.jsonl and, not on a terminal, printed lines", minimum=1)
     eval_iters: int = option(200, "batches of each split that an evaluation averages", minimum=1)

@@ -3,7 +3,11 @@
 metrics.jsonl has one JSON object per line, of two kinds:
     {"iter", "loss", "lr", "ms_per_step", "tokens_per_s", "mfu"}     a training step; its loss is that before the weight update
     {"iter", "train_loss", "val_loss", "lr"}                         an evaluation, before the step of that number
+
+Nothing here ends a run. A picture or a logger that fails is said once, and tried again next time; metrics.jsonl is then written whole,
+at the next evaluation or at the end. Output that reaches nobody (a closed terminal or pipe) stops the run as SIGHUP does: it saves.
 """
+import errno
 import json
 import os
 import sys
@@ -19,11 +23,11 @@ class Progress:
     """Shows and records a run; where `active` is false (every rank but the first) it does nothing.
 
     start, total: steps already done, and in all. tokens: per step, over all ranks. evaluated_at: the step whose evaluation was
-    already done before a resumed run stopped.
+    already done before a resumed run stopped. stop: the run's StopOnSignal.
     """
 
-    def __init__(self, options, *, start, total, tokens, evaluated_at=None, active=True):
-        self.active, self.tokens = active, tokens
+    def __init__(self, options, *, start, total, tokens, stop, evaluated_at=None, active=True):
+        self.active, self.tokens, self.stop = active, tokens, stop
         if not active:
             return
         self.total, self.log_interval = total, options.log_interval
@@ -33,6 +37,8 @@ class Progress:
         with replacing(self.folder / "metrics.jsonl") as f:
             f.writelines(json.dumps(row).encode() + b"\n" for row in self.rows)
         self.file = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # unbuffered: each row reaches the file at once
+        self.behind = False     # metrics.jsonl lacks a row
+        self.failed = set()     # what failed and was said to
         self.trackers = _trackers(options)
         self.bar = None
         if sys.stderr.isatty():
@@ -47,9 +53,9 @@ class Progress:
         if not self.active:
             return
         if self.bar is None:
-            print(text, flush=True)
+            self._show(print, text, flush=True)
         else:
-            self.bar.write(text)
+            self._show(self.bar.write, text)
 
     def step(self, iter_num, loss, lr, mfu):
         """Step `iter_num` is done. mfu: the model's FLOPs utilisation as a function of seconds a step."""
@@ -65,24 +71,29 @@ class Progress:
                           "tokens_per_s": round(self.rate, 1), "mfu": round(mfu(seconds), 7)})
             if self.bar is None:
                 left = (self.total - iter_num - 1) * seconds
-                print(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms, mfu {mfu(seconds) * 100:.2f}%, "
-                      f"{_short(self.rate)} tok/s, ETA {_clock(left)}", flush=True)
+                self.say(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms, mfu {mfu(seconds) * 100:.2f}%, "
+                         f"{_short(self.rate)} tok/s, ETA {_clock(left)}")
         if self.bar is not None:
             val = "" if self.val_loss is None else f"val {self.val_loss:.4f} "
             rate = "" if self.rate is None else f"{_short(self.rate)} tok/s"
             self.bar.postfix = f"loss {self.smoothed:.4f} {val}{rate}"
-            self.bar.update(1)
+            self._show(self.bar.update, 1)
 
-    def evaluated(self, iter_num, losses, lr, note, sample):
-        """An evaluation is done. losses: {"train", "val"}; note: text to append to the line; sample: text, or None."""
+    def evaluated(self, iter_num, losses, lr):
+        """Record an evaluation. losses: {"train", "val"}. To be called before the checkpoint of this step is written, `tell` after it."""
         if not self.active:
             return
         self.val_loss = losses["val"]
+        self._record({"iter": iter_num, "train_loss": losses["train"], "val_loss": losses["val"], "lr": lr})
+
+    def tell(self, iter_num, losses, note, sample):
+        """Show an evaluation and draw the curves. note: text to append to the line; sample: text, or None."""
+        if not self.active:
+            return
         self.say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}{note}")
         if sample is not None:
             self.say("\n".join("    | " + line for line in sample.splitlines()))
-        self._record({"iter": iter_num, "train_loss": losses["train"], "val_loss": losses["val"], "lr": lr})
-        draw(self.rows, self.folder / "loss.png")
+        self._try("loss.png", draw, self.rows, self.folder / "loss.png")
 
     def pause(self):
         """`with progress.pause(): ...` excludes its time from tokens/s: for evaluation and saving."""
@@ -93,24 +104,56 @@ class Progress:
         if not self.active:
             return
         if self.bar is not None:
-            self.bar.close()
+            self._show(self.bar.close)
+        self._try("metrics.jsonl", self._catch_up)
         self.file.close()
         for tracker in self.trackers:
-            tracker.close()
+            self._try(type(tracker).__name__, tracker.close)
         if self.rows:
-            try:
-                draw(self.rows, self.folder / "loss.png")
-            except OSError as error:  # the caller has already reported a full disk with a better error
-                print(f"loss.png: {error}", file=sys.stderr)
+            self._try("loss.png", draw, self.rows, self.folder / "loss.png")
 
     def _record(self, row):
         self.rows.append(row)
-        try:
-            self.file.write(json.dumps(row).encode() + b"\n")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.folder / "metrics.jsonl")) from None
+        self._try("metrics.jsonl", self._append, row)
         for tracker in self.trackers:
-            tracker.log(row)
+            self._try(type(tracker).__name__, tracker.log, row)
+
+    def _append(self, row):
+        if self.behind:
+            if "val_loss" in row:
+                self._catch_up()
+            return
+        line = json.dumps(row).encode() + b"\n"
+        self.behind = True
+        if self.file.write(line) < len(line):  # half a line, where the disk is full
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.behind = False
+
+    def _catch_up(self):
+        """If a row could not be written, write the whole file again."""
+        if self.behind:
+            with replacing(self.folder / "metrics.jsonl") as f:
+                f.writelines(json.dumps(row).encode() + b"\n" for row in self.rows)
+            self.file.close()
+            self.file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
+            self.behind = False
+
+    def _try(self, name, function, *args):
+        """Call function(*args). If it fails, say so once for each name: what a run shows is not worth the run."""
+        try:
+            function(*args)
+        except Exception as error:
+            if name not in self.failed:
+                self.failed.add(name)
+                self.say(f"WARNING: {name} failed, and the run goes on without it ({type(error).__name__}: {error})")
+
+    def _show(self, function, *args, **options):
+        """Call function(*args, **options), which prints."""
+        try:
+            function(*args, **options)
+        except OSError as error:  # on the full disk of a log file there is no way to say anything
+            if error.errno in (errno.EPIPE, errno.EIO):
+                self.stop.nobody_listens()
 
 
 class _Pause:

@@ -51,7 +51,7 @@ class TrainResult:
 
 
 def run(argv):
-    """`nanogpt-fast train`: exit status 0, or 128 + the signal's number after Ctrl-C (130) or SIGTERM (143)."""
+    """`nanogpt-fast train`: exit status 0, or 128 + the number of the signal that stopped it: Ctrl-C (130), SIGTERM (143), ..."""
     o = options.parse(TrainOptions, argv, "nanogpt-fast train")
     result = train(o)
     if result.stopped is None:
@@ -149,9 +149,9 @@ def _train(o, ranks, device, ops, malloc):
 
     tokens = o.gradient_accumulation_steps * o.batch_size * T
     banner(o, step, dtype, compiled, not_captured, malloc, ranks, folder, tokens)
-    progress = Progress(o, start=iter_num, total=o.max_iters, tokens=tokens, evaluated_at=evaluated_at, active=ranks.is_master)
-    losses = Losses(o, ranks, train_batches, dtype, device)
     stop = StopOnSignal(alone=ranks.size == 1)
+    progress = Progress(o, start=iter_num, total=o.max_iters, tokens=tokens, stop=stop, evaluated_at=evaluated_at, active=ranks.is_master)
+    losses = Losses(o, ranks, train_batches, dtype, device)
 
     def report(at, loss, lr):
         progress.step(at, loss, lr, lambda seconds: model.estimate_mfu(o.batch_size * accumulation, seconds))
@@ -168,7 +168,7 @@ def _train(o, ranks, device, ops, malloc):
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            # measure both splits, show a sample, write checkpoints
+            # measure both splits, write checkpoints, show a sample
             due = (iter_num % o.eval_interval == 0 or iter_num == o.max_iters) and iter_num != evaluated_at
             if due or o.eval_only:
                 stopping |= losses.read(report) or told_to_stop()
@@ -182,10 +182,11 @@ def _train(o, ranks, device, ops, malloc):
                             raise NonFiniteLoss(advice(o, iter_num, found["val"], dtype, "a validation batch"))
                         improved = found["val"] < best_val_loss
                         measured, best_val_loss, evaluated_at = found, min(best_val_loss, found["val"]), iter_num
-                        text = sample_text(model, tokenizer, o, device, step.context) if ranks.is_master else None
-                        progress.evaluated(iter_num, found, lr, " (best)" if improved else "", text)
+                        progress.evaluated(iter_num, found, lr)
                         if iter_num > 0 and not o.eval_only:
                             save(best=improved or o.always_save_checkpoint)
+                        text = sample_text(model, tokenizer, o, device, step.context) if ranks.is_master else None
+                        progress.tell(iter_num, found, " (best)" if improved else "", text)
             if stopping or o.eval_only or iter_num >= o.max_iters:
                 break
 

@@ -1,9 +1,14 @@
 """Stopped and resumed is never stopped: bit for bit on a CPU, however the run ended."""
 import dataclasses
+import fcntl
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -184,11 +189,46 @@ def test_ctrl_c_saves_and_leaves_with_a_message(folder):
     assert f"Stopped at step {saved['iter_num']}" in printed and "--init_from=resume" in printed
 
 
-def test_sigterm_saves_and_leaves_too(folder, monkeypatch, capsys):
-    stop_after(3, monkeypatch, signal.SIGTERM)
-    assert run(tiny.words(tiny.options(folder))) == 143
-    assert "Stopped at step 4" in capsys.readouterr().out and (folder / "out" / "last.pt").exists()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handlers are put back
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1"])
+def test_other_signals_save_and_leave_too(name, folder, monkeypatch, capsys):
+    number = getattr(signal, name)
+    here = signal.signal(number, noted := lambda *_: pytest.fail(f"{name} was not taken"))  # not the default, which ends pytest
+    try:
+        stop_after(3, monkeypatch, number)
+        assert run(tiny.words(tiny.options(folder))) == 128 + number
+        assert signal.getsignal(number) is noted  # the handlers are put back
+    finally:
+        signal.signal(number, here)
+    assert "Stopped at step 4" in capsys.readouterr().out
+    assert torch.load(folder / "out" / "last.pt", weights_only=True)["iter_num"] == 4
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_costs_no_step(folder):
+    o = tiny.options(folder, max_iters=100_000, lr_decay_iters=100_000, eval_interval=50_000)
+    process, terminal = pty.fork()
+    if process == 0:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "nanogpt_fast", "train", *tiny.words(o)])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))     # a bar needs columns
+    shown = b""
+    while not re.search(rb"step [2-9]\d+/", shown):     # the bar is drawn at most ten times a second
+        shown = shown[-99:] + os.read(terminal, 1000)
+    os.close(terminal)
+    os.waitpid(process, 0)
+    saved = torch.load(folder / "out" / "last.pt", weights_only=True)
+    assert saved["iter_num"] > 20 and "resume" in saved
+    train(dataclasses.replace(o, init_from="resume", max_iters=saved["iter_num"] + 1))
+    assert list(tiny.losses(o)) == list(range(saved["iter_num"] + 1))
+
+
+def test_what_nohup_ignores_stays_ignored(folder, monkeypatch):
+    here = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop_after(3, monkeypatch, signal.SIGHUP)
+        assert train(tiny.options(folder, max_iters=6)).iter_num == 6
+    finally:
+        signal.signal(signal.SIGHUP, here)
 
 
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(folder, monkeypatch):
