@@ -73,7 +73,7 @@ def begin(folder, run):
     last, best = Path(folder, "last.pt"), Path(folder, "ckpt.pt")
     former = last if last.is_file() else best
     if former.is_file():
-        print(f"{former} is {_described(_label(former))}: this new run replaces it at its first checkpoint "
+        print(f"WARNING: {former} is {_described(_label(former))}: this new run replaces it at its first checkpoint, which Ctrl-C writes too "
               "(--init_from=resume continues the earlier run)")
     _write(folder, run=run, began=time.time())
 
