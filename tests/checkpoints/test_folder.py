@@ -167,9 +167,12 @@ def test_the_lock_ends_with_its_process_even_if_a_child_of_it_lives_on(tmp_path)
         import os, signal, sys, time
         from nanogpt_fast.checkpoints import folder
         with folder.owned(sys.argv[1]):
+            reading, writing = os.pipe()
             child = os.fork()
             if child == 0:
+                os.write(writing, b".")
                 time.sleep(60)
+            os.read(reading, 1)         # the child runs
             print(child, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         """)
