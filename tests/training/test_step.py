@@ -21,7 +21,8 @@ def weights_and_adamw(scale, fused=True, dtype=torch.float32):
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, float("nan")])     # a norm below the limit, one above, and none
 def test_adamw_divides_by_the_norm_as_clipping_does(scale):
-    (ours, adamw), (theirs, other), (exact, oracle) = (weights_and_adamw(scale, dtype=dtype) for dtype in (torch.float32,) * 2 + (torch.float64,))
+    (ours, adamw), (theirs, other) = weights_and_adamw(scale), weights_and_adamw(scale)
+    exact, oracle = weights_and_adamw(scale, dtype=torch.float64)
     for _ in range(2):
         clip_and_step(adamw, ours, 1.0)
         for weights, optimizer in ((theirs, other), (exact, oracle)):
@@ -29,9 +30,12 @@ def test_adamw_divides_by_the_norm_as_clipping_does(scale):
             optimizer.step()
     assert not hasattr(adamw, "grad_scale")
     for a, b, c in zip(ours, theirs, exact):
-        for found, plain, right in ((a, b, c), (a.grad, b.grad, c.grad), *((s[p]["exp_avg_sq"] for s, p in (
-                (adamw.state, a), (other.state, b), (oracle.state, c))),)):
-            assert torch.equal(found, plain) if scale == 1e-3 else torch.allclose(found.double(), right, rtol=1e-5, atol=1e-9, equal_nan=True)
+        squares = [optimizer.state[p]["exp_avg_sq"] for optimizer, p in ((adamw, a), (other, b), (oracle, c))]
+        for found, plain, right in ((a, b, c), (a.grad, b.grad, c.grad), squares):
+            if scale == 1e-3:
+                assert torch.equal(found, plain)
+            else:
+                assert torch.allclose(found.double(), right, rtol=1e-5, atol=1e-9, equal_nan=True)
 
 
 def test_the_attribute_goes_when_the_step_fails(monkeypatch):
