@@ -19,6 +19,7 @@ import torch.nn as nn
 from . import backend as _backend, devices, reference
 from .config import GPTConfig
 from .ops import attention, cross_entropy, layer_norm, linear, mlp
+from .ops.common import dropout_seeds
 from .touched import touched
 
 
@@ -55,13 +56,13 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout  # of the attention weights; may be changed later
         self.flash = True              # False: materialise the (T, T) weights, as in nanoGPT's slow path
 
-    def branch(self, x):
-        """The attention without its residual dropout: x (B, T, C) -> (B, T, C)."""
+    def branch(self, x, seed=None):
+        """The attention without its residual dropout: x (B, T, C) -> (B, T, C). seed: of the weights' dropout, for the kernels."""
         copies = _copies_of(self, self.c_attn, self.c_proj)
         qkv = self.c_attn(x) if copies is None else _linear(x, self.c_attn, copies[0], self.backend)        # (B, T, 3C)
         if self.flash:
             p = self.dropout if self.training else 0.0
-            y = attention.causal_attention_qkvpacked(qkv, self.n_head, dropout_p=p, backend=self.backend)
+            y = attention.causal_attention_qkvpacked(qkv, self.n_head, dropout_p=p, seed=seed, backend=self.backend)
         else:
             y = reference.causal_attention_qkvpacked(qkv, self.n_head, dropout_p=_p(self.attn_dropout),
                                                      attend=reference.causal_attention_manual)
@@ -117,16 +118,21 @@ class Block(nn.Module):
         x = x + self.mlp(self.ln_2(x))
         return x
 
-    def fused(self, x, branch, p):
+    def fused(self, x, branch, p, seeds=(None, None, None)):
         """The same block with each residual add fused into the LayerNorm that follows it.
 
         x (B, T, C) is the residual stream; branch (B, T, C) or None must still be added to it, after dropout with probability p.
-        Returns the same three for the next block.
+        seeds: of the three dropouts in here, in order; None: drawn where needed. Returns the first three for the next block.
         """
-        x, h = layer_norm.add_layer_norm(x, branch, self.ln_1.weight, self.ln_1.bias, dropout_p=p, backend=self.ln_1.backend)
-        x, h = layer_norm.add_layer_norm(x, self.attn.branch(h), self.ln_2.weight, self.ln_2.bias,
-                                         dropout_p=_p(self.attn.resid_dropout), backend=self.ln_2.backend)
+        x, h = layer_norm.add_layer_norm(x, branch, self.ln_1.weight, self.ln_1.bias, dropout_p=p, seed=seeds[0],
+                                         backend=self.ln_1.backend)
+        x, h = layer_norm.add_layer_norm(x, self.attn.branch(h, seeds[1]), self.ln_2.weight, self.ln_2.bias,
+                                         dropout_p=_p(self.attn.resid_dropout), seed=seeds[2], backend=self.ln_2.backend)
         return x, self.mlp.branch(h), _p(self.mlp.dropout)
+
+    def drops(self):
+        """Whether one of the three dropouts of `fused` drops now, as far as the block can tell: seeds for nothing do no harm."""
+        return bool(_p(self.attn.resid_dropout) or _p(self.mlp.dropout) or self.attn.training and getattr(self.attn, "dropout", 0.0))
 
     def why_not_fused(self):
         """None if `fused` computes what calling this block would, else the reason why not."""
@@ -235,23 +241,27 @@ class GPT(nn.Module):
 
     def _blocks(self, x):
         """All blocks: (B, T, C) -> (residual, branch still to be added or None, its dropout probability)."""
-        branch, p = None, 0.0
-        for block in self.transformer.h:
-            if self._runs_fused(block, x):
-                x, branch, p = block.fused(x, branch, p)
-            else:
+        branch, p, seeds = None, 0.0, None
+        for i, block in enumerate(self.transformer.h):
+            name = self._fused_by(block, x)
+            if name is None:
                 x, branch, p = block(_add(x, branch, p)), None, 0.0
+                continue
+            if name == "triton" and seeds is None and block.drops():
+                seeds = dropout_seeds(x, 3 * len(self.transformer.h))
+            x, branch, p = block.fused(x, branch, p, *(() if seeds is None else (seeds[3 * i:3 * i + 3],)))
         return x, branch, p
 
-    def _runs_fused(self, block, x):
-        """Whether a block's residual adds are fused into its LayerNorms: a kernel must be able to, and nothing may be touched."""
+    def _fused_by(self, block, x):
+        """The implementation of LayerNorm into which a block's residual adds are fused; None if none can, or if something is touched."""
         if _backend.choice("layer_norm", self.backend) == "reference":
-            return False
+            return None
         reason = block.why_not_fused() if isinstance(block, Block) else f"{type(block).__name__} replaces Block"
         if reason is not None:
             _backend.notice_unfused(f"a block runs unfused: {reason}")
-            return False
-        return layer_norm.implementation(x, block.ln_1.weight, block.ln_1.bias, backend=block.ln_1.backend) != "reference"
+            return None
+        name = layer_norm.implementation(x, block.ln_1.weight, block.ln_1.bias, backend=block.ln_1.backend)
+        return None if name == "reference" else name
 
     def _final_norm(self, residual):
         x, branch, p = residual

@@ -49,13 +49,13 @@ FLOAT32_LEFT = "IEEE float32 runs without tensor cores and is expected to be slo
 # ------------------------------------------------------------------------------------------------------------- public functions
 
 
-def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backend=None):
+def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, seed=None, backend=None):
     """Causal attention on the packed projection: (B, T, 3C), q, k and v side by side in the last dimension -> (B, T, C).
 
     qkv: floating point, any strides; each of q, k and v is n_head heads of D = C / n_head channels, side by side. The output has
     the autocast dtype if autocast is on (except for float64), else qkv's. scale: a positive number, 1/sqrt(D) by default.
-    dropout_p: for the attention weights, 0 when not training; the mask's seed is drawn from the generator of qkv's device.
-    backend: a choice per op, as `backend.parse` returns it, or None.
+    dropout_p: for the attention weights, 0 when not training. seed: of the kernels' mask, int64 (1,) on qkv's device; None draws one from
+    the generator of that device. backend: a choice per op, as `backend.parse` returns it, or None.
 
     Raises ValueError (shapes, dropout_p), RuntimeError (backend "fused" and no kernel can run; a second derivative, which
     only the reference has). Source: kernels/attention_forward.py and attention_backward.py; for heads of 64 on an H100 or H200 the
@@ -75,11 +75,11 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, backen
     if name == "cpp":
         return _CPUAttention.apply(qkv, n_head, scale)
     if qkv.requires_grad and torch.is_grad_enabled():
-        return _PackedAttention.apply(qkv, (n_head, scale, dropout_p), name == "cudnn")
+        return _PackedAttention.apply(qkv, seed, (n_head, scale, dropout_p), name == "cudnn")
     if name == "cudnn":
         return raw.attention_qkvpacked_cudnn(qkv, n_head, scale)[0] if is_compiling() else _cudnn_packed(qkv, n_head, scale, False)[0]
     run = raw.attention_qkvpacked if is_compiling() else _kernels().forward.launch_forward_qkvpacked
-    return run(qkv, dropout_seed(qkv, dropout_p), n_head, scale, dropout_p)[0]
+    return run(qkv, dropout_seed(qkv, dropout_p) if seed is None else seed, n_head, scale, dropout_p)[0]
 
 
 def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
@@ -248,8 +248,11 @@ _DECODE_CANDIDATES = (("triton", _decode_why_not),)
 class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, qkv, options, by_cudnn):       # options is a tuple, since each argument of a Function costs 0.2 us
-        seed = dropout_seed(qkv, options[2]) if options[2] > 0 else None
+    def forward(ctx, qkv, seed, options, by_cudnn):     # options is a tuple, since each argument of a Function costs 0.2 us
+        if options[2] == 0:
+            seed = None
+        elif seed is None:
+            seed = dropout_seed(qkv, options[2])
         if by_cudnn:
             out, lse = (raw.attention_qkvpacked_cudnn if is_compiling() else _cudnn_packed)(qkv, options[0], options[1])
         else:
@@ -263,7 +266,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx, do):
         no_second_derivative("attention")
         run = raw.attention_qkvpacked_backward if is_compiling() else _packed_backward
-        return run(do, *ctx.saved_tensors, *ctx.options), None, None
+        return run(do, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
 def _packed_backward(do, qkv, out, lse, seed, n_head, scale, dropout_p):

@@ -29,6 +29,14 @@ def dropout_seed(x, dropout_p):
     return torch.randint(2**31 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_p > 0 else None
 
 
+def dropout_seeds(x, count):
+    """`count` seeds like `dropout_seed`'s, from one draw: for a caller that runs many ops with dropout and passes each its seed.
+
+    Each lies on a 16-byte boundary, as a tensor of its own does: Triton compiles a kernel again for a less aligned one.
+    """
+    return torch.randint(2**31 - 1, (count, 2), dtype=torch.int64, device=x.device)[:, :1].unbind()
+
+
 def no_second_derivative(op):
     """Raise RuntimeError if this backward is itself being differentiated (create_graph=True)."""
     if torch.is_grad_enabled() and not is_compiling():

@@ -38,14 +38,16 @@ def layer_norm(x, weight, bias, *, eps=1e-5, backend=None):
     return _LayerNorm.apply(x, weight, bias, (name, eps, y_dtype))
 
 
-def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtype=None, last=False, backend=None):
+def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtype=None, last=False, seed=None,
+                   backend=None):
     """(s, y) with s = x + dropout(branch) and y = layer_norm(s). branch None: s is x, or a view of it. last: nobody needs s, return None
     for it; torch.compile then does not fill the gradient of an unused s with zeros.
 
     x (..., C), the residual stream; branch of the same shape; weight (C,), bias (C,) or None. s has x's dtype. y has out_dtype;
     if None, the kernel writes the dtype in which the next matmul computes: autocast's, or x's without autocast (the reference
     leaves it fp32 under autocast, for the matmul to cast). Kept elements of branch are multiplied by 1 / (1 - dropout_p); the
-    mask is drawn from torch's generator and is the same when activation checkpointing reruns the forward.
+    mask is drawn from torch's generator and is the same when activation checkpointing reruns the forward. seed: of the kernel's mask,
+    int64 (1,) on x's device; None draws one.
     backend: a choice per op, as `backend.parse` returns it, or None.
 
     Raises ValueError (shapes, dropout_p), RuntimeError (as layer_norm).
@@ -65,7 +67,8 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
         dropout_p = 0.0     # there is nothing to drop
     elif name == "cpp" and dropout_p > 0:   # draws nanoGPT's random numbers
         branch, dropout_p = F.dropout(branch, dropout_p), 0.0
-    return _AddLayerNorm.apply(x, branch, weight, bias, dropout_seed(x, dropout_p), (name, dropout_p, eps, out_dtype, last))
+    seed = None if dropout_p == 0.0 else dropout_seed(x, dropout_p) if seed is None else seed
+    return _AddLayerNorm.apply(x, branch, weight, bias, seed, (name, dropout_p, eps, out_dtype, last))
 
 
 def implementation(x, weight, bias, *, backend=None):

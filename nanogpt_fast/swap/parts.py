@@ -68,8 +68,9 @@ class NanoAttention(Swapped, nano.CausalSelfAttention):
     def why_not(self, x):
         return _packed_why_not(x, self.n_embd // self.n_head, None, self.backend, self._attention_p())
 
-    def branch(self, x):
-        y = attention.causal_attention_qkvpacked(self.c_attn(x), self.n_head, dropout_p=self._attention_p(), backend=self.backend)
+    def branch(self, x, seed=None):
+        y = attention.causal_attention_qkvpacked(self.c_attn(x), self.n_head, dropout_p=self._attention_p(), seed=seed,
+                                                 backend=self.backend)
         return self.c_proj(y)                                                       # (B, T, C)
 
     def fast(self, x):

@@ -217,8 +217,8 @@ def swapped_class(own, mixin, lacking=()):
 
 # What a forward needs from each class of model.py. A fork that uses one of these names for something else is not swapped.
 TAKEN = {
-    nano.GPT: {"forward", "embed", "_blocks", "_runs_fused", "_final_norm"},
-    nano.Block: {"forward", "fused", "why_not_fused"},
+    nano.GPT: {"forward", "embed", "_blocks", "_fused_by", "_final_norm"},
+    nano.Block: {"forward", "fused", "drops", "why_not_fused"},
     nano.CausalSelfAttention: {"forward", "branch", "backend"},
     nano.MLP: {"forward", "branch", "backend"},
     nano.LayerNorm: {"forward", "backend"},

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 COUNTS = {
     "--who trainer": (328, 70.36, 52.92),
     "--who import": (405, 77.85, 52.92),
-    "--who trainer --model baby": (177, 4.06, 1.11),
+    "--who trainer --model baby": (161, 4.06, 1.11),
     "--who trainer --compiled": (344, 69.92, 52.92),
     "--who import --compiled": (393, 83.30, 52.92),
     "--who nanogpt --compiled": (442, 107.4, 52.92),

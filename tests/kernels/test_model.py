@@ -2,14 +2,17 @@
 import contextlib
 import copy
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
+from made import Made
 
 import nanogpt_fast
 from nanogpt_fast import GPT, GPTConfig, backend
 from nanogpt_fast.model import Block
+from nanogpt_fast.ops import attention, layer_norm
 
 SMALL = dict(block_size=48, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
 
@@ -281,6 +284,23 @@ def test_c26_compiles_whole_without_recompiling_for_a_new_dropout_seed(device):
     assert losses[0] == losses[2] != losses[1] and len(graphs) == 1
     torch.manual_seed(1)
     assert abs(model(x, y)[1].item() - losses[0]) < 1e-5
+
+
+def test_all_dropouts_of_the_blocks_share_one_draw_of_seeds_and_each_has_its_own(device, monkeypatch):
+    model, (x, y) = model_of(device, dropout=0.3, n_layer=3), batch(device, B=1, T=9)
+    seeds = []
+    for op in (attention, layer_norm):
+        apply = op._PackedAttention.apply if op is attention else op._AddLayerNorm.apply
+        place = 1 if op is attention else 4     # of the seed among the arguments
+        function = SimpleNamespace(apply=lambda *args, apply=apply, place=place: (seeds.append(args[place]), apply(*args))[1])
+        monkeypatch.setattr(op, "_PackedAttention" if op is attention else "_AddLayerNorm", function)
+    with Made() as made:
+        model(x, y)[1].backward()
+    draws = [operator for *_, operator in made.tensors if "randint" in str(operator)]
+    seeds = [seed for seed in seeds if seed is not None]
+    assert len(draws) == 2      # one is that of the last norm
+    assert len(seeds) == 9 and len({seed.item() for seed in seeds}) == 9
+    assert all(seed.data_ptr() % 16 == 0 and seed.shape == (1,) for seed in seeds)
 
 
 def test_activation_checkpointing_draws_the_same_masks_again(device):
