@@ -357,7 +357,7 @@ class GPT(nn.Module):
 
         temperature divides the logits (0: greedy); top_k keeps the k most likely tokens and all that tie with the k-th.
         The model's train/eval mode does not change: call .eval() first. `generation.generate` documents the keywords beyond nanoGPT's
-        (top_p, min_p, stop, seed, rng, num_samples, stream, use_cache) and lists of prompts of different lengths.
+        (top_p, min_p, stop, seed, rng, generator, num_samples, stream, use_cache) and lists of prompts of different lengths.
         """
         from .generation import generate
         return generate(self, idx, max_new_tokens, temperature=temperature, top_k=top_k, **more)

@@ -12,13 +12,14 @@ Beyond block_size tokens, positions restart at 0 in the cropped window and every
 re-encoded at every step, as in nanoGPT.
 
 The generation state of a model (`Session`) lives outside the model, so that pickling and copying a model never involve a CUDA
-graph. It is validated against the model at every call, so that it is never stale after an optimizer step, a load or a move.
+graph. It is validated against the model at every call and every step, so that it is never stale after an optimizer step, a load or a
+move. One call at a time uses it: several threads may call `generate` on one model, and streams may be read in turns.
 
     run.py        a call of `generate`: prompts, rows, stops, streaming
     session.py    weights, cache and graphs, kept between calls
     decode.py     the fused kernels of one decoding step
 """
 from .run import Run, check, draw, generate
-from .session import Session, _sessions, prefill_width, session_of
+from .session import Session, _idle, give_back, prefill_width, session_of
 
-__all__ = ["Run", "Session", "_sessions", "check", "draw", "generate", "prefill_width", "session_of"]
+__all__ = ["Run", "Session", "_idle", "check", "draw", "generate", "give_back", "prefill_width", "session_of"]

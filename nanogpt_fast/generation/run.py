@@ -2,12 +2,18 @@
 
 session.py computes the next token's logits; without a cache, the model itself does.
 """
+import contextlib
+import threading
+
 import torch
 import torch.nn.functional as F
 
 from .. import backend
 from ..ops import sample as sampler
-from .session import session_of
+from .session import autocast_dtype, give_back, session_of
+
+# Held by a step on CUDA: while one thread captures a graph, PyTorch's generator and some calls of CUDA fail in every other thread.
+_step_on_cuda = threading.RLock()
 
 
 def _gradless(function):
@@ -18,7 +24,7 @@ def _gradless(function):
 
 @_gradless
 def generate(model, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, min_p=None, stop=None, seed=None, rng=None,
-             num_samples=1, stream=False, use_cache=True):
+             generator=None, num_samples=1, stream=False, use_cache=True):
     """Complete prompts.
 
     idx: (B, T) int64, or a list of 1-D prompts of different lengths.  num_samples: completions of each prompt, one prefill.
@@ -28,6 +34,7 @@ def generate(model, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=N
         None: "torch" on a CPU unless `seed` is given, else "philox".
     seed: an int (row i draws from seed + i) or one int per row: a row's text then depends only on its seed and prompt.
         None: seeds come from torch's generator, so torch.manual_seed controls them.
+    generator: a torch.Generator on the model's device, used instead of torch's global one, which all threads share.
 
     Returns (B * num_samples, T + max_new_tokens) int64, or, for a list of prompts or with `stop`, a list of 1-D tensors.
     stream=True: an iterator instead; each step yields one list of new token ids per row (empty for a row that has ended, or whose
@@ -46,7 +53,8 @@ def generate(model, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=N
 
     device = next(model.parameters()).device
     prompts = [prompt.to(device) for prompt in prompts for _ in range(num_samples)]
-    run = Run(model, prompts, num_samples, dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p), rng, seed, use_cache)
+    run = Run(model, prompts, num_samples, dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p), rng, seed, use_cache,
+              generator)
     if stream:
         return run.stream(max_new_tokens, stops)
     if stops:
@@ -90,18 +98,18 @@ def stop_sequences(stop):
     return sequences
 
 
-def draw(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """One token per row from logits (B, V), with torch's generator, as nanoGPT draws it -> (B,) int64."""
+def draw(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=None):
+    """One token per row from logits (B, V), with torch's generator or the given one, as nanoGPT draws it -> (B,) int64."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     if top_p is not None or min_p is not None:
         probs = sampler.sample_probs(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        return torch.multinomial(probs, num_samples=1)[:, 0]
+        return torch.multinomial(probs, num_samples=1, generator=generator)[:, 0]
     logits = logits / temperature
     if top_k is not None:
         kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
         logits = logits.masked_fill(logits < kth, float("-inf"))                    # ties with the k-th stay
-    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)[:, 0]
+    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1, generator=generator)[:, 0]
 
 
 class Run:
@@ -112,36 +120,55 @@ class Run:
     the run's up to date. `lengths`, on the host, include every token immediately.
     """
 
-    def __init__(self, model, prompts, num_samples, filters, rng, seed, use_cache):
-        self.model, self.prompts, self.filters = model, prompts, filters
+    def __init__(self, model, prompts, num_samples, filters, rng, seed, use_cache, generator=None):
+        self.model, self.prompts, self.filters, self.generator = model, prompts, filters, generator
         self.block_size = model.config.block_size
         self.device = next(model.parameters()).device
         if rng not in (None, "torch", "philox"):
             raise ValueError(f"rng is {rng!r}; expected 'torch', 'philox' or None")
         if rng == "torch" and seed is not None:
             raise ValueError("seed needs rng='philox'; with rng='torch' call torch.manual_seed")
+        if seed is not None and generator is not None:
+            raise ValueError("seed and generator are both given; a text's random numbers come from one of them")
         self.rng = rng or ("torch" if self.device.type == "cpu" and seed is None else "philox")
         rows = len(prompts)
+        self.turn = _step_on_cuda if self.device.type == "cuda" else contextlib.nullcontext()
         if self.rng == "philox":
-            self.seeds = row_seeds(seed, rows, self.device)
+            with self.turn:
+                self.seeds = row_seeds(seed, rows, self.device, generator)
             self.offsets = torch.zeros(rows, dtype=torch.long, device=self.device)
 
         self.lengths = [prompt.numel() for prompt in prompts]                       # tokens of each row so far, on the host
         self.longest = max(self.lengths, default=0)
-        reason = model.why_not_cached() if use_cache else "use_cache=False"
-        if reason is not None and use_cache:
-            backend.notice(f"generate recomputes the whole context for every token: {reason}")
-        self.session = None if reason is not None or rows == 0 else session_of(model, rows)
+        self.cached = use_cache
+        self._see_model()
+        self.session = None                                                         # taken at the first step, given back at the end
+        self.dtype = autocast_dtype(self.device)                                    # as at the call, wherever a stream is read
         self.num_samples = num_samples                                              # consecutive identical rows; prefilled once
         self.fresh = True                                                           # the cache does not hold these rows yet
         self.uncollected = 0                                                        # tokens that so far only the session holds
 
+    def _see_model(self):
+        """Choose the path for the model as it is now."""
+        if self.cached and (reason := self.model.why_not_cached()) is not None:
+            backend.notice(f"generate recomputes the whole context for every token: {reason}")
+            self.cached = False
+
+    def release(self):
+        """Give the session back."""
+        session, self.session = self.session, None
+        if session is not None:
+            give_back(self.model, session)
+
     def tokens(self, n):
         """n new tokens of every row, (rows, n) int64 on the device; the host never waits for one."""
         self._room(n)
-        for _ in range(n):
-            self.step()
-        self.collect()
+        try:
+            for _ in range(n):
+                self.step()
+            self.collect()
+        finally:
+            self.release()
         rows = len(self.prompts)
         if rows == 0 or n == 0:
             return torch.empty(rows, n, dtype=torch.long, device=self.device)
@@ -150,6 +177,12 @@ class Run:
 
     def stream(self, n, stops):
         """Yield, at every step, each row's new token ids that cannot be part of a stop sequence any more."""
+        try:
+            yield from self._stream(n, stops)
+        finally:                                                                    # also where the caller stops reading
+            self.release()
+
+    def _stream(self, n, stops):
         self._room(n)
         longest_stop = max(map(len, stops), default=1)
         pending = [[] for _ in self.prompts]                                        # drawn, but possibly the start of a stop sequence
@@ -157,6 +190,7 @@ class Run:
         for _ in range(n):
             if all(ended):
                 return
+            self._follow_model()
             drawn = self.step().tolist()
             released = []
             for i, token in enumerate(drawn):
@@ -191,25 +225,38 @@ class Run:
         """Draw one token for every row; returns them, (rows,) int64 on the device. The next step may overwrite them."""
         if not self.prompts:
             return self.ends
-        if self._replays():
-            self.session.replay()
-            token, self.uncollected = self.session.token, self.uncollected + 1
-        else:
-            self.collect()
-            token = self.sample(self.logits())
-            self.history[self.rows, self.ends] = token
-            if self.session is not None:
-                self.session.feed(token, self.ends)
-            self.ends += 1
+        with self.turn:
+            if self._replays():
+                self.session.replay()
+                token, self.uncollected = self.session.token, self.uncollected + 1
+            else:
+                self.collect()
+                token = self.sample(self.logits())
+                self.history[self.rows, self.ends] = token
+                if self.session is not None:
+                    self.session.feed(token, self.ends)
+                self.ends += 1
         self.lengths = [length + 1 for length in self.lengths]
         self.longest += 1
         self.fresh = False
         return token
 
+    def _follow_model(self):
+        """Go on with the model's present weights if the reader of a stream has changed, moved or replaced them since the last step."""
+        if self.session is not None:
+            if self.session.watch.unchanged():
+                return
+            self.collect()
+            self.session = None                                                     # its addresses and cached keys are stale
+            self._see_model()
+        if (device := next(self.model.parameters()).device) != self.device:
+            raise RuntimeError(f"the model was moved from {self.device} to {device} while it generated; call generate again with the "
+                               "tokens so far as the prompt")
+        self.block_size = self.model.config.block_size
+
     def _replays(self):
         """Whether `Session.replay` can run this step: the cache holds our rows, all inside the window, and the sampler is "philox"."""
-        if self.session is None or not self.session.steps_whole or self.rng != "philox" or self.fresh or self.longest > self.block_size \
-                or not self.session.belongs_to(self):
+        if self.session is None or not self.session.steps_whole or self.rng != "philox" or self.fresh or self.longest > self.block_size:
             return False
         if self.uncollected == 0:
             self.session.start_drawing(self.filters, self.seeds, self.offsets)
@@ -228,16 +275,15 @@ class Run:
 
     def sample(self, logits):
         if self.rng == "torch":
-            return draw(logits, **self.filters)
+            return draw(logits, **self.filters, generator=self.generator)
         return sampler.sample(logits, **self.filters, seed=self.seeds, offset=self.offsets, backend=self.model.backend)  # increments offsets
 
     def logits(self):
         """Logits of the next token of every row, (rows, V)."""
-        if self.session is None:
+        if not self.cached:
             return self._windows(range(len(self.prompts)), self._model_logits)
-        if not self.session.belongs_to(self):                                       # first step, or another run took the cache
-            self.session.hand_to(self)
-            self.fresh = True
+        if self.session is None:                                                    # first step, or the model was changed
+            self.session, self.fresh = session_of(self.model, len(self.prompts), self.dtype), True
         inside = [length <= self.block_size for length in self.lengths]
         if not any(inside):
             return self._windows(range(len(self.prompts)), self.session.encode)
@@ -276,10 +322,10 @@ def could_start(tail, stops):
     return 0
 
 
-def row_seeds(seed, rows, device):
+def row_seeds(seed, rows, device, generator=None):
     """One int64 seed per row: as given, counted up from an int, or drawn from torch's generator."""
     if seed is None:
-        return torch.randint(2 ** 62, (rows,), device=device)
+        return torch.randint(2 ** 62, (rows,), device=device, generator=generator)
     if isinstance(seed, int):
         return torch.arange(seed, seed + rows, device=device)
     seeds = torch.as_tensor(seed, dtype=torch.long)

@@ -1,7 +1,10 @@
 """The generation state of a model: its weights in the dtype of generation, the key-value cache, and the captured CUDA graphs.
 
-It is validated against the model at every call, so that it is never stale after an optimizer step, a load or a move.
+One call of `generate` at a time uses a session. A call takes an idle one or builds one, and gives it back at its end, so that calls in
+several threads and streams that are read in turns share nothing. A session is validated against the model when it is taken, and `Watch`
+notices what happens to the model's weights while it is in use, so that it is never stale after an optimizer step, a load or a move.
 """
+import operator
 import weakref
 from dataclasses import dataclass
 
@@ -13,20 +16,73 @@ from ..ops import attention, layer_norm, mlp, sample as sampler
 from ..ops.graphs import Recorder
 from . import decode
 
-_sessions = weakref.WeakKeyDictionary()  # model -> {(rows, dtype): Session}
+_idle = weakref.WeakKeyDictionary()  # model -> [Session]: those that no call uses; never more than were in use at the same time
 
 
-def session_of(model, rows):
-    """The session of a model for this number of rows, brought up to date with the model's weights."""
-    device = next(model.parameters()).device
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else next(model.parameters()).dtype
-    kept = _sessions.setdefault(model, {})
-    session = kept.get((rows, dtype))
-    if session is None or not session.is_of(model):
-        kept.clear()                                                                # one cache at a time: they are large
-        session = kept[rows, dtype] = Session(model, rows, dtype)
+def autocast_dtype(device):
+    """The dtype of matmuls under the enclosing autocast, or None without one."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def session_of(model, rows, dtype=None):
+    """A session of a model for this number of rows, up to date with the model's weights. It is the caller's alone until `give_back`.
+
+    dtype: of the matmuls; None: autocast's, or the parameters' own.
+    """
+    first = next(model.parameters())
+    dtype = dtype or autocast_dtype(first.device) or first.dtype
+    idle, session = _idle.setdefault(model, []), None
+    while session is None:
+        try:
+            session = idle.pop()                                                    # other threads may take from the list, too
+        except IndexError:
+            session = Session(model, rows, dtype)
+        if (session.rows, session.dtype) != (rows, dtype) or not session.is_of(model):
+            session = None                                                          # dropped, since a cache is large
+    session.watch = Watch(model)
     session.refresh()
+    if session.given_back is not None:                                              # by a run whose kernels may still be running
+        torch.cuda.current_stream(session.device).wait_event(session.given_back)
     return session
+
+
+def give_back(model, session):
+    """Let the next call use this session."""
+    session.watch = None
+    if session.device.type == "cuda":
+        session.given_back = torch.cuda.current_stream(session.device).record_event()
+    _idle.setdefault(model, []).append(session)
+
+
+class Watch:
+    """The modules and weights of a model at one moment: keeps the weights' memory allocated, and tells whether any has changed since.
+
+    The native decoder reads weights by address, so memory that `model.to(...)`, `p.data = ...` or a load freed would be read. Changes of
+    values are noticed where PyTorch counts them (`_version`), which it doesn't for a write through `p.data` or to an inference tensor.
+    """
+
+    def __init__(self, model):
+        self.sites = [(parts, name) for module in model.modules() for parts in (module._modules, module._parameters) for name in parts]
+        self.parts = self._parts()
+        self.parameters = list(model.parameters())
+        self.counted = [p for p in self.parameters if not p.is_inference()]
+        self.memory = [p.detach() for p in self.parameters]
+        self.form = self._form()
+
+    def _parts(self):
+        return [parts.get(name) for parts, name in self.sites]
+
+    def _form(self):
+        every = self.parameters
+        return [list(map(read, tensors)) for read, tensors in ((torch.Tensor.data_ptr, every), (torch.Tensor.stride, every), (_dtype, every),
+                                                               (_version, self.counted))]
+
+    def unchanged(self):
+        """Whether the model consists of the same tensors, in the same memory, with the same values."""
+        return all(map(operator.is_, self._parts(), self.parts)) and self._form() == self.form
+
+
+_dtype, _version = operator.attrgetter("dtype"), operator.attrgetter("_version")
 
 
 # A prefill of at most this many tokens is captured: launching GPT-2 124M's 512 tokens takes the host 13 ms, an H100 runs them in 1 ms.
@@ -47,6 +103,10 @@ class Prompts:
     lengths: torch.Tensor           # (B,)
     logits: torch.Tensor = None     # (B * copies, V)
     replay: object = None           # captured at the second prefill of this shape
+
+
+def _place(tensor):
+    return tensor.data_ptr(), tensor.stride(), tensor.dtype
 
 
 class Layer:
@@ -70,7 +130,9 @@ class Session:
     """
 
     def __init__(self, model, rows, dtype):
-        self.parameters = [(weakref.ref(p), p.data_ptr(), p.dtype) for p in model.parameters()]
+        self.parameters = [(weakref.ref(p), _place(p)) for p in model.parameters()]
+        self.watch = None                                                           # while a run uses the session
+        self.given_back = None                                                      # on CUDA: the event at the end of the last run
         self.used = backend.current()                                               # the choice of the enclosing `use`
         self.rows, self.dtype = rows, dtype
         self.n_head = model.config.n_head
@@ -87,7 +149,6 @@ class Session:
         self.token = torch.zeros(rows, dtype=torch.long, device=device)             # each row's last token ...
         self.position = torch.zeros(rows, dtype=torch.long, device=device)          # ... and its position
         self.row = torch.arange(rows, device=device)
-        self.owner = None                                                           # weakref of the Run whose rows the cache holds
         self.activation = self.layers[0].activation if self.layers else "gelu"
         self.native = decode.decoder(self)                                          # one call per step: C++ on a CPU, Triton on CUDA
         # Decoding and drawing as one step (`replay`), and its further inputs and outputs; see `start_drawing`.
@@ -111,7 +172,7 @@ class Session:
         now = list(model.parameters())
         return (self.choices, self.block_size, self.used, len(self.parameters)) == (
             model.backend, model.config.block_size, backend.current(), len(now)) and all(
-            kept() is p and (pointer, dtype) == (p.data_ptr(), p.dtype) for p, (kept, pointer, dtype) in zip(now, self.parameters))
+            kept() is p and place == _place(p) for p, (kept, place) in zip(now, self.parameters))
 
     def _cast(self, parameter):
         if parameter is None or parameter.dtype == self.dtype:
@@ -129,16 +190,6 @@ class Session:
         """Every matrix and bias of a matmul."""
         return [tensor for layer in self.layers for pair in (layer.c_attn, layer.c_proj, layer.c_fc, layer.mlp_proj) for tensor in pair] \
             + list(self.head)
-
-    def belongs_to(self, run):
-        return self.owner is not None and self.owner() is run
-
-    def hand_to(self, run):
-        """Give the cache to another run, after the former owner has collected the tokens that it has drawn."""
-        former = self.owner() if self.owner is not None else None
-        if former is not None:
-            former.collect()
-        self.owner = weakref.ref(run)
 
     def start_drawing(self, filters, seeds, offsets):
         """Set the parameters with which the captured step draws. A filter that is None gets the value that turns it off."""

@@ -4,8 +4,6 @@ import math
 
 import torch
 
-from ..checkpoints.state import random_states, set_random_states
-
 
 @torch.no_grad()
 def estimate_loss(network, batches, o, context, ranks, stop):
@@ -36,7 +34,7 @@ def estimate_loss(network, batches, o, context, ranks, stop):
 def sample_text(model, tokenizer, o, device, context):
     """The model's continuation of a line break, as text; None if there is no tokenizer or no sample is wanted.
 
-    The seed is always the same, and every random state is restored, so that sampling does not change the run.
+    The seed is always the same, and the generator is private, so that sampling does not change the run.
     """
     if tokenizer is None or o.sample_tokens == 0:
         return None
@@ -44,14 +42,12 @@ def sample_text(model, tokenizer, o, device, context):
         prompt = tokenizer.encode("\n")
     except ValueError:  # a vocabulary without line breaks
         prompt = [0]
-    states = random_states()
+    generator = torch.Generator(device).manual_seed(o.seed)
     model.eval()
     try:
-        torch.manual_seed(o.seed)
         with context:
-            ids = model.generate(torch.tensor([prompt], device=device), o.sample_tokens, temperature=0.8, top_k=200)
+            ids = model.generate(torch.tensor([prompt], device=device), o.sample_tokens, temperature=0.8, top_k=200, generator=generator)
     finally:
         model.train()
-        set_random_states(states)
     drawn = ids[0, len(prompt):].tolist()
     return tokenizer.decode([i for i in drawn if i < tokenizer.vocab_size])  # ids that only pad the vocabulary have no text

@@ -1,7 +1,6 @@
 """Generation: the KV cache gives the tokens of the uncached path, whatever the prompts, and is never stale.
 
-One-row and many-row matmuls round differently (C20), so `same_tokens` lets two runs part only where the two deciding scores,
-computed without the cache, are tied within the measured error of the logits.
+One-row and many-row matmuls round differently (C20), hence `same_tokens`.
 """
 import copy
 import pickle
@@ -10,32 +9,9 @@ import warnings
 import pytest
 import torch
 import torch.nn as nn
-from gpts import Recorder, sharpened
+from gpts import ERROR, Recorder, prompts_of, same_tokens, scores, sharpened
 
 from nanogpt_fast import GPT, backend, generation
-
-ERROR = 1e-4  # of a logit between the cached and the uncached path, fp32, these weights: 2e-5 measured
-
-
-def prompts_of(*lengths, seed=3):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randint(65, (n,), generator=g) for n in lengths]
-
-
-@torch.no_grad()
-def scores(model, tokens):
-    return model(tokens[None, -model.config.block_size:])[0][0, -1]
-
-
-def same_tokens(model, a, b, prompt_length):
-    """a, b: 1-D token tensors. Equal, or they part at a tie of the two chosen scores (greedy)."""
-    if torch.equal(a, b):
-        return True
-    at = int((a != b).nonzero()[0])
-    assert at >= prompt_length
-    logits = scores(model, a[:at])
-    return abs(logits[a[at]] - logits[b[at]]).item() < ERROR
-
 
 LENGTHS = (3, 9, 23, 24, 30, 1)  # shorter, one below, at and beyond block_size 24
 
@@ -89,9 +65,10 @@ def test_several_samples_from_one_prefill_are_the_prompt_repeated(monkeypatch):
 
 
 def recording(model, rows):
-    """The model's session for so many rows, told to capture; what it records is a stand-in's."""
+    """The session that the model's next call of so many rows takes, told to capture; what it records is a stand-in's."""
     session = generation.session_of(model, rows)
     session.recorder = Recorder()
+    generation.give_back(model, session)
     return session
 
 
@@ -123,7 +100,7 @@ def test_text_by_captured_prefills_and_steps_is_the_text_without(filters):
                 assert torch.equal(a, b) if "seed" in filters else same_tokens(model, a, b, len(prompt))
         samples = model.generate(torch.stack(prompts_of(7)), 9, num_samples=3, **filters)
         assert samples.shape == (3, 16) and {key[0] for key in generation.session_of(model, 3).prefills} == {1, 3}
-        generation._sessions.clear()
+        generation._idle.clear()
 
 
 @pytest.mark.parametrize("stream", (False, True))
@@ -138,7 +115,7 @@ def test_what_inference_mode_leaves_behind_serves_outside_of_it(first, stream):
             return list(found) if stream else found.tolist()
     texts = [text(mode) for mode in (first, not first, first)]
     assert texts[0] == texts[1] == texts[2]
-    kept = next(iter(generation._sessions[model].values()))
+    kept, = generation._idle[model]
     assert not any(t.is_inference() for t in vars(kept).values() if torch.is_tensor(t))
     model(idx, idx)[1].backward()
 
@@ -239,7 +216,7 @@ def test_half_precision_copies_follow_the_weights():
         with torch.no_grad():
             model.transformer.wte.weight.data.copy_(sharpened(seed=8).transformer.wte.weight)  # .data: no version counter moves
         after = model.generate(idx, 20, temperature=0)
-    assert generation._sessions[model].popitem()[1].dtype == torch.bfloat16
+    assert generation._idle[model].pop().dtype == torch.bfloat16
     assert not torch.equal(before, after)
 
 
@@ -361,7 +338,7 @@ def test_the_captured_step_draws_what_single_steps_draw(replayed, filters):
     rows = model.generate(prompts, 30, seed=5, **filters)
     assert len(replayed) == 24 - 11                    # from the second token on, until the longest row leaves the window
     streamed = list(model.generate(prompts, 30, seed=5, stream=True, **filters))
-    generation._sessions.clear()
+    generation._idle.clear()
     for i, (prompt, row) in enumerate(zip(prompts, rows)):
         assert torch.equal(row, model.generate([prompt], 30, seed=5 + i, use_cache=False, **filters)[0])
         assert row[len(prompt):].tolist() == [step[i][0] for step in streamed]

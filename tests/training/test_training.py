@@ -226,6 +226,19 @@ def test_a_terminal_shows_a_bar_with_step_loss_validation_speed_and_time_left(fo
         assert word in last
 
 
+def test_a_text_sample_is_that_of_its_seed_and_touches_no_generator_of_the_process(folder, monkeypatch):
+    tokenizer = start.load_tokenizer(folder / "data" / "sums")
+    model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=32))
+    o, cpu = tiny.options(folder, sample_tokens=50), torch.device("cpu")
+    torch.manual_seed(o.seed)
+    ids = model.eval().generate(torch.tensor([tokenizer.encode("\n")]), 50, temperature=0.8, top_k=200)
+    before = torch.get_rng_state()
+    for name in ("manual_seed", "set_rng_state"):                # another thread may draw meanwhile
+        monkeypatch.setattr(torch, name, lambda *args: pytest.fail("the global generator is set"))
+    assert training.sample_text(model, tokenizer, o, cpu, devices.autocast(cpu, torch.float32)) == tokenizer.decode(ids[0, 1:].tolist())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_samples_leave_out_the_padding_of_the_vocabulary(folder):
     tokenizer = start.load_tokenizer(folder / "data" / "sums")
     model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.vocab_size + 100, n_layer=1, n_head=2, n_embd=32))
