@@ -234,10 +234,21 @@ class GPT(nn.Module):
         pos = torch.arange(start, start + idx.size(1), dtype=torch.long, device=idx.device)
         try:
             tok_emb = (self.lookup or self.transformer.wte)(idx)                                     # (B, T, C)
-        except IndexError as error:
-            raise IndexError(f"token ids must lie in 0..{self.config.vocab_size - 1} (vocab_size {self.config.vocab_size}); "
-                             f"these run from {idx.min().item()} to {idx.max().item()}") from error
+        except IndexError:
+            self.check_ids(idx)
+            raise
         return self.transformer.drop(tok_emb + self.transformer.wpe(pos))
+
+    def check_ids(self, idx):
+        """Raise IndexError if a token id lies outside the vocabulary. Waits for the device. A model that embeds in a way of its own (a
+        `forward` of its own, a replaced or hooked wte) says itself which ids it takes."""
+        wte = self.transformer.wte
+        if type(self).forward is not GPT.forward or touched(wte, nn.Embedding) is not None:
+            return
+        lowest, highest = torch.stack(idx.aminmax()).tolist()
+        if lowest < 0 or highest >= len(wte.weight):
+            raise IndexError(f"token ids must lie in 0..{len(wte.weight) - 1} (vocab_size {len(wte.weight)}); "
+                             f"these run from {lowest} to {highest}")
 
     def _blocks(self, x):
         """All blocks: (B, T, C) -> (residual, branch still to be added or None, its dropout probability)."""

@@ -39,20 +39,28 @@ def generate(model, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=N
     Returns (B * num_samples, T + max_new_tokens) int64, or, for a list of prompts or with `stop`, a list of 1-D tensors.
     stream=True: an iterator instead; each step yields one list of new token ids per row (empty for a row that has ended, or whose
     last tokens may be the start of a stop sequence).
+
+    Raises ValueError for an argument, IndexError for a token id outside the vocabulary, RuntimeError for a row whose logits are NaN or
+    infinite: on a CPU at once, on a GPU when the host reads tokens, at the end of the call or at every step of a stream.
     """
     prompts = idx
     if not torch.is_tensor(idx):
-        prompts = [torch.as_tensor(prompt, dtype=torch.long) for prompt in idx]
+        prompts = [torch.as_tensor(prompt) for prompt in idx]
         for i, prompt in enumerate(prompts):
             if prompt.dim() != 1:
                 raise ValueError(f"prompt {i} has shape {tuple(prompt.shape)}; a list holds 1-D prompts")
     elif idx.dim() != 2:
         raise ValueError(f"idx has shape {tuple(idx.shape)}; expected (B, T), one prompt per row, or a list of 1-D prompts")
     check(prompts, max_new_tokens, temperature, top_k, top_p, min_p, num_samples)
+    for i, prompt in enumerate(prompts):
+        if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
+            raise ValueError(f"the prompt of row {i} is a tensor of {prompt.dtype}; token ids are integers")
+    if len(prompts) > 0:
+        model.check_ids(idx if torch.is_tensor(idx) else torch.cat([prompt.long() for prompt in prompts]))
     stops = stop_sequences(stop)
 
     device = next(model.parameters()).device
-    prompts = [prompt.to(device) for prompt in prompts for _ in range(num_samples)]
+    prompts = [prompt.to(device, torch.long) for prompt in prompts for _ in range(num_samples)]
     run = Run(model, prompts, num_samples, dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p), rng, seed, use_cache,
               generator)
     if stream:
@@ -144,6 +152,7 @@ class Run:
         self._see_model()
         self.session = None                                                         # taken at the first step, given back at the end
         self.dtype = autocast_dtype(self.device)                                    # as at the call, wherever a stream is read
+        self.tainted = torch.zeros(rows, 1, device=self.device)                     # NaN for a row with NaN or infinite logits
         self.num_samples = num_samples                                              # consecutive identical rows; prefilled once
         self.fresh = True                                                           # the cache does not hold these rows yet
         self.uncollected = 0                                                        # tokens that so far only the session holds
@@ -161,12 +170,13 @@ class Run:
             give_back(self.model, session)
 
     def tokens(self, n):
-        """n new tokens of every row, (rows, n) int64 on the device; the host never waits for one."""
+        """n new tokens of every row, (rows, n) int64 on the device; the host waits for it only once, at the end."""
         self._room(n)
         try:
             for _ in range(n):
                 self.step()
             self.collect()
+            self.check_logits()
         finally:
             self.release()
         rows = len(self.prompts)
@@ -192,6 +202,7 @@ class Run:
                 return
             self._follow_model()
             drawn = self.step().tolist()
+            self.check_logits()
             released = []
             for i, token in enumerate(drawn):
                 out = []
@@ -270,13 +281,25 @@ class Run:
             self.history.scatter_(1, at, self.session.drawn.gather(1, at))
             self.ends += self.uncollected
             self.offsets += self.uncollected
+            self.tainted += self.session.tainted
             self.uncollected = 0
             self.session.feed(self.session.token, self.ends - 1)                    # clamps positions to the window
 
+    def check_logits(self):
+        """Raise RuntimeError, naming the row, if NaN or infinite logits were drawn from. Waits for the device."""
+        tainted = self.tainted if self.uncollected == 0 else self.tainted + self.session.tainted
+        for row, (value,) in enumerate(tainted.tolist()):
+            if value != value:
+                raise RuntimeError(f"row {row}: the model's logits are NaN or infinite, so no token can be drawn. Its weights hold NaN or "
+                                   "infinity, or the dtype is too small for its numbers (float16: try bfloat16 or float32)")
+
     def sample(self, logits):
+        self.tainted.add_(logits.amax(-1, keepdim=True), alpha=0)                   # a row's largest value is finite, or 0 times it is NaN
+        if self.device.type == "cpu":
+            self.check_logits()
         if self.rng == "torch":
             return draw(logits, **self.filters, generator=self.generator)
-        return sampler.sample(logits, **self.filters, seed=self.seeds, offset=self.offsets, backend=self.model.backend)  # increments offsets
+        return sampler.sample(logits, **self.filters, seed=self.seeds, offset=self.offsets, backend=self.model.backend)  # adds 1 to offsets
 
     def logits(self):
         """Logits of the next token of every row, (rows, V)."""

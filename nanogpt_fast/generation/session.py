@@ -74,8 +74,8 @@ class Watch:
 
     def _form(self):
         every = self.parameters
-        return [list(map(read, tensors)) for read, tensors in ((torch.Tensor.data_ptr, every), (torch.Tensor.stride, every), (_dtype, every),
-                                                               (_version, self.counted))]
+        return [list(map(read, tensors)) for read, tensors in ((torch.Tensor.data_ptr, every), (torch.Tensor.stride, every),
+                                                               (_dtype, every), (_version, self.counted))]
 
     def unchanged(self):
         """Whether the model consists of the same tensors, in the same memory, with the same values."""
@@ -158,6 +158,7 @@ class Session:
         self.drawn = torch.zeros(rows, self.block_size + 1, dtype=torch.long, device=device)
         self.seeds, self.offsets, self.top_k = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
         self.temperature, self.top_p, self.min_p = (torch.zeros(rows, dtype=torch.float32, device=device) for _ in range(3))
+        self.tainted = torch.zeros(rows, 1, dtype=torch.float32, device=device)     # NaN once a token was drawn by a NaN or infinite logit
         self.logits = self.draw = None                                              # a fixed buffer for every step's logits, if there is one
         if device.type == "cpu" and self.native is not None and self.wte.size(0) <= sampler.MAX_VOCAB:
             self.logits = torch.zeros(rows, self.wte.size(0), dtype=torch.float32, device=device)
@@ -195,6 +196,7 @@ class Session:
         """Set the parameters with which the captured step draws. A filter that is None gets the value that turns it off."""
         self.seeds.copy_(seeds)
         self.offsets.copy_(offsets)
+        self.tainted.zero_()
         for name, off in (("temperature", None), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
             getattr(self, name).fill_(off if filters[name] is None else filters[name])
 
@@ -220,6 +222,9 @@ class Session:
             self.draw()
         else:
             sampler.sample_out(logits, **self._drawing())
+        # 0 times NaN or infinity is NaN. The drawn token's logit suffices: it is finite only if some logit is, and NaN in some logits alone
+        # comes from the head's weight, so that the prompt's logits, which are checked whole, have shown it.
+        self.tainted.add_(logits.gather(1, self.token[:, None]), alpha=0)
         self.position += 1
         self.drawn.scatter_(1, self.position[:, None], self.token[:, None])
 

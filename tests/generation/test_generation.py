@@ -3,6 +3,7 @@
 One-row and many-row matmuls round differently (C20), hence `same_tokens`.
 """
 import copy
+import math
 import pickle
 import warnings
 
@@ -288,6 +289,80 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"prompt is empty \(row 1\)"):
         model.generate([idx[0], idx[0, :0]], 3)
     assert model.generate(idx[:0], 3).shape == (0, 8)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("filters", [dict(), dict(temperature=0), dict(temperature=0, seed=1), dict(top_p=0.9), dict(min_p=0.1, seed=1)],
+                         ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_infinite_logits_are_refused_and_the_row_is_named(bad, filters, use_cache):
+    """nanoGPT's torch.multinomial refuses them. What isn't checked gives token 0 for ever."""
+    model, prompts = sharpened(), prompts_of(3, 3)
+    model.transformer.wte.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    prompts[1][1] = 7
+    with torch.no_grad():
+        model.transformer.wte.weight[7] = bad
+    with pytest.raises(RuntimeError, match="^row 1: the model's logits are NaN or infinite"):
+        model.generate(prompts, 2, use_cache=use_cache, **filters)
+
+    model = sharpened()
+    with torch.no_grad():
+        model.transformer.wpe.weight[8] = bad                  # met by the sixth new token
+    assert len(model.generate(prompts[:1], 6, use_cache=use_cache, **filters)[0]) == 9
+    with pytest.raises(RuntimeError, match="^row 0: the model's logits are NaN or infinite"):
+        model.generate(prompts[:1], 8, use_cache=use_cache, **filters)
+    stream, drawn = model.generate(prompts[:1], 8, use_cache=use_cache, stream=True, **filters), []
+    with pytest.raises(RuntimeError, match="^row 0: the model's logits are NaN or infinite"):
+        for step in stream:
+            drawn.append(step)
+    assert len(drawn) == 6
+
+
+def test_a_nan_in_one_row_of_the_head_is_refused_and_minus_infinity_is_a_token_never_drawn():
+    model, idx = sharpened(), torch.stack(prompts_of(5))
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.lm_head.bias = nn.Parameter(torch.zeros(65))
+    first = model.generate(idx, 20, temperature=0)[0, 5:].tolist()
+    with torch.no_grad():
+        model.lm_head.bias[first[0]] = -math.inf
+    assert first[0] not in model.generate(idx, 20, seed=3)[0, 5:].tolist()
+    with torch.no_grad():
+        model.lm_head.bias[first[0]] = math.nan
+    with pytest.raises(RuntimeError, match="^row 0"):
+        model.generate(idx, 20, seed=3)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("bad", [-1, 65, 2 ** 40])
+def test_token_ids_outside_of_the_vocabulary_are_refused_before_the_first_step(bad, stream, use_cache):
+    prompt = torch.tensor([3, bad, 7])
+    expected = rf"token ids must lie in 0\.\.64 \(vocab_size 65\); these run from {min(bad, 3)} to {max(bad, 7)}"
+    for idx in (prompt[None], [prompt[:1], prompt], [[3], prompt.tolist()]):
+        with pytest.raises(IndexError, match=expected):
+            sharpened().generate(idx, 3, stream=stream, use_cache=use_cache)
+
+
+def test_a_prompt_holds_integers():
+    model = sharpened()
+    for idx in ([[1.5, 2]], torch.tensor([[1.0, 2.0]]), torch.tensor([[True, False]])):
+        with pytest.raises(ValueError, match="the prompt of row 0 is a tensor of torch.(float32|bool); token ids are integers"):
+            model.generate(idx, 3)
+    expected = model.generate(torch.tensor([[1, 2]]), 3, temperature=0)
+    for dtype in (torch.int32, torch.uint8):
+        assert torch.equal(model.generate(torch.tensor([[1, 2]], dtype=dtype), 3, temperature=0), expected)
+
+
+class Wrapped(GPT):
+    def forward(self, idx, targets=None, **more):
+        return super().forward(idx % self.config.vocab_size, targets, **more)
+
+
+def test_a_model_with_a_forward_of_its_own_says_which_ids_it_takes():
+    model, idx = sharpened(), torch.tensor([[3, 7]])
+    expected = model.generate(idx, 5, temperature=0)[0, 2:]
+    model.__class__ = Wrapped
+    assert torch.equal(model.generate(idx + 65, 5, temperature=0)[0, 2:], expected)
 
 
 def test_with_seeds_a_rows_text_depends_on_its_own_seed_and_prompt_alone():
