@@ -203,6 +203,14 @@ class GPT(nn.Module):
         elif isinstance(module, nn.Embedding):
             torch.nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        head, wte = (state_dict.get(prefix + name) for name in ("lm_head.weight", "transformer.wte.weight"))
+        tied = getattr(self.lm_head, "weight", None) is getattr(self.transformer.wte, "weight", self)    # both may have been replaced
+        if tied and not (head is None or wte is None or same_matrix(head, wte)):
+            error_msgs.append("lm_head.weight and transformer.wte.weight differ, and this GPT has one matrix for both: one would be lost. "
+                              "nanogpt_fast.checkpoints.nanogpt.load_model loads such a checkpoint with a head of its own.")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
     def forward(self, idx, targets=None, return_logits=True):
         """idx (B, T) int64 token ids; targets (B, T) int64, -1 where a position has none.
 
@@ -372,6 +380,13 @@ class GPT(nn.Module):
         """
         from .generation import generate
         return generate(self, idx, max_new_tokens, temperature=temperature, top_k=top_k, **more)
+
+
+def same_matrix(a, b):
+    """Whether two tensors hold the same bits (NaN equals NaN), or have different shapes, which is reported elsewhere."""
+    if a.shape != b.shape or a.data_ptr() == b.data_ptr() and a.device == b.device:
+        return True
+    return a.dtype == b.dtype and torch.equal(*(t.detach().cpu().contiguous().view(torch.uint8) for t in (a, b)))
 
 
 def _add(x, branch, p):

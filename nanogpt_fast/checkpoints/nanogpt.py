@@ -18,7 +18,7 @@ import torch
 
 from ..config import GPTConfig
 from ..files import replacing_together
-from ..model import GPT
+from ..model import GPT, same_matrix
 from ..text import tokenizers
 from .state import CheckpointError, plain_names, untie_head
 
@@ -139,10 +139,15 @@ def build_model(checkpoint, path, *, dropout=None, backend=None):
         model = GPT(GPTConfig(**args), backend=backend)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its model_args do not describe a GPT: {error}") from None
-    if "lm_head.bias" in checkpoint["model"]:  # a converted classic model with an untied head
+    state = dict(checkpoint["model"])
+    head, wte = state.get("lm_head.weight"), state.get("transformer.wte.weight")
+    if "lm_head.bias" in state or not (head is None or wte is None or same_matrix(head, wte)):
         untie_head(model)
-    _check_weights(checkpoint["model"], model.state_dict(), path)
-    model.load_state_dict(checkpoint["model"])
+        if "lm_head.bias" not in state:  # a fork of nanoGPT without tying
+            print(f"{path}: the vocabulary head has a matrix of its own, as in the file; nanoGPT would load it over the token embedding")
+            state["lm_head.bias"] = model.lm_head.bias.detach()
+    _check_weights(state, model.state_dict(), path)
+    model.load_state_dict(state)
     return model
 
 

@@ -14,8 +14,8 @@ import pytest
 import tiny
 import torch
 
-from nanogpt_fast import GPT, GPTConfig, files, options
-from nanogpt_fast.checkpoints import nanogpt as checkpoint
+from nanogpt_fast import GPT, GPTConfig, classic, files, options
+from nanogpt_fast.checkpoints import convert, nanogpt as checkpoint
 from nanogpt_fast.checkpoints.nanogpt import CheckpointError, load_model, read, save
 from nanogpt_fast.training import start, trainer as training
 from nanogpt_fast.training.trainer import train
@@ -184,6 +184,55 @@ def test_contents_that_do_not_fit_are_named(change, complaint, tmp_path):
     torch.save(state, tmp_path / "ckpt.pt")
     with pytest.raises(CheckpointError, match=complaint):
         load_model(tmp_path)
+
+
+def with_a_head_of_its_own():
+    """A checkpoint of a fork of nanoGPT without weight tying, and the logits of its weights, computed in plain PyTorch."""
+    saved = untrained()
+    wte, head = saved["model"]["transformer.wte.weight"], torch.randn(40, 32, generator=torch.Generator().manual_seed(4))
+    body = plain.GPT(GPTConfig(**ARGS)).eval()
+    body.load_state_dict(saved["model"])
+    found = []
+    body.transformer.ln_f.register_forward_hook(lambda module, args, out: found.append(out))
+    idx = torch.arange(12)[None]
+    body(idx)
+    saved["model"] = {**saved["model"], "transformer.wte.weight": wte.clone(), "lm_head.weight": head}
+    return saved, idx, found[0] @ head.T
+
+
+def test_a_head_that_differs_from_the_embedding_is_loaded_as_it_is_and_said(tmp_path, capsys):
+    saved, idx, expected = with_a_head_of_its_own()
+    torch.save(saved, tmp_path / "ckpt.pt")
+    model = load_model(tmp_path / "ckpt.pt")[0]
+    assert "the vocabulary head has a matrix of its own" in capsys.readouterr().out
+    for name, tensor in saved["model"].items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx, idx)[0], expected.detach())
+    assert torch.equal(model.generate(idx, 1, temperature=0)[0, -1], expected[0, -1].argmax())
+
+
+def test_weights_that_differ_are_not_loaded_into_the_one_matrix_of_a_gpt():
+    saved, *_ = with_a_head_of_its_own()
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="lm_head.weight and transformer.wte.weight differ, and this GPT has one matrix for both"):
+            GPT(GPTConfig(**ARGS)).load_state_dict(saved["model"], strict=strict)
+    twice = untrained()["model"]
+    twice = {name: torch.full_like(tensor, torch.nan) for name, tensor in twice.items()}
+    GPT(GPTConfig(**ARGS)).load_state_dict(twice)               # NaN in both is no difference
+
+
+@pytest.mark.parametrize("to", ["classic", "huggingface"])
+def test_convert_keeps_an_untied_head_or_refuses_it(to, tmp_path):
+    saved, idx, expected = with_a_head_of_its_own()
+    torch.save(saved, tmp_path / "ckpt.pt")
+    if to == "huggingface":
+        with pytest.raises(convert.ConversionError, match="head is a matrix of its own"):
+            convert.convert_checkpoint(tmp_path / "ckpt.pt", tmp_path / "folder")
+        return
+    convert.convert_checkpoint(tmp_path / "ckpt.pt", tmp_path / "classic.pt")
+    found = classic.load_checkpoint(tmp_path / "classic.pt", device="cpu")[0](idx, idx)[0]
+    torch.testing.assert_close(found, expected)
 
 
 def test_an_optimizer_state_of_another_model_is_refused():
