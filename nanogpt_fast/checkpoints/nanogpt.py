@@ -184,11 +184,15 @@ def tokenizer_of(checkpoint, path):
     """
     vocab_size, config = checkpoint["model_args"]["vocab_size"], checkpoint.get("config") or {}
     meta = Path("data") / str(config.get("dataset", "")) / "meta.pkl"
+    stated = None  # the vocabulary's size, padding included, if the tokenizer's source says it
     try:
         if checkpoint.get("tokenizer") is not None:
             source, tokenizer = "its own tokenizer", tokenizers.from_state(checkpoint["tokenizer"])
+            stated = vocab_size if vocab_size >= tokenizer.vocab_size else None
         elif meta.is_file():
-            source, tokenizer = str(meta), tokenizers.load(meta)
+            source, (stated, tokenizer, why_not) = str(meta), tokenizers.load_vocabulary(meta)
+            if tokenizer is None:
+                return None, why_not
         elif vocab_size in (50257, 50304):
             source, tokenizer = "GPT-2's tokenizer", tokenizers.GPT2Tokenizer()
         else:
@@ -198,7 +202,7 @@ def tokenizer_of(checkpoint, path):
     except RuntimeError as error:  # tiktoken or its vocabulary is not available
         return None, str(error)
     # A vocabulary may be padded for faster matmuls, to a multiple of 128 at most; a larger gap means another vocabulary.
-    if not 0 <= vocab_size - tokenizer.vocab_size < 128:
+    if vocab_size != stated and not 0 <= vocab_size - tokenizer.vocab_size < 128:
         raise CheckpointError(f"{path} and {source} don't match: the model has {vocab_size} tokens, the tokenizer "
                               f"{tokenizer.vocab_size}. Was the data prepared again from another text?")
     return tokenizer, None

@@ -137,6 +137,18 @@ def load_tokenizer(folder):
     return tokenizers.GPT2Tokenizer()
 
 
+def load_vocabulary(folder):
+    """What `tokenizers.load_vocabulary` returns for a data folder; (None, tokenizer or None, why not) for GPT-2's vocabulary."""
+    for name in VOCABULARIES:
+        if Path(folder, name).exists():
+            size, tokenizer, why_not = tokenizers.load_vocabulary(Path(folder, name))
+            return None if isinstance(tokenizer, tokenizers.GPT2Tokenizer) else size, tokenizer, why_not
+    try:
+        return None, tokenizers.GPT2Tokenizer(), None
+    except RuntimeError as error:
+        return None, None, str(error)
+
+
 def _is_prepared(folder):
     return all((folder / name).is_file() for name in FILES)
 

@@ -15,6 +15,7 @@ What cannot be encoded, decoded or read raises TokenizerError, a ValueError that
 import collections
 import io
 import json
+import operator
 import pickle
 import re
 
@@ -40,10 +41,28 @@ def from_state(state):
 
 def load(path):
     """Read a tokenizer from a file that `save` or nanoGPT's prepare.py wrote. Raises FileNotFoundError, TokenizerError."""
+    _, tokenizer, why_not = load_vocabulary(path)
+    if tokenizer is None:
+        raise TokenizerError(why_not)
+    return tokenizer
+
+
+def load_vocabulary(path):
+    """(vocabulary size, tokenizer, None), or (vocabulary size, None, why there is no tokenizer): all that training needs is the size,
+    and it is all that nanoGPT's train.py reads of a meta.pkl. Raises FileNotFoundError, TokenizerError."""
     with open(path, "rb") as f:
         content = f.read()
     try:
-        return from_state(_read_json(content) if content.lstrip().startswith(b"{") else _read_meta(content))
+        if content.lstrip().startswith(b"{"):
+            tokenizer = from_state(_read_json(content))
+            return tokenizer.vocab_size, tokenizer, None
+        size, chars, why_not = _read_meta(content)
+        if why_not is None:
+            try:
+                return size, CharTokenizer(chars), None
+            except TokenizerError as error:
+                why_not = str(error)
+        return size, None, f"{path}: {why_not}"
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from None
 
@@ -84,12 +103,19 @@ class Tokenizer:
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character; `chars` lists the characters by id. There is no unknown token: other characters raise TokenizerError."""
+    """One id per character; `chars` lists the characters by id. There is no unknown token: other characters raise TokenizerError.
+
+    A few of `chars` may be marks, such as "<pad>": they are decoded, and no text is encoded as one.
+    """
+
+    MARK = re.compile(r"<[^<>]*>|\[[^\[\]]*\]")
 
     def __init__(self, chars):
         chars = list(chars)
-        if not chars or not all(isinstance(c, str) and len(c) == 1 for c in chars) or len(set(chars)) < len(chars):
-            raise TokenizerError(f"a character vocabulary is a list of distinct characters, at least one; this is {_short(chars)}")
+        if not all(isinstance(c, str) and (len(c) == 1 or self.MARK.fullmatch(c)) for c in chars) or len(set(chars)) < len(chars) \
+                or not any(len(c) == 1 for c in chars):
+            raise TokenizerError("a character vocabulary is a list of distinct characters, at least one, and of marks such as <pad>; "
+                                 f"this is {_short(chars)}")
         self.itos = dict(enumerate(chars))
         self.stoi = {c: i for i, c in self.itos.items()}
 
@@ -220,34 +246,91 @@ class GPT2Tokenizer(Tokenizer):
 KINDS = {"char": CharTokenizer, "word": WordTokenizer, "gpt2": GPT2Tokenizer}
 
 
+class _Inert:
+    """What a pickle gets in place of a class or function that is not listed below: takes anything, does nothing."""
+
+    def __init__(self, *args, **keywords):
+        pass
+
+    __setstate__ = __setitem__ = append = extend = add = __init__
+
+
+class _NumpyType:
+    """numpy.dtype in a pickle: only its code, such as "i8", and its byte order are kept."""
+
+    def __init__(self, code, *_):
+        self.code, self.order = str(code), "<"
+
+    def __setstate__(self, state):
+        self.order = str(state[1])
+
+    def read(self, raw):
+        if self.code[0] in "iu":
+            return int.from_bytes(raw, "big" if self.order == ">" else "little", signed=self.code[0] == "i")
+        if self.code[0] == "U":
+            return raw.decode("utf-32-be" if self.order == ">" else "utf-32-le").rstrip("\0")
+        return _Inert()
+
+
+def _plain_dict(*args):
+    return dict(args[0]) if args and isinstance(args[0], dict) else {}
+
+
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles only numbers, strings, lists and dicts: a pickle is a program, and without classes or functions it can build no more."""
+    """Unpickles numbers (NumPy's, too), strings, lists and dicts. A pickle is a program that calls what it imports; here it gets only the
+    functions below, and for all else _Inert. `foreign` lists what that was."""
+
+    KNOWN = {("collections", "OrderedDict"): _plain_dict, ("collections", "defaultdict"): _plain_dict, ("collections", "Counter"): _plain_dict,
+             ("numpy", "dtype"): _NumpyType, ("_codecs", "encode"): lambda text, *_: text.encode("latin1"),
+             ("numpy.core.multiarray", "scalar"): lambda dtype, raw: dtype.read(raw),
+             ("numpy._core.multiarray", "scalar"): lambda dtype, raw: dtype.read(raw)}
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.foreign = []
 
     def find_class(self, module, name):
-        raise TokenizerError(f"refused: it imports {module}.{name}, but a vocabulary consists of strings and integers only")
+        if (module, name) in self.KNOWN:
+            return self.KNOWN[module, name]
+        self.foreign.append(f"{module}.{name}")
+        return _Inert
 
 
 def _read_meta(content):
-    """nanoGPT's meta.pkl {vocab_size, stoi, itos} as the state of a CharTokenizer."""
+    """(vocabulary size, characters by id, None), or (size, None, why there are none), from nanoGPT's meta.pkl {vocab_size, stoi, itos}."""
+    unpickler = _PlainUnpickler(io.BytesIO(content))
     try:
-        meta = _PlainUnpickler(io.BytesIO(content)).load()
-    except TokenizerError:
-        raise
+        meta = unpickler.load()
     except Exception as error:  # a damaged pickle can raise nearly anything: UnpicklingError, EOFError, KeyError, MemoryError ...
         raise TokenizerError("neither a tokenizer's JSON nor a readable meta.pkl "
                              f"({type(error).__name__}: {_short(error)})") from None
-    if not isinstance(meta, dict) or not all(isinstance(meta.get(name), dict) for name in ("stoi", "itos")):
-        raise TokenizerError("a meta.pkl holds a dict with vocab_size, stoi and itos; this one does not")
-    stoi, itos = meta["stoi"], meta["itos"]
+    foreign = f"refused: it imports {unpickler.foreign[0]}, but a vocabulary consists of strings and integers only" if unpickler.foreign else None
+    meta = meta if isinstance(meta, dict) else {}
+    chars, why_not = _characters(meta.get("stoi"), meta.get("itos"))
     try:
-        chars = [itos[i] for i in range(len(itos))]
-        consistent = stoi == {c: i for i, c in enumerate(chars)} and meta.get("vocab_size") == len(chars)
+        size = operator.index(meta["vocab_size"]) if "vocab_size" in meta else len(chars)
+    except TypeError:
+        raise TokenizerError(foreign or "a meta.pkl holds a dict with vocab_size, an integer, and with stoi and itos; this one does not") \
+            from None
+    if chars is not None and size < len(chars):
+        why_not = f"its parts contradict each other: vocab_size is {size}, but stoi and itos number {len(chars)} characters"
+    return size, chars, foreign or why_not
+
+
+def _characters(stoi, itos):
+    """(the entries of a vocabulary by id, None), or (None, why not). One of the two dicts may be missing; itos may be a list."""
+    if isinstance(itos, (list, tuple)):
+        itos = dict(enumerate(itos))
+    if not isinstance(stoi, dict) and not isinstance(itos, dict):
+        return None, "it has neither stoi nor itos, which say what the ids mean"
+    try:
+        chars = [itos[i] for i in range(len(itos))] if isinstance(itos, dict) else sorted(stoi, key=stoi.get)
+        if len(chars) > 0 and (not isinstance(stoi, dict) or stoi == {c: i for i, c in enumerate(chars)}):
+            return chars, None
     except (KeyError, TypeError):  # an id is missing, or an entry is not a character
-        consistent = False
-    if not consistent:
-        raise TokenizerError(f"its parts contradict each other: vocab_size {_short(meta.get('vocab_size'))}, {len(itos)} in "
-                             f"itos, {len(stoi)} in stoi; they should number the same characters from 0 without gaps")
-    return {"kind": "char", "chars": chars}
+        pass
+    return None, (f"its parts contradict each other: {len(itos or {})} in itos, {len(stoi or {})} in stoi; they should number the same "
+                  "characters from 0 without gaps")
 
 
 def _read_json(content):

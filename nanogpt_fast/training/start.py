@@ -15,21 +15,22 @@ def find_data(o, ranks):
     return folder or prepare.find(o.dataset, o.data_dir)
 
 
-def load_tokenizer(folder):
-    """The data's tokenizer, or None if it cannot be loaded: training needs only the ids."""
+def load_vocabulary(folder):
+    """(vocabulary size or None for GPT-2's, tokenizer or None) of the data. Training needs only the ids, and the samples a tokenizer."""
     try:
-        return prepare.load_tokenizer(folder)
-    except RuntimeError as error:
-        print(f"no text samples: {error}")
-        return None
+        size, tokenizer, why_not = prepare.load_vocabulary(folder)
+    except RuntimeError as error:  # a tokenizer.json names GPT-2's tokenizer, which is not installed
+        size, tokenizer, why_not = None, None, error
+    if tokenizer is None:
+        print(f"no text samples: {why_not}")
+    return size, tokenizer
 
 
-def initial_model(o, tokenizer, ops):
+def initial_model(o, vocab_size, tokenizer, ops):
     """(model, checkpoint or None): a new model, GPT-2, or the one in out_dir's checkpoint, which is returned with it."""
     if o.init_from == "scratch":
         # nanoGPT's rule: the vocabulary of meta.pkl; without that file, GPT-2's padded to a multiple of 64.
-        vocab_size = 50304 if tokenizer is None or tokenizer.to_state()["kind"] == "gpt2" else tokenizer.vocab_size
-        config = GPTConfig(block_size=o.block_size, vocab_size=vocab_size, n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd,
+        config = GPTConfig(block_size=o.block_size, vocab_size=vocab_size or 50304, n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd,
                            dropout=o.dropout, bias=o.bias, activation=o.activation)
         return GPT(config, backend=ops), None
     if o.init_from != "resume":

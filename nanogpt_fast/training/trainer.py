@@ -94,8 +94,8 @@ def _train(o, ranks, device, ops, malloc):
 
     # data and model
     folder = start.find_data(o, ranks)
-    tokenizer = start.load_tokenizer(folder)
-    model, checkpoint = start.initial_model(o, tokenizer, ops)  # the checkpoint to resume from, or None
+    vocab_size, tokenizer = start.load_vocabulary(folder)
+    model, checkpoint = start.initial_model(o, vocab_size, tokenizer, ops)  # the checkpoint to resume from, or None
     model.to(device)
     dtype = devices.choose_dtype(o.dtype, device, model.config.n_embd)
     T = min(o.block_size, model.config.block_size)

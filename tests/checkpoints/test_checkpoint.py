@@ -17,7 +17,8 @@ import torch
 from nanogpt_fast import GPT, GPTConfig, classic, files, options
 from nanogpt_fast.checkpoints import convert, nanogpt as checkpoint
 from nanogpt_fast.checkpoints.nanogpt import CheckpointError, load_model, read, save
-from nanogpt_fast.training import start, trainer as training
+from nanogpt_fast.text import prepare
+from nanogpt_fast.training import trainer as training
 from nanogpt_fast.training.trainer import train
 
 ARGS = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=40, dropout=0.0)
@@ -112,7 +113,7 @@ def test_nanogpts_meta_pkl_is_found_where_its_sample_py_looks(tmp_path, monkeypa
 
 def tiny_vocab(folder):
     tiny.data(folder)
-    return start.load_tokenizer(folder / "data" / "sums").vocab_size
+    return prepare.load_tokenizer(folder / "data" / "sums").vocab_size
 
 
 def test_a_folder_without_ckpt_pt_gives_its_last_pt(trained, tmp_path):

@@ -1,14 +1,20 @@
 """The training loop: nanoGPT's options, schedule and steps; evaluation, logging, and what stops a run."""
+import collections
 import dataclasses
 import io
 import math
+import os
+import pickle
 import sys
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
 from nanogpt_fast import GPT, GPTConfig, devices, options
+from nanogpt_fast.checkpoints.nanogpt import load_model
+from nanogpt_fast.text import prepare
 from nanogpt_fast.text.batches import Batches
 from nanogpt_fast.training import start, trainer as training
 from nanogpt_fast.training.trainer import NonFiniteLoss, TrainOptions, learning_rate, split_backend, train
@@ -111,7 +117,7 @@ def test_a_step_is_nanogpts_step_bit_for_bit(folder):
 
 
 def tiny_vocab(folder):
-    return start.load_tokenizer(folder / "data" / "sums").vocab_size
+    return prepare.load_tokenizer(folder / "data" / "sums").vocab_size
 
 
 def test_a_run_learns_and_leaves_its_metrics_its_picture_and_its_checkpoints(folder, capsys):
@@ -227,7 +233,7 @@ def test_a_terminal_shows_a_bar_with_step_loss_validation_speed_and_time_left(fo
 
 
 def test_a_text_sample_is_that_of_its_seed_and_touches_no_generator_of_the_process(folder, monkeypatch):
-    tokenizer = start.load_tokenizer(folder / "data" / "sums")
+    tokenizer = prepare.load_tokenizer(folder / "data" / "sums")
     model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=32))
     o, cpu = tiny.options(folder, sample_tokens=50), torch.device("cpu")
     torch.manual_seed(o.seed)
@@ -240,7 +246,7 @@ def test_a_text_sample_is_that_of_its_seed_and_touches_no_generator_of_the_proce
 
 
 def test_samples_leave_out_the_padding_of_the_vocabulary(folder):
-    tokenizer = start.load_tokenizer(folder / "data" / "sums")
+    tokenizer = prepare.load_tokenizer(folder / "data" / "sums")
     model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.vocab_size + 100, n_layer=1, n_head=2, n_embd=32))
     o = tiny.options(folder, sample_tokens=50)
     text = training.sample_text(model, tokenizer, o, torch.device("cpu"), devices.autocast(torch.device("cpu"), torch.float32))
@@ -302,3 +308,72 @@ def test_a_text_of_ones_own_is_prepared_and_trained_on(folder, monkeypatch):
     (folder / "mine.txt").write_text(tiny.TEXT)
     o = tiny.options(folder, dataset=str(folder / "mine.txt"), max_iters=2)
     assert train(o).iter_num == 2 and (folder / "data" / "mine" / "train.bin").exists()
+
+
+def metas(chars):
+    """What meta.pkl files hold that nanoGPT trains with, by name: (the dict, the model's vocabulary, whether text samples are drawn)."""
+    V, stoi, itos = len(chars), {c: i for i, c in enumerate(chars)}, dict(enumerate(chars))
+    whole = dict(vocab_size=V, stoi=stoi, itos=itos)
+    marked = [*chars, "<pad>"]
+    return {
+        "nanoGPT's own": (whole, V, True),
+        "vocab_size alone": (dict(vocab_size=V), V, False),
+        "words": (dict(vocab_size=V, stoi={f"word{i}": i for i in range(V)}, itos={i: f"word{i}" for i in range(V)}), V, False),
+        "a mark": (dict(vocab_size=V + 1, stoi={c: i for i, c in enumerate(marked)}, itos=dict(enumerate(marked))), V + 1, True),
+        "padded": ({**whole, "vocab_size": V + 200}, V + 200, True),
+        "NumPy's integers": (dict(vocab_size=np.int64(V), stoi={c: np.int32(i) for c, i in stoi.items()}, itos=itos), V, True),
+        "NumPy's strings": (dict(vocab_size=np.uint16(V), itos={i: np.str_(c) for i, c in itos.items()}), V, True),
+        "itos as a list": ({**whole, "itos": list(chars)}, V, True),
+        "ordered": (collections.OrderedDict(vocab_size=V, stoi=collections.OrderedDict(stoi), itos=collections.OrderedDict(itos)), V, True),
+        "stoi alone": (dict(vocab_size=V, stoi=stoi), V, True),
+        "a tokenizer's object": (dict(vocab_size=V, tokenizer=tiny.TEXT, kind=collections.UserDict(a=1)), V, False),
+        "parts that disagree": ({**whole, "itos": {i: "x" for i in range(V)}}, V, False)}
+
+
+@pytest.mark.parametrize("protocol", [2, pickle.DEFAULT_PROTOCOL])
+@pytest.mark.parametrize("name", metas("ab"))
+def test_every_meta_pkl_that_nanogpt_trains_with_gives_its_vocabulary(name, protocol, folder, capsys):
+    place = folder / "data" / "sums"
+    chars = list(prepare.load_tokenizer(place).stoi)
+    meta, expected, sampled = metas(chars)[name]
+    (place / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
+    vocab_size, tokenizer = start.load_vocabulary(place)
+    assert vocab_size == expected and type(vocab_size) is int
+    printed = capsys.readouterr().out
+    assert (tokenizer is not None) == sampled and printed.count("no text samples: ") == (not sampled)
+    if sampled:
+        assert tokenizer.decode(tokenizer.encode(tiny.TEXT[:50])) == tiny.TEXT[:50]
+
+
+@pytest.mark.parametrize("name", ["vocab_size alone", "padded", "a mark"])
+def test_a_run_with_such_a_meta_pkl_trains_and_its_checkpoint_is_sampled_where_there_is_a_tokenizer(name, folder, capsys, monkeypatch):
+    place = folder / "data" / "sums"
+    meta, expected, sampled = metas(list(prepare.load_tokenizer(place).stoi))[name]
+    (place / "meta.pkl").write_bytes(pickle.dumps(meta))
+    o = tiny.options(folder, max_iters=2, eval_interval=1, eval_iters=1, sample_tokens=60)
+    assert train(o).model.config.vocab_size == expected
+    printed = capsys.readouterr().out
+    assert printed.count("no text samples: ") == (not sampled) and ("    | " in printed) == sampled
+    monkeypatch.chdir(folder)
+    tokenizer, meta = load_model(o.out_dir)[1:]
+    assert (tokenizer is not None) == sampled
+    assert sampled or "neither stoi nor itos" in meta["no_tokenizer"]
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.system, ("touch exploited",)
+
+
+@pytest.mark.parametrize("meta", [dict(vocab_size=Exploit()), dict(vocab_size=65, stoi=Exploit()), Exploit()], ids=["size", "stoi", "whole"])
+def test_a_meta_pkl_that_would_run_code_runs_none(meta, folder, monkeypatch, capsys):
+    place = folder / "data" / "sums"
+    (place / "meta.pkl").write_bytes(pickle.dumps(meta))
+    monkeypatch.chdir(folder)
+    if isinstance(meta, dict) and "stoi" in meta:
+        assert start.load_vocabulary(place) == (65, None)
+        assert "refused: it imports posix.system" in capsys.readouterr().out
+    else:
+        with pytest.raises(ValueError, match="meta.pkl: refused: it imports posix.system"):
+            start.load_vocabulary(place)
+    assert not (folder / "exploited").exists()
