@@ -10,11 +10,16 @@
 Three layers, each overriding the one before: the defaults; config files, which are Python and run with the options as their
 globals (so `lr_decay_iters = max_iters` works); `--key=value` or `--key value`, in the order given. A dash in a key counts
 as an underscore, a bare `--flag` sets a bool. Anything invalid raises ValueError with one line that says what was passed, what is
-accepted and which key is nearest.
+accepted and which key is nearest. Other names in a config file are its own; only one that is a letter away from an option gets a hint.
+
+Numbers are taken as they are meant: a whole float (2e0, max_iters / 2) and NumPy's integers are integers, 0 and 1 are False and True.
 """
 import dataclasses
 import difflib
 import math
+import numbers
+import operator
+import os
 import shutil
 import sys
 import textwrap
@@ -86,11 +91,14 @@ def parse(cls, argv, prog):
 
 
 def check(options):
-    """Raise ValueError unless every field of this dataclass instance has its type and is within its limits."""
+    """Raise ValueError unless every field of this dataclass instance is within its limits and has its type, or is a number of another
+    type that can be it (see the top of this file) and becomes it."""
     kinds = _kinds(type(options))
     for field in dataclasses.fields(options):
         value = _conform(getattr(options, field.name), field.name, kinds[field.name])
         _check_range(value, field, kinds[field.name])
+        if type(value) is not type(getattr(options, field.name)):
+            setattr(options, field.name, value)
 
 
 def help_text(cls, prog):
@@ -146,13 +154,16 @@ def _run_config(path, values, kinds):
     for name, value in scope.items():
         if name in values:
             values[name] = _conform(value, name, kinds[name], f"{path}: ")
-        elif not name.startswith("_") and isinstance(value, (int, float, str)):
-            # A helper variable is fine, as in nanoGPT's config files; a misspelled option is not.
+        elif not name.startswith("_") and isinstance(value, (int, float, str)):  # neither a module nor a function
             near = nearest(name, values)
-            if difflib.SequenceMatcher(None, name, near).ratio() > 0.7:
-                raise ValueError(f"{path}: unknown option {name}; the nearest is {near} "
-                                 f"(if it is a helper variable, name it _{name})")
-            print(f"{path}: {name} is not an option and sets nothing (the nearest is {near})", file=sys.stderr)
+            if _one_letter_apart(name, near):
+                print(f"{path}: {name} is not an option and sets nothing; is {near} meant?", file=sys.stderr)
+
+
+def _one_letter_apart(a, b):
+    """Whether one letter too many, too few or wrong, or two swapped, make the difference of two names."""
+    i = len(os.path.commonprefix((a, b)))
+    return a[i + 1:] == b[i + 1:] or a[i:] == b[i + 1:] or a[i + 1:] == b[i:] or (a[i:i + 2] == b[i:i + 2][::-1] and a[i + 2:] == b[i + 2:])
 
 
 def _line_in(traceback, path):
@@ -180,13 +191,19 @@ def _from_text(text, name, kinds):
 
 
 def _conform(value, name, kinds, where=""):
-    """The value as one of these types; an int becomes a float if a float is expected. Raises ValueError."""
+    """The value as one of these types. Raises ValueError."""
+    if isinstance(value, numbers.Real) and type(value) not in (bool, int, float):  # NumPy's
+        value = operator.index(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, float) and not math.isfinite(value) and float in kinds:
+        raise ValueError(f"{where}{name} is {value}; expected a finite number")
+    if type(value) is float and int in kinds and value.is_integer():
+        return int(value)
     if type(value) in kinds:
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{where}{name} is {value}; expected a finite number")
         return value
     if float in kinds and type(value) is int:
         return float(value)
+    if bool in kinds and type(value) is int and value in (0, 1):
+        return bool(value)
     raise ValueError(f"{where}{name} is {value!r} ({type(value).__name__}); expected {_names(kinds)}")
 
 

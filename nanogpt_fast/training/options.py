@@ -51,8 +51,8 @@ class TrainOptions:
     grad_clip: float = option(1.0, "the gradient's norm is clipped to this; 0 for no clipping", minimum=0)
 
     decay_lr: bool = option(True, "warm-up and cosine decay; False for a constant learning rate", section="Learning rate")
-    warmup_iters: int = option(2000, "steps of linear warm-up", minimum=0)
-    lr_decay_iters: int = option(600_000, "step at which min_lr is reached; about max_iters", minimum=0)
+    warmup_iters: int | float = option(2000, "steps of linear warm-up", minimum=0)
+    lr_decay_iters: int | float = option(600_000, "step at which min_lr is reached; about max_iters", minimum=0)
     min_lr: float = option(6e-5, "the lowest learning rate; about learning_rate / 10", minimum=0)
 
     backend: str = option("auto", "the implementation of the ops (auto, fused, reference, or per op as in "

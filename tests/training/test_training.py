@@ -14,6 +14,7 @@ import torch
 
 from nanogpt_fast import GPT, GPTConfig, devices, options
 from nanogpt_fast.checkpoints.nanogpt import load_model
+from nanogpt_fast.commands.sampling import SampleOptions
 from nanogpt_fast.text import prepare
 from nanogpt_fast.text.batches import Batches
 from nanogpt_fast.training import start, trainer as training
@@ -50,6 +51,19 @@ def test_a_config_file_in_nanogpts_style_works(tmp_path):
     o = options.parse(TrainOptions, [str(config), "--batch_size=3", "--dropout", "0.5", "--compile"], "train")
     assert (o.out_dir, o.batch_size, o.gradient_accumulation_steps, o.init_from) == ("out-x", 3, 40, "gpt2-xl")
     assert (o.learning_rate, o.decay_lr, o.dropout, o.compile) == (1.0, False, 0.5, True)
+
+
+def test_a_config_file_may_compute_its_numbers_and_have_names_of_its_own(tmp_path, capsys):
+    """Each line is one that nanoGPT trains with; its configurator takes a file's globals as they are."""
+    config = tmp_path / "config.py"
+    config.write_text("total_iters = 25\nnum_iters = 10\ndevice_type = 'cpu'\nmax_iters = 2e1\nlr_decay_iters = total_iters * 0.9\n"
+                      "warmup_iters = max_iters / 8\neval_interval = max_iters / 2\nwandb_log = 0\n")
+    o = options.parse(TrainOptions, [str(config)], "train")
+    assert (o.max_iters, o.lr_decay_iters, o.warmup_iters, o.eval_interval, o.wandb_log) == (20, 22.5, 2.5, 10, False)
+    assert capsys.readouterr().err == ""
+    assert learning_rate(0, o) == o.learning_rate / 3.5 and learning_rate(23, o) == o.min_lr
+    sampled = options.parse(SampleOptions, [str(config), "--top_k=3"], "sample")   # a training config given to sample
+    assert sampled.top_k == 3 and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("word, complaint", [
