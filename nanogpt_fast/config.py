@@ -1,4 +1,5 @@
-"""GPTConfig: the seven numbers that define a GPT, with nanoGPT's names, order and defaults, plus one optional field."""
+"""GPTConfig: the seven numbers that define a GPT, with nanoGPT's names, order and defaults, plus one optional field; and what a whole number is."""
+import operator
 from dataclasses import dataclass
 
 
@@ -12,3 +13,14 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True         # biases in Linears and LayerNorms, as in GPT-2; False is a bit better and faster
     activation: str = "gelu"  # "gelu" is the erf form (nanoGPT); "gelu_tanh" is what OpenAI's GPT-2 weights were trained with
+
+
+def whole(name, value, minimum=None):
+    """The value as an int: Python's, NumPy's or another with an `__index__`. Raises ValueError if it is none, or below the minimum."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or minimum is not None and number < minimum:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number" + ("" if minimum is None else f" of at least {minimum}"))
+    return number

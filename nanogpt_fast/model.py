@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from . import backend as _backend, devices, reference
-from .config import GPTConfig
+from .config import GPTConfig, whole
 from .ops import attention, cross_entropy, layer_norm, linear, mlp
 from .ops.common import dropout_seeds
 from .touched import touched
@@ -296,7 +296,8 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size):
         """Shorten the context to the first `block_size` positions, in place."""
-        if not 1 <= block_size <= self.config.block_size:
+        block_size = whole("block_size", block_size, 1)
+        if block_size > self.config.block_size:
             raise ValueError(f"crop_block_size({block_size}): the context can only shrink, to between 1 and {self.config.block_size}")
         self.config.block_size = block_size
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
@@ -394,13 +395,11 @@ def _add(x, branch, p):
 
 
 def check_config(config):
-    """Raise ValueError, naming the field, if one is invalid."""
-    for name in ("block_size", "vocab_size", "n_head", "n_embd"):
+    """Raise ValueError, naming the field, if one is invalid. NumPy's integers become Python's, which every checkpoint reader takes."""
+    for name in ("block_size", "vocab_size", "n_head", "n_embd", "n_layer"):
         value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-    if not isinstance(config.n_layer, int) or config.n_layer < 0:
-        raise ValueError(f"n_layer is {config.n_layer!r}; it must be a whole number of at least 0")
+        if type(value) is not int or value < 1:
+            setattr(config, name, whole(name, value, 0 if name == "n_layer" else 1))
     if not 0.0 <= config.dropout <= 1.0:
         raise ValueError(f"dropout is {config.dropout!r}; it is a probability, between 0 and 1")
     if getattr(config, "activation", "gelu") not in ("gelu", "gelu_tanh"):

@@ -289,7 +289,7 @@ def test_c17_generate_keeps_the_prompt_and_the_mode():
 
 def test_c18_what_generate_refuses():
     model, x = ours().eval(), batch(2, 5)[0]
-    for kwargs, message in (({"top_k": 0}, "top_k is 0"), ({"top_k": -3}, "top_k is -3"), ({"temperature": -1.0}, "temperature is -1.0")):
+    for kwargs, message in (({"top_k": 1.5}, "top_k is 1.5"), ({"top_k": -3}, "top_k is -3"), ({"temperature": -1.0}, "temperature is -1.0")):
         with pytest.raises(ValueError, match=message):
             model.generate(x, 3, **kwargs)
     with pytest.raises(ValueError, match="prompt is empty"):

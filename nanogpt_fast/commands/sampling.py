@@ -34,7 +34,7 @@ class ChatOptions:
     out_dir: str = option("out", "where the checkpoint is (ckpt.pt), or a checkpoint file itself")
     max_new_tokens: int = option(500, "tokens to generate", minimum=0, section="Text")
     temperature: float = option(0.8, "below 1: less random, above: more; 0: greedy", minimum=0)
-    top_k: int | None = option(200, "keep only this many of the most likely tokens; None: all", minimum=1)
+    top_k: int | None = option(200, "keep only this many of the most likely tokens; 0 or None: all", minimum=0)
     top_p: float | None = option(None, "keep the most likely tokens that together have this probability", minimum=0, maximum=1)
     min_p: float | None = option(None, "keep tokens at least this likely relative to the most likely one", minimum=0, maximum=1)
     greedy: bool = option(False, "always take the most likely token")

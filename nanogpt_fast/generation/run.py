@@ -3,12 +3,14 @@
 session.py computes the next token's logits; without a cache, the model itself does.
 """
 import contextlib
+import numbers
 import threading
 
 import torch
 import torch.nn.functional as F
 
 from .. import backend
+from ..config import whole
 from ..ops import sample as sampler
 from .session import autocast_dtype, give_back, session_of
 
@@ -28,7 +30,7 @@ def generate(model, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=N
     """Complete prompts.
 
     idx: (B, T) int64, or a list of 1-D prompts of different lengths.  num_samples: completions of each prompt, one prefill.
-    temperature (0: greedy), top_k, top_p, min_p: see `ops.sample`.
+    temperature (0: greedy), top_k (0 or None: no limit), top_p, min_p: see `ops.sample`.
     stop: a token id, or a list of ids and of sequences of ids; a row ends before the first match, which is not returned.
     rng: "torch" draws as nanoGPT does, from torch's generator; "philox" uses our own counter-based sampler, with a seed per row.
         None: "torch" on a CPU unless `seed` is given, else "philox".
@@ -51,6 +53,8 @@ def generate(model, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=N
                 raise ValueError(f"prompt {i} has shape {tuple(prompt.shape)}; a list holds 1-D prompts")
     elif idx.dim() != 2:
         raise ValueError(f"idx has shape {tuple(idx.shape)}; expected (B, T), one prompt per row, or a list of 1-D prompts")
+    max_new_tokens, num_samples = whole("max_new_tokens", max_new_tokens), whole("num_samples", num_samples)
+    top_k = whole("top_k", top_k or 0) or None
     check(prompts, max_new_tokens, temperature, top_k, top_p, min_p, num_samples)
     for i, prompt in enumerate(prompts):
         if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
@@ -86,8 +90,8 @@ def check(prompts, max_new_tokens, temperature, top_k, top_p=None, min_p=None, n
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
     if not temperature >= 0:
         raise ValueError(f"temperature is {temperature}; it must be positive, or 0 for greedy")
-    if top_k is not None and top_k <= 0:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1, or None for no limit")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1, or 0 or None for no limit")
     for name, value in (("top_p", top_p), ("min_p", min_p)):
         if value is not None and not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} is {value}; it is a share of the probability, between 0 and 1, or None for no limit")
@@ -99,8 +103,8 @@ def stop_sequences(stop):
     """`stop` as a list of tuples of token ids."""
     if stop is None:
         return []
-    stops = [stop] if isinstance(stop, int) else list(stop)
-    sequences = [(s,) if isinstance(s, int) else tuple(int(token) for token in s) for s in stops]
+    stops = [stop] if isinstance(stop, numbers.Integral) else list(stop)
+    sequences = [(int(s),) if isinstance(s, numbers.Integral) else tuple(whole("a token of stop", token) for token in s) for s in stops]
     if () in sequences:
         raise ValueError("stop holds an empty sequence; give token ids or non-empty sequences of them")
     return sequences
@@ -349,7 +353,8 @@ def row_seeds(seed, rows, device, generator=None):
     """One int64 seed per row: as given, counted up from an int, or drawn from torch's generator."""
     if seed is None:
         return torch.randint(2 ** 62, (rows,), device=device, generator=generator)
-    if isinstance(seed, int):
+    if isinstance(seed, numbers.Integral):
+        seed = int(seed)
         return torch.arange(seed, seed + rows, device=device)
     seeds = torch.as_tensor(seed, dtype=torch.long)
     if seeds.shape != (rows,):

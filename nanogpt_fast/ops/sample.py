@@ -18,6 +18,7 @@ Sources: nucleus sampling, Holtzman et al. 2020, section 3.1; min-p, Nguyen et a
 """
 import functools
 import math
+import numbers
 
 import torch
 
@@ -35,7 +36,7 @@ LOGIT_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 def sample(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=None, offset=None, backend=None):
     """Draw one token per row. logits (B, V), fp32, bf16 or fp16, V up to 262,144 -> (B,) int64.
 
-    temperature: 0 is greedy.  top_k: at least 1, clamped to V.  top_p, min_p: 0 to 1.  None turns a filter off. Each is a
+    temperature: 0 is greedy.  top_k: at least 1, clamped to V.  top_p, min_p: 0 to 1.  None, or top_k of 0, turns a filter off. Each is a
     number, or a list or tensor (B,) with one value per row.
     seed: an int (row b draws with seed + b), or an int64 tensor (B,) on the logits' device; None draws seeds from torch's
     generator, so that `torch.manual_seed` controls them.
@@ -111,7 +112,7 @@ _LARGEST = 3.4028234e38  # the largest fp32 number
 # name: (lowest value, highest, the one that turns the filter off, what an error message says is expected)
 _RULES = {
     "temperature": (0.0, _LARGEST, 1.0, "a finite number, at least 0 (0 is greedy)"),
-    "top_k": (1, 2**63 - 1, 0, "an integer, at least 1 (None turns top-k off)"),
+    "top_k": (0, 2**63 - 1, 0, "an integer, at least 1 (0 or None turns top-k off)"),
     "top_p": (0.0, 1.0, 1.0, "a number from 0 to 1 (None turns top-p off)"),
     "min_p": (0.0, 1.0, 0.0, "a number from 0 to 1 (None turns min-p off)"),
 }
@@ -140,9 +141,17 @@ def _check_rows(name, tensor, B, device):
 
 def _signed(name, value):
     """A 64-bit integer, signed or unsigned, as the int64 of the same bits."""
+    value = _plain_number(value)
     if not isinstance(value, int) or not -2**63 <= value < 2**64:
         raise ValueError(f"{name} is {value!r}; expected None, a 64-bit integer or an int64 tensor (B,)")
     return value - 2**64 if value >= 2**63 else value
+
+
+def _plain_number(value):
+    """NumPy's numbers as Python's, anything else as it is."""
+    if isinstance(value, (int, float, torch.Tensor)) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _check_out(logits, out, seed, offset, temperature, top_k, top_p, min_p):
@@ -176,6 +185,7 @@ def _parameter(name, value, B, device, no_copy=False):
     low, high, off, expected = _RULES[name]
     if value is None and name != "temperature":
         return None, off
+    value = _plain_number(value)
     kinds = int if name == "top_k" else (int, float)
     if isinstance(value, kinds) and low <= value <= high and value is not True:
         return None, value if name == "top_k" else float(value)

@@ -215,7 +215,7 @@ def test_missing_and_truncated_checkpoints_are_clear_errors(trained, tmp_path):
     ("--temprature=1", "unknown option --temprature; the nearest is --temperature"),
     ("--temperature=-1", "temperature is -1.0; expected float, at least 0"),
     ("--temperature=hot", "temperature is 'hot' (str); expected float"),
-    ("--top_k=0", "top_k is 0; expected int or None, at least 1"),
+    ("--top_k=-1", "top_k is -1; expected int or None, at least 0"),
     ("--top_p=1.5", "top_p is 1.5; expected float or None, at least 0, at most 1"),
     ("--num_samples=0", "num_samples is 0"),
     ("--max_new_tokens=-1", "max_new_tokens is -1"),

@@ -7,6 +7,7 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -341,6 +342,25 @@ def test_token_ids_outside_of_the_vocabulary_are_refused_before_the_first_step(b
     for idx in (prompt[None], [prompt[:1], prompt], [[3], prompt.tolist()]):
         with pytest.raises(IndexError, match=expected):
             sharpened().generate(idx, 3, stream=stream, use_cache=use_cache)
+
+
+def test_numpys_integers_are_integers_and_a_top_k_of_zero_is_off():
+    model, idx = sharpened(vocab_size=np.int64(65), n_layer=np.int32(2)), torch.stack(prompts_of(5))
+    assert {type(getattr(model.config, name)) for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")} == {int}
+    for seed in (3, None):
+        torch.manual_seed(1)
+        expected = model.generate(idx, 9, seed=seed, num_samples=2)
+        torch.manual_seed(1)
+        given = dict(top_k=0, seed=None if seed is None else np.int64(seed), num_samples=np.uint8(2))
+        assert torch.equal(model.generate(idx, np.int64(9), **given), expected)
+    stop = expected[0, 8].item()
+    assert torch.equal(model.generate(idx, 9, temperature=0, top_k=np.int64(3), stop=np.int64(stop))[0],
+                       model.generate(idx, 9, temperature=0, top_k=3, stop=[stop])[0])
+    for name, value in (("max_new_tokens", 2.5), ("num_samples", 2.5), ("top_k", 2.5)):
+        with pytest.raises(ValueError, match=f"{name} is 2.5; it must be a whole number"):
+            model.generate(idx, **{"max_new_tokens": 3, name: value})
+    model.crop_block_size(np.int64(8))
+    assert type(model.config.block_size) is int
 
 
 def test_a_prompt_holds_integers():

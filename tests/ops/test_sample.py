@@ -2,6 +2,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -279,6 +280,16 @@ def test_an_empty_batch_gives_no_tokens(implementation):
         assert sample_probs(torch.empty(0, V)).shape == (0, V)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_top_k_of_zero_is_off_and_numpys_numbers_are_numbers(implementation):
+    x = rows(3, 500)
+    expected = sample(x, seed=4, backend=implementation)
+    assert torch.equal(sample(x, seed=np.int64(4), top_k=0, temperature=np.float32(1), offset=np.int8(0), backend=implementation), expected)
+    assert torch.equal(sample(x, seed=4, top_k=[0, 0, 0], backend=implementation), expected)
+    assert torch.equal(sample(x, seed=4, top_k=np.int32(7), top_p=np.float64(0.5), backend=implementation),
+                       sample(x, seed=4, top_k=7, top_p=0.5, backend=implementation))
+
+
 # ---------------------------------------------------------------- errors
 
 ERRORS = [
@@ -287,9 +298,9 @@ ERRORS = [
     (dict(logits=torch.zeros(2, 0)), "logits has shape"),
     (dict(logits=torch.zeros(1, 262145)), "logits has shape"),
     (dict(logits=[1.0]), "logits is"),
-    (dict(top_k=0), "top_k is 0"),
+    (dict(top_k=-1), "top_k is -1"),
     (dict(top_k=1.5), "top_k is 1.5"),
-    (dict(top_k=[3, 0]), "top_k of row 1 is 0"),
+    (dict(top_k=[3, -1]), "top_k of row 1 is -1"),
     (dict(top_k=torch.tensor([1.0, 2.0])), "top_k is a tensor of torch.float32"),
     (dict(top_k=[1, 2, 3]), r"top_k has shape \(3,\)"),
     (dict(top_p=1.1), "top_p is 1.1"),
@@ -360,8 +371,8 @@ def test_a_compiled_function_samples_without_a_graph_break():
     for _ in range(3):
         assert torch.equal(compiled(x, torch.arange(3), offset, k), step(x, torch.arange(3), eager_offset, k))
     assert offset.tolist() == [3, 3, 3]
-    with pytest.raises(ValueError, match="top_k of row 1 is 0"):
-        compiled(x, torch.arange(3), offset, torch.tensor([5, 0, 7]))
+    with pytest.raises(ValueError, match="top_k of row 1 is -1"):
+        compiled(x, torch.arange(3), offset, torch.tensor([5, -1, 7]))
 
 
 def test_the_registered_op_keeps_its_schema():
