@@ -56,16 +56,18 @@ def parse(cls, argv, prog):
     positional = _positional(cls)  # bare words set these in order; without any, a bare word is a config file
     waiting = list(positional)
     values = {name: field.default for name, field in fields.items()}
+    given = set()
 
     words = list(argv)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
             if waiting:
+                given.add(waiting[0])
                 values[waiting[0]] = _from_text(word, waiting[0], kinds[waiting[0]])
                 waiting.pop(0)
             elif not positional:
-                _run_config(word, values, kinds)
+                given |= _run_config(word, values, kinds)
             else:
                 raise ValueError(f"{word!r} is one argument too many; usage: {prog} {' '.join(positional)} [--key=value ...]")
             continue
@@ -83,11 +85,19 @@ def parse(cls, argv, prog):
                 raise ValueError(f"--{key} needs a value: --{key}=... ({_accepts(fields[name], kinds[name])})")
             else:
                 text = words.pop(0)
+        given.add(name)
         values[name] = _from_text(text, name, kinds[name])
         _check_range(values[name], fields[name], kinds[name])
     options = cls(**values)
     check(options)
+    options.given = frozenset(given)
     return options
+
+
+def is_given(options, name):
+    """Whether a value was given by a config file or on the command line; of an instance made in Python, whether it isn't the default."""
+    default = next(field.default for field in dataclasses.fields(options) if field.name == name)
+    return name in options.given if hasattr(options, "given") else getattr(options, name) != default
 
 
 def check(options):
@@ -138,19 +148,20 @@ def nearest(name, names):
 
 
 def _run_config(path, values, kinds):
-    """Run a config file with the options as its globals, and update `values` with what it set."""
+    """Run a config file with the options as its globals, and update `values` with what it set; returns the names that it set."""
     try:
         with open(path, encoding="utf-8") as file:
             source = file.read()
     except FileNotFoundError:
         raise FileNotFoundError(f"no config file {path!r}; write options as --key=value, a bare word is read as a config file"
                                 ) from None
-    scope = {**values, "__file__": path, "__name__": "__config__"}
+    scope = _Scope({**values, "__file__": path, "__name__": "__config__"})
     try:
         exec(compile(source, path, "exec"), scope)
     except Exception as error:
         where = error.lineno if isinstance(error, SyntaxError) else _line_in(error.__traceback__, path)
         raise ValueError(f"config file {path}, line {where}: {type(error).__name__}: {error}") from error
+    given = {name for name, value in values.items() if name in scope.set or scope.get(name) is not value}
     for name, value in scope.items():
         if name in values:
             values[name] = _conform(value, name, kinds[name], f"{path}: ")
@@ -158,6 +169,19 @@ def _run_config(path, values, kinds):
             near = nearest(name, values)
             if _one_letter_apart(name, near):
                 print(f"{path}: {name} is not an option and sets nothing; is {near} meant?", file=sys.stderr)
+    return given
+
+
+class _Scope(dict):
+    """Globals that note what a program sets, also where it sets a name to the value that it had."""
+
+    def __init__(self, names):
+        super().__init__(names)
+        self.set = set()
+
+    def __setitem__(self, name, value):
+        self.set.add(name)
+        super().__setitem__(name, value)
 
 
 def _one_letter_apart(a, b):

@@ -40,8 +40,8 @@ class TrainOptions:
     n_embd: int = option(768, "width of the residual stream", minimum=1)
     dropout: float = option(0.0, "dropout probability; 0 for pretraining, 0.1 or more for fine-tuning", minimum=0, below=1)
     bias: bool = option(False, "biases in LayerNorms and Linears")
-    activation: str = option("gelu", "of the MLP: GELU's erf form, or the tanh form with which OpenAI trained GPT-2",
-                             choices=("gelu", "gelu_tanh"))
+    activation: str = option("auto", "of the MLP: GELU's erf form, or the tanh form with which OpenAI trained GPT-2 (auto: a folder's "
+                             "config.json says it; else erf, as in nanoGPT)", choices=("auto", "gelu", "gelu_tanh"))
 
     learning_rate: float = option(6e-4, "the highest learning rate", minimum=0, section="AdamW")
     max_iters: int = option(600_000, "steps", minimum=0)

@@ -7,6 +7,7 @@ metrics.jsonl has one JSON object per line, of two kinds:
 Nothing here ends a run. A picture or a logger that fails is said once, and tried again next time; metrics.jsonl is then written whole,
 at the next evaluation or at the end. Output that reaches nobody (a closed terminal or pipe) stops the run as SIGHUP does: it saves.
 """
+import dataclasses
 import errno
 import json
 import os
@@ -234,7 +235,7 @@ class WandB:
         except ImportError:
             raise RuntimeError("wandb_log=True needs a package: pip install wandb, or use --wandb_log=False "
                                "(metrics.jsonl and loss.png are always written)") from None
-        self.run = wandb.init(project=options.wandb_project, name=options.wandb_run_name, config=vars(options))
+        self.run = wandb.init(project=options.wandb_project, name=options.wandb_run_name, config=dataclasses.asdict(options))
 
     def log(self, row):
         names = {"train_loss": "train/loss", "val_loss": "val/loss"}  # nanoGPT's names

@@ -1,10 +1,13 @@
 """How a run begins: its data, its model, and, if it resumes from a checkpoint, the saved state."""
+import dataclasses
+
 import torch
 
 from ..checkpoints import folder as run_folder, nanogpt as checkpoints
 from ..checkpoints.state import CheckpointError, set_random_states
 from ..config import GPTConfig
 from ..model import GPT
+from ..options import is_given
 from ..text import prepare
 
 
@@ -31,10 +34,17 @@ def initial_model(o, vocab_size, tokenizer, ops):
     if o.init_from == "scratch":
         # nanoGPT's rule: the vocabulary of meta.pkl; without that file, GPT-2's padded to a multiple of 64.
         config = GPTConfig(block_size=o.block_size, vocab_size=vocab_size or 50304, n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd,
-                           dropout=o.dropout, bias=o.bias, activation=o.activation)
+                           dropout=o.dropout, bias=o.bias, activation="gelu" if o.activation == "auto" else o.activation)
         return GPT(config, backend=ops), None
     if o.init_from != "resume":
-        return GPT.from_pretrained(o.init_from, dict(dropout=o.dropout), activation=o.activation, backend=ops), None
+        activation = None if o.activation == "auto" else o.activation
+        model = GPT.from_pretrained(o.init_from, dict(dropout=o.dropout), activation=activation, backend=ops)
+        # A vocabulary may be padded, to a multiple of 128 at most (checkpoints/nanogpt.py).
+        if vocab_size is not None and not 0 <= model.config.vocab_size - vocab_size < 128:
+            raise ValueError(f"the data set {o.dataset!r} has a vocabulary of {vocab_size} tokens and {o.init_from} one of "
+                             f"{model.config.vocab_size}: the same ids mean other text. Prepare the data with the model's tokenizer "
+                             "(nanogpt-fast prepare TEXT --tokenizer=gpt2), or train from scratch")
+        return model, None
 
     path = run_folder.latest(o.out_dir)
     checkpoint = checkpoints.read(path)
@@ -48,13 +58,45 @@ def initial_model(o, vocab_size, tokenizer, ops):
     return model, {**checkpoint, "path": path}
 
 
-def continue_exactly(start, optimizer, scaler, batches, ranks):
+SIZES = ("block_size", "n_layer", "n_head", "n_embd", "bias", "activation")
+
+
+def what_runs(o, model, checkpoint):
+    """The options as they take effect, for the record. What was given and has no effect, or changes a resumed run, is said.
+
+    A checkpoint or GPT-2 decides the model's sizes, as in nanoGPT. nanoGPT's resume also takes weight_decay and the betas from the
+    checkpoint, whatever the options are; here it does so only where they are not given.
+    """
+    runs = {name: getattr(model.config, name) for name in SIZES}
+    for name, value in runs.items():
+        if value != getattr(o, name) and is_given(o, name) and o.init_from != "scratch":
+            print(f"{name} is {value}, as in the weights of {o.init_from if checkpoint is None else checkpoint['path']}; "
+                  f"{getattr(o, name)} has no effect")
+    if checkpoint is not None:
+        group = checkpoint.get("optimizer", {}).get("param_groups", [{}])[0]
+        betas = group.get("betas", (None, None))
+        for name, saved in (("weight_decay", group.get("weight_decay")), ("beta1", betas[0]), ("beta2", betas[1])):
+            if saved not in (None, getattr(o, name)):
+                if is_given(o, name):
+                    print(f"{name} is {getattr(o, name)} from here on; it was {saved}")
+                else:
+                    runs[name] = saved
+                    print(f"{name} is the checkpoint's, {saved}")
+        saved = (checkpoint.get("config") or {}).get("seed")
+        if "resume" in checkpoint and saved not in (None, o.seed) and is_given(o, "seed"):
+            print(f"seed {o.seed} chooses the batches of evaluations; training continues with the checkpoint's random numbers, of seed {saved}")
+    return dataclasses.replace(o, **runs)
+
+
+def continue_exactly(start, o, optimizer, scaler, batches, ranks):
     """Restore optimizer, scaler, random states and data position; returns the step whose evaluation is already done.
 
     A ckpt.pt has only the optimizer: the run then continues with fresh random numbers, as nanoGPT does, and says so.
     """
     if "optimizer" in start:
         checkpoints.load_optimizer(optimizer, start["optimizer"], start["path"])
+        for group, decay in zip(optimizer.param_groups, (o.weight_decay, 0.0)):
+            group.update(weight_decay=decay, betas=(o.beta1, o.beta2))
     resume = start.get("resume")
     if resume is None:
         print(f"WARNING: not an exact continuation: {start['path']} has the weights{' and the optimizer' * ('optimizer' in start)}, but "

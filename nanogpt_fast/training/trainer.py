@@ -55,7 +55,9 @@ def run(argv):
     o = options.parse(TrainOptions, argv, "nanogpt-fast train")
     result = train(o)
     if result.stopped is None:
-        if devices.is_master() and not o.eval_only:
+        if devices.is_master() and not o.eval_only and result.iter_num == 0:
+            print(f"Done: max_iters is {o.max_iters}, so no step was taken and no weights are written. metrics.jsonl is in {result.out_dir}")
+        elif devices.is_master() and not o.eval_only:
             print(f"Done: best validation loss {result.best_val_loss:.4f}. Weights, metrics.jsonl and loss.png are in "
                   f"{result.out_dir}. Try: nanogpt-fast sample --out_dir={shlex.quote(str(result.out_dir))}")
         return 0
@@ -101,6 +103,7 @@ def _train(o, ranks, device, ops, malloc):
     T = min(o.block_size, model.config.block_size)
     if T < model.config.block_size:
         model.crop_block_size(T)
+    o = start.what_runs(o, model, checkpoint)
     recompute = o.recompute if o.recompute != "auto" else start.memory_is_short(model, device, dtype, o.batch_size * T)
     for block in model.transformer.h:
         block.mlp.recompute = recompute
@@ -130,7 +133,7 @@ def _train(o, ranks, device, ops, malloc):
     iter_num, best_val_loss, evaluated_at, run = 0, 1e9, None, run_folder.new_run()
     if checkpoint is not None:
         iter_num, best_val_loss, run = checkpoint["iter_num"], checkpoint["best_val_loss"], checkpoint.get("run", run)
-        evaluated_at = start.continue_exactly(checkpoint, optimizer, step.scaler, train_batches, ranks)
+        evaluated_at = start.continue_exactly(checkpoint, o, optimizer, step.scaler, train_batches, ranks)
     if ranks.is_master and not o.eval_only:
         if checkpoint is not None:
             run_folder.finish(o.out_dir, checkpoint)

@@ -1,11 +1,17 @@
 """Freezing by name: what is named stands still, all else learns, and what was changed is told."""
+import json
+
 import pytest
+import tiny
 import torch
 import torch.nn as nn
 
-from nanogpt_fast import GPT, GPTConfig
+from nanogpt_fast import GPT, GPTConfig, options
+from nanogpt_fast.checkpoints.state import CheckpointError
 from nanogpt_fast.classic import ClassicConfig, ClassicGPT
+from nanogpt_fast.text import prepare
 from nanogpt_fast.training.finetune import freeze, unfreeze
+from nanogpt_fast.training.trainer import TrainOptions, train
 
 SIZES = dict(vocab_size=17, block_size=8, n_layer=2, n_head=2, n_embd=8)
 
@@ -88,3 +94,45 @@ def test_a_pattern_that_matches_nothing_is_an_error_and_changes_nothing():
     with pytest.raises(ValueError, match="'transformer.h.7' matches no parameter of this GPT; similar names: transformer.h.[01]"):
         freeze(model, "transformer.h.0", "transformer.h.7")
     assert all(p.requires_grad for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------- fine-tuning from the command line
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data set of characters, and in "gpt2" a folder of weights with its vocabulary and OpenAI's activation."""
+    pytest.importorskip("safetensors")
+    tiny.data(tmp_path)
+    V = prepare.load_tokenizer(tmp_path / "data" / "sums").vocab_size
+    GPT(GPTConfig(**{**SIZES, "vocab_size": V, "block_size": 16}, activation="gelu_tanh")).save_pretrained(tmp_path / "gpt2")
+    return tmp_path
+
+
+def trained(folder, *words):
+    o = tiny.options(folder, max_iters=1, init_from=str(folder / "gpt2"))
+    kept = [word for word in tiny.words(o) if not word.startswith("--activation=")]
+    train(options.parse(TrainOptions, [*kept, *words], "train"))
+    return torch.load(folder / "out" / "last.pt", weights_only=True)
+
+
+def test_the_activation_is_the_folders_unless_one_is_asked_for(folder):
+    saved = trained(folder)
+    assert saved["model_args"]["activation"] == "gelu_tanh" and saved["config"]["activation"] == "gelu_tanh"
+    saved = trained(folder, "--activation=gelu")
+    assert "activation" not in saved["model_args"] and saved["config"]["activation"] == "gelu"  # gelu is the config's default
+
+
+def test_a_folder_with_an_activation_that_gpt_lacks_is_refused(folder):
+    about = json.loads((folder / "gpt2" / "config.json").read_text())
+    (folder / "gpt2" / "config.json").write_text(json.dumps({**about, "activation_function": "relu"}))
+    with pytest.raises(CheckpointError, match="uses the activation 'relu'; GPT has .* Pass activation='gelu' or 'gelu_tanh'"):
+        trained(folder)
+    assert trained(folder, "--activation=gelu")["config"]["activation"] == "gelu"
+
+
+@pytest.mark.parametrize("vocab_size", [50257, 17])
+def test_weights_with_another_vocabulary_than_the_data_are_refused_before_the_first_step(vocab_size, folder):
+    GPT(GPTConfig(**{**SIZES, "vocab_size": vocab_size, "block_size": 16})).save_pretrained(folder / "gpt2")
+    with pytest.raises(ValueError, match=rf"the data set 'sums' has a vocabulary of \d+ tokens and .*gpt2 one of {vocab_size}"):
+        trained(folder)
+    assert not (folder / "out").exists()

@@ -10,17 +10,18 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
-from nanogpt_fast import GPT
-from nanogpt_fast.checkpoints import folder as run_folder
+from nanogpt_fast import GPT, options
+from nanogpt_fast.checkpoints import folder as run_folder, nanogpt as checkpoint
 from nanogpt_fast.checkpoints import state
 from nanogpt_fast.checkpoints.nanogpt import CheckpointError
 from nanogpt_fast.training import progress
-from nanogpt_fast.training.trainer import run, train
+from nanogpt_fast.training.trainer import TrainOptions, run, train
 
 
 @pytest.fixture
@@ -137,6 +138,46 @@ def test_another_batch_size_is_allowed_and_said_not_to_be_the_same_run(folder, c
     train(o)
     assert train(dataclasses.replace(o, init_from="resume", batch_size=3, max_iters=7)).iter_num == 7
     assert "not an exact continuation" in capsys.readouterr().out
+
+
+def resumed(o, *words, without=("weight_decay", "beta1", "beta2")):
+    """Resume by command line without some of the run's words; returns what last.pt then holds."""
+    kept = [word for word in tiny.words(dataclasses.replace(o, init_from="resume")) if word[2:].split("=")[0] not in without]
+    train(options.parse(TrainOptions, [*kept, *words], "train"))
+    return torch.load(Path(o.out_dir, "last.pt"), weights_only=True)
+
+
+def test_what_is_given_to_a_resumed_run_is_obeyed_said_and_recorded(folder, capsys):
+    o = tiny.options(folder, max_iters=2, weight_decay=0.5, beta2=0.9)
+    train(o)
+    capsys.readouterr()
+    saved = resumed(o, "--max_iters=3")                        # nothing given: the checkpoint's, as in nanoGPT
+    decayed, others = saved["optimizer"]["param_groups"]
+    assert (decayed["weight_decay"], others["weight_decay"], decayed["betas"]) == (0.5, 0.0, (0.9, 0.9))
+    assert (saved["config"]["weight_decay"], saved["config"]["beta2"]) == (0.5, 0.9)
+    printed = capsys.readouterr().out
+    assert "weight_decay is the checkpoint's, 0.5" in printed and "beta2 is the checkpoint's, 0.9" in printed and "beta1 is" not in printed
+
+    saved = resumed(o, "--max_iters=4", "--weight_decay=0.1", "--beta1=0.8", "--beta2=0.95", "--seed=5")  # two of them are the defaults
+    decayed, others = saved["optimizer"]["param_groups"]
+    assert (decayed["weight_decay"], others["weight_decay"], decayed["betas"], others["betas"]) == (0.1, 0.0, (0.8, 0.95), (0.8, 0.95))
+    assert [saved["config"][name] for name in ("weight_decay", "beta1", "beta2")] == [0.1, 0.8, 0.95]
+    printed = capsys.readouterr().out
+    for words in ("weight_decay is 0.1 from here on; it was 0.5", "beta1 is 0.8 from here on; it was 0.9", "beta2 is 0.95 from here on; it was 0.9",
+                  "seed 5 chooses the batches of evaluations; training continues with the checkpoint's random numbers, of seed 1337"):
+        assert words in printed
+
+
+def test_a_size_that_the_checkpoint_decides_is_said_and_the_record_is_what_ran(folder, capsys):
+    o = tiny.options(folder, max_iters=2, activation="gelu_tanh")
+    train(o)
+    capsys.readouterr()
+    saved = resumed(o, "--max_iters=3", "--n_layer=7", "--n_embd=64", "--block_size=1024", "--bias=True", "--activation=gelu")
+    assert [saved["config"][name] for name in ("n_layer", "n_embd", "block_size", "bias", "activation")] == [2, 32, 16, False, "gelu_tanh"]
+    printed = capsys.readouterr().out
+    for words in ("n_layer is 2, as in the weights of", "7 has no effect", "activation is gelu_tanh, as in the weights of", "gelu has no effect",
+                  "block_size is 16", "bias is False"):
+        assert words in printed
 
 
 def test_resuming_on_a_text_with_another_vocabulary_is_refused(folder):

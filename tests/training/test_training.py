@@ -153,6 +153,14 @@ def test_a_run_learns_and_leaves_its_metrics_its_picture_and_its_checkpoints(fol
     assert set(first) == {"iter", "loss", "lr", "ms_per_step", "tokens_per_s", "mfu"}
 
 
+def test_a_run_without_steps_says_that_it_writes_no_weights(folder, capsys):
+    o = tiny.options(folder, max_iters=0)
+    assert training.run(tiny.words(o)) == 0
+    printed = capsys.readouterr().out
+    assert "no step was taken and no weights are written" in printed and "Weights, metrics.jsonl" not in printed
+    assert not list((folder / "out").glob("*.pt"))
+
+
 def test_looking_at_a_run_does_not_change_it(folder):
     seldom = tiny.options(folder, "a", eval_interval=1000, max_iters=12, dropout=0.3)
     often = tiny.options(folder, "b", eval_interval=3, max_iters=12, dropout=0.3, eval_iters=5, sample_tokens=7)
