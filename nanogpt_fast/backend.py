@@ -92,6 +92,10 @@ def choose(op, candidates, model_choices=None, args=()):
     """
     wanted = (_local.choices or model_choices or _environment)[op]
     reasons = []
+    if wanted != "reference" and inside_torch_func():
+        if wanted == "auto":
+            notice("inside torch.func's transforms (grad, vmap, jvp, ...) the ops run on plain PyTorch: " + TORCH_FUNC)
+        candidates = (("kernels", lambda *_: TORCH_FUNC),)
     for name, why_not in candidates if wanted != "reference" else ():
         reason = why_not(*args)
         if reason is None and wanted == "auto" and name == "triton" and _interpreted:
@@ -112,6 +116,14 @@ def choose(op, candidates, model_choices=None, args=()):
                            "Use backend='auto' to fall back, or `nanogpt-fast doctor` to see what is missing.")
     notice_unfused(f"{op} runs on plain PyTorch ({'; '.join(reasons) or 'no kernel'})")
     return name
+
+
+TORCH_FUNC = "the kernels have no rules for its transforms"
+
+
+def inside_torch_func():
+    """Whether a transform of torch.func is computing, whose tensors have no memory that a kernel could read."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 @contextlib.contextmanager
