@@ -3,11 +3,12 @@
     embedded          Python's language reference, which every Python installation includes: nothing is downloaded
     shakespeare       tinyshakespeare, downloaded once and verified by its sha256; GPT-2 tokens, as in nanoGPT
     shakespeare_char  the same text; characters, as in nanoGPT
-    PATH              any UTF-8 text file, or a folder: all its text files, in the order of their names
+    PATH              a text file in UTF-8 (or UTF-16 with a byte-order mark), or a folder: all its text files, in the order of their names
 
 Line endings become "\\n", as in Python's text mode, and a byte-order mark is dropped. Errors name the file, and the position of
 bytes that are not UTF-8.
 """
+import codecs
 import hashlib
 import http.client
 import os
@@ -82,7 +83,8 @@ def read(path):
         text = decode(path.read_bytes(), path)
     elif path.is_dir():
         contents = ((file, file.read_bytes()) for file in _files_below(path))
-        texts = [decode(content, file) for file, content in contents if b"\0" not in content[:8192]]  # git's test for a binary
+        texts = [decode(content, file) for file, content in contents
+                 if b"\0" not in content[:8192] or _encoding(content) != "UTF-8"]  # git's test for a binary
         if not texts:
             raise ValueError(f"{path} holds no text file")
         text = "".join(text if text.endswith("\n") or not text else text + "\n" for text in texts)
@@ -99,12 +101,29 @@ def _files_below(folder):
         yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
 
 
+# Byte-order marks, UTF-32's first: its little-endian one begins with UTF-16's.
+MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+
+
+def _encoding(content):
+    return next((encoding for mark, encoding in MARKS.items() if content.startswith(mark)), "UTF-8")
+
+
 def decode(content, where):
-    """The text of these UTF-8 bytes. Raises a ValueError that names `where` and the position of the first invalid byte."""
+    """The text of these bytes: UTF-8, or UTF-16 or UTF-32 if they begin with its byte-order mark. Raises a ValueError that names `where`
+    and the position of the first invalid byte."""
+    encoding = _encoding(content)
+    halves = content[:8192:2], content[1:8192:2]
+    for half, other, name in ((*halves, "utf-16be"), (*halves[::-1], "utf-16le")):
+        if encoding == "UTF-8" and len(half) > 8 and half.count(0) > len(half) // 2 and other.count(0) < len(other) // 8:
+            raise ValueError(f"{where} looks like UTF-16 without a byte-order mark: every second byte is 0. Convert it: "
+                             f"iconv -f {name} -t utf-8")
     try:
-        text = content.decode("utf-8")
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{where} is not UTF-8: byte 0x{content[error.start]:02x} at position {error.start} (line {line}), "
-                         f"{error.reason}. Convert it, for example: iconv -f latin1 -t utf-8") from None
+        where_in, advice = (f" (line {line})", "Convert it, for example: iconv -f latin1 -t utf-8") if encoding == "UTF-8" else (
+            "", "It begins with that encoding's byte-order mark, but is damaged or something else")
+        raise ValueError(f"{where} is not {encoding}: byte 0x{content[error.start]:02x} at position {error.start}{where_in}, "
+                         f"{error.reason}. {advice}") from None
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")

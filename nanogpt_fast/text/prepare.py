@@ -24,7 +24,6 @@ from nanogpt_fast.text import corpora, tokenizers
 FILES = ("train.bin", "val.bin")
 VOCABULARIES = ("meta.pkl", "tokenizer.json")
 MAX_VOCAB_SIZE = 65_535  # ids have to fit uint16
-CHUNK = 1 << 20          # characters encoded at a time: a Python list of ids takes 8 bytes for each
 
 
 @dataclass
@@ -119,7 +118,7 @@ def write(text, folder, kind="char", *, source="", vocab_limit=None, val_fractio
         with replacing_together(*(folder / name for name in names), without=[folder / "train.bin", folder / former]) as opened:
             file = dict(zip(names, opened))
             for name, part in splits.items():
-                counts[name] = sum(_write_ids(file[name], tokenizer, chunk) for chunk in _chunks(part, kind))
+                counts[name] = sum(_write_ids(file[name], tokenizer, chunk) for chunk in tokenizers.chunks(part, anywhere=kind == "char"))
             about = dict(source=source if source in corpora.TOKENIZER else os.path.abspath(source), sha256=_sha256(text), kind=kind,
                          vocab_limit=vocab_limit, val_fraction=val_fraction)
             file["source.json"].write(json.dumps(about, indent=1).encode())
@@ -192,12 +191,6 @@ def _build_tokenizer(text, kind, source, vocab_limit):
     if kind == "word":
         return tokenizers.WordTokenizer.from_text(text, vocab_limit)
     return tokenizers.CharTokenizer(corpora.PRINTABLE) if source == "embedded" else tokenizers.CharTokenizer.from_text(text)
-
-
-def _chunks(text, kind):
-    if kind != "char":  # a cut could split a word or a token of byte pairs
-        return [text]
-    return (text[start:start + CHUNK] for start in range(0, len(text), CHUNK))
 
 
 def _write_ids(file, tokenizer, text):

@@ -67,6 +67,26 @@ def load_vocabulary(path):
         raise TokenizerError(f"{path}: {error}") from None
 
 
+CHUNK = 1 << 20  # characters: a Python list of their pieces and ids takes up to 100 bytes for each
+
+
+def chunks(text, anywhere=False):
+    """Yield a text in parts of about CHUNK characters that each of the tokenizers encodes as it encodes the whole.
+
+    A part ends before a space or line break that follows a word or a mark: no piece of words and no token of byte pairs crosses this.
+    anywhere: at any character, which is enough for characters.
+    """
+    start = 0
+    while start < len(text):
+        boundary = _BOUNDARY.search(text, start + CHUNK) if not anywhere else None
+        end = start + CHUNK if anywhere else boundary.start() if boundary else len(text)
+        yield text[start:end]
+        start = end
+
+
+_BOUNDARY = re.compile(r"(?<=\S)[ \n]")
+
+
 class Tokenizer:
     """What the three tokenizers share: a vocabulary with ids 0 .. vocab_size - 1, and a file format."""
 
@@ -184,7 +204,9 @@ class WordTokenizer(Tokenizer):
         first = [UNKNOWN] if unknown == "mark" else []
         if max_vocab_size is not None and max_vocab_size <= len(first):
             raise TokenizerError(f"max_vocab_size={max_vocab_size} leaves no place for a word; use at least {len(first) + 1}")
-        counts = collections.Counter(cls.PIECES.findall(text))
+        counts = collections.Counter()
+        for part in chunks(text):
+            counts.update(cls.PIECES.findall(part))
         by_frequency = sorted(counts, key=lambda piece: (-counts[piece], piece))
         return cls((first + by_frequency)[:max_vocab_size], unknown)
 

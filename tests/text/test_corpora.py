@@ -1,4 +1,5 @@
 """Corpora and the files made from them (C29): read and written as nanoGPT does, with clear errors for texts that are none."""
+import codecs
 import hashlib
 import itertools
 import os
@@ -91,6 +92,28 @@ def test_a_text_file_is_read_as_pythons_text_mode_does(tmp_path):
     assert corpora.read("windows.txt") == "one\ntwo\nthrée\n"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-16-le", "utf-32"])
+def test_text_with_a_byte_order_mark_is_read_from_a_file_and_from_a_folder(encoding, tmp_path):
+    text = "a first line\nund ein zweites, größeres\n"
+    mark = {"utf-16-be": codecs.BOM_UTF16_BE, "utf-16-le": codecs.BOM_UTF16_LE}.get(encoding, b"")    # the others write their own
+    (tmp_path / "a.txt").write_bytes(mark + text.encode(encoding))
+    (tmp_path / "b.bin").write_bytes(b"\0\1\2")
+    assert corpora.read(tmp_path / "a.txt") == text and corpora.read(tmp_path) == text
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_a_mark_is_refused_with_the_command_that_converts_it(encoding, tmp_path):
+    (tmp_path / "a.txt").write_bytes("a first line\nand another\n".encode(encoding))
+    with pytest.raises(ValueError, match=f"a.txt looks like UTF-16 without a byte-order mark.*iconv -f {encoding.replace('16-', '16')} -t utf-8"):
+        corpora.read(tmp_path / "a.txt")
+
+
+def test_damaged_utf_16_is_named_with_its_position(tmp_path):
+    (tmp_path / "a.txt").write_bytes("line".encode("utf-16") + b"x")
+    with pytest.raises(ValueError, match="a.txt is not UTF-16: byte 0x78 at position 10, truncated data. It begins with"):
+        corpora.read(tmp_path / "a.txt")
+
+
 def test_bytes_that_are_not_utf8_are_named_with_their_position(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"good\nna\xefve")
     with pytest.raises(ValueError, match=r"latin.txt is not UTF-8: byte 0xef at position 7 \(line 2\)"):
@@ -141,7 +164,7 @@ def test_files_that_nanogpts_prepare_wrote_are_read(tmp_path):
 
 
 def test_long_texts_are_encoded_in_pieces_without_a_seam(monkeypatch):
-    monkeypatch.setattr(prepare, "CHUNK", 10)  # the last piece is a single character
+    monkeypatch.setattr(tokenizers, "CHUNK", 10)  # the last piece is a single character
     prepare.write(TEXT, "data/play")
     assert prepare.load_tokenizer("data/play").decode(tokens("data/play", "train")) == TEXT[:int(len(TEXT) * 0.9)]
 

@@ -30,6 +30,29 @@ def test_decoding_what_was_encoded_gives_the_text_back(make, text):
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
+@given(st.text(st.sampled_from("ab'.!\n \t\x1c\u2028ä1")), st.integers(1, 9))
+@example("don't stop ... now", 3)
+def test_the_parts_of_a_text_are_encoded_as_the_whole(text, size):
+    """GPT-2's pieces, too: this is the pattern by which tiktoken splits a text into what its merges work on."""
+    tokenizers.CHUNK, before = size, tokenizers.CHUNK
+    try:
+        parts = list(tokenizers.chunks(text))
+        assert "".join(parts) == text == "".join(tokenizers.chunks(text, anywhere=True))
+        assert all(len(part) >= size for part in parts[:-1]) and all(len(part) <= size for part in tokenizers.chunks(text, anywhere=True))
+        for pattern in (WordTokenizer.PIECES.findall, gpt2_pieces):
+            assert [piece for part in parts for piece in pattern(part)] == pattern(text)
+        if text:
+            assert WordTokenizer.from_text(text) == WordTokenizer(["<unk>", *sorted(set(WordTokenizer.PIECES.findall(text)), key=lambda piece: (
+                -WordTokenizer.PIECES.findall(text).count(piece), piece))])
+    finally:
+        tokenizers.CHUNK = before
+
+
+def gpt2_pieces(text):
+    regex = pytest.importorskip("regex")
+    return regex.findall(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s", text)
+
+
 @given(texts, st.sampled_from(["char", "word"]))
 @example(surrogates, "word")
 @example(surrogates, "char")
