@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from .. import backend
 from ..config import whole
 from ..ops import sample as sampler
-from .session import autocast_dtype, give_back, session_of
+from .session import Watch, autocast_dtype, give_back, session_of
 
 # Held by a step on CUDA: while one thread captures a graph, PyTorch's generator and some calls of CUDA fail in every other thread.
 _step_on_cuda = threading.RLock()
@@ -154,6 +154,7 @@ class Run:
         self.longest = max(self.lengths, default=0)
         self.cached = use_cache
         self._see_model()
+        self.watches = False
         self.session = None                                                         # taken at the first step, given back at the end
         self.dtype = autocast_dtype(self.device)                                    # as at the call, wherever a stream is read
         self.tainted = torch.zeros(rows, 1, device=self.device)                     # NaN for a row with NaN or infinite logits
@@ -198,6 +199,7 @@ class Run:
 
     def _stream(self, n, stops):
         self._room(n)
+        self.watches = True                                                         # the reader may change the model between two steps
         longest_stop = max(map(len, stops), default=1)
         pending = [[] for _ in self.prompts]                                        # drawn, but possibly the start of a stop sequence
         ended = [False] * len(self.prompts)
@@ -311,6 +313,7 @@ class Run:
             return self._windows(range(len(self.prompts)), self._model_logits)
         if self.session is None:                                                    # first step, or the model was changed
             self.session, self.fresh = session_of(self.model, len(self.prompts), self.dtype), True
+            self.session.watch = Watch(self.model) if self.watches else None
         inside = [length <= self.block_size for length in self.lengths]
         if not any(inside):
             return self._windows(range(len(self.prompts)), self.session.encode)

@@ -29,36 +29,36 @@ def session_of(model, rows, dtype=None):
 
     dtype: of the matmuls; None: autocast's, or the parameters' own.
     """
-    first = next(model.parameters())
-    dtype = dtype or autocast_dtype(first.device) or first.dtype
+    parameters = list(model.parameters())
+    dtype = dtype or autocast_dtype(parameters[0].device) or parameters[0].dtype
     idle, session = _idle.setdefault(model, []), None
     while session is None:
         try:
-            session = idle.pop()                                                    # other threads may take from the list, too
+            kept = idle.pop()                                                       # other threads may take from the list, too
         except IndexError:
             session = Session(model, rows, dtype)
-        if (session.rows, session.dtype) != (rows, dtype) or not session.is_of(model):
-            session = None                                                          # dropped, since a cache is large
-    session.watch = Watch(model)
-    session.refresh()
+        else:                                                                       # one that does not fit is dropped: a cache is large
+            session = kept if (kept.rows, kept.dtype) == (rows, dtype) and kept.is_of(model, parameters) else None
+    session.memory = [p.detach() for p in parameters]
     if session.given_back is not None:                                              # by a run whose kernels may still be running
         torch.cuda.current_stream(session.device).wait_event(session.given_back)
+    session.refresh()
     return session
 
 
 def give_back(model, session):
     """Let the next call use this session."""
-    session.watch = None
+    session.memory = session.watch = None
     if session.device.type == "cuda":
         session.given_back = torch.cuda.current_stream(session.device).record_event()
     _idle.setdefault(model, []).append(session)
 
 
 class Watch:
-    """The modules and weights of a model at one moment: keeps the weights' memory allocated, and tells whether any has changed since.
+    """The modules and weights of a model at one moment: tells whether any has been moved, replaced or changed since.
 
-    The native decoder reads weights by address, so memory that `model.to(...)`, `p.data = ...` or a load freed would be read. Changes of
-    values are noticed where PyTorch counts them (`_version`), which it doesn't for a write through `p.data` or to an inference tensor.
+    Changes of values are noticed where PyTorch counts them (`_version`), which it doesn't for a write through `p.data` or to an inference
+    tensor.
     """
 
     def __init__(self, model):
@@ -66,7 +66,6 @@ class Watch:
         self.parts = self._parts()
         self.parameters = list(model.parameters())
         self.counted = [p for p in self.parameters if not p.is_inference()]
-        self.memory = [p.detach() for p in self.parameters]
         self.form = self._form()
 
     def _parts(self):
@@ -131,7 +130,8 @@ class Session:
 
     def __init__(self, model, rows, dtype):
         self.parameters = [(weakref.ref(p), _place(p)) for p in model.parameters()]
-        self.watch = None                                                           # while a run uses the session
+        self.memory = None                                                          # keeps what the decoder reads by address allocated, and
+        self.watch = None                                                           # a stream's Watch, both while a run uses the session
         self.given_back = None                                                      # on CUDA: the event at the end of the last run
         self.used = backend.current()                                               # the choice of the enclosing `use`
         self.rows, self.dtype = rows, dtype
@@ -148,6 +148,7 @@ class Session:
         self.cache = torch.zeros(len(self.layers), 2, rows, self.n_head, self.block_size, D, dtype=dtype, device=device)
         self.token = torch.zeros(rows, dtype=torch.long, device=device)             # each row's last token ...
         self.position = torch.zeros(rows, dtype=torch.long, device=device)          # ... and its position
+        self.token_column, self.position_column = self.token[:, None], self.position[:, None]   # views, (rows, 1)
         self.row = torch.arange(rows, device=device)
         self.activation = self.layers[0].activation if self.layers else "gelu"
         self.native = decode.decoder(self)                                          # one call per step: C++ on a CPU, Triton on CUDA
@@ -168,9 +169,11 @@ class Session:
         return dict(out=self.token, seed=self.seeds, offset=self.offsets, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
                     min_p=self.min_p, backend=self.choices)
 
-    def is_of(self, model):
-        """Whether the model still has the same parameters, in the same memory, and the same backend choices as when this was built."""
-        now = list(model.parameters())
+    def is_of(self, model, now):
+        """Whether the model still has the same parameters, in the same memory, and the same backend choices as when this was built.
+
+        now: the model's parameters.
+        """
         return (self.choices, self.block_size, self.used, len(self.parameters)) == (
             model.backend, model.config.block_size, backend.current(), len(now)) and all(
             kept() is p and place == _place(p) for p, (kept, place) in zip(now, self.parameters))
@@ -224,9 +227,9 @@ class Session:
             sampler.sample_out(logits, **self._drawing())
         # 0 times NaN or infinity is NaN. The drawn token's logit suffices: it is finite only if some logit is, and NaN in some logits alone
         # comes from the head's weight, so that the prompt's logits, which are checked whole, have shown it.
-        self.tainted.add_(logits.gather(1, self.token[:, None]), alpha=0)
+        self.tainted.add_(logits.gather(1, self.token_column), alpha=0)
         self.position += 1
-        self.drawn.scatter_(1, self.position[:, None], self.token[:, None])
+        self.drawn.scatter_(1, self.position_column, self.token_column)
 
     def feed(self, token, position):
         """Set each row's token that the next `decode` processes, and its position."""
