@@ -176,7 +176,8 @@ def test_a_pickle_that_carries_code_is_refused_and_the_code_not_run(write, tmp_p
     (lambda c: c["model_args"].update(rotary=True), "rotary"),
     (lambda c: c["model_args"].pop("n_embd"), "n_embd"),
     (lambda c: c["model_args"].update(n_embd="wide"), "n_embd"),
-    (lambda c: c.update(tokenizer={"kind": "char", "chars": ["a"]}, model_args={**ARGS, "vocab_size": 4000}), "don't match"),
+    (lambda c: c.update(tokenizer={"kind": "char", "chars": ["a"]}, model_args={**ARGS, "vocab_size": 4000}),
+     r"require \(4000, 32\)"),
     (lambda c: c.update(tokenizer={"kind": "char", "chars": [chr(i) for i in range(41)]}), "don't match"),
     (lambda c: c.update(tokenizer={"kind": "runes"}), "runes")])
 def test_contents_that_do_not_fit_are_named(change, complaint, tmp_path):
