@@ -24,7 +24,9 @@ chance explains depends on how many errors are compared:
                        sqrt(N/9) half units of the mean, and one rounding sqrt(1/3): so sqrt(1 + N/3) times the cost of one.
     few sums           Where chance alone exceeds the factor, the plain path's few errors do not tell how large an error may be, and
                        rounding the exact value tells too little if the terms cancel. So the caller passes what adding the terms
-                       one after the other costs (`in_order`), and the factor counts from the largest of the three.
+                       one after the other costs (`in_order`), and the factor counts from the largest of the three. In any tensor of
+                       sums the largest error may reach the T of normal errors of these sizes: a path that adds in order rounds every
+                       later partial sum at the size of one large early term, and the plain path, adding in blocks, does not.
 
 Bias: the mean error, and the mean error along the oracle's sign (only that one shows a result scaled by 1 - d), lie within 6
 standard errors of 0, or of what rounding the exact answer once explains, or of the plain path's own. The 6 are those of a normal
@@ -95,7 +97,8 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
     observations: how many independent errors there are, if fewer than elements (one attention score enters every element of a
     row). cancelled: of out's shape, the root mean square error that the formula itself makes in fp32 in each element where two
     equal terms cancel: the oracle is 0 there, and the plain path may hit it by chance (dq and dk of a query that sees one key).
-    summed: for sums, of out's shape: `in_order` of their terms. Used where the results are so few that chance exceeds the factor.
+    summed: for sums, of out's shape: `in_order` of their terms. Used for the largest error, and for the root mean square where the results
+    are so few that chance exceeds the factor.
     stored: of out's shape, fp64, one tensor or a tuple: the exact result but for an intermediate that the algorithm stores in half
     precision, rounded once, summed as out may be. These explain a mean error, and the plain path then explains none.
     tensor_cores: whether they computed the sums, so that the plain path's mean error counts; None: if out is on a GPU.
@@ -144,6 +147,8 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
     unlucky = luck * max(norms["rms"](plain_error), rounding(norms["rms"]))     # another draw of the plain path's rms error stays below
     deviation = max(norms["rms"](plain_error), rounding(norms["rms"]) / math.sqrt(3), unlucky / factor if luck > factor else 0.0)
     by_chance = dict(rms=unlucky, largest=_largest_by_chance(deviation, exact))
+    if summed is not None:
+        by_chance["largest"] = max(by_chance["largest"], _largest_of(summed.to(where).double()))
     for name, size in norms.items():
         bounds[name] = max(slack * unavoidable(size), by_chance[name])
         found.used[name] = size(error) / max(bounds[name], 1e-300)
@@ -228,18 +233,25 @@ def _observations(errors):
 
 
 def _largest_by_chance(rms, exact):
-    """T for which the tails beyond T of normal errors, one per element, sum to TAILS. Their standard deviation is `rms`, and larger in
-    proportion for elements above their own root mean square. Elements go into 64 bins by size; each counts as its bin's largest."""
+    """`_largest_of` errors whose standard deviation is `rms`, and larger in proportion for elements above their own root mean square."""
     sizes = exact.abs() / max(float(exact.square().mean().sqrt()), 1e-300)
-    top = max(float(sizes.max()), 1.0)
-    counts = torch.histc(sizes.clamp(min=1.0).float(), 64, 1.0, top * (1 + 1e-6) + 1e-6).double().cpu()
-    deviations = torch.linspace(1.0, top, 65, dtype=torch.float64)[1:]
-    below, above = 0.0, 40 * top
+    return rms * _largest_of(sizes.clamp(min=1.0))
+
+
+def _largest_of(deviations):
+    """T for which the tails beyond T of normal errors of these standard deviations, one per element, sum to TAILS. Elements go into 64 bins
+    by size; each counts as its bin's largest."""
+    top = float(deviations.max())
+    if top == 0.0:
+        return 0.0
+    counts = torch.histc((deviations / top).float(), 64, 0.0, 1 + 1e-6).double().cpu()
+    sizes = torch.linspace(0.0, 1.0, 65, dtype=torch.float64)[1:]
+    below, above = 0.0, 40.0
     for _ in range(50):
         middle = (below + above) / 2
-        beyond = float((counts * torch.special.erfc(middle / 2**0.5 / deviations)).sum())
+        beyond = float((counts * torch.special.erfc(middle / 2**0.5 / sizes)).sum())
         below, above = (middle, above) if beyond > TAILS else (below, middle)
-    return rms * above
+    return top * above
 
 
 def in_order(count, squares, total):

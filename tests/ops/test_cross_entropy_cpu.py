@@ -1,10 +1,11 @@
 """The linear cross-entropy on a CPU (ops/cpu/cross_entropy.py, csrc/rows/cross_entropy.h): the rules of the Triton one, in every instruction set."""
 import pytest
 import torch
+import torch.nn.functional as F
 from made import Made
 
 from nanogpt_fast import backend, reference
-from nanogpt_fast.checks.error_rule import measure
+from nanogpt_fast.checks.error_rule import in_order, measure
 from nanogpt_fast.ops import extension
 from nanogpt_fast.ops.cpu import cross_entropy as cpu
 from nanogpt_fast.ops.cross_entropy import implementation, linear_cross_entropy
@@ -41,6 +42,14 @@ def oracle_of(x, weight, targets, reduction="mean"):
     return loss.detach(), *gradients(loss, x, weight)
 
 
+def summed(x, weight, targets, dx, dw, reduction="mean"):
+    """What adding the terms of dx and dW in order costs: `measure`'s option, for each of the two."""
+    x, weight = x.detach().double(), weight.detach().double()
+    logits = (x @ weight.t()).requires_grad_()
+    d, = torch.autograd.grad(F.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction), logits)
+    return in_order(len(weight), d.square() @ weight.square(), dx), in_order(len(x), d.square().t() @ x.square(), dw)
+
+
 def assert_close(out, exact, plain, direction, what, **options):
     problem = measure(out, exact, plain, direction, **options).problem
     assert problem is None, f"{what}: {problem}"
@@ -55,8 +64,9 @@ def test_rows_are_as_near_to_fp64_as_pytorchs_in_every_instruction_set(dtype, V,
     plain = reference.linear_cross_entropy(x, weight, targets)[0]
     loss, dx, dw = cpu.forward_backward(x.detach(), weight.detach(), targets, -1, True, True, True, isa)
     assert_close(loss.to(dtype), exact[0], plain, "forward", "loss", dtype=dtype, averaged=38)
-    for name, out, oracle, low in zip(("dx", "dW"), (dx, dw), exact[1:], gradients(plain, x, weight)):
-        assert_close(out, oracle, low, "gradient", name)
+    each = summed(x, weight, targets, *exact[1:])
+    for name, out, oracle, low, sums in zip(("dx", "dW"), (dx, dw), exact[1:], gradients(plain, x, weight), each):
+        assert_close(out, oracle, low, "gradient", name, summed=sums)
 
 
 @ROUTES
@@ -77,9 +87,10 @@ def test_loss_and_gradients_are_as_near_to_fp64_as_the_reference(dtype, weight_d
     computed = torch.float32 if weight_dtype == dtype == torch.float32 and not autocast else torch.bfloat16
     assert_close(loss, exact[0], plain, "forward", "loss", dtype=computed, averaged=12 if reduction == "mean" else 1)
     assert torch.equal(logits, plain_logits) if return_logits else logits is None
-    for name, out, oracle, low in zip(("dx", "dW"), gradients(loss, x, weight), exact[1:], gradients(plain, x, weight)):
+    each = summed(x, weight, targets, *exact[1:], reduction)
+    for name, out, oracle, low, sums in zip(("dx", "dW"), gradients(loss, x, weight), exact[1:], gradients(plain, x, weight), each):
         assert out.dtype == low.dtype
-        assert_close(out, oracle, low, "gradient", name)
+        assert_close(out, oracle, low, "gradient", name, summed=sums)
 
 
 @ROUTES
