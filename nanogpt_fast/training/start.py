@@ -84,7 +84,8 @@ def what_runs(o, model, checkpoint):
                     print(f"{name} is the checkpoint's, {saved}")
         saved = (checkpoint.get("config") or {}).get("seed")
         if "resume" in checkpoint and saved not in (None, o.seed) and is_given(o, "seed"):
-            print(f"seed {o.seed} chooses the batches of evaluations; training continues with the checkpoint's random numbers, of seed {saved}")
+            print(f"seed {o.seed} chooses the batches of evaluations; training continues with the checkpoint's random numbers, "
+                  f"of seed {saved}")
     return dataclasses.replace(o, **runs)
 
 
@@ -112,7 +113,8 @@ def continue_exactly(start, o, optimizer, scaler, batches, ranks):
         except ValueError as error:  # another batch size or text may be intended, so only say it
             print(f"WARNING: not an exact continuation: {error}")
     else:
-        print(f"WARNING: not an exact continuation: saved by {len(resume['ranks'])} ranks, resumed by {ranks.size}: batches and dropout start from fresh seeds")
+        print(f"WARNING: not an exact continuation: saved by {len(resume['ranks'])} ranks, resumed by {ranks.size}: batches and dropout "
+              "start from fresh seeds")
     return resume["evaluated_at"]
 
 
