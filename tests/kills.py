@@ -22,6 +22,7 @@ import time
 import traceback
 from pathlib import Path
 
+import disks
 import tiny
 import torch
 
@@ -142,11 +143,12 @@ class Calls:
         builtins.open = opened
 
 
-class Written:
+class Written(disks.File):
     """A file whose writes are calls, too."""
 
     def __init__(self, file, calls):
-        self.file, self.calls, self.writes = file, calls, 0
+        super().__init__(file)
+        self.calls, self.writes = calls, 0
 
     def write(self, content):
         self.writes += 1
@@ -156,18 +158,6 @@ class Written:
         result = self.file.write(content)
         self.calls.end("write", self.file.name)
         return result
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def __iter__(self):
-        return iter(self.file)
 
 
 def logged(folder):

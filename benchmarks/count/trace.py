@@ -31,6 +31,7 @@ OVERWRITING = {"copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_"}   
 IN_PLACE = {"cross_entropy._loss_kernel": "GRADIENT"}   # {kernel: the option with which it overwrites its first tensor}
 # PyTorch's multi_tensor_apply: chunks per launch, elements per chunk, and tensors per launch by how many lists there are.
 BLOCKS, CHUNK, TENSORS = 320, 65536, (0, 110, 64, 48, 36, 30)
+EXTENSION = ("linear_act_sm90", "attention_backward_heads_sm90")        # the CUDA kernels of a training step
 KERNEL_MODULES = ("attention_forward", "attention_backward", "cross_entropy", "layer_norm", "mlp")
 
 
@@ -152,18 +153,16 @@ class Trace(TorchDispatchMode):
         self.add(name, kind, tensors, _bytes(tensors) + _bytes(twice), flops)
 
     def extension(self, name, args):
-        """A CUDA kernel of the extension. args: numbers, among them addresses; tuples of an address and strides."""
+        """A CUDA kernel of the extension, one of `EXTENSION`. args: numbers, among them addresses; tuples of an address and strides."""
         starts = {start: storage for start, storage in self._storages.values()}
         given = {value >> 40 << 40 for a in args for value in (a if isinstance(a, tuple) else (a,)) if isinstance(value, int)}
         count = sum(storage.nbytes() for start, storage in starts.items() if start in given)
         if name == "linear_act_sm90":
             M, N, K = args[10:13]
             self.add(name, "matmul", [], count, 2 * M * N * K)
-        elif name == "attention_backward_heads_sm90":
+        else:
             B, H, T = args[-6:-3]
             self.add(name, "attention", [], count, self.attention_flops((B, H, T), 5), launches=2)
-        else:
-            raise NotImplementedError(f"benchmarks.count does not know the extension's {name}: add its kind and FLOPs to Trace.extension")
 
 
 class _Stub:
@@ -181,7 +180,7 @@ class _Extension(SimpleNamespace):
 
     def __init__(self, trace):
         super().__init__(build_info=lambda: dict(cuda="13.0", cuda_archs="90"))
-        for name in ("linear_act_sm90", "attention_backward_heads_sm90"):
+        for name in EXTENSION:      # a call of any other raises AttributeError
             setattr(self, name, lambda *args, name=name: trace.extension(name, args))
 
 

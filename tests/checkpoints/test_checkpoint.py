@@ -10,6 +10,7 @@ import textwrap
 
 import numpy as np
 import plain
+import disks
 import pytest
 import tiny
 import torch
@@ -278,24 +279,16 @@ def test_kill_9_in_the_middle_of_a_write_leaves_the_former_checkpoint_whole(tmp_
 
 def full_disk(monkeypatch, room):
     """From now on every file that `replacing` writes to fails like a full disk after `room` bytes."""
-    class Full:
+    class Full(disks.File):
         def __init__(self, file):
-            self.file, self.left = file, room
+            super().__init__(file)
+            self.left = room
 
         def write(self, content):
             self.left -= len(content)
             if self.left < 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return self.file.write(content)
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
 
     monkeypatch.setattr(files, "open", lambda *args: Full(open(*args)), raising=False)
 

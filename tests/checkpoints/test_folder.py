@@ -8,6 +8,7 @@ import textwrap
 import time
 
 import kills
+import disks
 import pytest
 import tiny
 import torch
@@ -220,16 +221,8 @@ def test_files_that_are_one_state_change_together_or_not_at_all(tmp_path, monkey
     a, b = tmp_path / "a", tmp_path / "b"
     for path in (a, b):
         path.write_bytes(b"old")
-    fsync, calls = os.fsync, []
-
-    def full_disk(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        fsync(descriptor)
-
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(os, "fsync", full_disk)
+        disks.full_at_fsync(patch, 2)
         with files.replacing_together(a, b, without=[b]) as (f, g):
             f.write(b"new"), g.write(b"new")
     assert (a.read_bytes(), b.read_bytes(), sorted(os.listdir(tmp_path))) == (b"old", b"old", ["a", "b"])

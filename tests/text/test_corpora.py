@@ -11,6 +11,7 @@ from pathlib import Path
 
 import kills
 import numpy as np
+import disks
 import pytest
 
 from nanogpt_fast.text import corpora, prepare, tokenizers
@@ -232,15 +233,7 @@ def test_a_kill_before_any_call_leaves_the_former_data_the_new_or_visibly_none(t
 def test_a_disk_that_is_full_at_the_last_moment_leaves_the_former_data_whole(monkeypatch):
     prepare.write(TEXT, "data/play")
     before = {path.name: path.read_bytes() for path in Path("data/play").iterdir()}
-    fsync, calls = os.fsync, []
-
-    def full_disk(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 4:
-            raise OSError(28, "No space left on device")
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full_disk)
+    disks.full_at_fsync(monkeypatch, 4)
     with pytest.raises(OSError, match="No space left"):
         prepare.write(TEXT[::-1] + "new", "data/play")
     assert {path.name: path.read_bytes() for path in Path("data/play").iterdir()} == before
