@@ -37,9 +37,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_common import (LARGEST_STRIDE, LOG2_E, Program, Tile, check_inputs, head_offset, in_place, keys_of_head, load_tile,
-                               machine, padded_head, program, rows_are_contiguous, rows_in_place, scheduled_tile, store_tile,
-                               table_rows)
+from . import fastest
+from .attention_common import (LARGEST_STRIDE, LOG2_E, Program, check_inputs, head_offset, in_place, keys_of_head, load_tile,
+                               machine, program, rows_are_contiguous, rows_in_place, scheduled_tile, store_tile)
 from .dot import add_dot
 from .dropout import keep_scale, keep_scores
 from .host import elsewhere
@@ -264,8 +264,8 @@ def backward_dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, terms_ptr,
     store_tile(dq_ptr + batch * Tq * stride_gt + column, dq * scale, start_m, stride_gt, Tq, D, BLOCK_M, HEAD)
 
 
-# {column: {architecture: {HEAD: Tile}}} as in attention_forward, chosen the same way. sm_90's rows of 64 in half precision were
-# timed on an H100 (us, 64 x 1024 tokens of 12 heads; with 12 sequences the order is the same):
+# How the rows of "attention head tile", "attention dq tile" and "attention dkdv tile" in fastest.json were chosen: as the forward's. sm_90's
+# for heads of 64 in half precision were timed on an H100 (us, 64 x 1024 tokens of 12 heads; with 12 sequences the order is the same):
 #   split    dq 64x32 in 4 warps and dkdv 32x64 in 4: small tiles put many programs on a multiprocessor, so that one's exponentials
 #            run beside another's matmuls. dkdv: 32x64 1,129, 64x64 1,181, 64x128 in 8 warps 1,452; dq: 64x32 takes 56 less than 64x64.
 #   head     1,837 at best (64x128): the one program of a multiprocessor waits for dq's sum at every tile. So it has no row.
@@ -276,31 +276,6 @@ def backward_dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, terms_ptr,
 #   dkdv     128 keys where they fit: they halve the traffic of q and do.
 #   dq       as the forward.
 #   float32  `add_dot` holds a tile's products beside their sum, so tiles are smaller than in the forward.
-_HEAD_MMA_SYNC = {32: Tile(64, 128, 8, 3), 64: Tile(32, 128, 8, 2)}
-_HEAD_MMA_SYNC_DROPOUT = {32: Tile(32, 128, 8, 3), 64: Tile(32, 64, 8, 2)}
-_HEAD_90 = {32: Tile(64, 128, 8, 3)}
-_HEAD_90_DROPOUT = {32: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 3)}
-_DKDV_MMA_SYNC = {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 1)}
-_DKDV_MMA_SYNC_DROPOUT = {32: Tile(64, 128, 8, 2), 64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 8, 1)}
-_DKDV_90 = {32: Tile(64, 128, 8, 2), 64: Tile(32, 64, 4, 3), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)}
-_DKDV_90_DROPOUT = {32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(16, 64, 8, 1)}
-_DQ_MMA_SYNC = {32: Tile(64, 64, 4, 2), 64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)}
-_DQ_90 = {32: Tile(128, 64, 4, 3), 64: Tile(64, 32, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)}
-_DQ_90_DROPOUT = {32: Tile(128, 64, 8, 2), 64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 16, 4, 2)}
-_HEAD_FLOAT32 = {32: Tile(32, 16, 4, 2), 64: Tile(32, 16, 8, 2)}
-_DKDV_FLOAT32 = {32: Tile(32, 32, 8, 2), 64: Tile(32, 16, 8, 2), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
-_DQ_FLOAT32 = {32: Tile(32, 32, 8, 2), 64: Tile(64, 32, 8, 2), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
-
-
-def _table(mma_sync, mma_sync_dropout, hopper, hopper_dropout, float32):
-    return {"half": dict.fromkeys((80, 86, 89), mma_sync) | dict.fromkeys((90, 100), hopper),
-            "dropout": dict.fromkeys((80, 86, 89), mma_sync_dropout) | dict.fromkeys((90, 100), hopper_dropout),
-            "float32": dict.fromkeys((80, 86, 89, 90, 100), float32)}
-
-
-HEAD_TILES = _table(_HEAD_MMA_SYNC, _HEAD_MMA_SYNC_DROPOUT, _HEAD_90, _HEAD_90_DROPOUT, _HEAD_FLOAT32)
-DKDV_TILES = _table(_DKDV_MMA_SYNC, _DKDV_MMA_SYNC_DROPOUT, _DKDV_90, _DKDV_90_DROPOUT, _DKDV_FLOAT32)
-DQ_TILES = _table(_DQ_MMA_SYNC, _DQ_MMA_SYNC, _DQ_90, _DQ_90_DROPOUT, _DQ_FLOAT32)
 
 
 class Programs(NamedTuple):
@@ -316,20 +291,23 @@ class Programs(NamedTuple):
         return "head" if self.head and heads >= self.fewest_heads and Tq <= self.longest else "split"
 
 
-def programs(dtype, D, dropout, device, tiles=None):
-    """The Programs of a dtype, a head size and a GPU. tiles: {"head": Tile} or {"dq": Tile, "dkdv": Tile} instead of the tables'."""
-    HEAD = max(32, padded_head(D))
-    tiles = tiles or {name: table_rows(table, dtype, dropout, device).get(HEAD) for name, table in
-                      (("head", HEAD_TILES), ("dq", DQ_TILES), ("dkdv", DKDV_TILES))}
-    made = (program(tiles[name], dtype, D, dropout, device) if tiles.get(name) else None for name in ("head", "dq", "dkdv"))
-    _, multiprocessors, l2 = machine(device)
+def tiles_for(dtype, D, dropout, device, tokens, length):
+    """(head, dq, dkdv) Tiles for `tokens` queries in sequences of `length`; head is None where the table has none."""
+    about = device, fastest.column(dtype, dropout)
+    row = fastest.find("attention head tile", *about, size=D, tokens=tokens, length=length)
+    return (None if row is None else row.tile,
+            *(fastest.tile(f"attention {name} tile", *about, size=D, tokens=tokens, length=length) for name in ("dq", "dkdv")))
+
+
+@functools.cache
+def programs(dtype, D, dropout, device, head, dq, dkdv):
+    """The Programs of a dtype, a head size and a GPU with these Tiles; None where a form is not used."""
+    made = (program(tile, dtype, D, dropout, device) if tile else None for tile in (head, dq, dkdv))
+    multiprocessors, l2 = machine(device)
     # The resident programs' working set: q, do and dq's fp32 sum, of which a tile of keys visits half on average (the queries past
     # the diagonal).
     longest = 2 * l2 // (multiprocessors * D * (2 * dtype.itemsize + 4))
     return Programs(*made, multiprocessors, longest)
-
-
-_programs = functools.cache(programs)
 
 
 def attention_backward(do, q, k, v, out, lse, dq, dk, dv, *, scale, dropout_p=0.0, seed=None, form=None, tiles=None):
@@ -368,16 +346,16 @@ def check_gradients(do, q, k, out, lse, dq, dk, dv):
                              f"{q.dtype}, strides {expected}")
 
 
-def launch_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
+def launch_backward(do, q, k, v, out, lse, seed, scale, dropout_p, form=None):
     """(dq, dk, dv) as (B, T, H, D), for a caller that has checked everything but the strides of do, q, k and v.
 
-    seed: None without dropout. scale None: 1/sqrt(D).
+    seed: None without dropout. scale None: 1/sqrt(D). form: as for `attention_backward`.
     """
     q, k, v, strides = in_place(q, k, v)
     do = do if rows_are_contiguous(do) else do.contiguous()
     (B, H, Tq, D), Tk = q.shape, k.shape[2]
     dq, dk, dv = (torch.empty((B, T, H, D), dtype=q.dtype, device=q.device) for T in (Tq, Tk, Tk))
-    _launch(do, q, k, v, out, lse, dq, dk, dv, seed, B, H, Tq, Tk, D, (*strides, *do.stride()[:3], H * D), scale, dropout_p)
+    _launch(do, q, k, v, out, lse, dq, dk, dv, seed, B, H, Tq, Tk, D, (*strides, *do.stride()[:3], H * D), scale, dropout_p, form)
     return dq, dk, dv
 
 
@@ -404,8 +382,9 @@ def _launch(do, q, k, v, out, lse, dq, dk, dv, seed, B, H, Tq, Tk, D, strides, s
                 grad.zero_()            # without queries, the gradients of the keys are zero
         return
     device = q.device
-    make = _programs if tiles is None else functools.partial(programs, tiles=tiles)
-    made = make(q.dtype, D, seed is not None, q.get_device())
+    about = q.dtype, D, seed is not None, q.get_device()
+    given = tiles_for(*about, B * Tq, Tq) if tiles is None else map(tiles.get, ("head", "dq", "dkdv"))
+    made = programs(*about, *given)
     terms = torch.empty((B, H, 2, -(-Tq // 128) * 128), dtype=torch.float32, device=device)
     scale = 1.0 / math.sqrt(D) if scale is None else scale
     numbers = *strides, scale, scale * LOG2_E, dropout_p, H, Tq, Tk

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .fastest import Tile
+
 LOG2_E = math.log2(math.e)      # launchers multiply it into the scale, in fp64; in the kernel it would cost one more rounding
 
 
@@ -82,14 +84,6 @@ def scheduled_tile(n_tiles, n_heads, group):
 # ---------------------------------------------------------------------------------------------------------------- the host side
 
 
-class Tile(typing.NamedTuple):
-    """Queries and keys of a tile, warps of a program, stages of its software pipeline."""
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
 LARGEST_STRIDE = 2**23          # a tile spans up to 128 rows, and its offsets are 32-bit
@@ -97,30 +91,17 @@ LARGEST_STRIDE = 2**23          # a tile spans up to 128 rows, and its offsets a
 
 @functools.cache
 def machine(device):
-    """(architecture of the tile tables, multiprocessors, bytes of L2) of a GPU; device=-1 (interpreter) returns H200 values."""
+    """(multiprocessors, bytes of L2) of a GPU; device=-1 (interpreter) returns H200 values."""
     if device < 0:
-        return 90, 132, 50 * 2**20
+        return 132, 50 * 2**20
     properties = torch.cuda.get_device_properties(device)
-    arch = 10 * properties.major + properties.minor
-    if arch < 80:
-        raise RuntimeError(f"the attention kernels need compute capability 8.0 or more; {properties.name} has {arch / 10}")
-    # Architectures without a row: 8.7 has 8.6's instructions; 12.x is a consumer chip with 99 KB of shared memory, like 8.9.
-    known = 89 if arch >= 120 else max(row for row in (80, 86, 89, 90, 100) if row <= arch)
-    return known, properties.multi_processor_count, properties.L2_cache_size
+    return properties.multi_processor_count, properties.L2_cache_size
 
 
 @functools.cache
 def padded_head(D):
     """HEAD: D rounded up to a power of two that `tl.dot` accepts."""
     return max(16, triton.next_power_of_2(D))
-
-
-def table_rows(tiles, dtype, dropout, device):
-    """The rows {HEAD: Tile} of a table {column: {arch: rows}}.
-
-    fp32 has its own column because it doesn't use tensor cores, dropout because its random numbers take registers.
-    """
-    return tiles["float32" if dtype == torch.float32 else "dropout" if dropout else "half"][machine(device)[0]]
 
 
 class Program(typing.NamedTuple):
@@ -131,8 +112,8 @@ class Program(typing.NamedTuple):
 
 
 def program(tile, dtype, D, dropout, device):
-    constants = dict(D=D, HEAD=padded_head(D), DROPOUT=dropout, **tile._asdict())
-    return Program(tile, constants, machine(device)[2] // 2 // (2 * D * dtype.itemsize))
+    constants = dict(D=D, HEAD=padded_head(D), DROPOUT=dropout, **tile.options())
+    return Program(tile, constants, machine(device)[1] // 2 // (2 * D * dtype.itemsize))
 
 
 def rows_are_contiguous(x):

@@ -19,8 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_common import (LOG2_E, Tile, check_inputs, head_offset, in_place, keys_of_head, load_tile, padded_head, program,
-                               rows_in_place, scheduled_tile, store_tile, table_rows)
+from . import fastest
+from .attention_common import (LOG2_E, check_inputs, head_offset, in_place, keys_of_head, load_tile, program, rows_in_place, scheduled_tile,
+                               store_tile)
 from .dot import add_dot
 from .dropout import keep_scale, keep_scores
 from .host import elsewhere
@@ -90,24 +91,15 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr,
     store_tile(out_ptr, acc / l_i[:, None], start_m, H * D, Tq, D, BLOCK_M, HEAD)
 
 
-# {column: {architecture: {HEAD: Tile}}}; the row of HEAD 32 also serves 16. One row was chosen by timing: sm_90's 64 in half
-# precision, the best of twelve tiles on an H100 at 12 and 64 x 1024 tokens (`python -m benchmarks.gpu.sweep`). For every other row,
-# a list from large to small was tried, and the first tile taken that compiles for the architecture without a spill, fits its shared
-# memory and, on sm_90, keeps wgmma asynchronous (ptxas reports where it serialises them: note C7515). 80, 86 and 89 have the same
-# instructions (mma.sync, cp.async) and so share their rows, which must fit the 99 KB of 86 and 89. The reasons:
+# How the rows of "attention forward tile" in fastest.json were chosen. One by timing: sm_90's for heads of 64 in half precision, the best
+# of twelve tiles on an H100 at 12 and 64 x 1024 tokens (`python -m benchmarks.gpu.sweep`). For every other row, a list from large to
+# small was tried, and the first tile taken that compiles for the architecture without a spill, fits its shared memory and, on sm_90,
+# keeps wgmma asynchronous (ptxas reports where it serialises them: note C7515). 80, 86 and 89 have the same instructions (mma.sync,
+# cp.async) and so share their rows, which must fit the 99 KB of 86 and 89. The reasons:
 #   half     64 on sm_90: 128x64 takes 359 us in 8 warps, 369 in 4; cuDNN 297. 32: 4 warps take 187 registers, so two programs share
 #            a multiprocessor, and one's exponentials run beside the other's matmuls. 128: 128x64 in 8 warps; 128x128 spills 72 bytes.
 #   dropout  as half, except 8 warps at 64: in 4 warps Philox's words make it spill 32 bytes.
 #   float32  without tensor cores a thread keeps whole rows of both factors in registers, so tiles are small.
-_MMA_SYNC = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)}
-_HALF_90 = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)}
-_DROPOUT_90 = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)}
-_FLOAT32 = {32: Tile(64, 32, 8, 2), 64: Tile(64, 32, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(16, 16, 8, 1)}
-TILES = {
-    "half": {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _HALF_90, 100: _HALF_90 | {64: Tile(128, 64, 4, 3), 256: Tile(64, 32, 8, 2)}},
-    "dropout": {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _DROPOUT_90, 100: _DROPOUT_90 | {32: Tile(128, 64, 8, 3)}},
-    "float32": dict.fromkeys((80, 86, 89, 90), _FLOAT32) | {100: _FLOAT32 | {256: Tile(32, 16, 8, 1)}},
-}
 
 
 def attention_forward(q, k, v, *, scale, dropout_p=0.0, seed=None, tile=None):
@@ -142,9 +134,12 @@ def launch_forward_qkvpacked(qkv, seed, n_head, scale, dropout_p, tile=None):
     return out, _launch(qkv, None, None, out, seed, B, n_head, T, T, D, (batch, D, token, batch, D, token), scale, dropout_p, tile)
 
 
-@functools.cache
-def _program(dtype, D, dropout, device):
-    return program(table_rows(TILES, dtype, dropout, device)[max(32, padded_head(D))], dtype, D, dropout, device)
+def tile_for(dtype, D, dropout, device, tokens, length):
+    """The Tile for `tokens` queries in sequences of `length`. The rows were chosen as the comment above says."""
+    return fastest.tile("attention forward tile", device, fastest.column(dtype, dropout), size=D, tokens=tokens, length=length)
+
+
+_program = functools.cache(program)
 
 
 def _launch(q, k, v, out, seed, B, H, Tq, Tk, D, strides, scale, dropout_p, tile):
@@ -154,8 +149,9 @@ def _launch(q, k, v, out, seed, B, H, Tq, Tk, D, strides, scale, dropout_p, tile
             return _launch(q, k, v, out, seed, B, H, Tq, Tk, D, strides, scale, dropout_p, tile)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     if B * H * Tq > 0:
-        make = _program if tile is None else functools.partial(program, tile)
-        tile, constants, keys_in_l2 = make(q.dtype, D, seed is not None, q.get_device())
+        dtype, dropout, device = q.dtype, seed is not None, q.get_device()
+        tile = tile or tile_for(dtype, D, dropout, device, B * Tq, Tq)
+        _, constants, keys_in_l2 = _program(tile, dtype, D, dropout, device)
         scale = 1.0 / math.sqrt(D) if scale is None else scale
         forward_kernel[(B * H * -(-Tq // tile.BLOCK_M),)](
             q, k, v, out, lse, seed, *strides, scale * LOG2_E, dropout_p, H, Tq, Tk, B * H, keys_in_l2 // Tk or 1, **constants)

@@ -35,6 +35,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import fastest
+
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e38)  # instead of -inf, since -inf - -inf is nan and fp16 logits can overflow to -inf
@@ -149,32 +151,28 @@ def _dlogits_kernel(logits_ptr,         # (rows, V), rows apart by stride
     tl.store(dlogits_ptr + cols, dlogits.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
 
 
-# (largest V, BLOCK_V, warps), for every architecture: one program reads one row, and shared memory holds only the reductions. 16
-# columns a thread are two 16-byte loads in flight, 32 KB a multiprocessor with two blocks: its share of the bandwidth (36 GB/s)
-# times the latency (0.8 us). With two blocks of 16 warps, and no more, their two rows of 100 KB fit the L1 cache, and all rows in
-# flight fit the L2 cache (26 of 50 MB), so that the second read costs no memory traffic.
-TILES = (
-    (256, 256, 1),
-    (2048, 1024, 4),
-    (8192, 2048, 4),
-    (2 ** 31 - 1, 8192, 16),
-)
+# How the rows of "cross_entropy tile" in fastest.json were chosen, for every architecture: one program reads one row, and shared memory
+# holds only the reductions. 16 columns a thread are two 16-byte loads in flight, 32 KB a multiprocessor with two blocks: its share of the
+# bandwidth (36 GB/s) times the latency (0.8 us). With two blocks of 16 warps, and no more, their two rows of 100 KB fit the L1 cache,
+# and all rows in flight fit the L2 cache (26 of 50 MB), so that the second read costs no memory traffic.
 
 
-def tile(V):
-    """(BLOCK_V, warps) for V columns."""
-    return next((block, warps) for largest, block, warps in TILES if V <= largest)
+def tile(V, device):
+    """The Tile of the loss kernels for V columns; BLOCK_N columns at a time."""
+    return fastest.tile("cross_entropy tile", device, size=V)
 
 
-def chunk_rows(N, row_bytes):
-    """Rows per chunk of N rows, whose logits take row_bytes each: at most 4 chunks, each of at least 4,096 rows and half a gigabyte.
+def chunk_rows(N, V, itemsize, device):
+    """Rows per chunk of N rows of V logits: at most 4 chunks, each of at least 4,096 rows and half a gigabyte, if the table has no number.
 
     All chunks are equally long but the last, which may be a few rows shorter. With fewer rows the matmuls use the GPU poorly. More
     chunks take less memory, but each reads and writes dW in fp32 once more: 8 V C bytes, 309 MB at V = 50,304, C = 768. On an H100,
     loss and gradients of 64 x 1024 tokens took 28.9, 28.0, 27.0, 26.9 and 27.0 ms in 16, 8, 4, 2 and 1 chunks; with 4, a quarter of
     the logits exists at a time, 1.6 GB.
     """
-    return -(-N // max(1, min(4, N // 4096, -(-N * row_bytes // 2**29))))
+    row = fastest.find("cross_entropy chunks", device, size=V, tokens=N)
+    chunks = min(4, N // 4096, -(-N * V * itemsize // 2**29)) if row is None else int(row.use)
+    return -(-N // max(1, chunks))
 
 
 def empty_logits(rows, V, like):
@@ -225,10 +223,10 @@ def row_losses(logits, targets, ignore_index, *, gradient, out=None):
                                 for wanted in (out is None, not gradient, not gradient))
     losses = losses if out is None else out
     if rows:
-        block, warps = tile(V)
+        shape = tile(V, logits.get_device())
         with torch.cuda.device_of(logits):
             _loss_kernel[(rows,)](logits, targets, losses, maxima, log_sums, V, logits.stride(0), ignore_index,
-                                  GRADIENT=gradient, BLOCK_V=block, num_warps=warps)
+                                  GRADIENT=gradient, BLOCK_V=shape.BLOCK_N, num_warps=shape.num_warps)
     return losses, maxima, log_sums
 
 
@@ -239,11 +237,11 @@ def row_gradients(logits, targets, maxima, log_sums, ignore_index, out, grad_log
     """
     rows, V = logits.shape
     if rows:
-        block, warps = tile(V)
+        shape = tile(V, logits.get_device())
         with torch.cuda.device_of(logits):
             _dlogits_kernel[(rows,)](logits, targets, maxima, log_sums, grad_logits, scale, out,
                                      V, logits.stride(0), 0 if grad_logits is None else grad_logits.stride(0), out.stride(0),
-                                     ignore_index, ADD=grad_logits is not None, BLOCK_V=block, num_warps=warps)
+                                     ignore_index, ADD=grad_logits is not None, BLOCK_V=shape.BLOCK_N, num_warps=shape.num_warps)
 
 
 def product(a, b, out):
@@ -288,7 +286,7 @@ def forward_backward(x, weight, targets, ignore_index, need_dx, need_dw):
     check(x, weight, targets)
     check_range(targets, weight.size(0), ignore_index)
     (N, C), V = x.shape, weight.size(0)
-    rows = chunk_rows(N, V * x.itemsize)
+    rows = chunk_rows(N, V, x.itemsize, x.get_device())
     buffer = empty_logits(min(rows, N), V, x)
     losses = torch.empty(N, dtype=torch.float32, device=x.device)
     dx = torch.empty(N if need_dx else 0, *(C,) * need_dx, dtype=torch.float32, device=x.device)
@@ -325,7 +323,7 @@ def backward(logits, maxima, log_sums, x, weight, targets, scale, grad_logits, i
     """
     check(x, weight, targets)
     (N, C), V = x.shape, weight.size(0)
-    rows = chunk_rows(N, V * x.itemsize)
+    rows = chunk_rows(N, V, x.itemsize, x.get_device())
     dlogits = empty_logits(min(rows, N), V, x)
     sums = torch.empty(min(rows, N), C, dtype=torch.float32, device=x.device) if need_dx and grad_logits is None else None
     dx = torch.empty(N if need_dx else 0, *(C,) * need_dx, dtype=x.dtype, device=x.device)

@@ -38,6 +38,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import fastest
 from .attention_common import DTYPES, LARGEST_HEAD, LOG2_E, padded_head
 from .attention_decode import CHUNK_ELEMENTS, WARPS as ATTEND_WARPS, decode_kernel
 from .dependent_launch import launch_dependents, options as launch_options, wait_for_predecessor
@@ -45,7 +46,7 @@ from .host import multiprocessors
 from .layer_norm import row_mean
 from .mlp import ACTIVATIONS, _act
 
-LARGEST_K = 8192                # inputs of a matrix: C, F or H heads of padded size; the largest row of TILES
+LARGEST_K = 8192                # inputs of a matrix: C, F or H heads of padded size; the largest row of the table
 
 
 # ------------------------------------------------------------------------------------------------------------- device functions
@@ -234,15 +235,9 @@ def head_kernel(
 # ------------------------------------------------------------------------------------------------------------------------ tiles
 
 
-class Tile(NamedTuple):
-    """Outputs of a program, warps of a program."""
-    OUT: int
-    warps: int
-
-
-# {kernels: {BLOCK_K, the power of two that holds a row of the matrix: Tile}}, the same for sm_80 to sm_100 and all dtypes: nothing is
-# reused, so only the number of multiprocessors to fill (84 to 148) depends on the architecture. Chosen by this count, and no other
-# table was timed: up to 64 elements a thread, so that a tile in half precision takes 32 registers beside its row of activations. At
+# How the rows of "decode norm tile", "decode combine tile" and "decode add tile" in fastest.json were chosen: outputs (BLOCK_N) and warps of
+# a program by the power of two that holds a row of the matrix, the same for sm_80 to sm_100 and all dtypes: nothing is reused, so only
+# the number of multiprocessors to fill (84 to 148) depends on the architecture. Chosen by this count, and no other table was timed: up to 64 elements a thread, so that a tile in half precision takes 32 registers beside its row of activations. At
 # C=768 in bf16
 #
 #                    programs   weights of one   in flight on each of 132 multiprocessors, which need 26 KB
@@ -255,27 +250,24 @@ class Tile(NamedTuple):
 # The two `_add` kernels have fewer outputs per program because there are only C outputs: 192 programs for at most 148
 # multiprocessors. `combine` has more threads, each with 4 columns of the chunks that it combines; with two outputs a row of 8,192
 # spills 32 bytes.
-TILES = {
-    "norm": {16: Tile(8, 1), 32: Tile(8, 1), 64: Tile(8, 1), 128: Tile(8, 1), 256: Tile(8, 1), 512: Tile(8, 2),
-             1024: Tile(8, 4), 2048: Tile(8, 8), 4096: Tile(4, 8), 8192: Tile(2, 8)},
-    "combine": {16: Tile(4, 1), 32: Tile(4, 1), 64: Tile(4, 1), 128: Tile(4, 1), 256: Tile(4, 2), 512: Tile(4, 4),
-                1024: Tile(4, 8), 2048: Tile(4, 16), 4096: Tile(4, 16), 8192: Tile(1, 16)},
-    "add": {16: Tile(4, 1), 32: Tile(4, 1), 64: Tile(4, 1), 128: Tile(4, 1), 256: Tile(4, 1), 512: Tile(4, 1),
-            1024: Tile(4, 2), 2048: Tile(4, 4), 4096: Tile(4, 8), 8192: Tile(2, 8)},
-}
+
 COMBINED_ELEMENTS = 32          # elements of chunks that a thread of combine_add loads at once: 8 chunks at C=768, half of T=1024
 HEAD_PROGRAMS = 4               # programs of `head` per multiprocessor: as many as its registers allow at once
 
 
-def tile_for(kernels, K):
-    """(BLOCK_K, Tile) for a matrix with rows of K."""
-    BLOCK_K = max(16, triton.next_power_of_2(K))
-    return BLOCK_K, TILES[kernels][BLOCK_K]
+def padded(K):
+    """BLOCK_K: the power of two that holds a row of K."""
+    return max(16, triton.next_power_of_2(K))
+
+
+def tile_for(kernels, K, device):
+    """(BLOCK_K, Tile) for a matrix with rows of K and these kernels ("norm", "combine", "add")."""
+    return padded(K), fastest.tile(f"decode {kernels} tile", device, size=K)
 
 
 def combined_chunks(BLOCK_K, tile):
     """COMBINED: the number of chunks that fill a thread's COMBINED_ELEMENTS, at most 8."""
-    return min(8, COMBINED_ELEMENTS * 32 * tile.warps // BLOCK_K)
+    return min(8, COMBINED_ELEMENTS * 32 * tile.num_warps // BLOCK_K)
 
 
 # -------------------------------------------------------------------------------------------------------------------- launchers
@@ -378,11 +370,11 @@ class Decoder:
         self.logits(logits)
 
     def norm_qkv(self, layer, embedding, position):
-        BLOCK_K, tile = tile_for("norm", self.C)
+        BLOCK_K, tile = tile_for("norm", self.C, self.x.get_device())
         # The first kernel of a step must not start early: the work ahead of it may still be writing the weights.
-        norm_qkv_kernel[(self.B, -(-3 * self.C // tile.OUT))](
+        norm_qkv_kernel[(self.B, -(-3 * self.C // tile.BLOCK_N))](
             *embedding, position, self.x, *layer.ln_1, *layer.c_attn, self.q, layer.keys, layer.values, self.length, self.T,
-            self.eps, C=self.C, D=self.D, OUT=tile.OUT, BLOCK_K=BLOCK_K, num_warps=tile.warps,
+            self.eps, C=self.C, D=self.D, OUT=tile.BLOCK_N, BLOCK_K=BLOCK_K, num_warps=tile.num_warps,
             **launch_options(self.x, early=embedding[0] is None))
 
     def attend(self, layer):
@@ -393,27 +385,27 @@ class Decoder:
             **launch_options(self.x))
 
     def combine_add(self, layer):
-        BLOCK_K, tile = tile_for("combine", self.H * self.HEAD)
-        combine_add_kernel[(self.B, -(-self.C // tile.OUT))](
+        BLOCK_K, tile = tile_for("combine", self.H * self.HEAD, self.x.get_device())
+        combine_add_kernel[(self.B, -(-self.C // tile.BLOCK_N))](
             self.part, self.lse, self.length, *layer.c_proj, self.x, self.n_chunks, H=self.H, D=self.D, HEAD=self.HEAD,
-            CHUNK=self.CHUNK, COMBINED=combined_chunks(BLOCK_K, tile), OUT=tile.OUT, BLOCK_K=BLOCK_K, num_warps=tile.warps,
+            CHUNK=self.CHUNK, COMBINED=combined_chunks(BLOCK_K, tile), OUT=tile.BLOCK_N, BLOCK_K=BLOCK_K, num_warps=tile.num_warps,
             **launch_options(self.x))
 
     def norm_act(self, layer):
-        BLOCK_K, tile = tile_for("norm", self.C)
-        norm_act_kernel[(self.B, -(-self.F // tile.OUT))](
-            self.x, *layer.ln_2, *layer.c_fc, self.h, self.eps, C=self.C, F=self.F, ACTIVATION=layer.activation, OUT=tile.OUT,
-            BLOCK_K=BLOCK_K, num_warps=tile.warps, **launch_options(self.x))
+        BLOCK_K, tile = tile_for("norm", self.C, self.x.get_device())
+        norm_act_kernel[(self.B, -(-self.F // tile.BLOCK_N))](
+            self.x, *layer.ln_2, *layer.c_fc, self.h, self.eps, C=self.C, F=self.F, ACTIVATION=layer.activation, OUT=tile.BLOCK_N,
+            BLOCK_K=BLOCK_K, num_warps=tile.num_warps, **launch_options(self.x))
 
     def linear_add(self, layer):
-        BLOCK_K, tile = tile_for("add", self.F)
-        linear_add_kernel[(self.B, -(-self.C // tile.OUT))](
-            self.h, *layer.mlp_proj, self.x, C=self.C, F=self.F, OUT=tile.OUT, BLOCK_K=BLOCK_K, num_warps=tile.warps,
+        BLOCK_K, tile = tile_for("add", self.F, self.x.get_device())
+        linear_add_kernel[(self.B, -(-self.C // tile.BLOCK_N))](
+            self.h, *layer.mlp_proj, self.x, C=self.C, F=self.F, OUT=tile.BLOCK_N, BLOCK_K=BLOCK_K, num_warps=tile.num_warps,
             **launch_options(self.x))
 
     def logits(self, out):
-        BLOCK_K, tile = tile_for("norm", self.C)
-        programs = min(-(-self.V // tile.OUT), HEAD_PROGRAMS * multiprocessors(self.x.get_device()))
+        BLOCK_K, tile = tile_for("norm", self.C, self.x.get_device())
+        programs = min(-(-self.V // tile.BLOCK_N), HEAD_PROGRAMS * multiprocessors(self.x.get_device()))
         head_kernel[(self.B, programs)](
-            self.x, *self.ln_f, *self.head, out, self.V, self.eps, C=self.C, OUT=tile.OUT, BLOCK_K=BLOCK_K,
-            num_warps=tile.warps, **launch_options(self.x))
+            self.x, *self.ln_f, *self.head, out, self.V, self.eps, C=self.C, OUT=tile.BLOCK_N, BLOCK_K=BLOCK_K,
+            num_warps=tile.num_warps, **launch_options(self.x))

@@ -29,12 +29,12 @@ Shapes: N rows of C elements; x, branch, s, y and their gradients (N, C); weight
 then the reciprocal standard deviations.
 """
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from . import fastest
 from .dropout import keep_rows, keep_scale
 from .host import elsewhere, multiprocessors
 
@@ -174,65 +174,54 @@ def _drop_kernel(ds_ptr, seed_ptr, dbranch_ptr, n_rows, C, p, ROWS: tl.constexpr
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
-class Tile(NamedTuple):
-    """Rows of a tile, warps of a program."""
-    rows: int
-    warps: int
-
-
-# {BLOCK_C, the power of two that holds a row: (forward, backward)}, the same for sm_80 to sm_100, since these kernels are bound by
-# memory bandwidth. Chosen from what the gate reports, not yet by timing.
+# How the rows of "layer_norm forward tile" and "layer_norm backward tile" in fastest.json were chosen: rows and warps of a program, by the
+# power of two that holds a row, the same for sm_80 to sm_100, since these kernels are bound by memory bandwidth. From what the gate
+# reports, not yet by timing.
 # Forward: 32 elements a thread. A row of 1,024 then lies in one warp, whose sums are shuffles without a barrier, and 72 registers
 # leave room for 28 such programs on a multiprocessor: 130 KB of loads in flight, where 5 TB/s at a latency of 0.7 us need 27 KB.
 # Short rows share a tile, so that a warp has 1,024 elements to load.
 # Backward: 16 elements a thread, since each holds the running sums of dweight and dbias beside its row. From 1,024 on, registers are
 # capped at 128, so that all programs are resident at once. With Triton 3.6 and dropout, 8 bytes spill.
-TILES = {
-    16: (Tile(32, 1), Tile(16, 1)),
-    32: (Tile(32, 1), Tile(16, 1)),
-    64: (Tile(16, 1), Tile(8, 1)),
-    128: (Tile(8, 1), Tile(4, 1)),
-    256: (Tile(4, 1), Tile(2, 1)),
-    512: (Tile(2, 1), Tile(1, 1)),
-    1024: (Tile(1, 1), Tile(1, 2)),
-    2048: (Tile(1, 2), Tile(1, 4)),
-    4096: (Tile(1, 4), Tile(1, 8)),
-    8192: (Tile(1, 8), Tile(1, 16)),
-}
+
 # Programs of the backward, per multiprocessor: each has a row in flight and keeps (C,) fp32 sums. Eight rows of 768 are 60 KB in
 # flight, twice what the bandwidth needs; more programs would only write more partial sums (132 * 8 of them are 0.8 % of the
 # traffic). From 4 warps on, the registers hold 16 warps, and the rows are longer.
 PROGRAMS_PER_MULTIPROCESSOR = {1: 8, 2: 8, 4: 4, 8: 2, 16: 1}  # by warps
 BACKWARD_REGISTERS = 128
-SUM_TILE = Tile(64, 4)  # with SUM_COLUMNS: 16 fp32 of a row are two sectors of 32 bytes, and C=768 makes 48 programs
-SUM_COLUMNS = 16
-SUM_CONSTANTS = {"ROWS": SUM_TILE.rows, "BLOCK_C": SUM_COLUMNS, "num_warps": SUM_TILE.warps}
+SUM_ROWS, SUM_COLUMNS = 64, 16  # 16 fp32 of a row are two sectors of 32 bytes, and C=768 makes 48 programs
+SUM_CONSTANTS = {"ROWS": SUM_ROWS, "BLOCK_C": SUM_COLUMNS, "num_warps": 4}
 
 
 @functools.cache
-def tiles(C):
-    """(BLOCK_C, forward Tile, backward Tile) for rows of C."""
-    BLOCK_C = max(min(TILES), triton.next_power_of_2(C))
-    return BLOCK_C, *TILES[BLOCK_C]
+def padded(C):
+    """BLOCK_C: the power of two that holds a row of C."""
+    return max(16, triton.next_power_of_2(C))
+
+
+def tile_for(pass_, C, device, N):
+    """The Tile of a pass ("forward", "backward") over N rows of C: BLOCK_M rows a program."""
+    return fastest.tile(f"layer_norm {pass_} tile", device, size=C, tokens=N)
+
+
+def constants(C, tile):
+    """The constants that both passes take from their tile."""
+    return {"ROWS": tile.BLOCK_M, "BLOCK_C": padded(C), "num_warps": tile.num_warps}
 
 
 @functools.cache
-def _forward_program(C):
-    """(rows of a program, the kernel's constants) for rows of C."""
-    BLOCK_C, tile, _ = tiles(C)
-    return tile.rows, {"ROWS": tile.rows, "BLOCK_C": BLOCK_C, "num_warps": tile.warps}
+def _forward_program(C, tile):
+    return tile.BLOCK_M, constants(C, tile)
 
 
 @functools.cache
-def _backward_program(C, device):
+def _backward_program(C, tile, device):
     """(rows of a tile, most programs, the kernel's constants) for rows of C on a GPU; device=-1 is the interpreter."""
-    BLOCK_C, _, tile = tiles(C)
-    return (tile.rows, PROGRAMS_PER_MULTIPROCESSOR[tile.warps] * multiprocessors(device),
-            {"ROWS": tile.rows, "BLOCK_C": BLOCK_C, "num_warps": tile.warps} | _backward_options(tile))
+    most = PROGRAMS_PER_MULTIPROCESSOR[tile.num_warps] * multiprocessors(device)
+    return tile.BLOCK_M, most, constants(C, tile) | _backward_options(tile)
 
 
 def _backward_options(tile):
-    return {"maxnreg": BACKWARD_REGISTERS} if tile.warps > 1 else {}
+    return {"maxnreg": BACKWARD_REGISTERS} if tile.num_warps > 1 else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -263,8 +252,8 @@ def launch_forward(x, branch, weight, bias, seed, p, eps, y_dtype):
     y = torch.empty_like(x, dtype=y_dtype)
     statistics = torch.empty((2, N), dtype=torch.float32, device=x.device)
     if N > 0:
-        rows, constants = _forward_program(C)
-        _forward_kernel[(-(-N // rows), )](x, branch, weight, bias, seed, s, y, statistics, N, C, p, eps, **constants)
+        rows, options = _forward_program(C, tile_for("forward", C, x.get_device(), N))
+        _forward_kernel[(-(-N // rows), )](x, branch, weight, bias, seed, s, y, statistics, N, C, p, eps, **options)
     return s, y, statistics
 
 
@@ -289,7 +278,8 @@ def launch_backward(dy, ds, s, weight, statistics, seed, p, branch_dtype, dweigh
     dx, dbranch = torch.empty_like(s), None
     if branch_dtype is not None and (seed is not None or branch_dtype != s.dtype):
         dbranch = torch.empty_like(s, dtype=branch_dtype)
-    rows, most, constants = _backward_program(C, s.get_device())
+    index = s.get_device()
+    rows, most, options = _backward_program(C, tile_for("backward", C, index, N), index)
     programs = min(most, -(-N // rows))
     dweight_partial = dbias_partial = dweight = dbias = None
     if dweight_dtype:
@@ -300,7 +290,7 @@ def launch_backward(dy, ds, s, weight, statistics, seed, p, branch_dtype, dweigh
         dbias = torch.empty(C, dtype=dbias_dtype, device=device)
     if N > 0:
         _backward_kernel[(programs, )](dy, ds, s, weight, statistics, seed, dx, dbranch, dweight_partial, dbias_partial, N, C, p,
-                                       **constants)
+                                       **options)
     if dweight_dtype or dbias_dtype:  # without rows too: the gradients are then 0
         _sum_partials_kernel[(-(-C // SUM_COLUMNS), )](dweight_partial, dbias_partial, dweight, dbias, programs, C, **SUM_CONSTANTS)
     return dx, dbranch, dweight, dbias
@@ -317,8 +307,8 @@ def drop(ds, *, p, seed, branch_dtype):
     N = ds.numel() // C
     dbranch = torch.empty_like(ds, dtype=branch_dtype)
     if N > 0:
-        rows, constants = _forward_program(C)
-        _drop_kernel[(-(-N // rows), )](ds, seed, dbranch, N, C, p, **constants)
+        rows, options = _forward_program(C, tile_for("forward", C, ds.get_device(), N))
+        _drop_kernel[(-(-N // rows), )](ds, seed, dbranch, N, C, p, **options)
     return dbranch
 
 

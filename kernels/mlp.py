@@ -36,6 +36,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import fastest
 from .dot import add_dot
 from .dropout import keep_rows, keep_scale
 
@@ -273,22 +274,11 @@ def _dact_kernel(
 
 # ------------------------------------------------------------------------------------------------------------- tile tables
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by the precision of the operands and the architecture; an architecture without a row
-# uses the nearest one below it, and the backward has a row of its own where it needs one. Chosen with the gate: the largest tile
-# with two resident blocks and no spill. sm_90's were timed (H100, 65,536 rows, C = 768; us): backward 822 in 8 warps, 1,012 in 4,
+# How the rows of "mlp forward tile" and "mlp backward tile" in fastest.json were chosen: with the gate, the largest tile with two resident
+# blocks and no spill. sm_80: 48 KB; with BLOCK_K 64 the epilogue spills 8 bytes. sm_86, sm_89: 32 KB, so two blocks fit 100 KB; with 64
+# KB they would not. sm_90: 96 KB, so two blocks fit 228 KB. fp32 is multiplied in IEEE precision, without tensor cores: operands pass
+# through registers, so the tile is small. sm_90's were timed (H100, 65,536 rows, C = 768; us): backward 822 in 8 warps, 1,012 in 4,
 # cuBLAS and `dact` 873; forward 846 to 1,124, cuBLAS and `act` 703.
-MATMUL_TILES = {
-    "half": {
-        80: (128, 128, 32, 4, 4),       # 48 KB; with BLOCK_K 64 the epilogue spills 8 bytes
-        86: (128, 128, 32, 4, 3),       # 32 KB, so two blocks fit 100 KB; with 64 KB they would not
-        89: (128, 128, 32, 4, 3),
-        90: (128, 128, 64, 4, 3),       # 96 KB, so two blocks fit 228 KB
-        100: (128, 128, 64, 4, 3),
-    },
-    "half backward": {90: (128, 128, 64, 8, 3)},
-    # fp32 is multiplied in IEEE precision, without tensor cores: operands pass through registers, so the tile is small.
-    "fp32": {80: (64, 64, 32, 4, 2)},
-}
 
 # (BLOCK_M, BLOCK_N, warps): 16 elements a thread, two loads of 16 bytes in half precision. 256 divides GPT-2's widths except
 # 1600, and a row of 256 is whole cache lines.
@@ -299,19 +289,9 @@ POINTWISE_TILE = (8, 256, 4)
 SUM_PROGRAMS = 1056
 
 
-def _matmul_tile(precision, arch, backward=False):
-    if backward and (tile := MATMUL_TILES.get(f"{precision} backward", {}).get(arch)):
-        return tile
-    table = MATMUL_TILES[precision]
-    return table[max((known for known in table if known <= arch), default=min(table))]
-
-
-def _tile_for(tensor, backward=False):
-    arch = 90
-    if tensor.is_cuda:
-        major, minor = torch.cuda.get_device_capability(tensor.device)
-        arch = 89 if major == 12 else 10 * major + minor    # sm_120: 99 KB of shared memory and mma.sync, like sm_89
-    return _matmul_tile("fp32" if tensor.dtype == torch.float32 else "half", arch, backward)
+def tile_for(pass_, x, M, N):
+    """The Tile of a pass ("forward", "backward") for a product of M rows and N columns, its left operand x."""
+    return fastest.tile(f"mlp {pass_} tile", x.get_device(), fastest.column(x.dtype), size=N, tokens=M)
 
 
 def _rows_per_program(M, tiles_n):
@@ -357,7 +337,7 @@ def linear_act(x, w, b=None, *, activation="gelu", keep_h=True, dropout_p=0.0, s
     """(dropout(act(h)), h) of h = x w^T + b in one kernel. x (M, K), any row stride; w (N, K); b (N,) of any float dtype.
 
     keep_h=False: h isn't written, and None is returned for it. activation: "none", "gelu" (erf), "gelu_tanh", "relu". seed: int64,
-    one element, on x's device, where dropout_p > 0. tile: a row as in MATMUL_TILES, for tests. Raises ValueError, TypeError.
+    one element, on x's device, where dropout_p > 0. tile: a Tile to use instead of the table's. Raises ValueError, TypeError.
     """
     M, K = x.shape
     N = w.shape[0]
@@ -368,13 +348,12 @@ def linear_act(x, w, b=None, *, activation="gelu", keep_h=True, dropout_p=0.0, s
         _check("b", b, (N,), x, DTYPES)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     h = torch.empty_like(y) if keep_h else None
-    block_m, block_n, block_k, warps, stages = tile or _tile_for(x)
+    tile = tile or tile_for("forward", x, M, N)
     if y.numel():
         with torch.cuda.device_of(x):
-            _linear_act_kernel[(-(-M // block_m) * -(-N // block_n),)](
+            _linear_act_kernel[(-(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N),)](
                 x, w, b, h, y, seed if dropout_p > 0 else None, float(dropout_p), M, N, K, x.stride(0),
-                ACTIVATION=activation, EXACT=x.dtype == torch.float32, DROPOUT=dropout_p > 0,
-                BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
+                ACTIVATION=activation, EXACT=x.dtype == torch.float32, DROPOUT=dropout_p > 0, **tile.options())
     return y, h
 
 
@@ -392,17 +371,16 @@ def linear_dact(dy, w, h, b=None, *, activation="gelu", want_post=False, want_db
     _check("h", h, (M, N), dy)
     if b is not None:
         _check("b", b, (N,), dy, DTYPES)
-    block_m, block_n, block_k, warps, stages = tile or _tile_for(dy, backward=True)
-    tiles_m = -(-M // block_m)
+    tile = tile or tile_for("backward", dy, M, N)
+    tiles_m = -(-M // tile.BLOCK_M)
     dh = torch.empty_like(h)
     post = torch.empty_like(h) if want_post else None
     partial = torch.empty(tiles_m, N, dtype=torch.float32, device=dy.device) if want_db else None
     if dh.numel():
         with torch.cuda.device_of(dy):
-            _linear_dact_kernel[(tiles_m * -(-N // block_n),)](
+            _linear_dact_kernel[(tiles_m * -(-N // tile.BLOCK_N),)](
                 dy, w, h, b, dh, post, partial, M, N, K, dy.stride(0),
-                ACTIVATION=activation, EXACT=dy.dtype == torch.float32,
-                BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
+                ACTIVATION=activation, EXACT=dy.dtype == torch.float32, **tile.options())
     return dh, post, partial.sum(0) if want_db else None
 
 

@@ -83,12 +83,12 @@ def choice(op, model_choices=None):
     return (_local.choices or model_choices or _environment)[op]
 
 
-def choose(op, candidates, model_choices=None, args=()):
+def choose(op, candidates, model_choices=None, args=(), fastest=None):
     """The name of the implementation that `op` uses for these arguments.
 
     candidates: ((name, why_not), ...), fastest first; `why_not(*args)` returns None if the implementation can and should run, else the
-    reason as text; "" if nobody would expect it to run. "reference" is implied at the end. Raises RuntimeError under "fused" if none
-    can run.
+    reason as text; "" if nobody would expect it to run. "reference" is implied at the end. fastest(*args): the Row of the table
+    (kernels/fastest.py) whose implementation `auto` tries first, or None. Raises RuntimeError under "fused" if none can run.
     """
     wanted = (_local.choices or model_choices or _environment)[op]
     reasons = []
@@ -96,6 +96,11 @@ def choose(op, candidates, model_choices=None, args=()):
         if wanted == "auto":
             notice("inside torch.func's transforms (grad, vmap, jvp, ...) the ops run on plain PyTorch: " + TORCH_FUNC)
         candidates = (("kernels", lambda *_: TORCH_FUNC),)
+    elif wanted == "auto" and fastest is not None and (row := fastest(*args)) is not None:
+        if row.use == "reference":
+            candidates, reasons = (), [row.note]
+        else:
+            candidates = (*(c for c in candidates if c[0] == row.use), *(c for c in candidates if c[0] != row.use))
     for name, why_not in candidates if wanted != "reference" else ():
         reason = why_not(*args)
         if reason is None and wanted == "auto" and name == "triton" and _interpreted:

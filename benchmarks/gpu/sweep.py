@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from nanogpt_fast.kernels import attention_backward, attention_forward, cross_entropy, layer_norm, mlp
-from nanogpt_fast.kernels.attention_common import Tile
+from nanogpt_fast.kernels import attention_backward, attention_forward, cross_entropy, fastest, layer_norm, mlp
+from nanogpt_fast.kernels.fastest import Tile
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu import candidates
@@ -43,7 +43,7 @@ class Group:
 
 
 def tiles(*rows):
-    return [Tile(*row) for row in rows]
+    return [Tile(M, N, 0, warps, stages) for M, N, warps, stages in rows]
 
 
 FORWARD = tiles((128, 64, 4, 3), (128, 64, 4, 2), (128, 64, 4, 4), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3),
@@ -54,12 +54,20 @@ DKDV = tiles((32, 64, 4, 3), (64, 128, 8, 2), (64, 64, 4, 3), (32, 64, 4, 2), (3
              (64, 64, 4, 4), (32, 64, 8, 3), (64, 32, 4, 3))
 DQ = tiles((64, 32, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3), (64, 32, 4, 2), (64, 32, 4, 4), (64, 16, 4, 4), (128, 32, 8, 3), (128, 32, 4, 3),
            (64, 64, 4, 3), (32, 32, 4, 3))
-MATMUL = ((128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 32, 4, 4),
-          (256, 128, 64, 8, 3), (128, 128, 64, 4, 4), (64, 128, 64, 4, 4))
+MATMUL = [Tile(*row) for row in ((128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3),
+                                 (128, 128, 32, 4, 4), (256, 128, 64, 8, 3), (128, 128, 64, 4, 4), (64, 128, 64, 4, 4))]
 
 
 def named(tile):
-    return "{}x{} w{} s{}".format(*tile) if len(tile) == 4 else "{}x{}x{} w{} s{}".format(*tile)
+    return "x".join(str(size) for size in tile[:3] if size) + f" w{tile[3]} s{tile[4]}"
+
+
+def tried(run, row):
+    """`run` with this row before the table's."""
+    def once(t):
+        with fastest.trial([row]):
+            return run(t)
+    return once
 
 
 def specialised(H, BM, BN, stages):
@@ -109,7 +117,7 @@ def with_dropout(B, T, H, D, p):
 
     forms = {"head": backward("head"), "split": backward("split")}
     forms |= {f"split dq {named(dq)}, dkdv {named(dkdv)}": backward("split", dq=dq, dkdv=dkdv)
-              for dq, dkdv in ((DQ[0], DKDV[0]), (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)), (Tile(128, 64, 8, 2), Tile(32, 64, 4, 3)))}
+              for dq, dkdv in ((DQ[0], DKDV[0]), *zip(tiles((64, 64, 4, 2), (128, 64, 8, 2)), tiles((64, 64, 4, 2), (32, 64, 4, 3))))}
     yield Group(f"attention backward B={B} T={T} H={H} D={D} dropout={p}", make, forms, tolerance=0.02)
     calls = {"ours": lambda t: attention_op.causal_attention_qkvpacked(t["qkv"], H, dropout_p=p, backend=FUSED),
              "PyTorch": lambda t: reference.causal_attention_qkvpacked(t["qkv"], H, dropout_p=p)}
@@ -211,22 +219,12 @@ def loss(rows, C, V):
         return dict(x=x, weight=weight, targets=torch.randint(0, V, (rows,), device=device), logits=x[:8192] @ weight.t())
 
     def kernel(block, warps):
-        def run(t):
-            before, cross_entropy.TILES = cross_entropy.TILES, ((2 ** 31 - 1, block, warps),)
-            try:
-                return cross_entropy.row_losses(t["logits"], t["targets"][:8192], -1, gradient=True)[0]
-            finally:
-                cross_entropy.TILES = before
-        return run
+        return tried(lambda t: cross_entropy.row_losses(t["logits"], t["targets"][:8192], -1, gradient=True)[0],
+                     fastest.Row("cross_entropy tile", tile=Tile(0, block, 0, warps)))
 
     def whole(chunks):
-        def run(t):
-            before, cross_entropy.chunk_rows = cross_entropy.chunk_rows, lambda N, _: -(-N // chunks)
-            try:
-                return cross_entropy.forward_backward(t["x"], t["weight"], t["targets"], -1, True, True)[1]
-            finally:
-                cross_entropy.chunk_rows = before
-        return run
+        return tried(lambda t: cross_entropy.forward_backward(t["x"], t["weight"], t["targets"], -1, True, True)[1],
+                     fastest.Row("cross_entropy chunks", str(chunks)))
 
     blocks = ((8192, 16), (4096, 8), (4096, 16), (8192, 8), (16384, 16), (2048, 8), (2048, 4), (1024, 4), (16384, 32))
     yield Group(f"loss kernel rows=8192 V={V}", make, {f"{block} w{warps}": kernel(block, warps) for block, warps in blocks},

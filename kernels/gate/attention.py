@@ -1,11 +1,12 @@
 """The gate's cases of attention: the forward, the backward in both forms, and the decode kernels of attention_decode.py."""
-from ..attention_backward import DKDV_TILES, DQ_TILES, HEAD_TILES, backward_dkdv_kernel, backward_dq_kernel, backward_head_kernel
+from .. import fastest
+from ..attention_backward import backward_dkdv_kernel, backward_dq_kernel, backward_head_kernel
 from ..attention_decode import CHUNK_ELEMENTS, COMBINED, WARPS, combine_kernel, decode_kernel, keys_of_tile, whole_kernel
-from ..attention_forward import TILES as FORWARD_TILES, forward_kernel
+from ..attention_forward import forward_kernel
 from .case import Case
 
 # {form: (dtype, column of the tile table, the form with dropout in the same dtype)}
-FORMS = {"bf16": ("bf16", "half", "dropout"), "dropout": ("bf16", "dropout", None),
+FORMS = {"bf16": ("bf16", "half", "dropout"), "dropout": ("bf16", "half dropout", None),
          "float32": ("fp32", "float32", "float32 dropout"), "float32 dropout": ("fp32", "float32", None)}
 # (form, HEAD) that is also compiled with q, k and v apart; everything else is compiled as the model runs it, on the packed
 # projection. All rows of both were compiled by Triton 3.6 and 3.9: q, k and v apart need no more, except in nine rows in fp32 or
@@ -74,6 +75,11 @@ BACKWARD_NEEDS_NO_MORE = {
 # -------------------------------------------------------------------------------------------------------------------- cases
 
 
+def tiles(kernel, arch, column):
+    """{HEAD: Tile} of the table's rows."""
+    return {row.size[1]: row.tile for row in fastest.shipped(f"attention {kernel} tile", arch, column)}
+
+
 def gate_cases(arch):
     yield from forward_cases(arch)
     yield from backward_cases(arch)
@@ -99,9 +105,9 @@ def forward_cases(arch):
     """At GPT-2 124M shapes each moves q, k, v and out once, and computes two matmuls of T x T/2 x D a head."""
     rows, heads, T, D = 64 * 1024, 64 * 12, 1024, 64
     for form, (dtype, column, with_dropout) in FORMS.items():
-        for HEAD, tile in FORWARD_TILES[column][arch].items():
+        for HEAD, tile in tiles("forward", arch, column).items():
             model = HEAD == 64 and form == "bf16"
-            variant = with_dropout and tile == FORWARD_TILES[FORMS[with_dropout][1]][arch][HEAD] and not model \
+            variant = with_dropout and tile == tiles("forward", arch, FORMS[with_dropout][1])[HEAD] and not model \
                 and arch not in FORWARD_NEEDS_MORE.get((form, HEAD), ())
             pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}") | {"lse_ptr": "*fp32"}
             spills, why = FORWARD_SPILLS.get((form, HEAD), ({}, ""))
@@ -121,16 +127,16 @@ def backward_cases(arch):
     """At GPT-2 124M shapes: the head form moves q, k, v, out and four gradients once; 5, 4 and 3 matmuls."""
     rows, heads, T, D = 64 * 1024, 64 * 12, 1024, 64
     tensor, matmul = rows * 768 * 2, 2 * heads * T * T // 2 * D
-    kernels = (("head", backward_head_kernel, HEAD_TILES, 8 * tensor, 5),
-               ("dkdv", backward_dkdv_kernel, DKDV_TILES, 6 * tensor, 4),
-               ("dq", backward_dq_kernel, DQ_TILES, 6 * tensor, 3))
+    kernels = (("head", backward_head_kernel, 8 * tensor, 5),
+               ("dkdv", backward_dkdv_kernel, 6 * tensor, 4),
+               ("dq", backward_dq_kernel, 6 * tensor, 3))
     tensors = [f"{name}_ptr" for name in ("q", "k", "v", "out", "do", "dq", "dk", "dv")]
-    for name, kernel, tables, moved, matmuls in kernels:
+    for name, kernel, moved, matmuls in kernels:
         for form, (dtype, column, with_dropout) in FORMS.items():
-            for HEAD, tile in tables[column][arch].items():
+            for HEAD, tile in tiles(name, arch, column).items():
                 counted = HEAD == 64 and form == "bf16"
                 variant = (with_dropout and arch in BACKWARD_NEEDS_NO_MORE.get((name, column), {}).get(HEAD, ())
-                           and tile == tables[FORMS[with_dropout][1]][arch][HEAD])
+                           and tile == tiles(name, arch, FORMS[with_dropout][1])[HEAD])
                 spills, why = BACKWARD_SPILLS.get((name, form, HEAD), ({}, ""))
                 pointers = dict.fromkeys(tensors, f"*{dtype}") | dict.fromkeys(("lse_ptr", "terms_ptr", "dq_sum_ptr"), "*fp32")
                 title = f"attention.backward {name} D={HEAD} {form}"

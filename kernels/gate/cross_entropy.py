@@ -1,5 +1,5 @@
 """The gate's cases of the linear cross-entropy: the loss and its gradient."""
-from .. import cross_entropy
+from .. import cross_entropy, fastest
 from .case import Case
 
 
@@ -10,7 +10,7 @@ def gate_cases(arch):
     scalars = dict(allowed_narrow_loads=4, narrow_reason="the target, its logit, a row's statistics, the scale: one each a row")
 
     def loss_case(kind, columns, gradient, variant_of=""):
-        block, warps = cross_entropy.tile(columns)
+        tile = fastest.shipped_tile("cross_entropy tile", arch, size=columns)
         saved = {} if gradient else {"maxima_ptr": "*fp32", "log_sums_ptr": "*fp32"}
         model = columns == V
         return Case(
@@ -18,15 +18,15 @@ def gate_cases(arch):
             signature={"logits_ptr": f"*{kind}", "targets_ptr": "*i64", "losses_ptr": "*fp32", **saved,
                        "V": "i32", "stride": "i32", "ignore_index": "i32"},
             constexprs={**(dict.fromkeys(("maxima_ptr", "log_sums_ptr")) if gradient else {}),
-                        "GRADIENT": gradient, "BLOCK_V": block},
-            num_warps=warps, divisible=("V", "stride"),
-            tile_row=f"{block} columns w{warps}" + ", 8 launches" * (gradient and model),
+                        "GRADIENT": gradient, "BLOCK_V": tile.BLOCK_N},
+            num_warps=tile.num_warps, divisible=("V", "stride"),
+            tile_row=f"{tile.BLOCK_N} columns w{tile.num_warps}" + ", 8 launches" * (gradient and model),
             bytes=N * V * widths[kind] * (1 + gradient) + N * (8 + 4 * (1 if gradient else 3)) if model else None,
             flops=N * V * (5 + 3 * gradient) if model else None, in_model=model and kind == "bf16" and gradient,
             variant_of=variant_of and f"cross_entropy.{variant_of}", **scalars)
 
     def dlogits_case(kind, columns, add, variant_of=""):
-        block, warps = cross_entropy.tile(columns)
+        tile = fastest.shipped_tile("cross_entropy tile", arch, size=columns)
         model = columns == V
         added = {"grad_logits_ptr": f"*{kind}", "scale_ptr": "*fp32", "stride_grad": "i32"} if add else {}
         return Case(
@@ -34,9 +34,9 @@ def gate_cases(arch):
             signature={"logits_ptr": f"*{kind}", "targets_ptr": "*i64", "maxima_ptr": "*fp32", "log_sums_ptr": "*fp32",
                        "dlogits_ptr": f"*{kind}", "V": "i32", "stride": "i32", "stride_grad": "i32", "stride_out": "i32",
                        "ignore_index": "i32", **added},
-            constexprs={**({} if add else {"grad_logits_ptr": None, "scale_ptr": None}), "ADD": add, "BLOCK_V": block},
-            num_warps=warps, divisible=("V", "stride", "stride_grad", "stride_out"),
-            tile_row=f"{block} columns w{warps}" + ", 8 launches" * model,
+            constexprs={**({} if add else {"grad_logits_ptr": None, "scale_ptr": None}), "ADD": add, "BLOCK_V": tile.BLOCK_N},
+            num_warps=tile.num_warps, divisible=("V", "stride", "stride_grad", "stride_out"),
+            tile_row=f"{tile.BLOCK_N} columns w{tile.num_warps}" + ", 8 launches" * model,
             bytes=N * V * widths[kind] * (2 + add) + N * 16 if model else None,
             flops=N * V * (4 + 2 * add) if model else None,
             variant_of=variant_of and f"cross_entropy.{variant_of}", **scalars)

@@ -1,7 +1,7 @@
 """The gate's cases of the decode step: decode.py's kernels for one row, decode_rows.py's for 8 and 16."""
 import triton
 
-from .. import decode, decode_rows
+from .. import decode, decode_rows, fastest
 from ..attention_common import padded_head
 from ..attention_decode import CHUNK_ELEMENTS, WARPS as ATTEND_WARPS, decode_kernel
 from .case import Case
@@ -13,7 +13,7 @@ def gate_cases(arch):
 
 
 def one_row_cases(arch):
-    """Each kernel at GPT-2 124M's shapes for one row (in bf16 with bytes, at position 1,023), and in each row of TILES."""
+    """Each kernel at GPT-2 124M's shapes for one row (in bf16 with bytes, at position 1,023), and in each row of the table."""
     dependent = arch >= 90
     scalars = {"T": "i32", "V": "i32", "n_chunks": "i32", "eps": "fp32"}
     fixed = {"token_ptr": "*i64", "position_ptr": "*i64", "length_ptr": "*i32"}
@@ -24,17 +24,17 @@ def one_row_cases(arch):
         kinds = {arg: fixed.get(arg, "*fp32" if arg in floats else f"*{dtype}") for arg in pointers}
         signature = {arg: kind for arg, kind in (kinds | scalars).items() if arg in kernel.arg_names and arg not in constexprs}
         return Case(name=f"decode.{name} {dtype}", kernel=kernel, signature=signature,
-                    constexprs={**constexprs, "OUT": tile.OUT, "DEPENDENT": dependent}, num_warps=tile.warps,
-                    tile_row=f"all: {tile.OUT} outputs, {tile.warps} warps", bytes=moved, flops=None,
+                    constexprs={**constexprs, "OUT": tile.BLOCK_N, "DEPENDENT": dependent}, num_warps=tile.num_warps,
+                    tile_row=f"all: {tile.BLOCK_N} outputs, {tile.num_warps} warps", bytes=moved, flops=None,
                     options={"launch_pdl": True} if dependent else {}, allowed_narrow_loads=narrow, narrow_reason=reason,
                     variant_of=variant_of)
 
     def cases(C, F, H, D, dtype, counted=False):
         """The kernels of one model. counted: with bytes, of the weights and of what the kernel before has written."""
-        K, tile = decode.tile_for("norm", C)
         HEAD = padded_head(D)
-        combine_K, combine_tile = decode.tile_for("combine", H * HEAD)
-        F_K, linear_tile = decode.tile_for("add", F)
+        (K, tile), (combine_K, combine_tile), (F_K, linear_tile) = (
+            (decode.padded(width), fastest.shipped_tile(f"decode {kernels} tile", arch, size=width))
+            for kernels, width in (("norm", C), ("combine", H * HEAD), ("add", F)))
         CHUNK = CHUNK_ELEMENTS // HEAD
         bytes = lambda weights, rest: 2 * weights + 4 * rest if counted else None
         norm, bias = dict(C=C, BLOCK_K=K), "a bias of OUT outputs"
@@ -67,7 +67,7 @@ def one_row_cases(arch):
     yield from cases(768, 3072, 12, 64, "bf16", counted=True)
     yield from cases(768, 3072, 12, 64, "fp32")
     yield from cases(1600, 6400, 25, 64, "bf16")                        # GPT-2 XL: rows of 2,048 and 8,192, padded
-    # Together with those above, every row of TILES (a test checks); F is a row of `add` that no other case has.
+    # Together with those above, every row of the table (a test checks); F is a row of `add` that no other case has.
     for C, F in ((16, 16), (32, 32), (64, 64), (128, 128), (256, 256), (512, 512), (4096, 1024), (8192, 2048)):
         yield from cases(C, F, max(1, C // 64), min(C, 64), "bf16")
 

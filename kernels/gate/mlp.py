@@ -1,6 +1,8 @@
 """The gate's cases of the MLP: matmuls with an epilogue, and the pointwise kernels."""
-from .. import mlp
+from .. import fastest, mlp
 from .case import Case
+
+COLUMN = {"bf16": "half", "fp16": "half", "fp32": "float32"}     # of the table
 
 
 def gate_cases(arch):
@@ -14,7 +16,7 @@ def gate_cases(arch):
         return {k: v for k, v in pointers.items() if v}, {k: None for k, v in pointers.items() if not v}
 
     def linear_act_case(what, kind, act="gelu", keep_h=True, dropout=False, variant_of=""):
-        block_m, block_n, block_k, warps, stages = mlp._matmul_tile("fp32" if kind == "fp32" else "half", arch)
+        tile = fastest.shipped_tile("mlp forward tile", arch, COLUMN[kind])
         pointers, nones = optional(x_ptr=f"*{kind}", w_ptr=f"*{kind}", b_ptr="*fp32", h_ptr=keep_h and f"*{kind}",
                                    y_ptr=f"*{kind}", seed_ptr=dropout and "*i64")
         moved = M * (C + F + F * keep_h) + C * F
@@ -22,9 +24,9 @@ def gate_cases(arch):
             name=f"mlp.linear_act {what} {kind}", kernel=mlp._linear_act_kernel,
             signature={**pointers, "dropout_p": "fp32", "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"},
             constexprs={**nones, "ACTIVATION": act, "EXACT": kind == "fp32", "DROPOUT": dropout,
-                        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k},
-            num_warps=warps, num_stages=stages, divisible=("N", "K", "stride_x"),
-            tile_row=f"{block_m}x{block_n}x{block_k} w{warps} s{stages}",
+                        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K},
+            num_warps=tile.num_warps, num_stages=tile.num_stages, divisible=("N", "K", "stride_x"),
+            tile_row=f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K} w{tile.num_warps} s{tile.num_stages}",
             bytes=moved * size[kind] + 4 * (C if dropout else F), flops=flops if kind != "fp32" else None,
             variant_of=variant_of,
             allowed_spill_bytes=8 if kind == "fp32" and arch == 90 else 0,
@@ -32,7 +34,7 @@ def gate_cases(arch):
             allowed_narrow_loads=20, narrow_reason="the bias, two columns at a time as in the accumulator, and the seed")
 
     def linear_dact_case(what, kind, act="gelu", post=False):
-        block_m, block_n, block_k, warps, stages = mlp._matmul_tile("fp32" if kind == "fp32" else "half", arch, backward=True)
+        tile = fastest.shipped_tile("mlp backward tile", arch, COLUMN[kind])
         pointers, nones = optional(dy_ptr=f"*{kind}", w_ptr=f"*{kind}", h_ptr=f"*{kind}", b_ptr=None, dh_ptr=f"*{kind}",
                                    post_ptr=post and f"*{kind}", partial_ptr="*fp32")
         moved = M * (C + 2 * F + F * post) + C * F
@@ -40,10 +42,10 @@ def gate_cases(arch):
             name=f"mlp.linear_dact {what} {kind}", kernel=mlp._linear_dact_kernel,
             signature={**pointers, "M": "i32", "N": "i32", "K": "i32", "stride_dy": "i32"},
             constexprs={**nones, "ACTIVATION": act, "EXACT": kind == "fp32",
-                        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k},
-            num_warps=warps, num_stages=stages, divisible=("N", "K", "stride_dy"),
-            tile_row=f"{block_m}x{block_n}x{block_k} w{warps} s{stages}",
-            bytes=moved * size[kind] + 4 * F * (M // block_m), flops=flops if kind != "fp32" else None)
+                        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K},
+            num_warps=tile.num_warps, num_stages=tile.num_stages, divisible=("N", "K", "stride_dy"),
+            tile_row=f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K} w{tile.num_warps} s{tile.num_stages}",
+            bytes=moved * size[kind] + 4 * F * (M // tile.BLOCK_M), flops=flops if kind != "fp32" else None)
 
     def act_case(what, kind, N, act="gelu", dropout=False, in_model=False):
         block_m, block_n, warps = mlp.POINTWISE_TILE

@@ -182,7 +182,7 @@ OPS = """
     import contextlib, io, json, os
     import torch
     from nanogpt_fast import GPT, GPTConfig, backend, devices, explain, generation
-    from nanogpt_fast.ops import mlp, sample
+    from nanogpt_fast.ops import sample
     from nanogpt_fast.ops.hopper import attention as hopper_attention, mlp as hopper_mlp
     from nanogpt_fast.training.half_weights import HalfWeights
     found = {}
@@ -207,7 +207,7 @@ OPS = """
     taken, hopper = [row[:2] for row in rows], device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
     if hopper and ["mlp", "triton"] in taken:
         why_not = hopper_mlp.why_not(torch.device(device), training, 768, 3072, "gelu")
-        rows.append([f"mlp, {mlp.HOPPER_MIN_ROWS:,} rows on", "cpp" if why_not is None else "triton", why_not or ""])
+        rows.append(["mlp, 2,048 rows on", "cpp" if why_not is None else "triton", why_not or ""])
     if hopper and (["attention", "triton"] in taken or ["attention", "cudnn"] in taken):
         why_not = hopper_attention.why_not(torch.device(device), training, hopper_attention.HEAD)
         rows.append(["attention, backward", "cpp" if why_not is None else "triton", why_not or ""])

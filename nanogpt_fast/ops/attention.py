@@ -14,6 +14,7 @@ import torch
 from torch.compiler import is_compiling
 
 from .. import backend as _backend, reference
+from ..kernels import fastest
 from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_second_derivative
 from .cpu import attention as _cpu
 from .hopper import attention as _hopper
@@ -22,28 +23,13 @@ from .registration import define, raw
 LARGEST_HEAD = 256
 LOG2_E = math.log2(math.e)
 
-# Calls that the kernels could run but that `auto` leaves to PyTorch: {architecture: (largest head size that the kernels keep, reason)},
-# and float32 on every architecture. Only the H100 was measured; the other rows are expectations from published figures for kernels of
-# this design. `backend="fused"` uses the kernels everywhere.
-LEFT_TO_PYTORCH = {
-    80: (64, "head sizes over 64 are expected to be slower than FlashAttention 2 here (not measured yet)"),
-    86: (64, "head sizes over 64 are expected to be slower than FlashAttention 2 here (not measured yet)"),
-    89: (64, "head sizes over 64 are expected to be slower than FlashAttention 2 here (not measured yet)"),
-    90: (64, "head sizes over 64 are slower than cuDNN (H100, forward, 32 x 1024 tokens: 189 against 128 us at 128, 169 against 125 at 256)"),
-    100: (0, "these kernels are expected to be slower than cuDNN on Blackwell (not measured yet)"),
-}
-# {(architecture, head size)} where `auto` runs cuDNN's forward, in half precision and without dropout; the backward, if any, is ours.
-# H100, 12 heads of 64, us at 64 x 1024 and 12 x 1024 tokens (python -m benchmarks.gpu.sweep):
+# `auto` follows the rows "attention" (no gradient), "attention training" and "attention backward" of kernels/fastest.json, or those that
+# `nanogpt-fast tune` measured. H100, 12 heads of 64, us at 64 x 1024 and 12 x 1024 tokens (python -m benchmarks.gpu.sweep):
 #    forward     cuDNN 297 and 68, our Triton kernel 359 and 78
 #    backward    cuDNN, with the `cat` of its three gradients, 1,314 and 279; our Triton kernels 1,129 and 225, our Hopper kernels less
-CUDNN_FORWARD = {(90, 64)}
 # cuDNN takes 77 ms there to build a plan for each new shape. Training amortises that. Without a gradient, prompts may have any length,
-# so cuDNN runs only from this many tokens on and for sequence lengths that are multiples of 64: 32 x 1024 tokens take it 160 us, and
-# our kernel 189.
-CUDNN_TOKENS, CUDNN_LENGTHS = 16384, 64
-# {architecture: (largest head size, fewest tokens, reason)} where PyTorch's forward plus backward is faster than ours, without dropout.
-TRAINED_BY_PYTORCH = {90: (32, 16384, "heads of 32 train slower than with cuDNN (H100, 32 x 1024 tokens: 1,420 against 1,349 us)")}
-FLOAT32_LEFT = "IEEE float32 runs without tensor cores and is expected to be slower than PyTorch's kernels (not measured yet)"
+# so cuDNN runs only for sequence lengths that are multiples of 64, and its row begins at 16,384 tokens.
+CUDNN_LENGTHS = 64
 
 
 # ------------------------------------------------------------------------------------------------------------- public functions
@@ -59,7 +45,7 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, seed=N
 
     Raises ValueError (shapes, dropout_p), RuntimeError (backend "fused" and no kernel can run; a second derivative, which
     only the reference has). Source: kernels/attention_forward.py and attention_backward.py; for heads of 64 on an H100 or H200 the
-    backward is csrc/hopper/attention_backward.cu, and `auto` runs cuDNN's forward where `CUDNN_FORWARD` lists it.
+    backward is csrc/hopper/attention_backward.cu, and `auto` runs cuDNN's forward where the table lists it.
     """
     shape = qkv.shape
     if len(shape) != 3 or n_head < 1 or shape[2] % (3 * n_head):
@@ -67,7 +53,7 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, seed=N
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
     dtype = autocast_dtype(qkv)
-    name = _backend.choose("attention", CANDIDATES, backend, (qkv, dtype, shape[2] // (3 * n_head), scale, backend, dropout_p))
+    name = _backend.choose("attention", CANDIDATES, backend, (qkv, dtype, shape[2] // (3 * n_head), scale, backend, dropout_p), _fastest)
     if name == "reference":
         return reference.causal_attention_qkvpacked(qkv, n_head, dropout_p=dropout_p, scale=scale)
     if qkv.dtype != dtype:      # a no-op `to` still costs a microsecond
@@ -91,7 +77,7 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
     """
     _check_qkv(q, k, v, dropout_p)
     dtype = autocast_dtype(q)
-    name = _backend.choose("attention", SEPARATE_CANDIDATES, backend, (q, k, v, dtype, scale, backend, dropout_p))
+    name = _backend.choose("attention", SEPARATE_CANDIDATES, backend, (q, k, v, dtype, scale, backend, dropout_p), _separate_fastest)
     if name == "reference":
         return reference.causal_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     if q.dtype != dtype or k.dtype != dtype or v.dtype != dtype:
@@ -141,8 +127,8 @@ def _check_qkv(q, k, v, dropout_p):
 # ------------------------------------------------------------------------------------------------ which implementation, and why
 
 
-def _why_not(x, dtype, D, scale, backend, dropout_p=0.0, left_to_pytorch=True):
-    """None if the kernels can and should run on x (qkv, or one of q, k, v) in this dtype and head size, else the reason."""
+def _why_not(x, dtype, D, scale, backend, dropout_p=0.0):
+    """None if the kernels can run on x (qkv, or one of q, k, v) in this dtype and head size, else the reason."""
     if (reason := _backend.triton_why_not(x)) is not None:
         return reason
     if dtype not in KERNEL_DTYPES:
@@ -151,9 +137,6 @@ def _why_not(x, dtype, D, scale, backend, dropout_p=0.0, left_to_pytorch=True):
         return f"the head size is {D}; the kernels take 1 to {LARGEST_HEAD}"
     if scale is not None and not 0 < scale < math.inf:
         return f"scale is {scale}; the kernels take positive numbers"
-    if x.is_cuda and left_to_pytorch and _backend.choice("attention", backend) == "auto":
-        arch = _backend.compute_capability(x.get_device())
-        return _why_left(arch, D, dtype) or _why_left_in_training(arch, x, D, dropout_p)
     return None
 
 
@@ -162,31 +145,23 @@ def _differentiable(q, k, v):
 
 
 def _cudnn_why_not(qkv, dtype, D, scale, backend, dropout_p):
-    """None if cuDNN's forward should run, because it measured fastest (`CUDNN_FORWARD`); else the reason, "" if nobody expects it."""
-    if not qkv.is_cuda or _backend.choice("attention", backend) == "fused":        # the cheapest checks on the host come first
+    """None if cuDNN's forward can run, with our backward; else the reason, "" if nobody expects it."""
+    if not qkv.is_cuda or qkv.numel() == 0 or qkv.stride(2) != 1:        # cuDNN's attention does not take these
         return ""
-    if qkv.numel() == 0 or qkv.stride(2) != 1:
-        return ""       # cuDNN's attention does not take these
-    tokens = 0 if qkv.requires_grad and torch.is_grad_enabled() else qkv.size(0) * qkv.size(1)
-    reason = _cudnn_why_left(qkv, qkv.size(1), dtype, D, dropout_p, tokens)
+    reason = _cudnn_why_left(qkv.size(1), dtype, dropout_p, qkv.requires_grad and torch.is_grad_enabled())
     return _why_not(qkv, dtype, D, scale, backend) if reason is None else reason
 
 
 def _separate_cudnn_why_not(q, k, v, dtype, scale, backend, dropout_p):
-    if not q.is_cuda or _backend.choice("attention", backend) == "fused":
-        return ""
-    if q.size(2) != k.size(2) or q.numel() == 0 or not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+    if not q.is_cuda or q.numel() == 0 or q.size(2) != k.size(2) or not q.stride(3) == k.stride(3) == v.stride(3) == 1:
         return ""       # with fewer queries than keys, cuDNN aligns the causal mask to the first key
-    tokens = 0 if _differentiable(q, k, v) else q.size(0) * q.size(2)
-    reason = _cudnn_why_left(q, q.size(2), dtype, q.size(3), dropout_p, tokens)
+    reason = _cudnn_why_left(q.size(2), dtype, dropout_p, _differentiable(q, k, v))
     return _separate_why_not(q, k, v, dtype, scale, backend) if reason is None else reason
 
 
-def _cudnn_why_left(x, T, dtype, D, dropout_p, tokens):
-    """As `_cudnn_why_not`. tokens: how many there are if no gradient is needed, else 0."""
-    if T < 2 or dropout_p > 0 or tokens and (tokens < CUDNN_TOKENS or T % CUDNN_LENGTHS):
-        return ""
-    if (_backend.compute_capability(x.get_device()), D) not in CUDNN_FORWARD or dtype == torch.float32 or dtype == torch.float64:
+def _cudnn_why_left(T, dtype, dropout_p, training):
+    """As `_cudnn_why_not`."""
+    if T < 2 or dropout_p > 0 or not training and T % CUDNN_LENGTHS or dtype == torch.float32 or dtype == torch.float64:
         return ""
     return _why_no_cudnn()
 
@@ -203,43 +178,31 @@ def _why_no_cudnn():
 _why_no_cudnn._dynamo_marked_constant = True            # evaluated once while tracing, as in backend.py
 
 
-def _separate_why_not(q, k, v, dtype, scale, backend, dropout_p=0.0, left_to_pytorch=True):
+def _separate_why_not(q, k, v, dtype, scale, backend, dropout_p=0.0):
     device, given = q.device, q.dtype
     if k.device != device or v.device != device:
         return f"q is on {device}, k on {k.device}, v on {v.device}"
     if (k.dtype != given or v.dtype != given) and not autocast_dtype(k) == autocast_dtype(v) == dtype:
         return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}"           # the reference raises PyTorch's own error
-    return _why_not(q, dtype, q.shape[3], scale, backend, dropout_p, left_to_pytorch)
+    return _why_not(q, dtype, q.shape[3], scale, backend, dropout_p)
 
 
-def _decode_why_not(q, k, v, dtype, scale, backend):
-    # Decoding is bound by memory, not by tensor cores: the reasons of LEFT_TO_PYTORCH do not apply, the others do.
-    return _separate_why_not(q, k, v, dtype, scale, backend, left_to_pytorch=False)
+def _fastest(x, dtype, D, scale, backend, dropout_p, training=None):
+    """The row of the table for x: qkv (B, T, 3C), or q (B, H, T, D)."""
+    training = x.requires_grad and torch.is_grad_enabled() if training is None else training
+    return fastest.find("attention training" if training else "attention", fastest.device_number(x), fastest.column(dtype, dropout_p > 0),
+                        size=D, tokens=x.size(0) * x.size(-2), length=x.size(-2))
 
 
-def _why_left(arch, D, dtype):
-    """Why `auto` leaves this to PyTorch, or None."""
-    if dtype == torch.float32:
-        return FLOAT32_LEFT
-    known = 80
-    for row in LEFT_TO_PYTORCH:                         # a loop, because torch.compile can trace it; rows are in ascending order
-        if row <= arch:
-            known = row
-    largest, reason = LEFT_TO_PYTORCH[known]
-    return reason if D > largest else None
+def _separate_fastest(q, k, v, dtype, scale, backend, dropout_p):
+    return _fastest(q, dtype, q.shape[3], scale, backend, dropout_p, _differentiable(q, k, v))
 
 
-def _why_left_in_training(arch, x, D, dropout_p):
-    largest, least, reason = TRAINED_BY_PYTORCH.get(arch, (0, 0, None))
-    if D > largest or dropout_p > 0 or not (x.requires_grad and torch.is_grad_enabled()):
-        return None
-    tokens = x.size(0) * x.size(-2)         # x is qkv (B, T, 3C) or q (B, H, T, D)
-    return reason if tokens >= least else None
-
-
-CANDIDATES = (("cudnn", _cudnn_why_not), ("triton", _why_not), ("cpp", _cpu.why_not))  # args: (qkv, dtype, head size, scale, backend, dropout_p)
-SEPARATE_CANDIDATES = (("cudnn", _separate_cudnn_why_not), ("triton", _separate_why_not))        # args: (q, k, v, dtype, scale, backend, dropout_p)
-_DECODE_CANDIDATES = (("triton", _decode_why_not),)
+# The arguments of both: (qkv, dtype, head size, scale, backend, dropout_p) and (q, k, v, dtype, scale, backend, dropout_p). cuDNN's forward
+# runs only where the table says so.
+CANDIDATES = (("triton", _why_not), ("cpp", _cpu.why_not), ("cudnn", _cudnn_why_not))
+SEPARATE_CANDIDATES = (("triton", _separate_why_not), ("cudnn", _separate_cudnn_why_not))
+_DECODE_CANDIDATES = (("triton", _separate_why_not),)       # bound by memory, so the table's reasons do not apply
 
 
 # --------------------------------------------------------------------------------------------------------------------- autograd
@@ -270,17 +233,31 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _packed_backward(do, qkv, out, lse, seed, n_head, scale, dropout_p):
-    """Use the Hopper kernels where they can run: on an H100 1.2 to 1.4 times as fast as Triton's at all sizes timed (docs/gpu.md)."""
-    if qkv.numel() and _hopper.why_not(qkv.device, qkv.dtype, qkv.size(2) // (3 * n_head), scale, dropout_p) is None:
+    """The gradient of qkv, by the Hopper kernels or by Triton's in the form that the table lists."""
+    D = qkv.size(2) // (3 * n_head)
+    form = _backward_form(qkv, D, scale, dropout_p, *qkv.shape[:2])
+    if form == "hopper":
         return _hopper.backward_qkvpacked(do, qkv, out, lse, n_head, scale)
-    return _kernels().backward.launch_backward_qkvpacked(do, qkv, out, lse, seed, n_head, scale, dropout_p)
+    return _kernels().backward.launch_backward_qkvpacked(do, qkv, out, lse, seed, n_head, scale, dropout_p, form)
 
 
 def _separate_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
     """Likewise; the Hopper kernels need as many queries as keys."""
-    if q.numel() and q.size(2) == k.size(2) and _hopper.why_not(q.device, q.dtype, q.size(3), scale, dropout_p) is None:
+    B, _, T, D = q.shape
+    form = _backward_form(q, D, scale, dropout_p, B, T, T == k.size(2))
+    if form == "hopper":
         return _hopper.backward(do, q, k, v, out, lse, scale)
-    return _kernels().backward.launch_backward(do, q, k, v, out, lse, seed, scale, dropout_p)
+    return _kernels().backward.launch_backward(do, q, k, v, out, lse, seed, scale, dropout_p, form)
+
+
+def _backward_form(x, D, scale, dropout_p, B, T, square=True):
+    """"hopper", "head" or "split"; None leaves it to the Triton launcher."""
+    about = x.get_device(), fastest.column(x.dtype, dropout_p > 0)
+    row = fastest.find("attention backward", *about, size=D, tokens=B * T, length=T)
+    if row is not None and row.use == "hopper" and not (
+            square and x.numel() and _hopper.why_not(x.device, x.dtype, D, scale, dropout_p) is None):
+        row = fastest.find("attention backward", *about, size=D, tokens=B * T, length=T, without=("hopper",))
+    return None if row is None else row.use
 
 
 _cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention

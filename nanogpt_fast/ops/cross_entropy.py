@@ -10,6 +10,7 @@ exist. Formulas, memory traffic and the kernels are in `kernels/cross_entropy.py
 import torch
 
 from .. import backend as _backend, reference
+from ..kernels import fastest
 from . import linear
 from .common import KERNEL_DTYPES, autocast_dtype, no_second_derivative
 from .cpu import cross_entropy as _cpu
@@ -60,7 +61,7 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
 
 def implementation(x, weight, targets, *, return_logits=True, backend=None):
     """The name of the implementation that linear_cross_entropy uses for these arguments ("triton", "cpp", "reference")."""
-    return _backend.choose("cross_entropy", CANDIDATES, backend, (x, weight, targets, return_logits))
+    return _backend.choose("cross_entropy", CANDIDATES, backend, (x, weight, targets, return_logits), _fastest)
 
 
 def _triton_why_not(x, weight, targets, return_logits=True):
@@ -73,6 +74,11 @@ def _triton_why_not(x, weight, targets, return_logits=True):
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return f"x is {x.dtype}, weight {weight.dtype} and autocast is off"  # the reference raises PyTorch's own error
     return None
+
+
+def _fastest(x, weight, targets, return_logits=True):
+    return fastest.find("cross_entropy logits" if return_logits else "cross_entropy", fastest.device_number(x),
+                        fastest.column(autocast_dtype(x)), size=weight.size(0), tokens=targets.numel())
 
 
 CANDIDATES = (("triton", _triton_why_not), ("cpp", _cpu.why_not))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.compiler import is_compiling
 
 from .. import backend as _backend, reference
+from ..kernels import fastest
 from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_second_derivative
 from .cpu import layer_norm as _cpu
 from .registration import define, raw
@@ -31,7 +32,7 @@ def layer_norm(x, weight, bias, *, eps=1e-5, backend=None):
     reference has). Source: Ba, Kiros, Hinton, "Layer normalization", 2016.
     """
     _check(x, None, weight, bias)
-    name = _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias))
+    name = _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias), _fastest)
     if name == "reference":
         return reference.layer_norm(x, weight, bias, eps)
     y_dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype  # as F.layer_norm
@@ -55,7 +56,7 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
     _check(x, branch, weight, bias)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}: expected a probability, 0 to 1")
-    name = _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias, branch, out_dtype))
+    name = _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias, branch, out_dtype), _fastest)
     if name == "reference":
         s, y = reference.add_layer_norm(x, branch, weight, bias, eps=eps, dropout_p=dropout_p)
         return None if last else s, y if out_dtype is None else y.to(out_dtype)
@@ -73,7 +74,7 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
 
 def implementation(x, weight, bias, *, backend=None):
     """The name of the implementation that the ops use for these arguments ("triton", "cpp", "reference")."""
-    return _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias))
+    return _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias), _fastest)
 
 
 def _check(x, branch, weight, bias):
@@ -101,6 +102,11 @@ def _triton_why_not(x, weight, bias, branch=None, out_dtype=None):
     if branch is not None and branch.dtype != dtype and torch.promote_types(dtype, branch.dtype) != dtype:
         return f"x is {dtype}, branch {branch.dtype}: their sum does not have x's dtype"
     return None
+
+
+def _fastest(x, weight, bias, branch=None, out_dtype=None):
+    C = x.shape[-1]
+    return fastest.find("layer_norm", fastest.device_number(x), fastest.column(autocast_dtype(x)), size=C, tokens=x.numel() // max(1, C))
 
 
 CANDIDATES = (("triton", _triton_why_not), ("cpp", _cpu.why_not))  # fastest first; `explain` and `doctor` read it, too

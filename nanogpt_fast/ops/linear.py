@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import backend as _backend
+from ..kernels import fastest
 from .common import no_autocast, no_second_derivative
 from .cpu import linear as _cpu
 
@@ -20,7 +21,7 @@ def linear(x, weight, bias, *, copy=None, backend=None):
 
     Raises RuntimeError for a second derivative, which only the reference has.
     """
-    name = _backend.choose("linear", CANDIDATES, backend, (weight, copy))
+    name = _backend.choose("linear", CANDIDATES, backend, (weight, copy), _fastest)
     if name == "reference":
         return F.linear(x, weight if copy is None else cast(weight, copy), bias)
     return _Linear.apply(x, weight, copy, bias)     # by position: an autograd.Function takes no keywords
@@ -28,13 +29,19 @@ def linear(x, weight, bias, *, copy=None, backend=None):
 
 def implementation(weight, copy=None, *, backend=None):
     """The name of the implementation that `linear` uses for these arguments ("cublas", "cpp", "reference")."""
-    return _backend.choose("linear", CANDIDATES, backend, (weight, copy))
+    return _backend.choose("linear", CANDIDATES, backend, (weight, copy), _fastest)
 
 
 def _cublas_why_not(weight, copy):
     """None if cuBLAS's products can leave the gradient of an fp32 weight in fp32, else ""; nobody misses it."""
     half = copy is not None and copy.dtype in (torch.float16, torch.bfloat16)
     return None if half and weight.is_cuda and weight.dtype == torch.float32 and not torch.compiler.is_compiling() else ""
+
+
+def _fastest(weight, copy):
+    if weight.is_cuda:      # there both are cuBLAS's products
+        return None
+    return fastest.find("linear", fastest.CPU, fastest.column((weight if copy is None else copy).dtype), size=weight.size(-1))
 
 
 CANDIDATES = (("cublas", _cublas_why_not), ("cpp", _cpu.why_not))       # args: (weight, copy)

@@ -11,22 +11,18 @@ import torch
 import torch.nn.functional as F
 
 from .. import backend as _backend, reference
+from ..kernels import fastest
 from . import linear
 from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_autocast, no_second_derivative
 from .cpu import linear as _cpu_linear
 from .hopper import mlp as _hopper
 from .registration import define, raw
 
-# {(architecture, C): (forward, backward)}: the pointwise form's time divided by the epilogue form's, measured side by side on a GPU
-# of that compute capability (90: H100, H200) at 64 x 1024 tokens. The epilogue form is used where the ratio exceeds 1.
-# H100: 703 us against 891 forward, 873 against 822 backward. Widths that were not measured use the pointwise form.
-EPILOGUE_SPEEDUP = {(90, 768): (0.79, 1.06)}
-
-# The fewest rows for the "hopper" form. H100, C = 768, us forward and backward (docs/gpu.md has the sizes in between):
+# The rows "mlp forward" and "mlp backward" of kernels/fastest.json say which form runs, or those that `nanogpt-fast tune` measured; where
+# there is none, the pointwise form. H100, C = 768, us forward and backward (docs/gpu.md has the sizes in between):
 #    65,536 rows: hopper 544 and 567, pointwise 698 and 874, epilogue's backward 824
 #     2,048 rows: hopper 25 and 31, pointwise 29 and 36, epilogue's backward 37
-# Fewer rows were not timed; EPILOGUE_SPEEDUP decides for them.
-HOPPER_MIN_ROWS = 2048
+# Fewer rows were not timed.
 
 FORMS = ("epilogue", "pointwise", "hopper")
 
@@ -52,7 +48,7 @@ def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0,
     if form is not None and form not in FORMS:
         raise ValueError(f"form is {form!r}; expected one of {', '.join(FORMS)}, or None for the faster one")
     _check_shapes(x, w_fc, b_fc, w_proj, b_proj)
-    name = _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj, copies))
+    name = _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj, copies), _fastest)
     if name == "reference":
         if copies is not None:
             w_fc, w_proj = linear.cast(w_fc, copies[0]), linear.cast(w_proj, copies[1])
@@ -63,13 +59,13 @@ def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0,
         return F.dropout(y, dropout_p) if dropout_p > 0 else y
     if form == "hopper" and (reason := _hopper_why_not(x, w_fc, activation)) is not None:
         raise RuntimeError(f"form is 'hopper', but {reason}")
-    forms = (form, form) if form else _faster_forms(x, w_fc, activation)
+    forms = (form, form) if form else _faster_forms(x, w_fc, b_fc, activation)
     return _GeluMLP.apply(x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p, recompute, forms, torch.is_grad_enabled(), copies)
 
 
 def implementation(x, w_fc, b_fc, w_proj, b_proj, *, backend=None):
     """The name of the implementation that gelu_mlp uses for these arguments ("triton", "cpp", "reference")."""
-    return _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj))
+    return _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj), _fastest)
 
 
 def _triton_why_not(x, w_fc, b_fc, w_proj, b_proj, copies=None):
@@ -113,16 +109,25 @@ def _check_shapes(x, w_fc, b_fc, w_proj, b_proj):
         raise ValueError(f"b_proj {tuple(b_proj.shape)}: expected ({C},)")
 
 
-def _faster_forms(x, w_fc, activation):
-    """(form of the forward, form of the backward), from the measurements above."""
+def _faster_forms(x, w_fc, b_fc, activation):
+    """(form of the forward, form of the backward), from the table."""
     if not x.is_cuda:
         return "pointwise", "pointwise"
     C = x.size(-1)
-    if x.numel() >= HOPPER_MIN_ROWS * C and _hopper_why_not(x, w_fc, activation) is None:
-        return "hopper", "hopper"
-    major, minor = torch.cuda.get_device_capability(x.device)
-    ratios = EPILOGUE_SPEEDUP.get((10 * major + minor, C), (0.0, 0.0))
-    return tuple("epilogue" if ratio > 1 else "pointwise" for ratio in ratios)
+    about = x.get_device(), fastest.column(autocast_dtype(x))
+    sizes = dict(size=C, tokens=x.numel() // max(1, C))
+    without = () if _hopper_why_not(x, w_fc, activation) is None else ("hopper",)
+    row = fastest.find("mlp forward", *about, **sizes, without=without)
+    forward = "pointwise" if row is None else row.use
+    if forward == "pointwise" and b_fc is not None:
+        without = ("hopper",)       # its backward needs h with its bias
+    row = fastest.find("mlp backward", *about, **sizes, without=without)
+    return forward, "pointwise" if row is None else row.use
+
+
+def _fastest(x, w_fc, b_fc, w_proj, b_proj, copies=None):
+    C = x.size(-1)
+    return fastest.find("mlp", fastest.device_number(x), fastest.column(autocast_dtype(x)), size=C, tokens=x.numel() // max(1, C))
 
 
 def _hopper_why_not(x, w_fc, activation):

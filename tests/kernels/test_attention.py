@@ -5,14 +5,15 @@ The plain path is the same softmax written out in PyTorch in the kernel's dtype,
 import copy
 import math
 
+import cards
 import harness
 import pytest
 import torch
 from harness import (assert_close_to_oracle, assert_fault_is_seen, assert_grid_order_is_free, guarded_outputs, pairwise,
                      same_bits, with_nan_margins)
 from hypothesis import HealthCheck, given, settings, strategies as st
-from nanogpt_fast.kernels import attention_backward, attention_common, attention_forward, dropout
-from nanogpt_fast.kernels.attention_common import Tile
+from nanogpt_fast.kernels import attention_backward, attention_common, attention_forward, dropout, fastest
+from nanogpt_fast.kernels.fastest import Tile
 
 ON_GPU = not harness.INTERPRETED
 LENGTHS = [1, 2, 31, 64, 65, 127, 128, 129, 200] + [1024, 2000] * ON_GPU
@@ -24,7 +25,7 @@ FORMS = ["head", "split"]
 SEED = 0x0123_4567_89AB_CDEF
 # In the interpreter a program costs more than its elements, and small tiles meet more edges: two sizes that differ from each other and
 # from the tables'. On a GPU the tables' own.
-TILES = None if ON_GPU else {"forward": Tile(64, 32, 4, 2), "head": Tile(32, 64, 4, 2), "dq": Tile(32, 64, 4, 2), "dkdv": Tile(64, 32, 4, 2)}
+TILES = None if ON_GPU else {"forward": Tile(64, 32, 0, 4, 2), "head": Tile(32, 64, 0, 4, 2), "dq": Tile(32, 64, 0, 4, 2), "dkdv": Tile(64, 32, 0, 4, 2)}
 
 
 class Problem:
@@ -115,7 +116,7 @@ class Problem:
         B, H, Tq, Tk, D = self.shape
         options.setdefault("observations", B * H * Tq * (2 * Tk - Tq + 1) // 2)     # scores: an error of one is that of a whole row
         # The tables have no head form for some sizes (by the registers it takes): what asks for it there gets the split form.
-        if TILES is None and attention_backward.programs(self.dtype, D, self.p > 0, self.q.get_device()).head is None:
+        if TILES is None and attention_backward.tiles_for(self.dtype, D, self.p > 0, self.q.get_device(), 1, 1)[0] is None:
             forms = ["split"]
         for form in forms:
             got = self.kernels(form)
@@ -191,9 +192,11 @@ def test_a_head_size_of_256_is_right(dtype):
 
 def test_the_tables_own_tiles_are_right():
     """Above, small tiles stand in for the tables': here one shape with each row of this GPU's, in the interpreter of sm_90's."""
-    arch = attention_common.machine(torch.empty(0, device=harness.DEVICE).get_device())[0]
-    split = {"dq": attention_backward.DQ_TILES["half"][arch], "dkdv": attention_backward.DKDV_TILES["half"][arch]}
-    for name, rows in {"forward": attention_forward.TILES["half"][arch], **split, "head": attention_backward.HEAD_TILES["half"][arch]}.items():
+    arch = fastest.place(torch.empty(0, device=harness.DEVICE).get_device())[0]
+    tables = {name: {row.size[1]: row.tile for row in fastest.shipped(f"attention {name} tile", arch, "half")}
+              for name in ("forward", "dq", "dkdv", "head")}
+    split = {name: tables[name] for name in ("dq", "dkdv")}
+    for name, rows in tables.items():
         for HEAD, tile in rows.items():
             if HEAD > 64 and not ON_GPU:
                 continue
@@ -267,7 +270,7 @@ def test_the_mask_read_back_is_the_one_in_pytorch_at_every_tile_size():
     T, p = 80, 0.3
     keep = dropout.score_mask(SEED, 2, T, T, p, device=harness.DEVICE).tril()
     expected = keep / torch.arange(1, T + 1, device=harness.DEVICE)[:, None] / (1 - p)
-    for tile in (Tile(16, 16, 4, 1), Tile(32, 64, 4, 1), Tile(64, 16, 4, 1)):
+    for tile in (Tile(16, 16, 0, 4, 1), Tile(32, 64, 0, 4, 1), Tile(64, 16, 0, 4, 1)):
         torch.testing.assert_close(weights_seen(tile)[0], expected, rtol=1e-5, atol=1e-7)
 
 
@@ -279,7 +282,7 @@ def test_the_kept_fraction_is_1_minus_p():
 
 
 def test_different_seeds_and_heads_have_different_masks():
-    one, other = weights_seen(Tile(64, 64, 4, 1)), weights_seen(Tile(64, 64, 4, 1), seed=SEED + 1)
+    one, other = weights_seen(Tile(64, 64, 0, 4, 1)), weights_seen(Tile(64, 64, 0, 4, 1), seed=SEED + 1)
     assert not torch.equal(one, other) and not torch.equal(one[:, 0], one[:, 1])
 
 
@@ -298,18 +301,19 @@ def test_the_order_of_programs_changes_no_bit_and_no_two_store_to_one_address(fo
     problem = Problem(2, 2, 70, D=16, p=0.2)
 
     def run():
-        out, lse = problem.forward(Tile(32, 32, 4, 1))
-        return out, lse, *problem.backward(out, lse, form, dict.fromkeys(("head", "dq", "dkdv"), Tile(32, 32, 4, 1)))
+        out, lse = problem.forward(Tile(32, 32, 0, 4, 1))
+        return out, lse, *problem.backward(out, lse, form, dict.fromkeys(("head", "dq", "dkdv"), Tile(32, 32, 0, 4, 1)))
     assert_grid_order_is_free(run)
 
 
 def test_heads_in_groups_take_every_tile_once(monkeypatch):
     """scheduled_tile with groups of 2 of 5 heads, the last one incomplete."""
     problem = Problem(1, 5, 70, D=16)
-    expected = problem.forward(Tile(32, 32, 4, 1))
-    monkeypatch.setattr(attention_common, "machine", lambda device: (90, 132, 2 * 2 * 70 * (2 * 16 * 4)))     # half of L2 holds 2 heads
+    expected = problem.forward(Tile(32, 32, 0, 4, 1))
+    monkeypatch.setattr(attention_common, "machine", lambda device: (132, 2 * 2 * 70 * (2 * 16 * 4)))     # half of L2 holds 2 heads
+    monkeypatch.setattr(attention_forward, "_program", attention_common.program)     # asks again
     with guarded_outputs():
-        for a, b in zip(problem.forward(Tile(32, 32, 4, 1)), expected, strict=True):
+        for a, b in zip(problem.forward(Tile(32, 32, 0, 4, 1)), expected, strict=True):
             assert same_bits(a, b)
 
 
@@ -414,7 +418,7 @@ def test_a_backward_that_forgets_dropout_is_seen(form):
 def test_offsets_beyond_2_to_the_31_are_computed_in_64_bits():
     """The last program of B=16384, T=1024, C=768 (B*T*3C = 3.9e10) and of a scratch of B*H*T*D, by the addresses it forms."""
     B, heads, T, D = 16384, 12, 1024, 64
-    C, tile = heads * D, Tile(64, 64, 4, 1)
+    C, tile = heads * D, Tile(64, 64, 0, 4, 1)
     x, f = torch.zeros(1, dtype=f16), torch.zeros(1)
     strides = (T * 3 * C, D, 3 * C)
     sizes = dict(D=D, HEAD=D, BLOCK_M=64, BLOCK_N=64, DROPOUT=False)
@@ -481,11 +485,14 @@ def test_gradients_that_share_no_row_stride_are_refused():
 
 
 def test_the_head_form_is_taken_where_heads_fill_the_card_and_its_working_set_stays_in_l2(monkeypatch):
-    def on(*machine):
+    def on(arch, *machine):
+        cards.on_card(monkeypatch, arch)
+        attention_backward.programs.cache_clear()
         for module in (attention_backward, attention_common):
             monkeypatch.setattr(module, "machine", lambda device: machine)
     on(80, 108, 40 * 2**20)
-    form = lambda B, T, D: attention_backward.programs(bf16, D, False, -1).form(12 * B, T)
+    about = lambda D: (bf16, D, False, -1)
+    form = lambda B, T, D: attention_backward.programs(*about(D), *attention_backward.tiles_for(*about(D), B * T, T)).form(12 * B, T)
     assert form(64, 1024, 64) == "head" and form(9, 1024, 64) == "head"
     assert form(8, 1024, 64) == "split"         # 96 heads, 108 multiprocessors
     assert form(64, 4096, 64) == "split"        # 2 MB a head
@@ -494,4 +501,4 @@ def test_the_head_form_is_taken_where_heads_fill_the_card_and_its_working_set_st
     assert form(64, 1024, 64) == "split"        # measured: an H100 takes 1.6 times as long for the head form
     problem = Problem(1, 1, 5, D=128)
     with pytest.raises(ValueError, match="'head' where that has a tile .this head size is 128."):
-        problem.backward(*problem.forward(), "head", {"dq": Tile(16, 16, 4, 1), "dkdv": Tile(16, 16, 4, 1)})
+        problem.backward(*problem.forward(), "head", {"dq": Tile(16, 16, 0, 4, 1), "dkdv": Tile(16, 16, 0, 4, 1)})

@@ -287,7 +287,7 @@ def test_dw_is_summed_in_fp32_over_the_chunks(monkeypatch):
 @pytest.mark.parametrize("V", (65, 8192, 50304))
 def test_chunks_have_4096_rows_and_half_a_gigabyte_and_are_at_most_four(V):
     for N in (1, 4095, 4096, 4097, 8191, 8192, 8193, 12289, 32768, 65535, 65536, 100_000, 1_000_000):
-        rows = ce.chunk_rows(N, 2 * V)
+        rows = ce.chunk_rows(N, V, 2, -1)
         chunks = -(-N // rows)
         last = N - (chunks - 1) * rows
         assert chunks <= 4 and (chunks == 1 or rows >= 4096 and last > rows - 4), (N, rows)

@@ -318,7 +318,7 @@ def peak_bytes(run):
 
 def test_without_logits_the_memory_is_at_most_a_quarter_of_pytorchs(monkeypatch):
     """128 rows stand for 16,384 and more: four chunks. Under autocast, as in training, with the gradients held at the end."""
-    monkeypatch.setattr(kernels, "chunk_rows", lambda N, _: N // 4)
+    monkeypatch.setattr(kernels, "chunk_rows", lambda N, *_: N // 4)
     x, weight, targets = draw(B=1, T=128, V=2000, C=16, dtype=torch.bfloat16, weight_dtype=torch.float32)
 
     def run(function, **kwargs):

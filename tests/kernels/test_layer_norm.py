@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from hypothesis import HealthCheck, given, settings, strategies as st
-from nanogpt_fast.kernels import dropout, layer_norm as kernels
+from nanogpt_fast.kernels import dropout, fastest, layer_norm as kernels
 
 ON_GPU = not harness.INTERPRETED
 # 1; odd and short; a power of two; multiples of 4 and 32 that are none; GPT-2's smallest width and its largest, 1,600
@@ -102,7 +102,7 @@ class Problem:
 
 
 def row_count(N, C):
-    return 2 * kernels.tiles(C)[1].rows + 1 if N == "tiles" else N
+    return 2 * kernels.tile_for("forward", C, -1, 1).BLOCK_M + 1 if N == "tiles" else N
 
 
 def ids(value):
@@ -186,13 +186,12 @@ def test_other_seeds_drop_others_and_p_of_one_drops_all():
     assert torch.equal(problem.kernel()["s"], problem.x)
 
 
-def test_nothing_depends_on_tiles_but_the_order_of_sums(monkeypatch):
+def test_nothing_depends_on_tiles_but_the_order_of_sums():
     problem = Problem(37, 100, (f32, f32, f32, f32), p=0.3)
     first = problem.kernel()
-    for kept in ("_forward_program", "_backward_program"):
-        monkeypatch.setattr(kernels, kept, getattr(kernels, kept).__wrapped__)      # asks again
-    monkeypatch.setattr(kernels, "tiles", lambda C: (256, kernels.Tile(2, 1), kernels.Tile(8, 2)))
-    second = problem.kernel()
+    with fastest.trial([fastest.Row("layer_norm forward tile", tile=fastest.Tile(2, num_warps=1)),
+                        fastest.Row("layer_norm backward tile", tile=fastest.Tile(8, num_warps=2))]):
+        second = problem.kernel()
     assert all(harness.same_bits(first[name], second[name]) for name in (("s", ) if ON_GPU else ("s", "y", "dx", "dbranch")))
     assert not harness.same_bits(first["dweight"], second["dweight"])  # or the tile was not another
 
@@ -209,8 +208,8 @@ def test_the_stream_alone_gives_the_branch_its_gradient():
 
 
 def test_the_order_of_programs_changes_no_bit(monkeypatch):
-    rows, most, constants = kernels._backward_program(100, -1)
-    monkeypatch.setattr(kernels, "_backward_program", lambda C, device: (rows, 2 * most, constants))
+    rows, most, constants = kernels._backward_program(100, kernels.tile_for("backward", 100, -1, 90), -1)
+    monkeypatch.setattr(kernels, "_backward_program", lambda *_: (rows, 2 * most, constants))
     problem = Problem(90, 100, p=0.2)
     harness.assert_grid_order_is_free(lambda: tuple(problem.kernel().values()))
     harness.assert_grid_order_is_free(lambda: kernels.drop(problem.ds, p=0.2, seed=problem.seed, branch_dtype=bf16))
@@ -310,5 +309,5 @@ def test_launchers_name_the_wrong_argument(change, error, message):
 
 
 def test_every_width_has_a_tile():
-    assert all(kernels.tiles(C)[0] >= C for C in range(1, kernels.MAX_C + 1))
-    assert max(kernels.TILES) == kernels.MAX_C == triton.next_power_of_2(kernels.MAX_C)
+    for pass_ in ("forward", "backward"):
+        assert all(kernels.tile_for(pass_, C, -1, 1).BLOCK_M > 0 and kernels.padded(C) >= C for C in range(1, kernels.MAX_C + 1))

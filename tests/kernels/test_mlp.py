@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from harness import (assert_close_to_oracle, assert_fault_is_seen, assert_grid_order_is_free, guarded_outputs, pairwise,
                      same_bits, with_nan_margins)
 from hypothesis import HealthCheck, given, settings, strategies as st
-from nanogpt_fast.kernels import dropout, mlp
+from nanogpt_fast.kernels import dropout, fastest, mlp
 
 from nanogpt_fast.checks.error_rule import in_order
 from nanogpt_fast.reference import activation as plain_activation
@@ -23,7 +23,7 @@ MODEL_WIDTHS = (384, 768, 1600)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
 BIASES = (None, "same", torch.float32)          # fp32 is a master copy beside half-precision operands
-SMALL_TILE = (16, 64, 16, 4, 2)                 # several tiles each way at little cost, with tails, in SMALL = (M, K, N)
+SMALL_TILE = fastest.Tile(16, 64, 16, 4, 2)               # several tiles each way at little cost, with tails, in SMALL = (M, K, N)
 SMALL = (17, 20, 70)
 
 
@@ -407,7 +407,7 @@ FAULTS = {
     "the tail of K dropped":
         (r"range\(0, K, BLOCK_K\)", "range(0, K // BLOCK_K * BLOCK_K, BLOCK_K)", check_forward, 1),
     "the tail tile of N dropped":
-        (r"tiles_m \* -\(-N // block_n\)", "tiles_m * (N // block_n)", check_backward, 1),
+        (r"tiles_m \* -\(-N // tile\.BLOCK_N\)", "tiles_m * (N // tile.BLOCK_N)", check_backward, 1),
     "a store past the last row":
         (r"inside = \(row < M\)\[:, None\] & (.*\n    if b_ptr)", r"inside = (row < M + 1)[:, None] & \1", check_forward, 1),
     "a load past the last column":

@@ -1,8 +1,10 @@
 """causal_attention where no kernel runs: nanoGPT's own calls, clear errors and the reasons."""
+import cards
 import pytest
 import torch
 
 from nanogpt_fast import backend, reference
+from nanogpt_fast.kernels import fastest
 from nanogpt_fast.ops import attention as op
 from nanogpt_fast.ops.attention import causal_attention, causal_attention_qkvpacked, decode_attention
 
@@ -61,20 +63,28 @@ def test_fused_says_that_it_needs_cuda():
         causal_attention_qkvpacked(torch.zeros(1, 2, 96), 4, backend=backend.parse("fused"))
 
 
-def test_auto_leaves_the_training_of_small_heads_to_pytorch():
-    def reason(arch=90, D=32, tokens=16384, dropout_p=0.0, gradient=True):
-        return op._why_left_in_training(arch, torch.zeros(tokens // 128, 128, 3, requires_grad=gradient), D, dropout_p)
-    assert "heads of 32" in reason() and "heads of 32" in reason(D=16)
-    assert reason(D=64) is reason(arch=80) is reason(tokens=8192) is reason(dropout_p=0.1) is reason(gradient=False) is None
+def row(D=64, dtype=torch.bfloat16, tokens=16384, dropout_p=0.0, gradient=True):
+    """What `auto` takes for qkv of `tokens` tokens, by the table, on the card of `on_card`."""
+    found = op._fastest(torch.zeros(tokens // 128, 128, 3, requires_grad=gradient), dtype, D, None, None, dropout_p)
+    return "triton" if found is None else found.note if found.use == "reference" else found.use
+
+
+def test_auto_leaves_the_training_of_small_heads_to_pytorch(monkeypatch):
+    cards.on_card(monkeypatch, 90)
+    assert "heads of 32" in row(D=32) and "heads of 32" in row(D=16)
+    assert {row(D=32, tokens=8192), row(D=32, dropout_p=0.1), row(D=32, gradient=False)} == {"triton"}
+    cards.on_card(monkeypatch, 80)
+    assert row(D=32) == "triton"
 
 
 @pytest.mark.parametrize("arch, D, dtype, left", (
     (90, 64, torch.bfloat16, None), (90, 32, torch.float16, None), (90, 128, torch.bfloat16, "cuDNN"), (90, 64, torch.float32, "float32"),
-    (80, 64, torch.bfloat16, None), (100, 64, torch.bfloat16, "Blackwell"), (120, 64, torch.bfloat16, "Blackwell"), (87, 128, torch.float16, "FlashAttention"),
+    (80, 64, torch.bfloat16, None), (89, 64, torch.bfloat16, None), (100, 64, torch.bfloat16, "Blackwell"), (86, 128, torch.float16, "FlashAttention"),
 ))
-def test_auto_leaves_to_pytorch_what_the_table_says(arch, D, dtype, left):
-    reason = op._why_left(arch, D, dtype)
-    assert (reason is None) if left is None else (left in reason and ("not measured yet" in reason or "H100" in reason))
+def test_auto_leaves_to_pytorch_what_the_table_says(arch, D, dtype, left, monkeypatch):
+    cards.on_card(monkeypatch, arch)
+    found = row(D, dtype, tokens=128)
+    assert found in ("triton", "cudnn") if left is None else left in found and ("not measured yet" in found or "H100" in found)
 
 
 def test_cudnns_forward_is_taken_where_it_was_measured_faster_and_nowhere_else(monkeypatch):
@@ -87,12 +97,13 @@ def test_cudnns_forward_is_taken_where_it_was_measured_faster_and_nowhere_else(m
 
         size, stride = lambda self, i: self.shape[i], lambda self, i: self.column
         numel = lambda self: self.shape[0] * self.shape[1] * self.shape[2]
-    monkeypatch.setattr(backend, "compute_capability", lambda device: 90)
+    cards.on_card(monkeypatch, 90)
     monkeypatch.setattr(backend, "triton_why_not", lambda x: None)
     monkeypatch.setattr(op, "_why_no_cudnn", lambda: None)
 
     def taken(dtype=torch.bfloat16, D=64, choice="auto", dropout_p=0.0, qkv=Packed()):
-        return op._cudnn_why_not(qkv, dtype, D, None, backend.parse(choice), dropout_p) is None
+        chosen = backend.parse(choice)
+        return backend.choose("attention", op.CANDIDATES, chosen, (qkv, dtype, D, None, chosen, dropout_p), op._fastest) == "cudnn"
     assert taken() and taken(torch.float16)
     assert not any((taken(torch.float32), taken(D=128), taken(D=32), taken(choice="fused"), taken(dropout_p=0.1)))
     assert not any(taken(qkv=qkv) for qkv in (Packed(2, 1, 192), Packed(0, 16, 192), Packed(column=2)))    # what cuDNN does not take
@@ -101,7 +112,10 @@ def test_cudnns_forward_is_taken_where_it_was_measured_faster_and_nowhere_else(m
     assert not taken(qkv=torch.zeros(1, 2, 192, requires_grad=True))
     monkeypatch.setattr(op, "_why_no_cudnn", lambda: "cuDNN's attention is switched off")
     assert "switched off" in op._cudnn_why_not(Packed(), torch.bfloat16, 64, None, backend.parse("auto"), 0.0)
-    monkeypatch.setattr(backend, "compute_capability", lambda device: 80)
+    assert not taken()
+    monkeypatch.setattr(op, "_why_no_cudnn", lambda: None)
+    assert taken()
+    cards.on_card(monkeypatch, 80)
     assert not taken()
 
 
@@ -109,14 +123,14 @@ def test_cudnns_forward_of_separate_tensors_is_taken_for_as_many_queries_as_keys
     class Heads(torch.Tensor):      # on an H100
         is_cuda = True
         get_device = lambda self: 0
-    monkeypatch.setattr(backend, "compute_capability", lambda device: 90)
+    cards.on_card(monkeypatch, 90)
     monkeypatch.setattr(backend, "triton_why_not", lambda x: None)
     monkeypatch.setattr(op, "_why_no_cudnn", lambda: None)
 
     def chosen(Tq=128, Tk=128, D=64, choice="auto", dropout_p=0.0, dtype=torch.bfloat16, gradient=True, turned=False, B=2):
         q, k, v = (torch.zeros(B, 3, T, D, dtype=dtype).as_subclass(Heads).requires_grad_(gradient) for T in (Tq, Tk, Tk))
         k = k.transpose(2, 3).contiguous().transpose(2, 3) if turned else k
-        return backend.choose("attention", op.SEPARATE_CANDIDATES, backend.parse(choice), (q, k, v, dtype, None, backend.parse(choice), dropout_p))
+        return backend.choose("attention", op.SEPARATE_CANDIDATES, backend.parse(choice), (q, k, v, dtype, None, backend.parse(choice), dropout_p), op._separate_fastest)
     assert {chosen(), chosen(dtype=torch.float16), chosen(100, 100), chosen(gradient=False, B=128)} == {"cudnn"}
     assert {chosen(Tq=64), chosen(dropout_p=0.1), chosen(choice="fused"), chosen(D=32), chosen(gradient=False), chosen(100, 100, gradient=False, B=200), chosen(turned=True),
             chosen(1, 1), chosen(D=32, gradient=False, B=128), chosen(D=32, dropout_p=0.1, B=128)} == {"triton"}
@@ -131,11 +145,14 @@ def test_without_cudnns_attention_the_reason_is_said(monkeypatch):
     assert "no cuDNN" in op._why_no_cudnn()
 
 
-def test_the_choice_on_a_gpu_can_be_traced():
-    """`_why_left` decides on CUDA alone, under `auto`: a construct that Dynamo refuses there would show on no CPU."""
-    torch._dynamo.reset()
-    for arch, D, left in ((80, 64, False), (90, 64, False), (90, 128, True), (120, 64, True)):
+def test_the_choice_on_a_gpu_can_be_traced(monkeypatch):
+    """The table decides on CUDA alone: a construct that Dynamo refuses there would show on no CPU. Sizes may be symbols."""
+    for arch, D, dynamic, left in ((80, 64, False, False), (90, 64, True, False), (90, 128, False, True), (100, 64, True, True)):
+        torch._dynamo.reset()
+        cards.on_card(monkeypatch, arch)
+
         def chosen(x):
-            return x + 1 if op._why_left(arch, D, torch.bfloat16) else x - 1
-        compiled = torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(1))
-        assert (compiled.item() == 1) == left
+            found = fastest.find("attention", 0, "half", size=D, tokens=x.size(0) * x.size(1), length=x.size(1))
+            return x + 1 if found is not None and found.use == "reference" else x - 1
+        compiled = torch.compile(chosen, fullgraph=True, backend="eager", dynamic=dynamic)
+        assert {(compiled(torch.zeros(2, n)) == 1).all().item() for n in (3, 5, 7)} == {left}

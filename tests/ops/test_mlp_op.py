@@ -5,10 +5,12 @@ import sys
 import time
 from pathlib import Path
 
+import cards
 import pytest
 import torch
 
 from nanogpt_fast import backend, reference
+from nanogpt_fast.kernels import fastest
 from nanogpt_fast.ops import mlp as op
 from nanogpt_fast.ops.mlp import gelu_mlp
 
@@ -78,6 +80,9 @@ class OnH100:
     def __init__(self, rows=65536, dtype=torch.bfloat16):
         self.rows, self.dtype = rows, dtype
 
+    def get_device(self):
+        return 0
+
     def size(self, axis):
         return 768
 
@@ -85,21 +90,24 @@ class OnH100:
         return self.rows * 768
 
 
-def forms(x, F=3072, activation="gelu"):
-    return op._faster_forms(x, torch.empty(F, 768, device="meta"), activation)
+def forms(x, F=3072, activation="gelu", bias=None):
+    return op._faster_forms(x, torch.empty(F, 768, device="meta"), bias, activation)
 
 
 def test_each_form_is_taken_only_where_it_was_measured_faster(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(op._hopper, "card_why_not", lambda index: "no extension")
+    cards.on_card(monkeypatch, 90)
     assert forms(OnH100()) == ("pointwise", "epilogue")       # as an H100 was measured
-    monkeypatch.setattr(op, "EPILOGUE_SPEEDUP", {})
-    assert forms(OnH100()) == ("pointwise", "pointwise")
-    monkeypatch.setattr(op, "EPILOGUE_SPEEDUP", {(90, 768): (1.08, 0.97)})
+    assert forms(OnH100(dtype=torch.float32)) == ("pointwise", "pointwise")
+    measured = lambda *passes, **where: [fastest.Row(f"mlp {name}", use, **where) for name, use in passes]
+    cards.on_card(monkeypatch, 90, measured(("forward", "epilogue"), ("backward", "pointwise"), size=(768, 768)))
     assert forms(OnH100()) == ("epilogue", "pointwise")
-    monkeypatch.setattr(op, "EPILOGUE_SPEEDUP", {(80, 768): (1.08, 1.02), (90, 1024): (1.1, 1.1)})
+    cards.on_card(monkeypatch, 90, measured(("forward", "epilogue"), size=(1024, 1024)))
+    assert forms(OnH100()) == ("pointwise", "epilogue")
+    cards.on_card(monkeypatch, 80)
     assert forms(OnH100()) == ("pointwise", "pointwise")
 
+    cards.on_card(monkeypatch, 90)
     monkeypatch.setattr(op._hopper, "card_why_not", lambda index: "")
     assert forms(OnH100()) == ("hopper", "hopper")
     assert forms(OnH100(dtype=torch.float16), activation="gelu_tanh") == ("hopper", "hopper")
@@ -110,7 +118,7 @@ def test_each_form_is_taken_only_where_it_was_measured_faster(monkeypatch):
     assert forms(OnH100(1024)) == ("pointwise", "pointwise")                    # too few rows to have been measured
     assert forms(OnH100(dtype=torch.float32)) == ("pointwise", "pointwise")
     for other in (dict(F=3070), dict(activation="relu")):
-        assert forms(OnH100(), **other) == ("pointwise", "pointwise")
+        assert forms(OnH100(), **other) == ("pointwise", "epilogue")
     nothing = OnH100()
     nothing.size = lambda axis: 0
     assert op._hopper_why_not(nothing, torch.empty(0, 0, device="meta"), "gelu").startswith("the kernel takes widths")
