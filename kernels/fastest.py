@@ -173,7 +173,13 @@ def install(rows=()):
     return enforce(Table([*rows, *SHIPPED]))
 
 
+def in_force():
+    """The Table that decides now."""
+    return _table
+
+
 def enforce(table):
+    """Put a Table into force; returns the one before."""
     global _table
     before, _table = _table, table
     return before

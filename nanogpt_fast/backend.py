@@ -8,7 +8,8 @@ A choice is one of
     fused      a kernel, or a RuntimeError that says why none can run
     reference  exactly the PyTorch calls that nanoGPT makes
 
-for all ops ("reference") or per op ("auto,attention=reference"). It can be set in four places, the first of which wins: the context
+for all ops ("reference") or per op ("auto,attention=reference"); per op also an implementation's name ("attention=cudnn"), or that of a
+kernel of one's own (ops/registered.py): it runs, or a RuntimeError says why it can't. It can be set in four places, the first of which wins: the context
 manager `use(...)`, the model (`GPT(config, backend=...)`), the environment variable NANOGPT_FAST_BACKEND (read at import), auto.
 
 `use` stores its choice in a `threading.local`, not a ContextVar, because torch.compile(fullgraph=True) can trace only the former.
@@ -24,6 +25,9 @@ import torch
 OPS = ("attention", "layer_norm", "linear", "mlp", "cross_entropy", "sample", "decode")
 LIBRARY_OPS = ("linear",)      # their reference is one call of a vendor library, which satisfies "fused" too
 CHOICES = ("auto", "fused", "reference")
+IMPLEMENTATIONS = {"attention": ("triton", "cudnn", "cpp"), "layer_norm": ("triton", "cpp"), "linear": ("cublas", "cpp"), "mlp": ("triton", "cpp"),
+                   "cross_entropy": ("triton", "cpp"), "sample": ("cpp",), "decode": ("triton", "cpp")}
+own = {op: {} for op in OPS}   # {op: {name: why_not}} of kernels that ops/registered.py added
 
 
 def parse(spec):
@@ -41,14 +45,15 @@ def parse(spec):
         raise TypeError(f"backend is {spec!r}; expected a string such as 'auto', 'fused', 'reference' or 'auto,attention=reference'")
     default, by_op = "auto", {}
     for op, choice in parts:
-        if choice not in CHOICES:
-            raise ValueError(f"backend {spec!r}: {choice!r} is not one of {', '.join(CHOICES)}")
+        if op is not None and op not in OPS:
+            raise ValueError(f"backend {spec!r}: no op is called {op!r}; the ops are {', '.join(OPS)}")
+        known = CHOICES if op is None else (*CHOICES, *IMPLEMENTATIONS[op], *own[op])
+        if choice not in known:
+            raise ValueError(f"backend {spec!r}: {choice!r} is not one of {', '.join(known)}")
         if op is None:
             default = choice
-        elif op in OPS:
-            by_op[op] = choice
         else:
-            raise ValueError(f"backend {spec!r}: no op is called {op!r}; the ops are {', '.join(OPS)}")
+            by_op[op] = choice
     return {op: by_op.get(op, default) for op in OPS}
 
 
@@ -79,7 +84,7 @@ def current():
 
 
 def choice(op, model_choices=None):
-    """"auto", "fused" or "reference" for `op`; `model_choices` is the model's parsed choice or None."""
+    """"auto", "fused", "reference" or an implementation's name for `op`; `model_choices` is the model's parsed choice or None."""
     return (_local.choices or model_choices or _environment)[op]
 
 
@@ -90,6 +95,8 @@ def choose(op, candidates, model_choices=None, args=(), fastest=None):
     reason as text; "" if nobody would expect it to run. "reference" is implied at the end. fastest(*args): the Row of the table
     (kernels/fastest.py) whose implementation `auto` tries first, or None. Raises RuntimeError under "fused" if none can run.
     """
+    if not _tuned:
+        load_tuned()
     wanted = (_local.choices or model_choices or _environment)[op]
     reasons = []
     if wanted != "reference" and inside_torch_func():
@@ -100,7 +107,12 @@ def choose(op, candidates, model_choices=None, args=(), fastest=None):
         if row.use == "reference":
             candidates, reasons = (), [row.note]
         else:
-            candidates = (*(c for c in candidates if c[0] == row.use), *(c for c in candidates if c[0] != row.use))
+            first = tuple(c for c in (*candidates, *own[op].items()) if c[0] == row.use)
+            if not first:
+                notice(f"for {op}, {row.use} was measured to be fastest here, but no kernel of this name is registered in this process")
+            candidates = (*first, *(c for c in candidates if c[0] != row.use))
+    elif wanted not in CHOICES:
+        candidates = tuple(c for c in (*candidates, *own[op].items()) if c[0] == wanted)
     for name, why_not in candidates if wanted != "reference" else ():
         reason = why_not(*args)
         if reason is None and wanted == "auto" and name == "triton" and _interpreted:
@@ -119,8 +131,30 @@ def choose(op, candidates, model_choices=None, args=(), fastest=None):
     if wanted == "fused":
         raise RuntimeError(f"backend='fused', but no kernel can run {op}: {'; '.join(reasons) or 'there is none'}. "
                            "Use backend='auto' to fall back, or `nanogpt-fast doctor` to see what is missing.")
+    if wanted not in CHOICES:
+        raise RuntimeError(f"backend='{op}={wanted}', but that cannot run: {'; '.join(reasons) or 'it is not for this device or these arguments'}. "
+                           "Use backend='auto' to fall back.")
     notice_unfused(f"{op} runs on plain PyTorch ({'; '.join(reasons) or 'no kernel'})")
     return name
+
+
+before_first_choice = []    # functions: ops/registered.py's, which runs files that register kernels
+_tuned = False      # whether the file of `nanogpt-fast tune` was looked for
+
+
+def load_tuned():
+    """Put what was measured on this machine into force, once per process, before the first choice."""
+    global _tuned
+    if not _tuned:
+        _tuned = True
+        from .tuning import saved
+        for function in before_first_choice:
+            function()
+        for message in saved.load():
+            notice(message)
+
+
+load_tuned._dynamo_marked_constant = True       # see triton_import_error below
 
 
 TORCH_FUNC = "the kernels have no rules for its transforms"

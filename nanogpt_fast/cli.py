@@ -21,6 +21,7 @@ COMMANDS = {  # name: (module, function, what it does)
     "run": ("swap.run", "main", "run a nanoGPT script unedited on the fused kernels"),
     "doctor": ("checks.doctor", "main", "what runs here, what does not, and why"),
     "verify": ("checks.verify", "main", "check every op against float64, on this machine"),
+    "tune": ("tuning.command", "main", "measure what is fastest on this machine, for `auto` to use"),
     "bench": ("bench", "main", "time training and generation end to end"),
 }
 

@@ -7,7 +7,7 @@ import pytest
 from nanogpt_fast import cli
 
 ROOT = Path(cli.__file__).parents[1]
-ROOMS = {"bench", "checkpoints", "checks", "commands", "generation", "ops", "swap", "text", "training"}
+ROOMS = {"bench", "checkpoints", "checks", "commands", "generation", "ops", "swap", "text", "training", "tuning"}
 AT_THE_TOP = {"__init__", "__main__", "cli", "config", "backend", "reference", "model", "touched", "classic", "options", "devices", "files"}
 LONGEST = 500
 LONGER = {  # file: why

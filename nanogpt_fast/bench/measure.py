@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from ..kernels.fastest import cpu_name
+
 
 class Interrupted(BaseException):
     """SIGTERM arrived, which `timeout` sends. Not an Exception, which a compiler would catch as an error of its own."""
@@ -143,18 +145,6 @@ def environment():
 
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@functools.cache
-def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    flags = next((line for line in lines if line.startswith("flags")), "").split()
-    known = (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("amx_bf16", "AMX"))
-    return " ".join([name] + [label for flag, label in known if flag in flags])
 
 
 @functools.cache

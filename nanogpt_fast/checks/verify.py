@@ -31,7 +31,7 @@ from ..ops.hopper import mlp as mlp_hopper
 from ..options import option
 from .error_rule import measure
 
-REFERENCE, FUSED, AUTO = (_backend.parse(choice) for choice in ("reference", "fused", "auto"))
+REFERENCE, FUSED = _backend.parse("reference"), _backend.parse("fused")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 STEPS = 20
@@ -119,8 +119,7 @@ def check(device, quick, only=()):
     for case in cases(device, quick):
         if not only or case.op in only:
             for name, dtype in itertools.product(implementations(case.op, device), DTYPES):
-                with only_implementation(case.op, name):
-                    yield from _survive(case.op, dtype, case.shape, check_op(case, name, dtype, device))
+                yield from _survive(case.op, dtype, case.shape, check_op(case, name, dtype, device))
     for op, dtypes, function in (("sample", DTYPES, check_sampler), ("gpt", DTYPES[:2], check_gpt)):
         if not only or op in only:
             for dtype in dtypes:
@@ -131,21 +130,10 @@ MODULES = {"attention": attention, "layer_norm": layer_norm, "linear": linear, "
 
 
 def implementations(op, device):
-    """The names of the implementations to check: NVIDIA's libraries on a GPU only, "cpp" (the extension's CPU code) on a CPU only."""
+    """The names of the implementations to check: NVIDIA's libraries on a GPU only, "cpp" (the extension's CPU code) on a CPU only; and
+    the kernels that somebody registered."""
     elsewhere = ("cudnn", "cublas") if device.type == "cpu" else ("cpp",)
-    return [name for name, _ in MODULES[op].CANDIDATES if name not in elsewhere]
-
-
-@contextlib.contextmanager
-def only_implementation(op, name):
-    """Inside, "fused" tries only this implementation."""
-    module = MODULES[op]
-    before = module.CANDIDATES
-    module.CANDIDATES = tuple(candidate for candidate in before if candidate[0] == name)
-    try:
-        yield
-    finally:
-        module.CANDIDATES = before
+    return [name for name, _ in MODULES[op].CANDIDATES if name not in elsewhere] + list(_backend.own[op])
 
 
 def _survive(op, dtype, shape, rows):
@@ -275,8 +263,8 @@ def check_op(case, name, dtype, device):
     autocast = dtype if dtype != torch.float32 else None
     start = dict(op=case.op, dtype=NAMES[dtype], shape=case.shape)
     leaves = {key: t.detach().requires_grad_() for key, t in inputs.items()}
-    ours = AUTO if name == "cudnn" else FUSED   # only `auto` takes cuDNN's forward with our backward; here no other candidate is left
-    implementation, reasons = chosen(case.op, lambda: case.call(leaves, ours), device, autocast, "auto" if name == "cudnn" else "fused")
+    ours = _backend.parse({case.op: name})
+    implementation, reasons = chosen(case.op, lambda: case.call(leaves, ours), device, autocast, ours)
     if implementation == "reference":
         yield Row(implementation=name, direction="", result="-", why="; ".join(reasons) or "there is no kernel", **start)
         return

@@ -7,6 +7,7 @@ kernels per layer: those of kernels/decode.py or kernels/decode_rows.py. On a CP
 import torch
 
 from .. import backend as _backend
+from ..kernels import fastest
 from ..ops import extension
 from ..ops.extension import address
 
@@ -35,7 +36,7 @@ def decoder(session):
     device = session.device.type
     if device not in ("cpu", "cuda") or device == "cuda" and session.rows > max_rows_triton(session):
         return None  # nothing to warn about: with many rows the ops, which are kernels too, are faster
-    name = _backend.choose("decode", CANDIDATES, session.choices, (session,))
+    name = _backend.choose("decode", CANDIDATES, session.choices, (session,), row_for)
     if name == "reference":
         return None
     if name == "triton":
@@ -127,6 +128,10 @@ def why_not(session):
     if not all(p.is_contiguous() for p in (*fp32, *session.weights()) if p is not None):
         return "a weight is not contiguous"
     return None
+
+
+def row_for(session):
+    return fastest.find("decode", fastest.device_number(session.wte), fastest.column(session.dtype), size=session.wte.size(1), tokens=session.rows)
 
 
 CANDIDATES = (("triton", why_not_triton), ("cpp", why_not))

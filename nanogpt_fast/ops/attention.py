@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 
 from .. import backend as _backend, reference
 from ..kernels import fastest
+from . import registered as _registered
 from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_second_derivative
 from .cpu import attention as _cpu
 from .hopper import attention as _hopper
@@ -53,9 +54,12 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, seed=N
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
     dtype = autocast_dtype(qkv)
-    name = _backend.choose("attention", CANDIDATES, backend, (qkv, dtype, shape[2] // (3 * n_head), scale, backend, dropout_p), _fastest)
+    name = _backend.choose("attention", CANDIDATES, backend, (qkv, dtype, shape[2] // (3 * n_head), scale, backend, dropout_p), row_for)
     if name == "reference":
         return reference.causal_attention_qkvpacked(qkv, n_head, dropout_p=dropout_p, scale=scale)
+    if (kernel := _registered.kernel("attention", name)) is not None:
+        y = _registered.attention(kernel, *reference.split_heads(qkv, n_head), scale, dtype)
+        return y.transpose(1, 2).reshape(*shape[:2], -1)
     if qkv.dtype != dtype:      # a no-op `to` still costs a microsecond
         qkv = qkv.to(dtype)
     if name == "cpp":
@@ -77,9 +81,11 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
     """
     _check_qkv(q, k, v, dropout_p)
     dtype = autocast_dtype(q)
-    name = _backend.choose("attention", SEPARATE_CANDIDATES, backend, (q, k, v, dtype, scale, backend, dropout_p), _separate_fastest)
+    name = _backend.choose("attention", SEPARATE_CANDIDATES, backend, (q, k, v, dtype, scale, backend, dropout_p), separate_row_for)
     if name == "reference":
         return reference.causal_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    if (kernel := _registered.kernel("attention", name)) is not None:
+        return _registered.attention(kernel, q, k, v, scale, dtype)
     if q.dtype != dtype or k.dtype != dtype or v.dtype != dtype:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if _differentiable(q, k, v):
@@ -187,15 +193,15 @@ def _separate_why_not(q, k, v, dtype, scale, backend, dropout_p=0.0):
     return _why_not(q, dtype, q.shape[3], scale, backend, dropout_p)
 
 
-def _fastest(x, dtype, D, scale, backend, dropout_p, training=None):
+def row_for(x, dtype, D, scale, backend, dropout_p, training=None):
     """The row of the table for x: qkv (B, T, 3C), or q (B, H, T, D)."""
     training = x.requires_grad and torch.is_grad_enabled() if training is None else training
     return fastest.find("attention training" if training else "attention", fastest.device_number(x), fastest.column(dtype, dropout_p > 0),
                         size=D, tokens=x.size(0) * x.size(-2), length=x.size(-2))
 
 
-def _separate_fastest(q, k, v, dtype, scale, backend, dropout_p):
-    return _fastest(q, dtype, q.shape[3], scale, backend, dropout_p, _differentiable(q, k, v))
+def separate_row_for(q, k, v, dtype, scale, backend, dropout_p):
+    return row_for(q, dtype, q.shape[3], scale, backend, dropout_p, _differentiable(q, k, v))
 
 
 # The arguments of both: (qkv, dtype, head size, scale, backend, dropout_p) and (q, k, v, dtype, scale, backend, dropout_p). cuDNN's forward

@@ -11,7 +11,7 @@ import torch
 
 from .. import backend as _backend, reference
 from ..kernels import fastest
-from . import linear
+from . import linear, registered
 from .common import KERNEL_DTYPES, autocast_dtype, no_second_derivative
 from .cpu import cross_entropy as _cpu
 from .registration import define, raw
@@ -47,6 +47,8 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
         targets = targets if targets.is_contiguous() else targets.contiguous()
         loss, logits = reference.linear_cross_entropy(x, weight, targets, ignore_index=ignore_index, reduction=reduction)
         return loss, logits if return_logits else None
+    if (kernel := registered.kernel("cross_entropy", name)) is not None:
+        return registered.cross_entropy(kernel, x, weight, targets, ignore_index, reduction, _loss_dtype(x)), None
     grad = torch.is_grad_enabled()
     need_dx, need_dw = grad and x.requires_grad, grad and weight.requires_grad
     if name == "triton":  # spelled out: Dynamo of torch 2.11 cannot index a tuple with a bool
@@ -61,7 +63,7 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
 
 def implementation(x, weight, targets, *, return_logits=True, backend=None):
     """The name of the implementation that linear_cross_entropy uses for these arguments ("triton", "cpp", "reference")."""
-    return _backend.choose("cross_entropy", CANDIDATES, backend, (x, weight, targets, return_logits), _fastest)
+    return _backend.choose("cross_entropy", CANDIDATES, backend, (x, weight, targets, return_logits), row_for)
 
 
 def _triton_why_not(x, weight, targets, return_logits=True):
@@ -76,7 +78,7 @@ def _triton_why_not(x, weight, targets, return_logits=True):
     return None
 
 
-def _fastest(x, weight, targets, return_logits=True):
+def row_for(x, weight, targets, return_logits=True):
     return fastest.find("cross_entropy logits" if return_logits else "cross_entropy", fastest.device_number(x),
                         fastest.column(autocast_dtype(x)), size=weight.size(0), tokens=targets.numel())
 

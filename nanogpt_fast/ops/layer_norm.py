@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 
 from .. import backend as _backend, reference
 from ..kernels import fastest
+from . import registered
 from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_second_derivative
 from .cpu import layer_norm as _cpu
 from .registration import define, raw
@@ -32,9 +33,11 @@ def layer_norm(x, weight, bias, *, eps=1e-5, backend=None):
     reference has). Source: Ba, Kiros, Hinton, "Layer normalization", 2016.
     """
     _check(x, None, weight, bias)
-    name = _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias), _fastest)
+    name = _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias), row_for)
     if name == "reference":
         return reference.layer_norm(x, weight, bias, eps)
+    if (kernel := registered.kernel("layer_norm", name)) is not None:
+        return kernel(x, weight, bias, eps=eps)
     y_dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype  # as F.layer_norm
     return _LayerNorm.apply(x, weight, bias, (name, eps, y_dtype))
 
@@ -56,12 +59,15 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
     _check(x, branch, weight, bias)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}: expected a probability, 0 to 1")
-    name = _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias, branch, out_dtype), _fastest)
+    name = _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias, branch, out_dtype), row_for)
     if name == "reference":
         s, y = reference.add_layer_norm(x, branch, weight, bias, eps=eps, dropout_p=dropout_p)
         return None if last else s, y if out_dtype is None else y.to(out_dtype)
     if out_dtype is None:
         out_dtype = autocast_dtype(x)
+    if (kernel := registered.kernel("layer_norm", name)) is not None:
+        s, y = registered.add_layer_norm(kernel, x, branch, weight, bias, eps, dropout_p, out_dtype)
+        return None if last else s, y
     if branch is None:
         if not (x.requires_grad and torch.is_grad_enabled()):
             return x, _LayerNorm.apply(x, weight, bias, (name, eps, out_dtype))
@@ -74,7 +80,7 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
 
 def implementation(x, weight, bias, *, backend=None):
     """The name of the implementation that the ops use for these arguments ("triton", "cpp", "reference")."""
-    return _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias), _fastest)
+    return _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias), row_for)
 
 
 def _check(x, branch, weight, bias):
@@ -104,7 +110,7 @@ def _triton_why_not(x, weight, bias, branch=None, out_dtype=None):
     return None
 
 
-def _fastest(x, weight, bias, branch=None, out_dtype=None):
+def row_for(x, weight, bias, branch=None, out_dtype=None):
     C = x.shape[-1]
     return fastest.find("layer_norm", fastest.device_number(x), fastest.column(autocast_dtype(x)), size=C, tokens=x.numel() // max(1, C))
 

@@ -21,7 +21,7 @@ def linear(x, weight, bias, *, copy=None, backend=None):
 
     Raises RuntimeError for a second derivative, which only the reference has.
     """
-    name = _backend.choose("linear", CANDIDATES, backend, (weight, copy), _fastest)
+    name = _backend.choose("linear", CANDIDATES, backend, (weight, copy), row_for)
     if name == "reference":
         return F.linear(x, weight if copy is None else cast(weight, copy), bias)
     return _Linear.apply(x, weight, copy, bias)     # by position: an autograd.Function takes no keywords
@@ -29,7 +29,7 @@ def linear(x, weight, bias, *, copy=None, backend=None):
 
 def implementation(weight, copy=None, *, backend=None):
     """The name of the implementation that `linear` uses for these arguments ("cublas", "cpp", "reference")."""
-    return _backend.choose("linear", CANDIDATES, backend, (weight, copy), _fastest)
+    return _backend.choose("linear", CANDIDATES, backend, (weight, copy), row_for)
 
 
 def _cublas_why_not(weight, copy):
@@ -38,7 +38,7 @@ def _cublas_why_not(weight, copy):
     return None if half and weight.is_cuda and weight.dtype == torch.float32 and not torch.compiler.is_compiling() else ""
 
 
-def _fastest(weight, copy):
+def row_for(weight, copy):
     if weight.is_cuda:      # there both are cuBLAS's products
         return None
     return fastest.find("linear", fastest.CPU, fastest.column((weight if copy is None else copy).dtype), size=weight.size(-1))

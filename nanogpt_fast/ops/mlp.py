@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from .. import backend as _backend, reference
 from ..kernels import fastest
-from . import linear
+from . import linear, registered
 from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_autocast, no_second_derivative
 from .cpu import linear as _cpu_linear
 from .hopper import mlp as _hopper
@@ -48,7 +48,7 @@ def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0,
     if form is not None and form not in FORMS:
         raise ValueError(f"form is {form!r}; expected one of {', '.join(FORMS)}, or None for the faster one")
     _check_shapes(x, w_fc, b_fc, w_proj, b_proj)
-    name = _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj, copies), _fastest)
+    name = _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj, copies), row_for)
     if name == "reference":
         if copies is not None:
             w_fc, w_proj = linear.cast(w_fc, copies[0]), linear.cast(w_proj, copies[1])
@@ -57,6 +57,8 @@ def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0,
         h = linear.linear(x, w_fc, b_fc, copy=copies[0], backend=backend)
         y = linear.linear(reference.activation(h, activation), w_proj, b_proj, copy=copies[1], backend=backend)
         return F.dropout(y, dropout_p) if dropout_p > 0 else y
+    if (kernel := registered.kernel("mlp", name)) is not None:
+        return registered.mlp(kernel, x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p)
     if form == "hopper" and (reason := _hopper_why_not(x, w_fc, activation)) is not None:
         raise RuntimeError(f"form is 'hopper', but {reason}")
     forms = (form, form) if form else _faster_forms(x, w_fc, b_fc, activation)
@@ -65,7 +67,7 @@ def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0,
 
 def implementation(x, w_fc, b_fc, w_proj, b_proj, *, backend=None):
     """The name of the implementation that gelu_mlp uses for these arguments ("triton", "cpp", "reference")."""
-    return _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj), _fastest)
+    return _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj), row_for)
 
 
 def _triton_why_not(x, w_fc, b_fc, w_proj, b_proj, copies=None):
@@ -125,7 +127,7 @@ def _faster_forms(x, w_fc, b_fc, activation):
     return forward, "pointwise" if row is None else row.use
 
 
-def _fastest(x, w_fc, b_fc, w_proj, b_proj, copies=None):
+def row_for(x, w_fc, b_fc, w_proj, b_proj, copies=None):
     C = x.size(-1)
     return fastest.find("mlp", fastest.device_number(x), fastest.column(autocast_dtype(x)), size=C, tokens=x.numel() // max(1, C))
 

@@ -23,6 +23,7 @@ import numbers
 import torch
 
 from .. import backend as _backend
+from ..kernels import fastest
 from . import extension
 from .extension import address
 from .registration import register_fake
@@ -229,12 +230,16 @@ def why_not(logits):
     return extension.cuda_why_not(torch.cuda.current_device() if logits.device.index is None else logits.device.index)
 
 
+def row_for(logits):
+    return fastest.find("sample", fastest.device_number(logits), size=logits.size(1), tokens=logits.size(0))
+
+
 CANDIDATES = (("cpp", why_not),)
 
 
 def implementation(logits, *, backend=None):
     """The name of the implementation that `sample` uses for these logits ("cpp", "reference")."""
-    return _backend.choose("sample", CANDIDATES, backend, (logits,))
+    return _backend.choose("sample", CANDIDATES, backend, (logits,), row_for)
 
 
 def _call(logits, parameters, seed, offset, out, check, backend):
@@ -249,7 +254,7 @@ def _call(logits, parameters, seed, offset, out, check, backend):
 def _launch(logits, parameters, seed, offset, out, check, backend):
     if check:
         _check_values(parameters)
-    if _backend.choose("sample", CANDIDATES, backend, (logits,)) == "reference":
+    if _backend.choose("sample", CANDIDATES, backend, (logits,), row_for) == "reference":
         out.copy_(sample_plain(logits, parameters, seed, offset))
         offset.add_(1)
         return

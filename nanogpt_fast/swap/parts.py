@@ -14,12 +14,14 @@ from ..touched import touched
 from .swapped import Swapped
 
 
-def _kernel_why_not(op, candidates, choices, args):
+def _kernel_why_not(op, candidates, choices, args, row_for):
     """None if a kernel runs `op` for these arguments, else why none does. Raises under "fused", as the op would."""
-    if _backend.choose(op, candidates, choices, args) != "reference":
+    if _backend.choose(op, candidates, choices, args, row_for) != "reference":
         return None
     if _backend.choice(op, choices) == "reference":
         return "backend='reference'"
+    if (row := row_for(*args)) is not None and row.use == "reference":
+        return row.note
     return next(filter(None, (why_not(*args) for _, why_not in candidates)), "no kernel was chosen")
 
 
@@ -32,7 +34,7 @@ class Norm(Swapped):
     obeyed = ("weight", "bias", "eps")
 
     def why_not(self, input):
-        return _kernel_why_not("layer_norm", layer_norm.CANDIDATES, self.backend, (input, self.weight, self.bias))
+        return _kernel_why_not("layer_norm", layer_norm.CANDIDATES, self.backend, (input, self.weight, self.bias), layer_norm.row_for)
 
     def fast(self, input):
         return layer_norm.layer_norm(input, self.weight, self.bias, eps=getattr(self, "eps", 1e-5), backend=self.backend)
@@ -49,7 +51,7 @@ class NanoNorm(Norm, nano.LayerNorm):
 def _packed_why_not(x, D, scale, choices, dropout_p):
     """`_kernel_why_not` before the projection runs: x (B, T, C) stands for the packed q, k and v computed from it."""
     return _kernel_why_not("attention", attention.CANDIDATES, choices,
-                          (x, autocast_dtype(x), D, scale, choices, dropout_p))
+                          (x, autocast_dtype(x), D, scale, choices, dropout_p), attention.row_for)
 
 
 class NanoAttention(Swapped, nano.CausalSelfAttention):
@@ -95,7 +97,7 @@ class SeparateAttention(Swapped):
     def why_not(self, x):
         heads = x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)                  # (B, H, T, D), for each of q, k and v
         return _kernel_why_not("attention", attention.SEPARATE_CANDIDATES, self.backend,
-                              (heads, heads, heads, autocast_dtype(heads), None, self.backend, nano._p(self.attn_drop)))
+                              (heads, heads, heads, autocast_dtype(heads), None, self.backend, nano._p(self.attn_drop)), attention.separate_row_for)
 
     def fast(self, x):
         B, T, C = x.shape
@@ -113,7 +115,7 @@ class Mlp(Swapped):
     part = "mlp"
 
     def why_not(self, x):
-        return self.why_not_fused() or _kernel_why_not("mlp", mlp.CANDIDATES, self.backend, (x, *self.weights()))
+        return self.why_not_fused() or _kernel_why_not("mlp", mlp.CANDIDATES, self.backend, (x, *self.weights()), mlp.row_for)
 
 
 class NanoMlp(Mlp, nano.MLP):
@@ -217,7 +219,7 @@ class Block(Swapped):
 
     def why_not(self, x):
         ln = self.norms()[1]
-        return self.why_not_fused() or _kernel_why_not("layer_norm", layer_norm.CANDIDATES, ln.backend, (x, ln.weight, ln.bias))
+        return self.why_not_fused() or _kernel_why_not("layer_norm", layer_norm.CANDIDATES, ln.backend, (x, ln.weight, ln.bias), layer_norm.row_for)
 
 
 class NanoBlock(Block, nano.Block):
@@ -275,10 +277,10 @@ class NanoGPT(Swapped, nano.GPT):
 
     def why_not(self, idx, targets=None):
         head, norm = self.lm_head.weight, self.transformer.ln_f.weight              # they stand for the residual stream
-        why_not = _kernel_why_not("layer_norm", layer_norm.CANDIDATES, self.backend, (norm, norm, None))
+        why_not = _kernel_why_not("layer_norm", layer_norm.CANDIDATES, self.backend, (norm, norm, None), layer_norm.row_for)
         if why_not is None or targets is None:
             return why_not
-        return _kernel_why_not("cross_entropy", cross_entropy.CANDIDATES, self.backend, (head, head, targets))
+        return _kernel_why_not("cross_entropy", cross_entropy.CANDIDATES, self.backend, (head, head, targets), cross_entropy.row_for)
 
     def fast(self, idx, targets=None):
         return nano.GPT.forward(self, idx, targets)

@@ -1,0 +1,62 @@
+"""What a person sees of `tune`: a table that grows while it runs, and the summary."""
+import contextlib
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from . import contest as rules
+from .contests import PYTORCH
+
+
+class Screen:
+    """The contests as a table: live on a terminal, else a line for each that is decided."""
+
+    def __init__(self, contests, title):
+        self.contests, self.title = contests, title
+        self.console = Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = 160
+        self.tried = {contest.name: 0 for contest in contests}
+        self.live = Live(console=self.console, get_renderable=self.table, refresh_per_second=4) if self.console.is_terminal else None
+
+    def __enter__(self):
+        self.stack = contextlib.ExitStack()
+        if self.live is not None:
+            self.stack.enter_context(self.live)
+        return self
+
+    def __exit__(self, *error):
+        self.stack.close()
+
+    def tried_one(self, contest, label, why):
+        """Of trying.py: an entry is compiled and right, or `why` it is neither."""
+        self.tried[contest.name] += 1
+        if why is not None and self.live is None:
+            self.console.print(f"  {contest.title}: {label}: {why}")
+
+    def decided(self, contest):
+        if self.live is None:
+            self.console.print("  " + "  ".join(filter(None, cells(contest))))
+
+    def table(self):
+        table = Table(title=self.title, box=None, pad_edge=False, title_justify="left")
+        for name in ("what", "tried", "runs", "time", "it was", "gain", "next best", "PyTorch"):
+            table.add_column(name, justify="right" if name in ("time", "gain", "PyTorch") else "left", no_wrap=True)
+        for contest in self.contests:
+            what, *rest = cells(contest)
+            table.add_row(what, f"{self.tried[contest.name]}/{len(contest.entries)}", *rest)
+        return table
+
+
+def cells(contest):
+    """What, winner, its time, what ran before, the gain, the next best and PyTorch, as texts; empty where not known yet."""
+    medians, winner = contest.medians, contest.winner
+    if not medians:
+        return contest.title, "", "", "", "", "", ""
+    second = contest.runner_up
+    second = "" if second is None else f"{contest.named(second[0])} {rules.microseconds(second[1])}"
+    gain = "" if winner == rules.UNTUNED else f"{medians[rules.UNTUNED] / medians[winner]:.2f} x"
+    pytorch = contest.now == PYTORCH and medians[rules.UNTUNED] or medians.get(PYTORCH)
+    return (contest.title, contest.named(winner), rules.microseconds(medians[winner]), "" if winner == rules.UNTUNED else contest.named(rules.UNTUNED), gain, second,
+            rules.microseconds(pytorch) if pytorch else "")

@@ -1,0 +1,229 @@
+"""`nanogpt-fast tune`: on this CPU as it is; for a GPU with made-up times, which is how its choices are tested without one."""
+import time
+
+import cards
+import pytest
+import torch
+
+from nanogpt_fast import backend, cli
+from nanogpt_fast.kernels import attention_common, fastest
+from nanogpt_fast.ops import attention, layer_norm, mlp
+from nanogpt_fast.ops.hopper import attention as hopper_attention, mlp as hopper_mlp
+from nanogpt_fast.tuning import command, contests, saved, screen, timing, trying
+from nanogpt_fast.tuning.contest import UNTUNED
+
+TINY = dict(B=2, T=16, C=32, H=2, V=65, layers=2, bias=True, dropout=0.0, device="cpu", cuda=False)
+
+
+# ------------------------------------------------------------------------------------------------------------------ this CPU
+
+
+def tune(tmp_path, *words):
+    return cli.main(["tune", "--model=tiny", f"--out={tmp_path}/tuned.json", *words])
+
+
+@pytest.mark.parametrize("words", (("--dtype=bfloat16",), ("--generate=2",)), ids=("training", "generation"))
+def test_the_command_measures_and_writes_its_file(tmp_path, capsys, monkeypatch, words):
+    monkeypatch.setattr(trying, "try_all", lambda shape, listed, *_: {(c.name, label): None for c in listed for label in c.entries})
+    monkeypatch.setattr(timing, "ROUNDS", 6)        # not the clock ends it
+    before = fastest.in_force()
+    assert tune(tmp_path, "--minutes=10", *words) == 0
+    out = capsys.readouterr().out
+    machine, = saved.read(tmp_path / "tuned.json")
+    assert machine["card"] == fastest.cpu_name() and not machine["cuda"] and machine["versions"] == saved.versions(False)
+    assert {"decode", "sample"} <= {c["name"].split(":")[0] for c in machine["contests"]} if "--generate=2" in words else \
+        any(c["name"].startswith("loss training") for c in machine["contests"])
+    assert all(len(values) >= 3 for c in machine["contests"] for values in c["samples"].values())
+    assert ("choices were changed" in out or "Nothing was clearly faster" in out) and f"{tmp_path}/tuned.json" in out
+    assert fastest.in_force() is before         # the process that tuned goes on as it was
+
+
+def test_whole_steps_are_compared_in_turns():
+    shape = contests.Shape(dtype=torch.float32, **TINY)
+    config = dict(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
+    seen = []
+
+    def make():
+        step = command.step_of(config, shape, torch.device("cpu"))
+        return lambda: (seen.append(fastest.in_force()), step())
+    tables = {"untuned": fastest.Table(fastest.SHIPPED), "tuned": fastest.Table([fastest.Row("cross_entropy", "reference"), *fastest.SHIPPED])}
+    samples = timing.steps_in_turns(make, tables, 3, False, time.monotonic() + 60)
+    assert {name: len(values) for name, values in samples.items()} == {"untuned": 3, "tuned": 3}
+    assert {id(table) for table in seen} == {id(table) for table in tables.values()}
+
+
+@pytest.mark.parametrize("wrong, reason", (
+    ("--n_head=3", "n_embd is 32 and n_head 3: expected a multiple"), ("--minutes=0", "minutes"), ("--model=huge", "expected"), ("--generate=-1", "generate")))
+def test_wrong_options_are_named(tmp_path, capsys, wrong, reason):
+    assert tune(tmp_path, wrong) == 2 and reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("rows", (0, 2))
+def test_every_entry_of_this_cpu_is_right(dtype, rows):
+    from nanogpt_fast.tuning import contest as rules
+    for contest in contests.contests(contests.Shape(dtype=dtype, rows=rows, **TINY)):
+        inputs = contest.make()
+        expected = contest.expected(dict(inputs))
+        assert {label: rules.check(contest, label, inputs, expected) for label in contest.entries} == dict.fromkeys(contest.entries)
+
+
+def test_under_a_row_the_op_takes_what_it_says():
+    shape = contests.Shape(dtype=torch.bfloat16, **TINY)
+    for contest in contests.contests(shape):
+        if contest.name.startswith("layer_norm training"):
+            t = contest.make()
+            arguments = t["x"], t["weight"], t["bias"]
+            for label, rows in contest.entries.items():
+                with fastest.trial(rows):
+                    name = layer_norm.implementation(*arguments)
+                    assert name == ({"PyTorch": "reference"}.get(label, label) if rows else name)
+            return
+    pytest.fail("no contest of LayerNorm")
+
+
+@pytest.mark.slow
+def test_the_whole_command_with_processes_that_try_each_entry(tmp_path, capsys):
+    assert cli.main(["tune", "--model=tiny", "--minutes=0.3", f"--out={tmp_path}/tuned.json"]) == 0
+    assert saved.read(tmp_path / "tuned.json")[0]["contests"]
+
+
+# ---------------------------------------------------------------------------------------------- processes that try entries
+
+
+class Answers:
+    """A stand-in for trying.Worker: entries whose label says what becomes of them."""
+    made = 0
+
+    def __init__(self, shape):
+        Answers.made += 1
+        self.job, self.alive = None, True
+        self.pipe, self.other = trying.multiprocessing.Pipe()
+        self.process = type("Process", (), {"sentinel": self.other})
+
+    def take(self, job, patience):
+        self.job = job
+        self.other.send("done")
+
+    def answer(self):
+        label, _ = self.job[1], self.pipe.recv()
+        self.alive = "dies" not in label
+        return ("its process ended" if "dies" in label else "wrong" if "wrong" in label else None),
+
+    def kill(self):
+        self.pipe.close()
+
+
+def test_an_entry_that_kills_its_process_costs_that_alone(monkeypatch):
+    monkeypatch.setattr(trying, "Worker", Answers)
+    monkeypatch.setattr(Answers, "made", 0)
+    contest = contests.Contest("c", "c", None, None, None, {"good": (), "dies": (), "wrong": (), "dies too": (), "last": ()}, torch.float32)
+    seen = []
+    found = trying.try_all(None, [contest], 2, time.monotonic() + 60, lambda *row: seen.append(row[1]))
+    assert found == {("c", UNTUNED): None, ("c", "good"): None, ("c", "dies"): "its process ended", ("c", "wrong"): "wrong",
+                     ("c", "dies too"): "its process ended", ("c", "last"): None}
+    assert sorted(seen) == sorted(contest.entries) and Answers.made >= 3
+    assert trying.try_all(None, [contest], 2, time.monotonic() - 1) == {}       # out of time
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_or_dies_is_replaced():
+    worker = trying.Worker(None)
+    contest = contests.Contest("c", "c", None, None, None, {}, torch.float32)
+    worker.take((contest, UNTUNED), patience=0.0)
+    worker.deadline = time.monotonic() + 0.5            # it is still importing PyTorch
+    while (answer := worker.answer()) is None:
+        time.sleep(0.05)
+    assert answer[0].startswith("no answer for") and not worker.alive
+    worker = trying.Worker(None)
+    worker.take((contest, UNTUNED), patience=60.0)
+    worker.process.kill()
+    worker.process.join()
+    assert worker.answer() == ("its process ended with status -9",)
+
+
+# ------------------------------------------------------------------------------------------------- a GPU, with made-up times
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A card with all kernels, of GPT-2's shape; returns (shape, decide): `decide(times)` runs the contests with times by title and label."""
+    for module, name in ((attention, "_why_no_cudnn"), (backend, "triton_import_error")):
+        monkeypatch.setattr(module, name, lambda: None)
+    monkeypatch.setattr(backend, "triton_why_not", lambda x: None)
+    monkeypatch.setattr(attention, "_cudnn_why_not", lambda *args: None)
+    monkeypatch.setattr(attention, "CANDIDATES", (("triton", lambda *args: None), ("cudnn", lambda *args: None)))
+    for module in (hopper_attention, hopper_mlp):
+        monkeypatch.setattr(module, "why_not", lambda *args, **kwargs: None)
+    cards.on_card(monkeypatch, 90)
+    shape = contests.Shape(**TINY | dict(B=64, T=1024, C=768, H=12, V=50304, layers=12, device="meta", cuda=True, dtype=torch.bfloat16))
+    monkeypatch.setattr(contests.Shape, "number", 0)
+
+    def decide(times, wrong=()):
+        listed = contests.contests(shape)
+        assert set(times) <= {contest.title for contest in listed}
+
+        def timed(contest, labels, cuda, until):
+            of = times.get(contest.title, {})
+            assert set(of) <= {UNTUNED, *labels}, f"{contest.title} has {labels}"
+            contest.samples = contest.again = {label: [of.get(label, 100e-6)] * 8 for label in labels}
+        monkeypatch.setattr(timing, "time_contest", timed)
+        decided = []
+        tried = {(contest.name, label): "wrong" if (contest.title, label) in wrong else None for contest in listed for label in contest.entries}
+        with screen.Screen(listed, "") as shown:
+            command.decide(listed, tried, shape, time.monotonic() + 60, decided, shown)
+        return listed, decided
+    return decide
+
+
+def forms(rows, dtype=torch.bfloat16):
+    x = type("X", (), {"is_cuda": True, "dtype": dtype, "device": torch.device("cuda"), "size": lambda self, i: 768, "numel": lambda self: 768 * rows,
+                       "get_device": lambda self: 0})()
+    return mlp._faster_forms(x, torch.empty(3072, 768, device="meta"), None, "gelu")
+
+
+def test_what_was_fastest_is_taken_at_its_shape(gpu):
+    """The times of a card on which all of the shipped choices are wrong."""
+    before = fastest.find("attention forward tile", 0, "half", size=64, tokens=65536, length=1024).tile
+    assert forms(65536) == ("hopper", "hopper")
+    gpu({"MLP forward": {"pointwise": 50e-6}, "MLP backward": {"epilogue 128x128x32, 4 warps, 4 stages": 60e-6},
+         "attention forward": {"64x64, 4 warps, 3 stages": 70e-6}, "attention backward": {"split": 90e-6},
+         "attention dq": {"32x32, 4 warps, 3 stages": 80e-6}, "loss, chunks": {"8 chunks": 90e-6}})
+    assert forms(65536) == ("pointwise", "epilogue") and forms(4096) == ("hopper", "hopper")
+    tile = lambda what, tokens=65536, size=64, **more: fastest.find(what, 0, "half", size=size, tokens=tokens, length=1024, **more).tile
+    assert str(tile("mlp backward tile", size=3072)) == "128x128x32, 4 warps, 4 stages"
+    assert str(tile("attention forward tile")) == "64x64, 4 warps, 3 stages" and tile("attention forward tile", tokens=12288) == before
+    assert str(tile("attention dq tile")) == "32x32, 4 warps, 3 stages"
+    assert fastest.find("attention training", 0, "half", size=64, tokens=65536, length=1024).use == "triton"
+    x = torch.empty(64, 1024, 2304, dtype=torch.bfloat16, device="meta")
+    assert attention._backward_form(x, 64, None, 0.0, 64, 1024) == "split" and attention._backward_form(x, 64, None, 0.0, 64, 4096) == "hopper"
+    assert fastest.find("cross_entropy chunks", 0, size=50304, tokens=65536).use == "8"
+
+
+def test_pytorch_is_taken_where_the_whole_op_is_faster(gpu):
+    gpu({"attention, training": {"PyTorch": 60e-6}, "add + LayerNorm, training": {"PyTorch": 10e-6}, "MLP, training": {"PyTorch": 99.5e-6},
+         "attention forward": {"PyTorch": 1e-6}})
+    row = fastest.find("attention training", 0, "half", size=64, tokens=65536, length=1024)
+    assert row.use == "reference" and row.note == "measured here: PyTorch 60.0 us, cudnn 100 us"
+    assert fastest.find("layer_norm", 0, "half", size=768, tokens=65536).use == "reference"
+    assert fastest.find("mlp", 0, "half", size=768, tokens=65536) is None       # a tie
+
+
+def test_without_a_difference_nothing_changes(gpu):
+    before = fastest.in_force().rows
+    listed, decided = gpu({})
+    assert len(decided) == len(listed) >= 12 and fastest.in_force().rows == before
+
+
+def test_what_is_wrong_or_was_not_reached_never_wins(gpu):
+    _, decided = gpu({"MLP forward": {}}, wrong={("MLP forward", "pointwise")})
+    found = next(contest for contest in decided if contest.title == "MLP forward")
+    assert found.failed == {"pointwise": "wrong"} and "pointwise" not in found.samples and found.winner == UNTUNED
+
+
+def test_every_tile_that_competes_can_be_launched():
+    """Powers of two that Triton takes, and warps that LayerNorm's backward has a number of programs for."""
+    for rows in (contests.FORWARD, contests.DQ, contests.DKDV, contests.HEAD, contests.MATMUL):
+        for row in rows:
+            assert all(size & (size - 1) == 0 and size >= 16 for size in row[:-2]) and row[-2] in (4, 8) and 1 <= row[-1] <= 5, row
+    assert attention_common.padded_head(64) == 64
