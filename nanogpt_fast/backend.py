@@ -98,7 +98,7 @@ def choose(op, candidates, model_choices=None, args=(), fastest=None):
     if not _tuned:
         load_tuned()
     wanted = (_local.choices or model_choices or _environment)[op]
-    reasons = []
+    reasons, row = [], None
     if wanted != "reference" and inside_torch_func():
         if wanted == "auto":
             notice("inside torch.func's transforms (grad, vmap, jvp, ...) the ops run on plain PyTorch: " + TORCH_FUNC)
@@ -124,7 +124,8 @@ def choose(op, candidates, model_choices=None, args=(), fastest=None):
     else:
         name = "reference"
     if _local.record is not None:
-        _local.record.append((op, wanted, name, ["asked for"] if wanted == "reference" else reasons))
+        remark = [row.note] if row is not None and name == row.use != "reference" and row.note else []
+        _local.record.append((op, wanted, name, ["asked for"] if wanted == "reference" else remark or reasons))
         return "reference"  # nothing is launched while recording
     if name != "reference" or wanted == "reference" or op in LIBRARY_OPS:
         return name

@@ -185,6 +185,7 @@ OPS = """
     from nanogpt_fast.ops import sample
     from nanogpt_fast.ops.hopper import attention as hopper_attention, mlp as hopper_mlp
     from nanogpt_fast.training.half_weights import HalfWeights
+    from nanogpt_fast.tuning import saved
     found = {}
     asked = os.environ["NANOGPT_FAST_ASKED"]
     try:
@@ -200,6 +201,7 @@ OPS = """
     with HalfWeights(model, training).in_use():
         rows = [list(row) for row in explain(model, dtype=training, return_logits=False)]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    found["tuned"] = saved.about(device == "cuda")
     with backend.recording() as record, torch.no_grad():
         generation.Session(model.eval(), 1, dtype)
         sample.implementation(torch.zeros(1, 8, device=device), backend=model.backend)
@@ -287,6 +289,8 @@ def _ops(ops):
         lines.insert(0, f"NANOGPT_FAST_BACKEND is invalid, so importing nanogpt_fast fails: {ops['environment']}")
     if "training" in ops:
         lines.append(f"  training in {ops['training']}")
+    if ops.get("tuned"):
+        lines.append(f"  tuned: {ops['tuned']}")
     names = {"reference": "plain PyTorch", "triton": "Triton kernel", "cpp": "C++/CUDA extension", "error": "nothing: raises"}
     return lines + [f"  {op:<14} {names.get(name, name):<19} {reason}".rstrip() for op, name, reason in ops["rows"]]
 

@@ -10,7 +10,7 @@ from ..model import GPT, Block
 class Row(NamedTuple):
     op: str
     implementation: str  # "triton", "cudnn", "cublas", "cpp", "reference", or "error" where backend='fused' would raise
-    reason: str          # why no faster one runs, or a remark; empty if the fastest runs
+    reason: str          # why no faster one runs, or what was measured; empty if there is nothing to say
 
 
 class Explanation(list):
@@ -42,6 +42,8 @@ def explain(model, *, dtype=None, tokens=8, return_logits=True):
     for op, wanted, name, reasons in record:
         if name == "reference" and wanted == "fused" and op not in backend.LIBRARY_OPS:
             name = "error"
+        if not reasons and device.type == "cuda" and name not in ("reference", "error"):
+            reasons = ["not measured on this card (`nanogpt-fast tune` does)"]
         if name == "triton" and backend.interpreted() and device.type == "cpu":
             reasons = ["runs in Triton's interpreter, which checks the kernel but is slow"]
         rows[op, name] = Row(op, name, "; ".join(reasons))

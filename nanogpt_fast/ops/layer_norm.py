@@ -112,7 +112,7 @@ def _triton_why_not(x, weight, bias, branch=None, out_dtype=None):
 
 def row_for(x, weight, bias, branch=None, out_dtype=None):
     C = x.shape[-1]
-    return fastest.find("layer_norm", fastest.device_number(x), fastest.column(autocast_dtype(x)), size=C, tokens=x.numel() // max(1, C))
+    return fastest.find("layer_norm", fastest.device_number(x), fastest.column(out_dtype or autocast_dtype(x)), size=C, tokens=x.numel() // max(1, C))
 
 
 CANDIDATES = (("triton", _triton_why_not), ("cpp", _cpu.why_not))  # fastest first; `explain` and `doctor` read it, too

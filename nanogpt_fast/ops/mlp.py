@@ -116,14 +116,17 @@ def _faster_forms(x, w_fc, b_fc, activation):
     if not x.is_cuda:
         return "pointwise", "pointwise"
     C = x.size(-1)
-    about = x.get_device(), fastest.column(autocast_dtype(x))
-    sizes = dict(size=C, tokens=x.numel() // max(1, C))
     without = () if _hopper_why_not(x, w_fc, activation) is None else ("hopper",)
-    row = fastest.find("mlp forward", *about, **sizes, without=without)
+    return listed_forms(x.get_device(), fastest.column(autocast_dtype(x)), C, x.numel() // max(1, C), b_fc is not None, without)
+
+
+def listed_forms(device, dtype, C, rows, bias, without):
+    """`_faster_forms` for rows (rows, C) on a device number, in a column of the table. without: forms that cannot run."""
+    row = fastest.find("mlp forward", device, dtype, size=C, tokens=rows, without=without)
     forward = "pointwise" if row is None else row.use
-    if forward == "pointwise" and b_fc is not None:
+    if forward == "pointwise" and bias:
         without = ("hopper",)       # its backward needs h with its bias
-    row = fastest.find("mlp backward", *about, **sizes, without=without)
+    row = fastest.find("mlp backward", device, dtype, size=C, tokens=rows, without=without)
     return forward, "pointwise" if row is None else row.use
 
 

@@ -3,6 +3,7 @@ import torch
 
 from .. import devices
 from ..checks.explanation import explain
+from ..tuning import saved
 from . import captured
 
 
@@ -34,4 +35,6 @@ def banner(o, step, dtype, compiled, not_captured, malloc, ranks, folder, tokens
         explanation = explain(model, dtype=dtype, return_logits=False)
     for i, line in enumerate(str(explanation).splitlines()):
         print(f"{'ops' if i == 0 else '':<7} {line}")
+    if (line := saved.about(device.type == "cuda")) is not None:
+        print(f"tuned   {line}")
     print(f"writes  {o.out_dir}", flush=True)

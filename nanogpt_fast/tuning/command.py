@@ -65,7 +65,7 @@ def main(argv):
             tried = trying.try_all(shape, listed, workers, start + max(TRYING * seconds, 30), shown.tried_one)
             decide(listed, tried, shape, end, decided, shown)
             tuned = fastest.in_force()
-            if measured_steps and any(contest.rows() for contest in decided):
+            if measured_steps and any(contest.winner != rules.UNTUNED for contest in decided):
                 steps = timing.steps_in_turns(functools.partial(step_of, config, shape, device), {"untuned": fastest.Table(fastest.SHIPPED), "tuned": tuned},
                                               10, shape.cuda, start + seconds)
     finally:
@@ -98,6 +98,7 @@ def decide(listed, tried, shape, until, decided, shown):
         left = until - time.monotonic()
         if left < 0:
             break
+        contest.begin()
         contest.failed = {label: why for label in contest.entries if (why := tried.get((contest.name, label), "not reached in time")) is not None}
         right = [label for label in contest.entries if label not in contest.failed]
         if rules.UNTUNED in contest.failed:
@@ -125,8 +126,8 @@ def summary(shown, decided, steps, file):
     lines = ["", text.get().rstrip()] if text.get() else [""]
     failed = [f"  {contest.title}: {label}: {why}" for contest in decided for label, why in contest.failed.items()]
     lines += ["Not timed:", *failed] if failed else []
-    rows = sum(len(contest.rows()) for contest in decided)
-    lines.append(f"{rows} choices were changed, in {file}; `auto` takes them from now on (NANOGPT_FAST_TUNED=off: without)" if rows else
+    changed = sum(contest.winner != rules.UNTUNED for contest in decided)
+    lines.append(f"{changed} choices were changed, in {file}; `auto` takes them from now on (NANOGPT_FAST_TUNED=off: without)" if changed else
                  f"Nothing was clearly faster than what runs already; the samples are in {file}")
     if all(steps.values()) and steps:
         untuned, tuned = (statistics.median(steps[name]) for name in ("untuned", "tuned"))

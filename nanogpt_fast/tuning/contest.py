@@ -31,7 +31,9 @@ class Contest:
     expected: Callable
     entries: dict
     dtype: torch.dtype              # in which it computes
-    now: str = ""                   # what UNTUNED is
+    current: Callable = lambda: ""  # the label of what UNTUNED is at the moment
+    now: str = ""                   # that, when the contest began
+    kept: tuple = ()                # the Rows of the entry that says so, for `explain`
     calls: int = 1                  # of this work in a training step
     never: frozenset = frozenset()  # labels shown beside the others that cannot win here
     samples: dict = field(default_factory=dict)     # {label: [seconds]}
@@ -40,6 +42,11 @@ class Contest:
 
     def __post_init__(self):
         self.entries = {UNTUNED: (), **self.entries}
+
+    def begin(self):
+        """Find out what UNTUNED is, with what was decided so far: an entry that says the same is left out."""
+        self.now = self.current()
+        self.kept = self.entries.pop(self.now, ()) if self.now not in self.never else ()
 
     @property
     def medians(self):
@@ -72,12 +79,12 @@ class Contest:
         return self.now or label if label == UNTUNED else label
 
     def rows(self):
-        """The winner's Rows, with what was measured; none where nothing beat what is in force."""
-        if self.winner == UNTUNED:
+        """The winner's Rows, with what was measured."""
+        if not self.medians:
             return []
         second = "" if self.runner_up is None else f", {self.named(self.runner_up[0])} {microseconds(self.runner_up[1])}"
-        note = f"measured here: {self.winner} {microseconds(self.medians[self.winner])}{second}"
-        return [row._replace(basis="measured", note=note) for row in self.entries[self.winner]]
+        note = f"measured here: {self.named(self.winner)} {microseconds(self.medians[self.winner])}{second}"
+        return [row._replace(basis="measured", note=note) for row in (self.kept if self.winner == UNTUNED else self.entries[self.winner])]
 
     def record(self):
         """For the file."""

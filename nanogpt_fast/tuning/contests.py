@@ -69,15 +69,15 @@ def contests(shape):
     return [*_attention(shape), *_layer_norm(shape), *_mlp(shape), *_loss(shape)]
 
 
-def implementations(op, module, args, what, where, wanted=None, candidates=None):
-    """{now, entries} for a Contest: an entry for each implementation of an op that can run with these arguments, and plain PyTorch."""
-    candidates = candidates or module.CANDIDATES
-    with backend.recording() as record:
-        backend.choose(op, candidates, AUTO, args, module.row_for)
-    now = record[0][2]
-    able = [name for name, why_not in (*candidates, *backend.own[op].items()) if why_not(*args) is None]
+def implementations(op, module, args, what, where, wanted=None):
+    """{current, entries} for a Contest: an entry for each implementation of an op that can run with these arguments, and plain PyTorch."""
+    def current():
+        with backend.recording() as record:
+            backend.choose(op, module.CANDIDATES, AUTO, args, module.row_for)
+        return labels.get(record[0][2], record[0][2])
+    able = [name for name, why_not in (*module.CANDIDATES, *backend.own[op].items()) if why_not(*args) is None]
     labels = {name: name for name in able if wanted is None or name in wanted} | {"reference": PYTORCH}
-    return dict(now=labels.pop(now, now), entries={label: (Row(what, name, **where),) for name, label in labels.items()})
+    return dict(current=current, entries={label: (Row(what, name, **where),) for name, label in labels.items()})
 
 
 def graph(forward, leaves, gradient):
@@ -111,11 +111,17 @@ def _draw(dtype, device, *size, scale=1.0, grad=True):
 
 
 def _tiles(what, listed, shape, where, also=()):
-    """{now, entries}: an entry for each tile that is not in force already. also: rows that every entry has."""
+    """{current, entries}: an entry for each tile. also: rows that every entry has, without which it is not what runs now."""
     middle = lambda limits: 0 if limits == fastest.ANY else sum(limits) // 2
-    now = fastest.find(what, shape.number, where["dtype"], size=where["size"][0], tokens=middle(where["tokens"]), length=middle(where["length"]))
-    now = None if now is None else now.tile
-    return dict(now=str(now), entries={str(tile): (Row(what, tile=tile, **where), *also) for tile in listed if tile != now})
+
+    def found(row, limits):
+        return fastest.find(row.what, shape.number, row.dtype, size=limits["size"][0], tokens=middle(limits["tokens"]), length=middle(limits["length"]))
+
+    def current():
+        others = all((now := found(row, where)) is not None and now.use == row.use for row in also)
+        now = found(Row(what, dtype=where["dtype"]), where)
+        return str(now.tile) if others and now is not None else ""
+    return dict(current=current, entries={str(tile): (Row(what, tile=tile, **where), *also) for tile in listed})
 
 
 # -------------------------------------------------------------------------------------------------------------------- attention
@@ -145,7 +151,7 @@ def _attention(shape):
     backwards = dict(run=graph(forward, ["qkv"], "do"), expected=graph(plain, ["qkv"], "do"), **both)
     whole = [Row("attention training", "triton", **where)]
     peer = {PYTORCH: (Row("attention training", "reference", **where),)}
-    args = (_draw(shape.dtype, shape.device, 1, 2, 3 * C), shape.dtype, D, None, AUTO, p)
+    args = (_draw(shape.dtype, shape.device, 1, 1, 3 * C).expand(B, T, -1), shape.dtype, D, None, AUTO, p)
     if shape.cuda and attention._why_not(*args) is None:
         listed = lambda rows: [Tile(M, N, 0, warps, stages) for M, N, warps, stages in rows]
         tiles = _tiles("attention forward tile", listed(FORWARD), shape, where, whole)
@@ -159,7 +165,8 @@ def _attention(shape):
             yield Contest(f"attention {title}: {name}", f"attention {title}", **tiles, **backwards)
         entries = {"split": (split,), "hopper": (Row("attention backward", "hopper", **where),)}
         entries |= {f"head {tile}": (Row("attention head tile", tile=tile, **where), Row("attention backward", "head", **where)) for tile in listed(HEAD)}
-        yield Contest(f"attention backward: {name}", "attention backward", entries=entries | peer, never=frozenset((PYTORCH,)), **backwards)
+        current = lambda: attention._backward_form(args[0], D, None, p, B, T) or ""
+        yield Contest(f"attention backward: {name}", "attention backward", current=current, entries=entries | peer, never=frozenset((PYTORCH,)), **backwards)
     yield Contest(f"attention training: {name}", "attention, training", run=together(forward, ["qkv"], "do"),
                   expected=together(plain, ["qkv"], "do"), **implementations("attention", attention, args, "attention training", where), **both)
 
@@ -187,9 +194,9 @@ def _layer_norm(shape):
         for pass_, run in (("forward", forward_only), ("backward", lambda f: graph(f, leaves, "dy"))):
             tiles = [Tile(M, num_warps=warps) for M, warps in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (4, 1), (4, 4), (8, 1))]
             yield Contest(f"layer_norm {pass_}: {name}", f"add + LayerNorm {pass_}", run=run(forward), expected=run(plain),
-                          **_tiles(f"layer_norm {pass_} tile", tiles, shape, where), **both)
-    x, branch, weight, bias = (make()[name] for name in leaves)
-    entries = implementations("layer_norm", layer_norm, (x[:2], weight, bias, branch[:2], shape.dtype), "layer_norm", where)
+                          **_tiles(f"layer_norm {pass_} tile", tiles, shape, {**where, "dtype": ""}), **both)
+    row, weight = _draw(shape.dtype, shape.device, 1, C).expand(rows, C), _draw(torch.float32, shape.device, C)
+    entries = implementations("layer_norm", layer_norm, (row.float(), weight, weight if shape.bias else None, row, shape.dtype), "layer_norm", where)
     yield Contest(f"layer_norm training: {name}", "add + LayerNorm, training", run=together(forward, leaves, "dy"), expected=together(plain, leaves, "dy"),
                   **entries, **both)
 
@@ -219,7 +226,7 @@ def _mlp(shape):
     name = f"{rows} rows of {C}, {str(shape.dtype)[6:]}"
     both = dict(make=make, dtype=shape.dtype, calls=shape.layers)
     given = make()
-    args = [given["x"][:2], *(given[name] for name in leaves[1:])]
+    args = [given[name] for name in leaves]
     if shape.cuda and mlp._triton_why_not(*args) is None:
         for pass_, run in (("forward", forward_only), ("backward", lambda f: graph(f, leaves, "dy"))):
             form = lambda use: Row(f"mlp {pass_}", use, **where)
@@ -227,13 +234,18 @@ def _mlp(shape):
             entries |= {f"epilogue {tile}": (Row(f"mlp {pass_} tile", tile=tile, **inner), form("epilogue")) for tile in map(Tile._make, MATMUL)}
             if mlp._hopper_why_not(args[0], args[1], "gelu") is not None:
                 del entries["hopper"]
-            yield Contest(f"mlp {pass_}: {name}", f"MLP {pass_}", run=run(forward), expected=run(plain), entries=entries, **both)
+            current = functools.partial(_form, shape, pass_ == "backward", () if "hopper" in entries else ("hopper",))
+            yield Contest(f"mlp {pass_}: {name}", f"MLP {pass_}", run=run(forward), expected=run(plain), current=current, entries=entries, **both)
     if not shape.cuda:      # there the op is two Linears of the trainer's, with copies of their weights
         yield from _linear(shape)
     entries = implementations("mlp", mlp, args, "mlp", where, None if shape.cuda else backend.own["mlp"])
-    if entries["entries"]:
+    if len(entries["entries"]) > 1:
         yield Contest(f"mlp training: {name}", "MLP, training", run=together(forward, leaves, "dy"), expected=together(plain, leaves, "dy"),
                       **entries, **both)
+
+
+def _form(shape, backward, without):
+    return mlp.listed_forms(shape.number, fastest.column(shape.dtype), shape.C, shape.tokens, shape.bias, without)[backward]
 
 
 def _linear(shape):
@@ -254,7 +266,7 @@ def _linear(shape):
         where = shape.where(inputs)
         given = make()
         entries = implementations("linear", linear, (given["weight"], given["copy"]), "linear", where)
-        if entries["entries"]:
+        if len(entries["entries"]) > 1:
             yield Contest(f"linear training: {rows} rows of {inputs} to {outputs}, {str(shape.dtype)[6:]}", f"Linear of {inputs} inputs", make=make,
                           run=together(forward, ["x", "weight"], "dy"), expected=together(plain, ["x", "weight"], "dy"), dtype=shape.dtype,
                           calls=shape.layers, **entries)
@@ -282,7 +294,7 @@ def _loss(shape):
     name, leaves = f"{rows} rows of {C}, {V} tokens, {str(shape.dtype)[6:]}", ["x", "weight"]
     both = dict(make=make, dtype=shape.dtype, run=together(forward, leaves, None), expected=together(plain, leaves, None))
     given = make()
-    args = given["x"][:2], given["weight"], given["targets"][:2], False
+    args = given["x"], given["weight"], given["targets"], False
     if shape.cuda and cross_entropy._triton_why_not(*args) is None:
         tiles = [Tile(0, N, 0, warps) for N, warps in LOSS if N <= 2 * V]
         anywhere = {**where, "dtype": ""}

@@ -85,6 +85,19 @@ def load():
             for card, machine in stale.items() if machine is not None]
 
 
+def about(cuda):
+    """One line on what was measured on this machine's CPU, or on its first GPU; None where nobody would expect any."""
+    card = torch.cuda.get_device_name() if cuda else fastest.cpu_name()
+    try:
+        machines = read(path()) if path() is not None else []
+    except (OSError, ValueError):
+        machines = []           # `load` says what is wrong
+    for machine in machines:
+        if (machine["card"], machine["versions"]) == (card, versions(cuda)):
+            return f"{len(machine['contests'])} ops and kernels were measured on this {'card' if cuda else 'CPU'} ({path()})"
+    return "nothing was measured on this card; `nanogpt-fast tune` takes two minutes" if cuda and path() is not None else None
+
+
 def _changed(machine):
     now, then = versions(machine["cuda"]), machine["versions"]
     return ", ".join(f"{name} {then.get(name, 'none')}, now {now.get(name, 'none')}" for name in now | then if now.get(name) != then.get(name))

@@ -9,8 +9,7 @@ import cards
 import harness
 import pytest
 import torch
-from harness import (assert_close_to_oracle, assert_fault_is_seen, assert_grid_order_is_free, guarded_outputs, pairwise,
-                     same_bits, with_nan_margins)
+from harness import assert_close_to_oracle, assert_fault_is_seen, assert_grid_order_is_free, guarded_outputs, pairwise, same_bits, with_nan_margins
 from hypothesis import HealthCheck, given, settings, strategies as st
 from nanogpt_fast.kernels import attention_backward, attention_common, attention_forward, dropout, fastest
 from nanogpt_fast.kernels.fastest import Tile
@@ -193,9 +192,7 @@ def test_a_head_size_of_256_is_right(dtype):
 def test_the_tables_own_tiles_are_right():
     """Above, small tiles stand in for the tables': here one shape with each row of this GPU's, in the interpreter of sm_90's."""
     arch = fastest.place(torch.empty(0, device=harness.DEVICE).get_device())[0]
-    tables = {name: {row.size[1]: row.tile for row in fastest.shipped(f"attention {name} tile", arch, "half")}
-              for name in ("forward", "dq", "dkdv", "head")}
-    split = {name: tables[name] for name in ("dq", "dkdv")}
+    tables = {name: {row.size[1]: row.tile for row in fastest.shipped(f"attention {name} tile", arch, "half")} for name in ("forward", "dq", "dkdv", "head")}
     for name, rows in tables.items():
         for HEAD, tile in rows.items():
             if HEAD > 64 and not ON_GPU:
@@ -206,7 +203,7 @@ def test_the_tables_own_tiles_are_right():
             assert_close_to_oracle(out.transpose(1, 2), oracle["out"], plain["out"], "forward", what=f"out, {tile}")
             if name != "forward":
                 form = "head" if name == "head" else "split"
-                others = TILES or {half: table[HEAD] for half, table in split.items()}
+                others = TILES or {half: tables[half][HEAD] for half in ("dq", "dkdv")}
                 gradients = problem.backward(out, lse, form, others | {name: tile})
                 for gradient, d in zip(gradients, ("dq", "dk", "dv"), strict=True):
                     assert_close_to_oracle(gradient, oracle[d], plain[d], "gradient", what=f"{d}, {name} {tile}")
@@ -491,8 +488,7 @@ def test_the_head_form_is_taken_where_heads_fill_the_card_and_its_working_set_st
         for module in (attention_backward, attention_common):
             monkeypatch.setattr(module, "machine", lambda device: machine)
     on(80, 108, 40 * 2**20)
-    about = lambda D: (bf16, D, False, -1)
-    form = lambda B, T, D: attention_backward.programs(*about(D), *attention_backward.tiles_for(*about(D), B * T, T)).form(12 * B, T)
+    form = lambda B, T, D: attention_backward.programs(*(of := (bf16, D, False, -1)), *attention_backward.tiles_for(*of, B * T, T)).form(12 * B, T)
     assert form(64, 1024, 64) == "head" and form(9, 1024, 64) == "head"
     assert form(8, 1024, 64) == "split"         # 96 heads, 108 multiprocessors
     assert form(64, 4096, 64) == "split"        # 2 MB a head

@@ -34,7 +34,9 @@ def test_the_clearly_fastest_wins():
 
 def test_a_tie_keeps_what_runs():
     samples = {UNTUNED: noisy(100e-6, 0.02, 0), "other": noisy(99.5e-6, 0.02, 1)}
-    assert contest(samples).winner == UNTUNED and contest(samples).rows() == []
+    assert contest(samples).winner == UNTUNED and contest(samples).rows() == [] and contest(samples).gain == 0
+    kept, = contest(samples, now="cpp", kept=(Row("mlp", "cpp"),)).rows()
+    assert kept.use == "cpp" and kept.note.startswith("measured here: cpp 1") and ", other " in kept.note
     exact = {UNTUNED: [100e-6] * 15, "other": [99.5e-6] * 15}        # no noise, and no gain worth a row
     assert contest(exact).winner == UNTUNED
     assert contest({UNTUNED: [100e-6] * 15, "other": [98e-6] * 15}).winner == "other"
