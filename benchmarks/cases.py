@@ -100,6 +100,11 @@ def compiled(function, mode=None):
     return lazily(lambda: torch.compile(function, mode=mode, fullgraph=True, dynamic=False))
 
 
+def own(op, call):
+    """{name: function of the inputs} for the kernels that somebody registered. call(inputs, backend=choices)."""
+    return {name: functools.partial(call, backend=ops_backend.parse({op: name})) for name in ops_backend.own[op]}
+
+
 # max-autotune without CUDA graphs: with them, a call copies its inputs into the graph's own, and that would be timed as well.
 AUTOTUNE = "max-autotune-no-cudagraphs"
 
@@ -151,7 +156,8 @@ def attention_case(B, T, H, D, dtype, direction, sweep=""):
         "our kernel": lambda t: attention.causal_attention_qkvpacked(t["qkv"], H, backend=FUSED),
         "eager": plain, "compile": compiled(plain), "compile max-autotune": compiled(plain, AUTOTUNE),
         "SDPA flash": by(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": by(SDPBackend.CUDNN_ATTENTION),
-        "SDPA efficient": by(SDPBackend.EFFICIENT_ATTENTION), "FlexAttention": flex, "flash-attn": flash_attn}
+        "SDPA efficient": by(SDPBackend.EFFICIENT_ATTENTION), "FlexAttention": flex, "flash-attn": flash_attn,
+        **own("attention", lambda t, backend: attention.causal_attention_qkvpacked(t["qkv"], H, backend=backend))}
     return Case("attention", dict(B=B, T=T, H=H, D=D), dtype, direction, moved, flops,
                 lambda device: {"qkv": randn(device, dtype, B, T, 3 * C, grad=grad)}, implementations, sweep=sweep)
 
@@ -230,7 +236,8 @@ def layer_norm_case(rows, C, dtype, direction, sweep=""):
     moved = rows * C * (4 + size + 4 + size + (size + 4 + 4 + size if grad else 0))
     return Case("add + LayerNorm", dict(rows=rows, C=C), dtype, direction, moved, 0, make,
                 {"ours": lambda t: layer_norm.add_layer_norm(**t, out_dtype=dtype, backend=AUTO), "eager": plain,
-                 "compile": compiled(plain), "compile max-autotune": compiled(plain, AUTOTUNE), "Liger": liger, "quack": quack},
+                 "compile": compiled(plain), "compile max-autotune": compiled(plain, AUTOTUNE), "Liger": liger, "quack": quack,
+                 **own("layer_norm", lambda t, backend: layer_norm.add_layer_norm(**t, out_dtype=dtype, backend=backend))},
                 differentiate=1, sweep=sweep)
 
 
@@ -255,7 +262,8 @@ def mlp_case(rows, C, dtype, direction, sweep=""):
     return Case("GELU-MLP", dict(rows=rows, C=C), dtype, direction, moved, 16 * rows * C * C * (3 if grad else 1), make,
                 {"ours": lambda t: mlp.gelu_mlp(**t, backend=AUTO), "ours epilogue": form("epilogue"),
                  "ours pointwise": form("pointwise"), "ours hopper": form("hopper"), "eager": plain, "compile": compiled(plain),
-                 "compile max-autotune": compiled(plain, AUTOTUNE)}, sweep=sweep)
+                 "compile max-autotune": compiled(plain, AUTOTUNE), **own("mlp", lambda t, backend: mlp.gelu_mlp(**t, backend=backend))},
+                sweep=sweep)
 
 
 def cross_entropy_case(rows, C, V, dtype, direction, sweep=""):
@@ -287,7 +295,8 @@ def cross_entropy_case(rows, C, V, dtype, direction, sweep=""):
 
     moved = size * ((rows * C + V * C) * (2 if grad else 1)) + 8 * rows
     implementations = {"ours": our(False), "ours with logits": our(True), "eager": plain, "compile": compiled(plain),
-                       "compile max-autotune": compiled(plain, AUTOTUNE), "Liger": liger, "quack": quack}
+                       "compile max-autotune": compiled(plain, AUTOTUNE), "Liger": liger, "quack": quack,
+                       **own("cross_entropy", lambda t, backend: cross_entropy.linear_cross_entropy(**t, return_logits=False, backend=backend)[0])}
     if hasattr(F, "linear_cross_entropy"):
         implementations["F.linear_cross_entropy"] = chunked_by_torch
     flops = 2 * rows * C * V * (3 if grad else 1)
@@ -336,7 +345,9 @@ def sample_case(rows, V, dtype, sweep=""):
 
 
 def cases(device_type, quick=False):
-    """All cases for "cuda" or "cpu", those of GPT-2 124M first; quick: tiny shapes, one an op, to try the machinery."""
+    """All cases for "cuda" or "cpu", those of GPT-2 124M first; quick: tiny shapes, one an op, to try the machinery. Kernels of one's own
+    (NANOGPT_FAST_KERNELS) are rows beside ours."""
+    ops_backend.load_local()
     if quick:
         f32 = torch.float32
         return [attention_case(1, 16, 2, 8, f32, BOTH), separate_attention_case(1, 16, 2, 8, f32, BOTH), decode_case(2, 16, 2, 8, f32), layer_norm_case(8, 32, f32, BOTH),

@@ -96,7 +96,7 @@ def choose(op, candidates, model_choices=None, args=(), fastest=None):
     (kernels/fastest.py) whose implementation `auto` tries first, or None. Raises RuntimeError under "fused" if none can run.
     """
     if not _tuned:
-        load_tuned()
+        load_local()
     wanted = (_local.choices or model_choices or _environment)[op]
     reasons, row = [], None
     if wanted != "reference" and inside_torch_func():
@@ -140,11 +140,12 @@ def choose(op, candidates, model_choices=None, args=(), fastest=None):
 
 
 before_first_choice = []    # functions: ops/registered.py's, which runs files that register kernels
-_tuned = False      # whether the file of `nanogpt-fast tune` was looked for
+_tuned = False      # whether `load_local` ran
 
 
-def load_tuned():
-    """Put what was measured on this machine into force, once per process, before the first choice."""
+def load_local():
+    """Register the kernels of one's own that are named, and put what was measured on this machine into force: once per process, before the
+    first choice."""
     global _tuned
     if not _tuned:
         _tuned = True
@@ -155,7 +156,7 @@ def load_tuned():
             notice(message)
 
 
-load_tuned._dynamo_marked_constant = True       # see triton_import_error below
+load_local._dynamo_marked_constant = True       # see triton_import_error below
 
 
 TORCH_FUNC = "the kernels have no rules for its transforms"

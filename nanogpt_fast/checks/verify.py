@@ -116,6 +116,7 @@ def _triton_version():
 
 def check(device, quick, only=()):
     """Yields each row as soon as it is known. only: names of ops, and "gpt"; empty means all."""
+    _backend.load_local()
     for case in cases(device, quick):
         if not only or case.op in only:
             for name, dtype in itertools.product(implementations(case.op, device), DTYPES):

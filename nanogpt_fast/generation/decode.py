@@ -21,8 +21,8 @@ MAX_ROWS = 16  # csrc/decode/decode.h; with more rows PyTorch's matmuls are as f
 #   the step made of ops                          559    587    592    730    879  1,178
 #
 # 2 and 3 rows lie in between: about 320 and 400 us with decode.py, 350 and 360 with decode_rows.py. Tensor cores need half precision.
+# So say the rows "decode form" of kernels/fastest.json, and those that `nanogpt-fast tune` measured.
 MAX_ROWS_MATVEC = 4                 # of decode.py, if tensor cores cannot be used
-MAX_ROWS_BEFORE_TENSOR_CORES = 2    # of decode.py, if they can
 MAX_ROWS_TENSOR_CORES = 16          # of decode_rows.py
 LARGEST_C_TENSOR_CORES = 2048
 LARGEST_K = 8192  # inputs of a matrix (kernels/decode.py)
@@ -34,7 +34,7 @@ MISSING = extension.lacks("Decoder")
 def decoder(session):
     """The native decoder of a generation.Session, or None to build the step from ops. It holds addresses: keep the session alive."""
     device = session.device.type
-    if device not in ("cpu", "cuda") or device == "cuda" and session.rows > max_rows_triton(session):
+    if device not in ("cpu", "cuda") or device == "cuda" and form(session) == "ops":
         return None  # nothing to warn about: with many rows the ops, which are kernels too, are faster
     name = _backend.choose("decode", CANDIDATES, session.choices, (session,), row_for)
     if name == "reference":
@@ -43,9 +43,8 @@ def decoder(session):
         from ..kernels import decode as kernels, decode_rows
         layers = [kernels.Layer(layer.ln_1, layer.c_attn, layer.c_proj, layer.ln_2, layer.c_fc, layer.mlp_proj,
                                 *session.cache[i], layer.activation) for i, layer in enumerate(session.layers)]
-        few = MAX_ROWS_BEFORE_TENSOR_CORES if tensor_cores_serve(session) else MAX_ROWS_MATVEC
-        form = kernels.Decoder if session.rows <= few else decode_rows.RowsDecoder
-        return form(session.wte, session.wpe, session.ln_f, session.head, layers)
+        decoder = decode_rows.RowsDecoder if form(session) == "tensor cores" else kernels.Decoder
+        return decoder(session.wte, session.wpe, session.ln_f, session.head, layers)
     layers = []
     for i, layer in enumerate(session.layers):
         tensors = (*layer.ln_1, *layer.ln_2, *layer.c_attn, *layer.c_proj, *layer.c_fc, *layer.mlp_proj, *session.cache[i])
@@ -66,6 +65,14 @@ def step(native, token, position, vocab, isa="", out=None):
     logits = token.new_empty((token.size(0), vocab), dtype=torch.float32) if out is None else out
     native.step(token.data_ptr(), position.data_ptr(), logits.data_ptr(), torch.get_num_threads(), isa)
     return logits
+
+
+def form(session):
+    """Who decodes on a GPU: "matvec" (kernels/decode.py), "tensor cores" (kernels/decode_rows.py) or "ops"."""
+    without = () if tensor_cores_serve(session) else ("tensor cores",)
+    row = fastest.find("decode form", session.wte.get_device(), fastest.column(session.dtype), size=session.wte.size(1), tokens=session.rows,
+                       without=without)
+    return "ops" if row is None or session.rows > max_rows_triton(session) else row.use
 
 
 def tensor_cores_serve(session):

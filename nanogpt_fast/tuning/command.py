@@ -46,7 +46,7 @@ def main(argv):
     o = options.parse(TuneOptions, argv, "nanogpt-fast tune")
     file = o.out or saved.path() or saved.default()
     os.environ["NANOGPT_FAST_TUNED"] = "off"        # here and in the processes that try entries, what was measured before decides nothing
-    backend.load_tuned()
+    backend.load_local()
     before = fastest.install()
     device = devices.choose_device(o.device)
     config, dtype, shape = shape_of(o, device)

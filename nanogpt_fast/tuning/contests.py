@@ -359,7 +359,11 @@ def _decode(shape):
     model = make()["model"]
     session = Session(model, shape.rows, shape.dtype)
     able = [name for name, why_not in decode.CANDIDATES if why_not(session) is None]
-    if shape.cuda and "triton" in able and type(session.native).__name__ == "Decoder":
+    if shape.cuda and "triton" in able:
+        forms = ["matvec"] * (shape.rows <= decode.MAX_ROWS_MATVEC) + ["tensor cores"] * decode.tensor_cores_serve(session) + ["ops"]
+        yield Contest(f"decode form: {name}", "decoding, form", current=lambda: decode.form(session),
+                      entries={form: (Row("decode form", form, **where),) for form in forms}, **both)
+    if shape.cuda and "triton" in able and decode.form(session) == "matvec":
         for kernels, widths in (("norm", (C,)), ("combine", (C,)), ("add", (F,))):
             tiles = [Tile(0, N, 0, warps) for N in (1, 2, 4, 8, 16) for warps in (1, 2, 4, 8)]
             limits = {**shape.where(widths[0]), "dtype": ""}

@@ -17,7 +17,7 @@ class Screen:
         self.console = Console(highlight=False)
         if not self.console.is_terminal:
             self.console.width = 160
-        self.tried = {contest.name: 0 for contest in contests}
+        self.tried, self.entries = {contest.name: 0 for contest in contests}, {contest.name: len(contest.entries) for contest in contests}
         self.live = Live(console=self.console, get_renderable=self.table, refresh_per_second=4) if self.console.is_terminal else None
 
     def __enter__(self):
@@ -45,7 +45,7 @@ class Screen:
             table.add_column(name, justify="right" if name in ("time", "gain", "PyTorch") else "left", no_wrap=True)
         for contest in self.contests:
             what, *rest = cells(contest)
-            table.add_row(what, f"{self.tried[contest.name]}/{len(contest.entries)}", *rest)
+            table.add_row(what, f"{self.tried[contest.name]}/{self.entries[contest.name]}", *rest)
         return table
 
 
