@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .devices import choose_device
-from .files import replacing
+from .files import refuse_special, replacing
 from .text import tokenizers
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -370,6 +370,7 @@ def save_checkpoint(path, model, tokenizer=None):
 
 def is_checkpoint(path):
     """True if `path` is a readable torch file that holds a model of this file."""
+    refuse_special(path)
     try:
         checkpoint = torch.load(path, map_location="meta", weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError):  # torch reads a truncated file as an OSError, too
@@ -385,6 +386,7 @@ def load_checkpoint(path, device="auto"):
     Raises FileNotFoundError, and ValueError if the file is damaged or holds something else.
     """
     device = choose_device(device)
+    refuse_special(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = CLASSES[checkpoint["classic"]](ClassicConfig(**checkpoint["config"]))

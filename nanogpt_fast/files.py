@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from pathlib import Path
 
 try:
@@ -81,6 +82,18 @@ def _sync(folder):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def refuse_special(path, pipes=False):
+    """Raise ValueError if `path` is a device, a socket or, unless `pipes`, a named pipe; to be called before such a path is opened.
+
+    Opening a named pipe waits for its writer, perhaps for ever, and /dev/zero never ends. Raises FileNotFoundError too.
+    """
+    mode = os.stat(path).st_mode
+    kind = ("a named pipe" if stat.S_ISFIFO(mode) and not pipes else "a device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else
+            "a socket" if stat.S_ISSOCK(mode) else None)
+    if kind is not None:
+        raise ValueError(f"{path} is {kind}, not a file: reading it might never end. Copy what it holds to a file, and name that one")
 
 
 def lock(file):

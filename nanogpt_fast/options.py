@@ -27,6 +27,8 @@ import types
 import typing
 from ast import literal_eval
 
+from nanogpt_fast.files import refuse_special
+
 
 def option(default, help, *, minimum=None, maximum=None, above=None, below=None, choices=None, alias=None, section=None,
            positional=False):
@@ -150,6 +152,7 @@ def nearest(name, names):
 def _run_config(path, values, kinds):
     """Run a config file with the options as its globals, and update `values` with what it set; returns the names that it set."""
     try:
+        refuse_special(path, pipes=True)  # a shell's <(...) is one
         with open(path, encoding="utf-8") as file:
             source = file.read()
     except FileNotFoundError:

@@ -111,7 +111,9 @@ def test_training_options_that_cannot_be_are_one_line(tmp_path, monkeypatch, cap
     ("meta.pkl", lambda whole: whole[:40], "meta.pkl: neither a tokenizer's JSON nor a readable meta.pkl"),
     ("meta.pkl", lambda whole: b"cos\nsystem\n(S'true'\ntR.", "meta.pkl: refused: it imports os.system"),
     ("train.bin", lambda whole: whole[:-1], "train.bin is 2,321 bytes long, which is not a whole number of 16-bit tokens"),
-    ("train.bin", lambda whole: b"\x00\x01" * len(whole), "train.bin holds token 256 at position"),
+    ("train.bin", lambda whole: b"\x00\x01" * len(whole), "train.bin holds token 256 at position 0"),
+    ("train.bin", lambda whole: whole[:-2] + b"\x00\x01", "train.bin holds token 256 at position 1160"),
+    ("val.bin", lambda whole: whole[:-2] + b"\x00\x01", "val.bin holds token 256 at position 128"),
 ])
 def test_training_on_damaged_data_is_one_line(tmp_path, monkeypatch, capsys, name, damage, message):
     monkeypatch.chdir(tmp_path)
@@ -120,6 +122,7 @@ def test_training_on_damaged_data_is_one_line(tmp_path, monkeypatch, capsys, nam
     path = tmp_path / "data/my" / name
     path.write_bytes(damage(path.read_bytes()))
     assert cli.main(["train", "--data=my", *TINY, "--block_size=8"]) == 2
+    assert not (tmp_path / "out/metrics.jsonl").exists()      # before the run begins
     err = capsys.readouterr().err
     assert message in err and err.count("nanogpt-fast train: ") == 1 and "Traceback" not in err
 

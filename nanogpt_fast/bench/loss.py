@@ -36,6 +36,7 @@ def run(o, device, dtype):
     """The command `bench loss`: the sides train in turns of eval_interval steps, each against its own clock."""
     from ..text import prepare
     from ..text.batches import Batches
+    from ..text.tokens import TokenCheck
     folder = prepare.find(o.data, o.data_dir)
     vocabulary = prepare.load_tokenizer(folder).vocab_size
     config, B = shape_of(o.model, device, dropout=0.0, vocab_size=vocabulary)  # without dropout the two losses can be compared
@@ -46,6 +47,9 @@ def run(o, device, dtype):
             "ours": Variant(logits=False, bf16=bf16)}     # as `nanogpt-fast train` runs it
     schedule = LossSchedule(learning_rate=o.learning_rate, min_lr=o.learning_rate / 10, warmup_iters=o.steps // 20,
                             lr_decay_iters=o.steps)
+
+    with contextlib.closing(TokenCheck(folder, vocabulary, config["block_size"])) as check:
+        check.wait()        # before the clock runs
 
     def batches(split, seed):
         return Batches(folder, split, B, config["block_size"], device=device, generator=torch.Generator().manual_seed(seed))

@@ -3,6 +3,7 @@
 Five rungs, each adding one idea, and what each idea is worth: one table (parameters, steps, time, losses), one plot, and a sample of
 text from each model. The GPT, the last rung, is saved as nanoGPT's ckpt.pt, for `nanogpt-fast chat`.
 """
+import contextlib
 import json
 import math
 import platform
@@ -17,7 +18,7 @@ from ..checkpoints import convert
 from ..files import replacing
 from ..options import option
 from ..text import prepare
-from ..text.batches import open_tokens
+from ..text.tokens import TokenCheck, open_tokens
 
 # The best of a few, a factor of 3 apart, after 300 steps with the default settings (1,000 for the bigram); the GPT's was not tuned.
 # The smaller the model, the further each weight has to travel: every entry of the bigram's table has to find its own value.
@@ -54,6 +55,8 @@ def main(argv):
     device = devices.choose_device(o.device)
     folder = prepare.find(o.data, o.data_dir)
     tokenizer = prepare.load_tokenizer(folder)
+    with contextlib.closing(TokenCheck(folder, tokenizer.vocab_size, o.block_size)) as check:
+        check.wait()
     train_data, val_data = (torch.from_numpy(open_tokens(folder / f"{split}.bin", o.block_size).astype("int64"))
                             for split in ("train", "val"))
     if tokenizer.vocab_size > 8192:

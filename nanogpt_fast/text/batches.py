@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from nanogpt_fast.text.tokens import bad_id, open_tokens
+
 
 class Batches:
     """Random windows of one split of a data folder, drawn as nanoGPT draws them.
@@ -107,28 +109,8 @@ class Batches:
         windows = self.tokens[offsets[:, None] + np.arange(self.block_size + 1)]  # (B, T + 1) uint16
         if self.vocab_size is not None and windows.max() >= self.vocab_size:
             b, t = np.argwhere(windows >= self.vocab_size)[0]
-            raise ValueError(f"{self.path} holds token {windows[b, t]} at position {offsets[b] + t}, outside the model's "
-                             f"vocabulary of {self.vocab_size}: the data was prepared with another tokenizer")
+            raise bad_id(self.path, windows[b, t], offsets[b] + t, self.vocab_size)
         xy = torch.empty(2, self.batch_size, self.block_size, dtype=torch.int64) if target is None else target
         xy.numpy()[0] = windows[:, :-1]
         xy.numpy()[1] = windows[:, 1:]
         return xy, copied
-
-
-def open_tokens(path, block_size=0):
-    """The tokens of a .bin file, memory-mapped: (N,) uint16, little-endian. Raises FileNotFoundError, ValueError.
-
-    Only the pages that batches touch are read. The mapping keeps its file alive, so preparing the data again does not disturb a
-    running job.
-    """
-    try:
-        size = os.path.getsize(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no {path}: prepare the data with `nanogpt-fast prepare`") from None
-    if size % 2:
-        raise ValueError(f"{path} is {size:,} bytes long, which is not a whole number of 16-bit tokens: it is damaged, "
-                         "prepare it again")
-    if size // 2 <= block_size:
-        raise ValueError(f"{path} holds {size // 2:,} tokens; with block_size {block_size} it must hold at least "
-                         f"{block_size + 1:,}. Use a longer text or a smaller --block_size")
-    return np.memmap(path, dtype="<u2", mode="r")

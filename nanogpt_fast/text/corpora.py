@@ -98,7 +98,8 @@ def read(path):
 def _files_below(folder):
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
+        paths = (Path(parent, name) for name in sorted(files) if not name.startswith("."))
+        yield from (path for path in paths if path.is_file())  # neither a named pipe, nor a link to a device or to nothing
 
 
 # Byte-order marks, UTF-32's first: its little-endian one begins with UTF-16's.

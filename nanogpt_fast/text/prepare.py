@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt_fast import options
-from nanogpt_fast.files import locked, remove_litter, replacing_together
+from nanogpt_fast.files import locked, refuse_special, remove_litter, replacing_together
 from nanogpt_fast.options import option
 from nanogpt_fast.text import corpora, tokenizers
 
@@ -149,7 +149,7 @@ def load_vocabulary(folder):
 
 
 def _is_prepared(folder):
-    return all((folder / name).is_file() for name in FILES)
+    return all((folder / name).exists() for name in FILES)  # whoever opens them says what is wrong with them
 
 
 def _name_of(source):
@@ -176,6 +176,7 @@ def _read(source, folder):
 
 def _source(folder):
     try:
+        refuse_special(folder / "source.json")
         return json.loads((folder / "source.json").read_text())
     except (OSError, ValueError):
         return {}

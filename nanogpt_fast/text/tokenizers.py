@@ -19,7 +19,7 @@ import operator
 import pickle
 import re
 
-from nanogpt_fast.files import replacing
+from nanogpt_fast.files import refuse_special, replacing
 
 UNKNOWN = "<unk>"
 
@@ -50,6 +50,7 @@ def load(path):
 def load_vocabulary(path):
     """(vocabulary size, tokenizer, None), or (vocabulary size, None, why there is no tokenizer): all that training needs is the size,
     and it is all that nanoGPT's train.py reads of a meta.pkl. Raises FileNotFoundError, TokenizerError."""
+    refuse_special(path)
     with open(path, "rb") as f:
         content = f.read()
     try:

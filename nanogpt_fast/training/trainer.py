@@ -27,6 +27,7 @@ from ..checkpoints import folder as run_folder, nanogpt as checkpoints
 from ..checkpoints.state import random_states
 from ..model import GPT
 from ..text.batches import Batches
+from ..text.tokens import TokenCheck
 from . import captured, cpu, start
 from .banner import banner
 from .evaluation import estimate_loss, sample_text
@@ -104,6 +105,8 @@ def _train(o, ranks, device, ops, malloc):
     if T < model.config.block_size:
         model.crop_block_size(T)
     o = start.what_runs(o, model, checkpoint)
+    token_check = TokenCheck(folder, model.config.vocab_size, T, active=ranks.local_rank == 0)
+    token_check.wait(1)     # seconds, the rest is read while the run goes on: see text/tokens.py
     recompute = o.recompute if o.recompute != "auto" else start.memory_is_short(model, device, dtype, o.batch_size * T)
     for block in model.transformer.h:
         block.mlp.recompute = recompute
@@ -165,8 +168,9 @@ def _train(o, ranks, device, ops, malloc):
     # the loop
     stopping, measured = False, None
     train_batches.prefetch()
-    with contextlib.closing(progress), contextlib.closing(train_batches), stop:
+    with contextlib.closing(progress), contextlib.closing(train_batches), contextlib.closing(token_check), stop:
         while True:
+            token_check.wait(0)
             lr = learning_rate(iter_num, o)
             for group in optimizer.param_groups:
                 group["lr"] = lr

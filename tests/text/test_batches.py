@@ -1,9 +1,13 @@
 """Batches: nanoGPT's draws bit for bit, in the background, resumable."""
+import os
+
 import numpy as np
 import pytest
 import torch
 
-from nanogpt_fast.text.batches import Batches, open_tokens
+from nanogpt_fast.text import tokens as token_files
+from nanogpt_fast.text.batches import Batches
+from nanogpt_fast.text.tokens import TokenCheck, open_tokens
 
 B, T = 4, 8
 
@@ -163,6 +167,50 @@ def test_preparing_again_does_not_disturb_a_running_job(folder):
     take(batches, 3)
     assert np.array_equal(batches.tokens, before)
     assert len(open_tokens(folder / "train.bin")) == 20
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("position", [0, 59])
+def test_a_check_finds_the_one_bad_id_wherever_it_is(folder, split, position, monkeypatch):
+    monkeypatch.setattr(token_files, "CHUNK", 50)
+    TokenCheck(folder, 65).wait()
+    tokens = np.fromfile(folder / f"{split}.bin", dtype="<u2")
+    tokens[position] = 65
+    tokens.tofile(folder / f"{split}.bin")
+    check = TokenCheck(folder, 65)
+    for _ in range(2):      # whoever asks later learns it too
+        with pytest.raises(ValueError, match=f"{split}.bin holds token 65 at position {position}, outside.*Prepare it again"):
+            check.wait()
+    TokenCheck(folder, 66).wait()
+    TokenCheck(folder, 65, active=False).wait()
+
+
+def test_a_check_that_is_closed_reads_no_further(folder, monkeypatch):
+    check = TokenCheck(folder, 65)
+    check.close()
+    read = []
+
+    class Tokens(np.ndarray):
+        def max(self):
+            read.append(len(self))
+            return 0
+    monkeypatch.setattr(token_files, "CHUNK", 50)
+    check._run({"train.bin": np.zeros(500, np.uint16).view(Tokens)}, 65)
+    assert read == [50]
+
+
+@pytest.mark.parametrize("what, kind", [("fifo", "a named pipe, not a file"), ("/dev/zero", "a device, not a file"), ("folder", "a folder")])
+def test_what_is_no_file_is_named_and_not_read(folder, what, kind):
+    (folder / "val.bin").unlink()
+    if what == "fifo":
+        os.mkfifo(folder / "val.bin")
+    elif what == "folder":
+        (folder / "val.bin").mkdir()
+    else:
+        (folder / "val.bin").symlink_to(what)
+    for opened in (lambda: Batches(folder, "val", B, T), lambda: TokenCheck(folder, 65, T)):
+        with pytest.raises(ValueError, match=f"val.bin is {kind}"):
+            opened()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

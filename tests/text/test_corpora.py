@@ -325,3 +325,31 @@ def test_bad_requests_are_one_clear_line(argv, message):
     with pytest.raises((ValueError, FileNotFoundError)) as raised:
         prepare.main(argv)
     assert message in str(raised.value)
+
+
+READERS = {  # what a user names, as a call; none of these modules imports torch
+    "a folder of texts": ("texts/special", "from nanogpt_fast.text import corpora; print(corpora.read('texts').strip())", "a text"),
+    "a data set": ("data/my/train.bin", "from nanogpt_fast.text import prepare; print(prepare.find('data/my').as_posix())", "data/my"),
+    "its source": ("data/my/source.json", "from nanogpt_fast.text import prepare; print(prepare.find('my.txt').name)", "something else"),
+    "its vocabulary": ("data/my/meta.pkl", "from nanogpt_fast.text import prepare; prepare.load_tokenizer('data/my')", "meta.pkl is a"),
+    "a config file": ("my.py", "from nanogpt_fast import options\noptions.parse(options.option, ['my.py'], '')", "my.py is a device"),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no named pipes")
+@pytest.mark.parametrize("special", ["a named pipe", "a device"])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_named_pipe_and_an_endless_device_are_not_read(reader, special, tmp_path):
+    if (reader, special) == ("a config file", "a named pipe"):
+        pytest.skip("a shell's <(...) is one, and works")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("a text\n")
+    (tmp_path / "my.txt").write_text(TEXT)
+    prepare.write(TEXT, "data/my", source="my.txt", say=lambda _: None)
+    path, code, said = READERS[reader]
+    Path(path).unlink(missing_ok=True)
+    os.mkfifo(path) if special == "a named pipe" else Path(path).symlink_to("/dev/zero")
+    code = ("import dataclasses, resource, signal\nresource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\nsignal.alarm(10)\n"
+            + code.replace("options.option", "dataclasses.make_dataclass('Options', ())"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
+    assert said in (done.stdout + done.stderr or str(done.returncode)).splitlines()[-1]

@@ -15,7 +15,7 @@ import torch
 from nanogpt_fast import GPT, GPTConfig, devices, options
 from nanogpt_fast.checkpoints.nanogpt import load_model
 from nanogpt_fast.commands.sampling import SampleOptions
-from nanogpt_fast.text import prepare
+from nanogpt_fast.text import prepare, tokens
 from nanogpt_fast.text.batches import Batches
 from nanogpt_fast.training import start, trainer as training
 from nanogpt_fast.training.trainer import NonFiniteLoss, TrainOptions, learning_rate, split_backend, train
@@ -311,6 +311,20 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where_and_what_to_try(f
 def test_missing_data_is_named(folder):
     with pytest.raises(FileNotFoundError, match="no-such-data"):
         train(tiny.options(folder, dataset="no-such-data"))
+
+
+def test_a_bad_id_that_the_check_finds_late_ends_the_run_at_the_next_step(folder, monkeypatch):
+    class Slow(tokens.TokenCheck):
+        waits = 0
+
+        def wait(self, seconds=None):
+            Slow.waits += 1
+            if Slow.waits == 4:     # after the wait before the run, and those of steps 0 and 1
+                raise tokens.bad_id("val.bin", 65, 7, 65)
+    monkeypatch.setattr(training, "TokenCheck", Slow)
+    with pytest.raises(ValueError, match="val.bin holds token 65 at position 7"):
+        train(tiny.options(folder))
+    assert sorted(tiny.losses(folder / "out")) == [0, 1] and not (folder / "out/last.pt").exists()
 
 
 def test_a_split_shorter_than_a_block_is_a_clear_error(folder):
