@@ -52,10 +52,10 @@ def main(argv=None):
     except BrokenPipeError:  # `nanogpt-fast sample | head`: the reader is done; keep Python's flush at exit from complaining
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError) as error:
         if os.environ.get("NANOGPT_FAST_TRACEBACK") or not is_for_the_user(error):
             raise
-        print(f"nanogpt-fast {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"nanogpt-fast {argv[0]}: {one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -66,10 +66,28 @@ def usage():
                               "NANOGPT_FAST_TRACEBACK=1 shows where in the code an error was raised."])
 
 
+LONGEST = 2000  # characters of an error; one that quotes a huge argument would fill the terminal
+TOO_LARGE = (   # what PyTorch's CPU allocator says, and its arithmetic on sizes whose bytes no 64-bit number can count
+    "can't allocate memory", "Storage size calculation overflowed", "integer multiplication overflow", "Overflow when unpacking")
+
+
 def is_for_the_user(error):
-    """True for an error whose text is meant for the user: this package or the operating system raised it, or the GPU ran out of
-    memory. Anything else is a bug, which needs its traceback."""
-    if isinstance(error, OSError) or type(error).__name__ == "OutOfMemoryError":
+    """True for an error whose text is meant for the user: this package or the operating system raised it, or memory ran out. Anything
+    else is a bug, which needs its traceback."""
+    if isinstance(error, OSError) or type(error).__name__ == "OutOfMemoryError" or out_of_memory(error):
         return True
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     return os.path.realpath(raised_in).startswith(os.path.dirname(os.path.realpath(__file__)) + os.sep)
+
+
+def out_of_memory(error):
+    """Whether the machine's memory ran out, or was asked for more than any machine has."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(words in str(error) for words in TOO_LARGE)
+
+
+def one_line(error):
+    """The text of an error in one line, its middle left out where it is very long."""
+    text = " ".join(str(error).split())
+    if out_of_memory(error):
+        text = f"out of memory: a smaller model, batch, context or text needs less ({text or type(error).__name__})"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST // 2]} ... {text[-LONGEST // 2:]}"

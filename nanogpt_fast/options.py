@@ -13,6 +13,7 @@ as an underscore, a bare `--flag` sets a bool. Anything invalid raises ValueErro
 accepted and which key is nearest. Other names in a config file are its own; only one that is a letter away from an option gets a hint.
 
 Numbers are taken as they are meant: a whole float (2e0, max_iters / 2) and NumPy's integers are integers, 0 and 1 are False and True.
+An integer has 64 bits at most, and a text is one that can be a path: without NUL, and encodable.
 """
 import dataclasses
 import difflib
@@ -151,6 +152,7 @@ def nearest(name, names):
 
 def _run_config(path, values, kinds):
     """Run a config file with the options as its globals, and update `values` with what it set; returns the names that it set."""
+    _conform(path, "the config file", (str,))
     try:
         refuse_special(path, pipes=True)  # a shell's <(...) is one
         with open(path, encoding="utf-8") as file:
@@ -224,14 +226,39 @@ def _conform(value, name, kinds, where=""):
     if isinstance(value, float) and not math.isfinite(value) and float in kinds:
         raise ValueError(f"{where}{name} is {value}; expected a finite number")
     if type(value) is float and int in kinds and value.is_integer():
-        return int(value)
+        value = int(value)
+    if type(value) is int and not -2**63 <= value < 2**63:  # no size, seed or count is larger, and nothing below Python takes it
+        raise ValueError(f"{where}{name} is {_short(value)}; expected {_names(kinds)}, at most {2**63 - 1} and at least {-2**63}")
+    if type(value) is str and str in kinds:
+        _check_text(value, where + name)
     if type(value) in kinds:
         return value
     if float in kinds and type(value) is int:
         return float(value)
     if bool in kinds and type(value) is int and value in (0, 1):
         return bool(value)
-    raise ValueError(f"{where}{name} is {value!r} ({type(value).__name__}); expected {_names(kinds)}")
+    raise ValueError(f"{where}{name} is {_short(value)} ({type(value).__name__}); expected {_names(kinds)}")
+
+
+def _check_text(value, name):
+    """Raise ValueError for a text that the operating system cannot take as a path. What a terminal passes on as bytes that are not UTF-8
+    is such a path."""
+    if "\0" in value:
+        raise ValueError(f"{name} is {_short(value)}; expected a text without the NUL character")
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is {_short(value)}; expected a text that {error.encoding} can encode: half of a surrogate pair, "
+                         f"{value[error.start]!r}, is none") from None
+
+
+def _short(value):
+    """How a value looks in an error, in a hundred characters at most."""
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python converts
+        return f"an integer of {value.bit_length():,} bits"
+    return text if len(text) <= 100 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def _names(kinds):
@@ -249,7 +276,7 @@ def _check_range(value, field, kinds):
         outside = outside or (limits.get(name) is not None and fails(value, limits[name]))
     if outside:
         hint = f"; the nearest is {nearest(value, map(str, choices))!r}" if choices and isinstance(value, str) else ""
-        raise ValueError(f"{field.name} is {value!r}; expected {_accepts(field, kinds)}{hint}")
+        raise ValueError(f"{field.name} is {_short(value)}; expected {_accepts(field, kinds)}{hint}")
 
 
 def _words(field):

@@ -1,13 +1,17 @@
 """The command line itself: which commands there are, how fast help is, and that an error is one line and an exit status."""
+import dataclasses
+import importlib
 import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
+import numpy as np
 import pytest
 
 import nanogpt_fast
-from nanogpt_fast import cli
+from nanogpt_fast import cli, options
+from nanogpt_fast.text import tokens
 
 
 def command(*argv, **environment):
@@ -125,6 +129,69 @@ def test_training_on_damaged_data_is_one_line(tmp_path, monkeypatch, capsys, nam
     assert not (tmp_path / "out/metrics.jsonl").exists()      # before the run begins
     err = capsys.readouterr().err
     assert message in err and err.count("nanogpt-fast train: ") == 1 and "Traceback" not in err
+
+
+OPTIONS = {  # the parser of every command that takes options
+    "demo": "training.options.TrainOptions", "train": "training.options.TrainOptions", "prepare": "text.prepare.PrepareOptions",
+    "sample": "commands.sampling.SampleOptions", "chat": "commands.sampling.ChatOptions", "ladder": "commands.ladder.LadderOptions",
+    "convert": "checkpoints.convert.ConvertOptions", "verify": "checks.verify.VerifyOptions", "bench train": "bench.train.BenchTrainOptions",
+    "bench generate": "bench.generate.BenchGenerateOptions", "bench loss": "bench.loss.BenchLossOptions"}
+
+
+def test_every_command_that_takes_options_is_listed():
+    assert {name.split()[0] for name in OPTIONS} == set(cli.COMMANDS) - {"run", "doctor"}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_value_of_any_option_is_a_traceback(name, monkeypatch, capsys):
+    """Each is refused in one line, or becomes a value that the rest of the program can take: a number of 64 bits, a text that is a path."""
+    module, _, cls = f"nanogpt_fast.{OPTIONS[name]}".rpartition(".")
+    cls = getattr(importlib.import_module(module), cls)
+    needed, parsed = ["a", "b"] if name == "convert" else [], []
+    monkeypatch.setitem(cli.COMMANDS, "fuzzed", ("options", "parsed", ""))
+    monkeypatch.setattr(options, "parsed", lambda argv: parsed.append(options.parse(cls, argv, "fuzzed")), raising=False)
+    for field in dataclasses.fields(cls):
+        for value in ("9" * 400, "-" + "9" * 400, "9" * 5000, "9" * 30, "9" * 19, "1e308", "1e999", "nan", "-1", "[1]", "(" * 3000, "",
+                      "a\0b", "x\ud800y", "x\udc80y"):
+            parsed.clear()
+            status = cli.main(["fuzzed", *needed, f"--{field.name}={value}"])
+            err = capsys.readouterr().err
+            assert (status, len(parsed), err.count("\n")) in ((2, 0, 1), (0, 1, 0)) and len(err) < 2200, (field.name, value[:20], err[:2000])
+            if status == 0:
+                found = getattr(parsed[0], field.name)
+                assert not isinstance(found, int) or -2**63 <= found < 2**63
+                assert not isinstance(found, str) or b"\0" not in os.fsencode(found)
+
+
+@pytest.mark.parametrize("path, message", [("a\0b.py", "the config file is 'a\\x00b.py'; expected a text without the NUL character"),
+                                           ("x\ud800.py", "half of a surrogate pair, '\\ud800', is none")])
+def test_a_config_file_whose_name_cannot_be_a_path_is_one_line(path, message, capsys):
+    assert cli.main(["train", path]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argument", ["--n_embd=24000000000", "--block_size=900000000000", "--n_embd=1200000000000000000"])
+def test_more_than_the_memory_is_one_line(tmp_path, monkeypatch, capsys, argument):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text("To be, or not to be, that is the question.\n" * 30)
+    monkeypatch.setattr(tokens, "open_tokens", lambda path, block_size: np.zeros(9, np.uint16))     # as long as it has to be
+    assert cli.main(["train", "--data=my.txt", *TINY, argument]) == 2
+    err = capsys.readouterr().err
+    assert "out of memory: a smaller model, batch, context or text needs less (" in err and err.count("nanogpt-fast train: ") == 1
+
+
+def test_python_itself_out_of_memory_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("nanogpt_fast.text.prepare.main", raising(MemoryError()))
+    assert cli.main(["prepare"]) == 2
+    assert "out of memory" in capsys.readouterr().err
+
+
+def test_a_very_long_error_keeps_its_two_ends(monkeypatch, capsys):
+    monkeypatch.setattr("nanogpt_fast.text.prepare.main", raising(FileNotFoundError(f"no file {'x' * 9000}: look elsewhere")))
+    assert cli.main(["prepare"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("nanogpt-fast prepare: no file x") and err.endswith("x: look elsewhere\n") and len(err) < 2100
 
 
 def test_an_error_that_this_package_did_not_raise_keeps_its_traceback(monkeypatch):

@@ -200,12 +200,12 @@ def complete(loaded, ids, o):
 
 def complete_batch(loaded, ids, o):
     """(num_samples completions of ids (1, T) as text, number of tokens drawn), all in one batch."""
-    texts = [TextStream(loaded.tokenizer, typed(o.stop)) for _ in range(o.num_samples)]
     with torch.no_grad(), loaded.context:
         if not o.stop:  # no decision depends on the text, so the host need not read tokens before the end
             drawn = loaded.model.generate(ids, o.max_new_tokens, num_samples=o.num_samples, **asked(o))
             new = drawn[:, ids.size(1):]  # (num_samples, max_new_tokens)
-            return [text.all(row) for text, row in zip(texts, new.tolist())], new.numel()
+            return [TextStream(loaded.tokenizer).all(row) for row in new.tolist()], new.numel()
+        texts = [TextStream(loaded.tokenizer, typed(o.stop)) for _ in range(o.num_samples)]
         pieces, count = [[] for _ in texts], 0
         for rows in loaded.model.generate(ids, o.max_new_tokens, num_samples=o.num_samples, stream=True, **asked(o)):
             for piece, text, row in zip(pieces, texts, rows):

@@ -1,7 +1,7 @@
 """Token files, train.bin and val.bin: opening one, and checking that the vocabulary has every id in it.
 
 nanoGPT meets a bad id when a batch happens to draw it, hours into a run or never. `TokenCheck` reads the files once, front to back, in a
-thread. The first second of it is waited for, which suffices for 13 GB that are in memory already (2 bytes an id, as fast as NumPy's max);
+thread. The first second of it is waited for, which suffices for 10 GB that are in memory already (2 bytes an id; NumPy's max is as fast);
 so a mistake in data of a usual size ends a run before it starts. What a slow disk takes longer for, a run does not wait for: the thread
 goes on beside the training, and the first step after it finds a bad id raises the error. Until then no step learns from one, because
 `Batches` checks what it draws. Waiting for nothing, the check needs no record of files that were checked before, which could be wrong.
