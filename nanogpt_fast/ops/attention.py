@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from .. import backend as _backend, reference
 from ..kernels import fastest
 from . import registered as _registered
-from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_second_derivative
+from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_second_derivative, resolved
 from .cpu import attention as _cpu
 from .hopper import attention as _hopper
 from .registration import define, raw
@@ -53,6 +53,7 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, seed=N
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (B, T, 3C) with C a multiple of n_head={n_head}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
+    qkv, = resolved(qkv)
     dtype = autocast_dtype(qkv)
     name = _backend.choose("attention", CANDIDATES, backend, (qkv, dtype, shape[2] // (3 * n_head), scale, backend, dropout_p), row_for)
     if name == "reference":
@@ -80,6 +81,7 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
     backend and errors: as for `causal_attention_qkvpacked`.
     """
     _check_qkv(q, k, v, dropout_p)
+    q, k, v = resolved(q, k, v)
     dtype = autocast_dtype(q)
     name = _backend.choose("attention", SEPARATE_CANDIDATES, backend, (q, k, v, dtype, scale, backend, dropout_p), separate_row_for)
     if name == "reference":
@@ -107,6 +109,7 @@ def decode_attention(q, k, v, lengths, *, scale=None, backend=None):
     _check_qkv(q, k, v, 0.0)
     if lengths.shape != q.shape[:1]:
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected ({q.size(0)},)")
+    q, k, v, lengths = resolved(q, k, v, lengths)
     dtype = autocast_dtype(q)
     if _backend.choose("attention", _DECODE_CANDIDATES, backend, (q, k, v, dtype, scale, backend)) == "reference":
         visible = (torch.arange(k.size(2), device=k.device) < lengths[:, None])[:, None, None]          # (B, 1, 1, T)
@@ -234,6 +237,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         no_second_derivative("attention")
+        do, = resolved(do)
         run = raw.attention_qkvpacked_backward if is_compiling() else _packed_backward
         return run(do, *ctx.saved_tensors, *ctx.options), None, None, None
 
@@ -300,6 +304,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         no_second_derivative("attention")
+        do, = resolved(do)
         run = raw.attention_backward if is_compiling() else _separate_backward
         gradients = run(do, *ctx.saved_tensors, *ctx.options[:2])
         return *(g.transpose(1, 2) if need else None for g, need in zip(gradients, ctx.needs_input_grad)), None
@@ -318,6 +323,7 @@ class _CPUAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         no_second_derivative("attention")
+        do, = resolved(do)
         run = raw.attention_backward_cpu if is_compiling() else _cpu.backward
         return run(do, *ctx.saved_tensors, *ctx.options), None, None
 

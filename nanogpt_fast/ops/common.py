@@ -37,6 +37,20 @@ def dropout_seeds(x, count):
     return torch.randint(2**31 - 1, (count, 2), dtype=torch.int64, device=x.device)[:, :1].unbind()
 
 
+def resolved(*tensors):
+    """The tensors, or None, as their memory has them: a view that is negative lazily (x.conj().imag of a complex x) is copied.
+
+    Kernels read memory by address and do not see that bit. PyTorch resolves it before it calls an operator, so compiled graphs need
+    nothing. Takes 0.1 us a tensor.
+    """
+    if is_compiling():
+        return tensors
+    for tensor in tensors:
+        if tensor is not None and tensor.is_neg():
+            return [t if t is None else t.resolve_neg() for t in tensors]
+    return tensors
+
+
 def no_second_derivative(op):
     """Raise RuntimeError if this backward is itself being differentiated (create_graph=True)."""
     if torch.is_grad_enabled() and not is_compiling():

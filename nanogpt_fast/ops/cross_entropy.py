@@ -12,7 +12,7 @@ import torch
 from .. import backend as _backend, reference
 from ..kernels import fastest
 from . import linear, registered
-from .common import KERNEL_DTYPES, autocast_dtype, no_second_derivative
+from .common import KERNEL_DTYPES, autocast_dtype, no_second_derivative, resolved
 from .cpu import cross_entropy as _cpu
 from .registration import define, raw
 
@@ -40,6 +40,7 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected (..., C) and (V, C)")
     if targets.numel() * x.size(-1) != x.numel():
         raise ValueError(f"targets {tuple(targets.shape)}: expected one for each row of x {tuple(x.shape)}")
+    x, weight, targets, copy = resolved(x, weight, targets, copy)
     name = implementation(x, weight, targets, return_logits=return_logits, backend=backend)
     copy = copy if copy is not None and copy.dtype == autocast_dtype(x) else None
     if name == "reference":
@@ -154,6 +155,7 @@ class _LossAndLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, grad_logits):
         no_second_derivative("linear_cross_entropy")
+        grad_loss, grad_logits = resolved(grad_loss, grad_logits)
         x, weight, targets, logits, maxima, log_sums, count = ctx.saved_tensors
         scale = torch.zeros_like(count) if grad_loss is None else grad_loss.to(torch.float32) / count
         if grad_logits is not None:
@@ -217,6 +219,7 @@ class _CPULossAndLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, grad_logits):
         no_second_derivative("linear_cross_entropy")
+        grad_loss, grad_logits = resolved(grad_loss, grad_logits)
         x, weight, targets, logits = ctx.saved_tensors
         grad_loss = torch.zeros(()) if grad_loss is None else grad_loss.to(torch.float32)
         grad_logits = None if grad_logits is None else grad_logits.reshape(-1, logits.size(-1))

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from .. import backend as _backend, reference
 from ..kernels import fastest
 from . import registered
-from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_second_derivative
+from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_second_derivative, resolved
 from .cpu import layer_norm as _cpu
 from .registration import define, raw
 
@@ -33,6 +33,7 @@ def layer_norm(x, weight, bias, *, eps=1e-5, backend=None):
     reference has). Source: Ba, Kiros, Hinton, "Layer normalization", 2016.
     """
     _check(x, None, weight, bias)
+    x, weight, bias = resolved(x, weight, bias)
     name = _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias), row_for)
     if name == "reference":
         return reference.layer_norm(x, weight, bias, eps)
@@ -57,6 +58,7 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
     Raises ValueError (shapes, dropout_p), RuntimeError (as layer_norm).
     """
     _check(x, branch, weight, bias)
+    x, branch, weight, bias = resolved(x, branch, weight, bias)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}: expected a probability, 0 to 1")
     name = _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias, branch, out_dtype), row_for)
@@ -161,6 +163,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         no_second_derivative("layer_norm")
+        dy, = resolved(dy)
         x, weight, statistics = ctx.saved_tensors
         name, bias_dtype = ctx.options
         dx, _, dweight, dbias = _backward(name, dy, None, x, weight, statistics, None, 0.0, None, bias_dtype,
@@ -188,6 +191,7 @@ class _AddLayerNorm(torch.autograd.Function):
         no_second_derivative("layer_norm")
         if ds is None and dy is None:
             return (None,) * 6
+        ds, dy = resolved(ds, dy)
         s, weight, statistics, seed = ctx.saved_tensors
         name, p, branch_dtype, bias_dtype = ctx.options
         dweight = dbias = None

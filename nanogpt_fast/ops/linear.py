@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from .. import backend as _backend
 from ..kernels import fastest
-from .common import no_autocast, no_second_derivative
+from .common import no_autocast, no_second_derivative, resolved
 from .cpu import linear as _cpu
 
 
@@ -21,6 +21,7 @@ def linear(x, weight, bias, *, copy=None, backend=None):
 
     Raises RuntimeError for a second derivative, which only the reference has.
     """
+    x, weight, bias, copy = resolved(x, weight, bias, copy)
     name = _backend.choose("linear", CANDIDATES, backend, (weight, copy), row_for)
     if name == "reference":
         return F.linear(x, weight if copy is None else cast(weight, copy), bias)
@@ -82,6 +83,7 @@ class _Linear(torch.autograd.Function):
         no_second_derivative("linear")
         rows, copy = ctx.saved_tensors
         need_x, need_weight, _, need_bias = ctx.needs_input_grad
+        dy, = resolved(dy)
         dy = dy.reshape(-1, copy.size(0)).contiguous()
         dx = dw = db = None
         with no_autocast(dy.device.type):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .. import backend as _backend, reference
 from ..kernels import fastest
 from . import linear, registered
-from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_autocast, no_second_derivative
+from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_autocast, no_second_derivative, resolved
 from .cpu import linear as _cpu_linear
 from .hopper import mlp as _hopper
 from .registration import define, raw
@@ -48,6 +48,7 @@ def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0,
     if form is not None and form not in FORMS:
         raise ValueError(f"form is {form!r}; expected one of {', '.join(FORMS)}, or None for the faster one")
     _check_shapes(x, w_fc, b_fc, w_proj, b_proj)
+    x, w_fc, b_fc, w_proj, b_proj = resolved(x, w_fc, b_fc, w_proj, b_proj)
     name = _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj, copies), row_for)
     if name == "reference":
         if copies is not None:
@@ -182,6 +183,7 @@ class _GeluMLP(torch.autograd.Function):
         no_second_derivative("gelu_mlp")
         rows, fc, b_fc, proj, h, post, seed = ctx.saved_tensors
         shape, dtypes, options, needs = ctx.call
+        dy, = resolved(dy)
         dy = dy.reshape(-1, dy.size(-1)).contiguous()       # the kernels need contiguous rows, but dy may be expanded or transposed
         run = raw.mlp_backward if torch.compiler.is_compiling() else _backward
         with no_autocast(dy.device.type):

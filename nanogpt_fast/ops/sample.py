@@ -25,6 +25,7 @@ import torch
 from .. import backend as _backend
 from ..kernels import fastest
 from . import extension
+from .common import resolved
 from .extension import address
 from .registration import register_fake
 
@@ -48,8 +49,7 @@ def sample(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=
     """
     _check_logits(logits)
     B, device = logits.size(0), logits.device
-    if logits.requires_grad:
-        logits = logits.detach()
+    logits, = resolved(logits.detach() if logits.requires_grad else logits)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     parameters = _parameters(temperature, top_k, top_p, min_p, B, device)
@@ -135,9 +135,16 @@ def _check_rows(name, tensor, B, device):
     if not isinstance(tensor, torch.Tensor) or tensor.dtype is not torch.int64 or tensor.shape != (B,):
         found = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise ValueError(f"{name} is {found}; expected an int64 tensor of shape ({B},), one per row")
+    _refuse_negative(name, tensor)
     if tensor.device != device or not tensor.is_contiguous():
         raise ValueError(f"{name} is on {tensor.device} with strides {tuple(tensor.stride())}; "
                          f"expected it contiguous on the logits' device, {device}")
+
+
+def _refuse_negative(name, tensor):
+    """Raise ValueError for a tensor that is negative lazily: its memory, which is read by address and never copied, has other numbers."""
+    if not torch.compiler.is_compiling() and tensor.is_neg():
+        raise ValueError(f"{name} is a view that is negative lazily (is_neg() is True); expected {name}.resolve_neg()")
 
 
 def _signed(name, value):
@@ -160,6 +167,7 @@ def _check_out(logits, out, seed, offset, temperature, top_k, top_p, min_p):
     _check_logits(logits)
     if logits.stride(1) != 1:
         raise ValueError(f"logits has strides {tuple(logits.stride())}; the last dimension must be contiguous")
+    _refuse_negative("logits", logits)
     B, device = logits.size(0), logits.device
     parameters = _parameters(temperature, top_k, top_p, min_p, B, device, no_copy=True)
     for name, tensor in (("seed", seed), ("offset", offset), ("out", out)):
@@ -203,7 +211,9 @@ def _parameter(name, value, B, device, no_copy=False):
         raise ValueError(f"{name} is a tensor of {value.dtype}; each row's must be {expected}")
     if no_copy and (value.dtype != _rows_dtype(name) or not value.is_contiguous()):
         raise ValueError(f"{name} is {value.dtype} with strides {tuple(value.stride())}; expected a contiguous tensor of {_rows_dtype(name)}")
-    return value.to(_rows_dtype(name)).contiguous(), off
+    if no_copy:
+        _refuse_negative(name, value)
+    return resolved(value.to(_rows_dtype(name)).contiguous())[0], off
 
 
 def _check_values(parameters):

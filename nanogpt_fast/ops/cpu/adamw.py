@@ -49,7 +49,7 @@ def why_not(optimizer):
 
 def _plain(tensor):
     return (extension.plain(tensor) and tensor.dtype == torch.float32 and tensor.is_cpu
-            and tensor.layout == torch.strided and tensor.is_contiguous())
+            and tensor.layout == torch.strided and tensor.is_contiguous() and not tensor.is_neg())
 
 
 def norm(gradients, isa=""):
