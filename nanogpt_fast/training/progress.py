@@ -4,9 +4,11 @@ metrics.jsonl has one JSON object per line, of two kinds:
     {"iter", "loss", "lr", "ms_per_step", "tokens_per_s", "mfu"}     a training step; its loss is that before the weight update
     {"iter", "train_loss", "val_loss", "lr"}                         an evaluation, before the step of that number
 
-Nothing here ends a run. A picture or a logger that fails is said once, and tried again next time; metrics.jsonl is then written whole,
-at the next evaluation or at the end. Output that reaches nobody (a closed terminal or pipe) stops the run as SIGHUP does: it saves.
+Nothing here ends a run. A picture or a logger that fails is said once, and tried again next time; the lines that metrics.jsonl lacks are
+then written at the next evaluation or at the end. A run of any length takes the same memory: rows are kept in the file, and here only as
+many as the picture shows. Output that reaches nobody (a closed terminal or pipe) stops the run as SIGHUP does: it saves.
 """
+import collections
 import dataclasses
 import errno
 import json
@@ -17,7 +19,9 @@ from pathlib import Path
 
 from ..files import replacing
 
-SMOOTHING = 0.95  # of the loss that the bar shows: an average over about the last 20 steps
+LACKING = 100_000  # lines that are kept for metrics.jsonl while its disk is full: 15 MB
+SHOWN = 4096       # most points of a curve: four for each pixel of its width
+SMOOTHING = 0.95   # of the loss that the bar shows: an average over about the last 20 steps
 
 
 class Progress:
@@ -34,11 +38,15 @@ class Progress:
         self.total, self.log_interval = total, options.log_interval
         self.folder = Path(options.out_dir)
         self.smoothed = self.val_loss = self.rate = None
-        self.rows = _rows_before(self.folder / "metrics.jsonl", start, evaluated_at)
-        with replacing(self.folder / "metrics.jsonl") as f:
-            f.writelines(json.dumps(row).encode() + b"\n" for row in self.rows)
-        self.file = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # unbuffered: each row reaches the file at once
-        self.behind = False     # metrics.jsonl lacks a row
+        self.path = self.folder / "metrics.jsonl"
+        self.steps, self.evaluations, self.best = Thinned(), Thinned(), None      # rows for the picture; that of the best evaluation
+        with replacing(self.path) as f:
+            for row in _rows_before(self.path, start, evaluated_at):
+                self._keep(row)
+                f.write(_line(row))
+        self.file = open(self.path, "ab", buffering=0)      # unbuffered: each row reaches the file at once
+        self.size = os.path.getsize(self.path)              # bytes of whole lines in it
+        self.lacking = collections.deque(maxlen=LACKING)    # lines that it lacks
         self.failed = set()     # what failed and was said to
         self.trackers = _trackers(options)
         self.bar = None
@@ -94,7 +102,7 @@ class Progress:
         self.say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}{note}")
         if sample is not None:
             self.say("\n".join("    | " + line for line in sample.splitlines()))
-        self._try("loss.png", draw, self.rows, self.folder / "loss.png")
+        self._draw()
 
     def pause(self):
         """`with progress.pause(): ...` excludes its time from tokens/s: for evaluation and saving."""
@@ -110,34 +118,58 @@ class Progress:
         self.file.close()
         for tracker in self.trackers:
             self._try(type(tracker).__name__, tracker.close)
-        if self.rows:
-            self._try("loss.png", draw, self.rows, self.folder / "loss.png")
+        if self.steps.count or self.evaluations.count:
+            self._draw()
+
+    def _draw(self):
+        evaluations = self.evaluations.rows()
+        if self.best is not None and self.best not in evaluations:
+            evaluations = sorted([*evaluations, self.best], key=lambda row: row["iter"])
+        self._try("loss.png", draw, [*self.steps.rows(), *evaluations], self.folder / "loss.png")
+
+    def _keep(self, row):
+        """For the picture."""
+        if "loss" in row:
+            self.steps.add(row)
+        elif "val_loss" in row:
+            self.evaluations.add(row)
+            self.best = row if self.best is None or row["val_loss"] < self.best["val_loss"] else self.best
 
     def _record(self, row):
-        self.rows.append(row)
+        self._keep(row)
         self._try("metrics.jsonl", self._append, row)
         for tracker in self.trackers:
             self._try(type(tracker).__name__, tracker.log, row)
 
     def _append(self, row):
-        if self.behind:
+        line = _line(row)
+        if not self.lacking:
+            self._write(line)
+        else:
+            if len(self.lacking) == LACKING and "lines" not in self.failed:
+                self.failed.add("lines")
+                self.say(f"WARNING: metrics.jsonl lacks {LACKING:,} lines; the first of them are dropped as more come")
+            self.lacking.append(line)
             if "val_loss" in row:
                 self._catch_up()
-            return
-        line = json.dumps(row).encode() + b"\n"
-        self.behind = True
+
+    def _write(self, line):
+        """Write a line; if that fails, keep it."""
+        self.lacking.appendleft(line)
         if self.file.write(line) < len(line):  # half a line, where the disk is full
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.behind = False
+        self.lacking.popleft()
+        self.size += len(line)
 
     def _catch_up(self):
-        """If a row could not be written, write the whole file again."""
-        if self.behind:
-            with replacing(self.folder / "metrics.jsonl") as f:
-                f.writelines(json.dumps(row).encode() + b"\n" for row in self.rows)
+        """If lines could not be written, remove half of one from the file's end and write them."""
+        if self.lacking:
             self.file.close()
-            self.file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
-            self.behind = False
+            if self.path.exists() and os.path.getsize(self.path) > self.size:
+                os.truncate(self.path, self.size)
+            self.file = open(self.path, "ab", buffering=0)
+            while self.lacking:
+                self._write(self.lacking.popleft())
 
     def _try(self, name, function, *args):
         """Call function(*args). If it fails, say so once for each name: what a run shows is not worth the run."""
@@ -169,19 +201,39 @@ class _Pause:
             self.progress.paused += time.perf_counter() - self.began
 
 
+class Thinned:
+    """At most about SHOWN rows of a sequence of any length, evenly spaced, and its last one."""
+
+    def __init__(self):
+        self.kept, self.every, self.count, self.last = [], 1, 0, None
+
+    def add(self, row):
+        if self.count % self.every == 0:
+            self.kept.append(row)
+            if len(self.kept) > SHOWN:
+                self.kept, self.every = self.kept[::2], 2 * self.every
+        self.count, self.last = self.count + 1, row
+
+    def rows(self):
+        return self.kept if not self.kept or self.kept[-1] is self.last else [*self.kept, self.last]
+
+
+def _line(row):
+    return json.dumps(row).encode() + b"\n"
+
+
 def _rows_before(path, start, evaluated_at):
-    """The rows that a resumed run keeps: a killed run may have logged steps beyond its last checkpoint."""
+    """Yield the rows that a resumed run keeps: a killed run may have logged steps beyond its last checkpoint."""
     if start == 0 or not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # a line truncated by kill -9 or a full disk
-            continue
-        if row["iter"] < start or ("val_loss" in row and row["iter"] == evaluated_at):
-            rows.append(row)
-    return rows
+        return
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:  # a line truncated by kill -9 or a full disk
+                continue
+            if row["iter"] < start or ("val_loss" in row and row["iter"] == evaluated_at):
+                yield row
 
 
 def draw(rows, path):

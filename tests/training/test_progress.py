@@ -3,6 +3,7 @@ import dataclasses
 import errno
 import os
 import signal
+import tracemalloc
 
 import kills
 import pytest
@@ -121,3 +122,69 @@ def test_a_log_file_on_a_full_disk_ends_nothing(folder, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(progress, "print", full, raising=False)
     assert train(tiny.options(folder, max_iters=6)).iter_num == 6
+
+
+class Heard:
+    """Stands for the run's StopOnSignal."""
+    signal = None
+
+
+def reported(folder, monkeypatch, steps, start=0):
+    """A Progress after so many steps, each with a row, and an evaluation every 10th; nothing is printed or drawn."""
+    monkeypatch.setattr(progress, "print", lambda *_, **__: None, raising=False)
+    (folder / "out").mkdir(exist_ok=True)
+    made = progress.Progress(tiny.options(folder), start=start, total=steps, tokens=64, stop=Heard())
+    run_on(made, start, steps)
+    return made
+
+
+def run_on(made, start, end):
+    for i in range(start, end):
+        if i % 10 == 0:
+            made.evaluated(i, dict(train=3.0 + 1 / (i + 1), val=2.0 + abs(i - 70) / (i + 1)), 1e-3)
+        made.step(i, 3.0 + 1 / (i + 1), 1e-3, lambda seconds: 0.1)
+
+
+def test_memory_does_not_grow_with_the_steps(folder, monkeypatch):
+    monkeypatch.setattr(progress, "SHOWN", 64)
+    made = reported(folder, monkeypatch, 400)
+    tracemalloc.start()
+    try:
+        run_on(made, 400, 800)
+        before = tracemalloc.get_traced_memory()[0]
+        run_on(made, 800, 3200)
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    made.close()
+    assert grown < 2400 * 10, f"{grown / 2400:.0f} bytes a step"      # a row that is kept takes 500
+    assert len(tiny.losses(folder / "out")) == 3200 and len(tiny.evaluations(folder / "out")) == 320
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_picture_of_a_long_run_is_thinned_and_has_its_ends_and_its_best_evaluation(resumed, folder, monkeypatch):
+    monkeypatch.setattr(progress, "SHOWN", 16)
+    drawn = []
+    monkeypatch.setattr(progress, "draw", lambda rows, path: drawn.append(rows))
+    made = reported(folder, monkeypatch, 1001)
+    if resumed:     # from the file
+        made.close()
+        made = reported(folder, monkeypatch, 1001, start=1001)
+    made.tell(1000, dict(train=1.0, val=1.0), "", None)
+    made.close()
+    steps = [row["iter"] for row in drawn[-1] if "loss" in row]
+    evaluations = [row["iter"] for row in drawn[-1] if "val_loss" in row]
+    assert steps == [*range(0, 1000, 64), 1000] and evaluations == sorted({*range(0, 1000, 80), 70, 1000})
+
+
+def test_what_a_full_disk_kept_out_for_long_is_dropped_from_its_beginning_and_said(folder, monkeypatch):
+    monkeypatch.setattr(progress, "LACKING", 5)
+    said = []
+    made = reported(folder, monkeypatch, 3)
+    made.file = Full(made.file, 10)
+    monkeypatch.setattr(progress, "print", lambda text, flush: said.append(text), raising=False)
+    for i in range(3, 20):
+        made.step(i, 3.0, 1e-3, lambda seconds: 0.1)
+    made.close()
+    assert list(tiny.losses(folder / "out")) == [0, 1, 2, 15, 16, 17, 18, 19]
+    assert len([line for line in said if "lacks 5 lines; the first of them are dropped" in line]) == 1
