@@ -44,7 +44,9 @@ def sample(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=
     generator, so that `torch.manual_seed` controls them.
     offset: a row's position in the random stream of its seed: an int, or an int64 tensor (B,), which the call increments.
 
-    Raises ValueError, naming the argument and the row. Checking a parameter that is a CUDA tensor makes the host wait for the GPU;
+    Raises ValueError, naming the argument and the row; on a CPU also for a row of logits that has NaN or +inf, or nothing above -inf,
+    where nanoGPT's torch.multinomial raises (10 us for a row of GPT-2's vocabulary). On a GPU looking at them would make the host wait, as
+    it does where a parameter is a CUDA tensor; there such a row follows the definition, and `generate` checks when it reads the tokens.
     `sample_out` never waits. Backends: "cpp" (the extension, CPU and CUDA) or "reference" (`sample_plain`); both give the same tokens.
     """
     _check_logits(logits)
@@ -74,8 +76,8 @@ def sample_out(logits, *, out, seed, offset, temperature=1.0, top_k=None, top_p=
     logits (B, V) with a contiguous last dimension; out, seed, offset (B,) int64, contiguous, on the logits' device.
     temperature, top_p, min_p: a number, or a contiguous fp32 tensor (B,); top_k: an int, or a contiguous int64 tensor (B,). The kernel
     itself reads the tensors, so a replay sees their new values. With the extension this is one launch, without allocation or waiting
-    for the GPU. Hence values inside tensors are not checked, and an invalid one turns its filter off: temperature not above 0 is greedy;
-    top_k below 1, top_p of 1 and min_p of 0 are off.
+    for the GPU. Hence values inside tensors are not checked. An invalid parameter turns its filter off: temperature not above 0 is greedy;
+    top_k below 1, top_p of 1 and min_p of 0 are off. NaN among the logits counts as -inf, on every device.
 
     Without the extension, a few dozen PyTorch launches, which can be captured as well, give the same tokens.
     """
@@ -99,7 +101,9 @@ def prepare(logits, *, out, seed, offset, temperature=1.0, top_k=None, top_p=Non
 
 
 def sample_probs(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """The distribution that `sample` draws from: (B, V) fp32, each row summing to 1. The same arguments. For checks, not for speed."""
+    """The distribution that `sample` draws from: (B, V) fp32, each row summing to 1. The same arguments. For checks, not for speed. A row
+    with NaN or infinity follows the definition, and raises nothing.
+    """
     _check_logits(logits)
     parameters = _parameters(temperature, top_k, top_p, min_p, logits.size(0), logits.device)
     _check_values(parameters)
@@ -227,6 +231,18 @@ def _check_values(parameters):
             raise ValueError(f"{name} of row {row} is {rows[row].item()}; expected {expected}")
 
 
+def _check_finite(logits):
+    """Raise ValueError for the first row on a CPU from which no token can be drawn. A row's largest value is NaN if one of them is."""
+    if not logits.is_cpu:
+        return
+    largest = logits.amax(-1)
+    if not largest.isfinite().all():
+        row = int((~largest.isfinite()).nonzero()[0])
+        found = {True: "NaN", False: "+inf" if largest[row] > 0 else "nothing above -inf"}[bool(largest[row].isnan())]
+        raise ValueError(f"logits of row {row} hold {found}; expected finite numbers, or -inf for tokens that must not be drawn. The model's "
+                         "weights hold NaN or infinity, or the dtype is too small for its numbers (float16: try bfloat16 or float32)")
+
+
 # ---------------------------------------------------------------- dispatch
 
 def why_not(logits):
@@ -263,6 +279,7 @@ def _call(logits, parameters, seed, offset, out, check, backend):
 
 def _launch(logits, parameters, seed, offset, out, check, backend):
     if check:
+        _check_finite(logits)
         _check_values(parameters)
     if _backend.choose("sample", CANDIDATES, backend, (logits,), row_for) == "reference":
         out.copy_(sample_plain(logits, parameters, seed, offset))

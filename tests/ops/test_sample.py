@@ -253,12 +253,42 @@ TRAPS = {  # a row, filters, the tokens it may draw
 }
 
 
+def unchecked(x, implementation, **filters):
+    """What `sample` would draw with seed=0 if it did not look at the logits."""
+    out = torch.full((x.size(0),), -1)
+    sample_out(x, out=out, seed=torch.arange(x.size(0)), offset=torch.zeros_like(out), backend=implementation, **filters)
+    return out
+
+
+UNDRAWABLE = [([0.0, nan, 1.0], "NaN"), ([nan, nan, nan], "NaN"), ([nan, inf, -inf], "NaN"), ([1.0, inf, 2.0], "[+]inf"),
+              ([-inf, -inf, -inf], "nothing above -inf")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("row, found", UNDRAWABLE)
+def test_a_row_from_which_nanogpt_draws_nothing_is_named_on_a_cpu(row, found, implementation, dtype):
+    x = torch.tensor([[1.0, -inf, 2.0], row, row], dtype=dtype)
+    with pytest.raises(RuntimeError):       # nanoGPT's last two lines
+        torch.multinomial(torch.softmax(x.float(), dim=-1), num_samples=1)
+    for filters in (dict(), dict(temperature=0.0), dict(top_k=1)):
+        with pytest.raises(ValueError, match=f"logits of row 1 hold {found}; expected finite numbers"):
+            sample(x, seed=0, backend=implementation, **filters)
+    assert sample(x[:1], seed=0, backend=implementation).item() in (0, 2)
+    assert 0 <= unchecked(x, implementation)[1] < 3     # in the range, whatever it means
+
+
+def test_logits_on_a_gpu_are_not_looked_at():
+    """It would make the host wait. The meta device stands for the GPU: reading its values raises."""
+    sampler._check_finite(torch.full((2, 3), nan, device="meta"))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("trap", TRAPS)
 def test_trap(trap, implementation):
     row, filters, allowed = TRAPS[trap]
     x = torch.tensor(row)
-    tokens = sample(x.expand(200, -1), seed=0, backend=implementation, **filters)
+    tokens = unchecked(x.expand(200, -1), implementation, **filters)
     assert set(tokens.tolist()) == allowed
     probs = sample_probs(x[None], **filters)[0]
     assert probs.sum() == pytest.approx(1) and set(probs.nonzero()[:, 0].tolist()) == allowed
