@@ -1,4 +1,4 @@
-"""Corpora: the texts to learn from, as one string each.
+"""Corpora: the texts to learn from, as one string each, or of a path in parts.
 
     embedded          Python's language reference, which every Python installation includes: nothing is downloaded
     shakespeare       tinyshakespeare, downloaded once and verified by its sha256; GPT-2 tokens, as in nanoGPT
@@ -11,6 +11,7 @@ bytes that are not UTF-8.
 import codecs
 import hashlib
 import http.client
+import io
 import os
 import urllib.request
 from pathlib import Path
@@ -76,23 +77,45 @@ def _check_shakespeare(content, where):
                          "Remove the file to download it again, or pass its path to use it as it is")
 
 
-def read(path):
-    """The text of a file, or of all text files below a folder (hidden and binary ones are skipped). Raises ValueError."""
-    path = Path(path)
-    if path.is_file():
-        text = decode(path.read_bytes(), path)
-    elif path.is_dir():
-        contents = ((file, file.read_bytes()) for file in _files_below(path))
-        texts = [decode(content, file) for file, content in contents
-                 if b"\0" not in content[:8192] or _encoding(content) != "UTF-8"]  # git's test for a binary
+class Text:
+    """The text of a file, or of all text files below a folder (hidden and binary ones are skipped), in parts: `"".join(Text(path))`.
+
+    It is read at every iteration, one part after the other, so that a text may be larger than the memory. Iterating raises ValueError
+    for what is no text, or has no character but blanks. Raises FileNotFoundError.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not self.path.is_file() and not self.path.is_dir():
+            raise FileNotFoundError(f"{path} is neither a file nor a folder")
+
+    def __iter__(self):
+        blank = True
+        for part in _parts_of_file(self.path) if self.path.is_file() else self._parts_of_folder():
+            blank = blank and not part.strip()
+            yield part
+        if blank:
+            raise ValueError(f"{self.path} is empty: there is nothing to learn from")
+
+    def _parts_of_folder(self):
+        texts = 0
+        for path in _files_below(self.path):
+            with open(path, "rb") as file:
+                beginning = file.read(8192)
+            if b"\0" in beginning and _encoding(beginning) == "UTF-8":  # git's test for a binary
+                continue
+            texts, part = texts + 1, ""
+            for part in _parts_of_file(path):
+                yield part
+            if part and not part.endswith("\n"):
+                yield "\n"
         if not texts:
-            raise ValueError(f"{path} holds no text file")
-        text = "".join(text if text.endswith("\n") or not text else text + "\n" for text in texts)
-    else:
-        raise FileNotFoundError(f"{path} is neither a file nor a folder")
-    if not text.strip():
-        raise ValueError(f"{path} is empty: there is nothing to learn from")
-    return text
+            raise ValueError(f"{self.path} holds no text file")
+
+
+def read(path):
+    """The whole `Text` of a path as one string. Raises what `Text` raises."""
+    return "".join(Text(path))
 
 
 def _files_below(folder):
@@ -113,18 +136,44 @@ def _encoding(content):
 def decode(content, where):
     """The text of these bytes: UTF-8, or UTF-16 or UTF-32 if they begin with its byte-order mark. Raises a ValueError that names `where`
     and the position of the first invalid byte."""
+    return "".join(_parts(io.BytesIO(content), where))
+
+
+READ = 1 << 20  # bytes at a time
+
+
+def _parts_of_file(path):
+    with open(path, "rb") as file:
+        yield from _parts(file, path)
+
+
+def _parts(file, where):
+    """Yield what `decode` returns of an open file's bytes, in parts that are not empty."""
+    content = file.read(READ)
     encoding = _encoding(content)
     halves = content[:8192:2], content[1:8192:2]
     for half, other, name in ((*halves, "utf-16be"), (*halves[::-1], "utf-16le")):
         if encoding == "UTF-8" and len(half) > 8 and half.count(0) > len(half) // 2 and other.count(0) < len(other) // 8:
             raise ValueError(f"{where} looks like UTF-16 without a byte-order mark: every second byte is 0. Convert it: "
                              f"iconv -f {name} -t utf-8")
-    try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        where_in, advice = (f" (line {line})", "Convert it, for example: iconv -f latin1 -t utf-8") if encoding == "UTF-8" else (
-            "", "It begins with that encoding's byte-order mark, but is damaged or something else")
-        raise ValueError(f"{where} is not {encoding}: byte 0x{content[error.start]:02x} at position {error.start}{where_in}, "
-                         f"{error.reason}. {advice}") from None
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True)
+    position = lines = 0    # bytes and line breaks before `content`
+    first = True
+    while True:
+        try:
+            part = decoder.decode(content, final=not content)
+        except UnicodeDecodeError as error:
+            line = lines + content[:max(0, error.start + len(content) - len(error.object))].count(b"\n") + 1
+            at = position + len(content) - len(error.object) + error.start      # `object` begins with what was left of earlier bytes
+            where_in, advice = (f" (line {line})", "Convert it, for example: iconv -f latin1 -t utf-8") if encoding == "UTF-8" else (
+                "", "It begins with that encoding's byte-order mark, but is damaged or something else")
+            raise ValueError(f"{where} is not {encoding}: byte 0x{error.object[error.start]:02x} at position {at}{where_in}, "
+                             f"{error.reason}. {advice}") from None
+        if part and first:
+            part, first = part.removeprefix("\ufeff"), False
+        if part:
+            yield part
+        if not content:
+            return
+        position, lines = position + len(content), lines + content.count(b"\n")
+        content = file.read(READ)

@@ -10,6 +10,7 @@ what is missing.
 """
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,10 +77,10 @@ def find(dataset, data_dir="data", say=print):
                 f"no data set {dataset!r}: {Path(data_dir, dataset)} lacks {' or '.join(FILES)}, and there is no text of that "
                 f"name. Prepared in {data_dir}: {', '.join(known) or 'nothing'}. Corpora: {', '.join(corpora.TOKENIZER)}. "
                 "A text of your own: --dataset=FILE")
-        folder, text = Path(data_dir, _name_of(dataset)), corpora.read(dataset)
+        folder, text = Path(data_dir, _name_of(dataset)), corpora.Text(dataset)
         if _is_prepared(folder):
             about = _source(folder)
-            if about.get("sha256") == _sha256(text):
+            if about.get("sha256") == _measured(text)[1]:
                 return folder
             if about.get("source") != os.path.abspath(dataset):
                 raise ValueError(f"{folder} holds a data set made from {about.get('source') or 'something else'}: give this "
@@ -94,19 +95,22 @@ def find(dataset, data_dir="data", say=print):
 def write(text, folder, kind="char", *, source="", vocab_limit=None, val_fraction=0.1, say=print):
     """Write the token files of `text` to `folder`; returns the tokenizer. kind: "char", "word" or "gpt2".
 
+    text: a str; or an iterable of its parts, such as corpora.Text, which is read four times and never held as a whole.
+
     Everything is written under temporary names first. Once it is all on the disk, the old train.bin is removed and the new one renamed
     last, so that an interruption leaves the former data set, the new one, or visibly none: never parts of both. Two processes take
     turns. Raises ValueError if the vocabulary does not fit 16 bits or a split would be empty.
     """
     folder = Path(folder)
+    length, sha256 = _measured(text)
     tokenizer = _build_tokenizer(text, kind, source, vocab_limit)
     if tokenizer.vocab_size > MAX_VOCAB_SIZE:
         raise ValueError(f"this text has a vocabulary of {tokenizer.vocab_size:,}; the files hold 16-bit ids, "
                          f"{MAX_VOCAB_SIZE:,} at most. Use --tokenizer=gpt2, or --tokenizer=word --vocab_size=20000")
-    cut = int(len(text) * (1 - val_fraction))
-    splits = {"train.bin": text[:cut], "val.bin": text[cut:]}
-    if not all(splits.values()):
-        raise ValueError(f"a text of {len(text)} characters cannot be split into training and validation text: use a longer "
+    cut = int(length * (1 - val_fraction))
+    splits = {"train.bin": (0, cut), "val.bin": (cut, math.inf)}
+    if not 0 < cut < length:
+        raise ValueError(f"a text of {length} characters cannot be split into training and validation text: use a longer "
                          "one")
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,13 +121,14 @@ def write(text, folder, kind="char", *, source="", vocab_limit=None, val_fractio
         remove_litter(folder / former)
         with replacing_together(*(folder / name for name in names), without=[folder / "train.bin", folder / former]) as opened:
             file = dict(zip(names, opened))
-            for name, part in splits.items():
-                counts[name] = sum(_write_ids(file[name], tokenizer, chunk) for chunk in tokenizers.chunks(part, anywhere=kind == "char"))
-            about = dict(source=source if source in corpora.TOKENIZER else os.path.abspath(source), sha256=_sha256(text), kind=kind,
+            for name, (start, end) in splits.items():
+                chunks = tokenizers.chunks(_between(text, start, end), anywhere=kind == "char")
+                counts[name] = sum(_write_ids(file[name], tokenizer, chunk) for chunk in chunks)
+            about = dict(source=source if source in corpora.TOKENIZER else os.path.abspath(source), sha256=sha256, kind=kind,
                          vocab_limit=vocab_limit, val_fraction=val_fraction)
             file["source.json"].write(json.dumps(about, indent=1).encode())
             tokenizer.write(file[vocabulary])
-    say(f"{len(text):,} characters, a vocabulary of {tokenizer.vocab_size:,} ({kind}): "
+    say(f"{length:,} characters, a vocabulary of {tokenizer.vocab_size:,} ({kind}): "
         f"{counts['train.bin']:,} tokens to train on, {counts['val.bin']:,} to validate on, in {folder}")
     return tokenizer
 
@@ -171,7 +176,7 @@ def _read(source, folder):
         nearest = options.nearest(source, corpora.TOKENIZER)
         raise FileNotFoundError(f"{source!r} is not a file, a folder or a corpus; the corpora are "
                                 f"{', '.join(corpora.TOKENIZER)} (nearest: {nearest})")
-    return corpora.read(source)
+    return corpora.Text(source)
 
 
 def _source(folder):
@@ -182,8 +187,23 @@ def _source(folder):
         return {}
 
 
-def _sha256(text):
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+def _measured(text):
+    """(number of characters, sha256 of the UTF-8 bytes) of a text."""
+    length, sha256 = 0, hashlib.sha256()
+    for part in tokenizers.parts_of(text):
+        length += len(part)
+        sha256.update(part.encode("utf-8"))
+    return length, sha256.hexdigest()
+
+
+def _between(text, start, end):
+    """Yield the characters start ... end of a text, in parts."""
+    for part in tokenizers.parts_of(text):
+        if start < len(part) and end > 0:
+            yield part[max(start, 0):min(end, len(part))]
+        start, end = start - len(part), end - len(part)
+        if end <= 0:
+            return
 
 
 def _build_tokenizer(text, kind, source, vocab_limit):

@@ -72,17 +72,30 @@ CHUNK = 1 << 20  # characters: a Python list of their pieces and ids takes up to
 
 
 def chunks(text, anywhere=False):
-    """Yield a text in parts of about CHUNK characters that each of the tokenizers encodes as it encodes the whole.
+    """Yield a text, a str or its parts in order, in parts of about CHUNK characters that each of the tokenizers encodes as it encodes the
+    whole.
 
     A part ends before a space or line break that follows a word or a mark: no piece of words and no token of byte pairs crosses this.
     anywhere: at any character, which is enough for characters.
     """
-    start = 0
-    while start < len(text):
-        boundary = _BOUNDARY.search(text, start + CHUNK) if not anywhere else None
-        end = start + CHUNK if anywhere else boundary.start() if boundary else len(text)
-        yield text[start:end]
-        start = end
+    held, count = [], 0     # the beginning of the next part, and its length
+    for part in parts_of(text):
+        if anywhere:
+            yield from (part[start:start + CHUNK] for start in range(0, len(part), CHUNK))
+            continue
+        start = 0
+        while boundary := _BOUNDARY.search(part, start + max(CHUNK - count, 0)):
+            yield "".join([*held, part[start:boundary.start()]])
+            held, count, start = [], 0, boundary.start()
+        held.append(part[start:])
+        count += len(part) - start
+    if count:
+        yield "".join(held)
+
+
+def parts_of(text):
+    """The parts of a text: of a str itself, else of an iterable of str, which is read again at every call."""
+    return [text] if isinstance(text, str) else text
 
 
 _BOUNDARY = re.compile(r"(?<=\S)[ \n]")
@@ -142,10 +155,11 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_text(cls, text):
-        """The vocabulary of a text: its distinct characters in code point order, as nanoGPT's prepare.py numbers them."""
-        if not text:
+        """The vocabulary of a text, a str or its parts in order: its distinct characters in code point order, as nanoGPT's prepare.py numbers them."""
+        chars = set().union(*map(set, parts_of(text)))
+        if not chars:
             raise TokenizerError("the text is empty: there is no vocabulary to build from it")
-        return cls(sorted(set(text)))
+        return cls(sorted(chars))
 
     @property
     def vocab_size(self):
@@ -196,18 +210,18 @@ class WordTokenizer(Tokenizer):
 
     @classmethod
     def from_text(cls, text, max_vocab_size=None, unknown="mark"):
-        """The vocabulary of a text: its pieces, the most frequent first (ties in code point order), `max_vocab_size` at most.
+        """The vocabulary of a text, a str or its parts in order: its pieces, the most frequent first (ties in code point order), `max_vocab_size` at most.
 
         With the rule "mark", "<unk>" takes one of the places.
         """
-        if not text:
-            raise TokenizerError("the text is empty: there is no vocabulary to build from it")
         first = [UNKNOWN] if unknown == "mark" else []
         if max_vocab_size is not None and max_vocab_size <= len(first):
             raise TokenizerError(f"max_vocab_size={max_vocab_size} leaves no place for a word; use at least {len(first) + 1}")
         counts = collections.Counter()
         for part in chunks(text):
             counts.update(cls.PIECES.findall(part))
+        if not counts:
+            raise TokenizerError("the text is empty: there is no vocabulary to build from it")
         by_frequency = sorted(counts, key=lambda piece: (-counts[piece], piece))
         return cls((first + by_frequency)[:max_vocab_size], unknown)
 

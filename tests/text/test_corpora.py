@@ -102,6 +102,54 @@ def test_text_with_a_byte_order_mark_is_read_from_a_file_and_from_a_folder(encod
     assert corpora.read(tmp_path / "a.txt") == text and corpora.read(tmp_path) == text
 
 
+@pytest.mark.parametrize("content", [
+    b"one\r\ntwo\rthr\xc3\xa9e \xf0\x9f\x98\x80\n\r\n\r", b"\xef\xbb\xbfmark\r", "größer\r\n".encode("utf-16"), "größer\r\n\r".encode("utf-32"), b"",
+    b"good\nna\xefve and so on", b"line\n\nna\xc3", b"\xf0\x9f\x98 cut", "line".encode("utf-16") + b"x"])
+def test_a_text_reads_the_same_in_parts_of_any_size(content, monkeypatch):
+    def found():
+        try:
+            return corpora.decode(content, "a.txt")
+        except ValueError as error:
+            return str(error)
+    whole = found()
+    assert content or whole == ""
+    for size in range(4, 12):
+        monkeypatch.setattr(corpora, "READ", size)
+        assert found() == whole
+
+
+PEAK = """
+import re, sys
+from nanogpt_fast.text import corpora, prepare, tokenizers
+tokenizers.CHUNK = corpora.READ = 1 << 16
+prepare.write(corpora.Text(sys.argv[1]), "data/" + sys.argv[2], sys.argv[2], say=lambda _: None)
+print(re.search("VmHWM: *([0-9]+)", open("/proc/self/status").read().replace("\\t", " "))[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")     # ru_maxrss is at least the parent's
+@pytest.mark.parametrize("kind", ["char", "word"])
+def test_a_longer_text_takes_no_more_memory(kind, tmp_path):
+    peaks = []
+    for megabytes in (1, 5):
+        (tmp_path / "my.txt").write_text("To be, or not to be, that is it.\r\n" * (megabytes << 20 >> 5), newline="")
+        done = subprocess.run([sys.executable, "-c", PEAK, "my.txt", kind], capture_output=True, text=True, check=True,
+                              env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
+        peaks.append(int(done.stdout) / 1024)
+    assert peaks[1] - peaks[0] < 2, f"{peaks} MiB: a text of 4 MiB more was held"
+    assert len(tokens(f"data/{kind}", "train")) + len(tokens(f"data/{kind}", "val")) > 1_000_000
+
+
+def test_a_text_given_in_parts_makes_the_same_files(tmp_path):
+    text = TEXT + "größer 😀 don't\n  two\n\n" * 20
+    for kind in ("char", "word"):
+        prepare.write(text, "data/whole", kind, source="my.txt", say=lambda _: None)
+        for size in (1, 7, 1000):
+            prepare.write([text[i:i + size] for i in range(0, len(text), size)], "data/parts", kind, source="my.txt", say=lambda _: None)
+            for path in Path("data/whole").iterdir():
+                assert path.read_bytes() == (Path("data/parts") / path.name).read_bytes()
+
+
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 def test_utf_16_without_a_mark_is_refused_with_the_command_that_converts_it(encoding, tmp_path):
     (tmp_path / "a.txt").write_bytes("a first line\nand another\n".encode(encoding))
