@@ -124,3 +124,32 @@ def test_a_private_generator_gives_the_text_of_the_global_one_with_its_seed(rng)
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(ValueError, match="seed and generator are both given"):
         model.generate(idx, 3, seed=1, generator=torch.Generator())
+
+
+CALLS = {
+    "loss and logits": lambda model, idx: model(idx, idx),
+    "loss": lambda model, idx: model(idx, idx, return_logits=False),
+    "logits": lambda model, idx: model(idx),
+    "generate": lambda model, idx: model.generate(idx, 4, seed=1),
+    "generate without the cache": lambda model, idx: model.generate(idx, 4, seed=1, use_cache=False),
+    "stream": lambda model, idx: list(model.generate(idx, 4, seed=1, stream=True)),
+}
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_first_call_in_any_mode_leaves_nothing_that_training_meets(call, mode, amp):
+    """In one autocast region, whose cache of casts is one of the things that a call could leave something in."""
+    idx = torch.stack(prompts_of(5, 5))
+
+    def gradients(before):
+        model = sharpened()
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            with mode():
+                before(model, idx)
+            model(idx, idx)[1].backward()
+            before(model, idx)      # what the first call kept serves this one
+        return [parameter.grad for parameter in model.parameters()]
+    found, expected = gradients(CALLS[call]), gradients(lambda *_: None)
+    assert all(map(torch.equal, found, expected))
