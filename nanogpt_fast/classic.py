@@ -24,6 +24,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .checkpoints import archive, schema
+from .checkpoints.state import CheckpointError
 from .devices import choose_device
 from .files import refuse_special, replacing
 from .text import tokenizers
@@ -372,10 +374,8 @@ def is_checkpoint(path):
     """True if `path` is a readable torch file that holds a model of this file."""
     refuse_special(path)
     try:
-        checkpoint = torch.load(path, map_location="meta", weights_only=True)
-    except (FileNotFoundError, PermissionError, IsADirectoryError):  # torch reads a truncated file as an OSError, too
-        raise
-    except Exception:  # not a checkpoint of ours
+        checkpoint = archive.load(path, mmap=True)
+    except CheckpointError:  # not a checkpoint of ours
         return False
     return isinstance(checkpoint, dict) and "classic" in checkpoint
 
@@ -388,9 +388,17 @@ def load_checkpoint(path, device="auto"):
     device = choose_device(device)
     refuse_special(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = CLASSES[checkpoint["classic"]](ClassicConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
+        checkpoint = archive.load(path)
+        build, fields, weights = CLASSES[checkpoint["classic"]], checkpoint["config"], checkpoint["model"]
+        if not all(type(value) in (int, float, bool, str) for value in fields.values()):
+            raise ValueError("its config holds something else than numbers and strings")
+        config = ClassicConfig(**fields)
+        schema.check_layers(weights, config.n_layer if build is ClassicGPT else 0, path)
+        with torch.device("meta"):  # its shapes, before memory is taken for them
+            expected = build(config).state_dict()
+        schema.check_weights(weights, {name: tensor.shape for name, tensor in expected.items()}, path, "the config requires")
+        model = build(config)
+        model.load_state_dict(weights)
         tokenizer = None if checkpoint["tokenizer"] is None else tokenizers.from_state(checkpoint["tokenizer"])
     except (FileNotFoundError, PermissionError, IsADirectoryError):  # torch reads a truncated file as an OSError, too
         raise

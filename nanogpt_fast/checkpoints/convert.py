@@ -37,7 +37,7 @@ from ..classic import ClassicConfig, ClassicGPT
 from ..config import GPTConfig
 from ..model import GPT
 from ..options import option
-from . import huggingface, nanogpt
+from . import archive, huggingface, nanogpt
 from .state import plain_names, untie_head
 
 # A linear layer or LayerNorm each, by its two names in a block; only c_attn has no one-to-one counterpart.
@@ -125,7 +125,7 @@ def _load(source):
     if source.is_dir() and (source / "config.json").is_file():
         return _quietly(lambda: GPT.from_pretrained(str(source))).eval(), None, "huggingface"
     if source.is_file():
-        nanogpt.refuse_damage(source)
+        archive.refuse_damage(source)
     if source.is_file() and classic.is_checkpoint(source):
         model, tokenizer = classic.load_checkpoint(source, device="cpu")
         if not isinstance(model, ClassicGPT):

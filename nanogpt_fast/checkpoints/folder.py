@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .. import files
-from . import nanogpt
+from . import archive, nanogpt, schema
 from .state import CheckpointError
 
 RECORD = "run.json"
@@ -87,9 +87,15 @@ def _record(folder):
     """What run.json holds: pid, host, since; run, began (seconds since 1970) of the run that began here last. Whatever is unknown is absent."""
     try:
         found = json.loads(Path(folder, RECORD).read_text(encoding="utf-8").splitlines()[0])
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError, RecursionError):
         return {}
+    kinds = {"pid": schema.whole, "host": _is_text, "since": _is_text, "run": _is_text,
+             "began": lambda began: schema.at_least_0(began) and began < 1e11}      # a time that localtime takes
+    return {name: found[name] for name, good in kinds.items() if isinstance(found, dict) and name in found and good(found[name])}
+
+
+def _is_text(value):
+    return type(value) is str and len(value) <= 300
 
 
 def _write(folder, **changes):
@@ -117,7 +123,7 @@ def latest(folder):
         except CheckpointError as error:
             print(f"WARNING: {error} {last} is taken.")
     record = _record(folder)
-    if "run" in record and chosen.is_file() and chosen.stat().st_mtime < record["began"]:
+    if {"run", "began"} <= set(record) and chosen.is_file() and chosen.stat().st_mtime < record["began"]:
         label = _label(chosen)
         if label is not None and label[0] != record["run"]:
             began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["began"]))
@@ -132,11 +138,13 @@ def _label(path):
 
     The weights stay on the disk."""
     try:
-        with torch.serialization.safe_globals(nanogpt.NUMPY_SCALARS):
-            found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return found.get("run"), int(found["iter_num"])
-    except Exception:  # whatever torch's reader meets first in a damaged or foreign file; `nanogpt.read` says what it is
+        found = archive.load(path, mmap=True)
+    except (CheckpointError, OSError):  # `nanogpt.read` says what it is
         return None
+    if not isinstance(found, dict):
+        return None
+    run, step = found.get("run"), schema.number(found.get("iter_num"))
+    return (run, step) if (run is None or type(run) is str) and schema.whole(step) else None
 
 
 def _described(label):
@@ -168,6 +176,6 @@ def finish(folder, checkpoint):
     if not checkpoint.get("resume", {}).get("ckpt"):
         return
     stale = not ckpt.is_file() or ckpt.stat().st_mtime <= last.stat().st_mtime
-    if stale and _label(ckpt) != (checkpoint["run"], checkpoint["iter_num"]):
+    if stale and _label(ckpt) != (checkpoint.get("run"), checkpoint["iter_num"]):
         print(f"{ckpt} is older than {last}: the run was killed while it saved both. It is written again from {last}")
         nanogpt.save({key: value for key, value in checkpoint.items() if key not in ("resume", "path")}, ckpt)

@@ -13,6 +13,7 @@ import torch
 
 from ..config import GPTConfig
 from ..files import replacing_together
+from . import schema
 from .state import CheckpointError, plain_names
 
 SIZES = {
@@ -79,19 +80,27 @@ def read_folder(folder, activation=None, dropout=None):
     theirs = _json(folder / "config.json")
     for name, value in FIXED.items():
         if theirs.get(name, value) != value:
-            raise CheckpointError(f"{folder}/config.json has {name}={theirs[name]!r}; GPT supports only {value!r}")
+            raise CheckpointError(f"{folder}/config.json has {name}={schema.shown(theirs[name])}; GPT supports only {value!r}")
     sizes = {ours: theirs.get(name) for ours, name in (("block_size", "n_positions"), ("vocab_size", "vocab_size"),
                                                        ("n_layer", "n_layer"), ("n_head", "n_head"), ("n_embd", "n_embd"))}
     for name, value in sizes.items():
-        if type(value) is not int or value < 1:
-            raise CheckpointError(f"{folder}/config.json has no valid {name} ({value!r}); expected a positive integer")
+        if not schema.whole(value, 1):
+            raise CheckpointError(f"{folder}/config.json has no valid {name} ({schema.shown(value)}); expected a positive integer")
+    if sizes["n_embd"] % sizes["n_head"]:
+        raise CheckpointError(f"{folder}/config.json has n_embd={sizes['n_embd']} and n_head={sizes['n_head']}; "
+                              "each head needs an equal part")
     if theirs.get("n_inner") not in (None, 4 * sizes["n_embd"]):
-        raise CheckpointError(f"{folder}/config.json has n_inner={theirs['n_inner']}; GPT's MLP is 4 n_embd wide")
-    activation = activation or ACTIVATIONS.get(theirs.get("activation_function", "gelu_new"))
+        raise CheckpointError(f"{folder}/config.json has n_inner={schema.shown(theirs['n_inner'])}; GPT's MLP is 4 n_embd wide")
+    theirs_activation = theirs.get("activation_function", "gelu_new")
+    activation = activation or (ACTIVATIONS.get(theirs_activation) if isinstance(theirs_activation, str) else None)
     if activation is None:
-        raise CheckpointError(f"{folder} uses the activation {theirs['activation_function']!r}; GPT has {', '.join(ACTIVATIONS)}. "
+        raise CheckpointError(f"{folder} uses the activation {schema.shown(theirs_activation)}; GPT has {', '.join(ACTIVATIONS)}. "
                               "Pass activation='gelu' or 'gelu_tanh' to use one of them anyway.")
-    dropout = float(theirs.get("resid_pdrop", 0.0)) if dropout is None else dropout
+    if dropout is None:
+        dropout = theirs.get("resid_pdrop", 0.0)
+        if not schema.at_least_0(dropout) or dropout > 1:
+            raise CheckpointError(f"{folder}/config.json has resid_pdrop={schema.shown(dropout)}; expected a probability")
+        dropout = float(dropout)
     config = GPTConfig(**sizes, dropout=dropout, bias=True, activation=activation)
     return config, _checked(_tensors(folder), config, folder)
 
@@ -102,7 +111,7 @@ def _json(path):
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}. A folder written by save_pretrained has this file; "
                               "if writing it was interrupted, write it again.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON, or is damaged ({error})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a JSON object of settings")
@@ -114,7 +123,10 @@ def _tensors(folder):
     load = _safetensors().load_file
     names = [WEIGHTS]
     if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
-        names = sorted(set(_json(folder / INDEX).get("weight_map", {}).values()))
+        found = _json(folder / INDEX).get("weight_map")
+        if not isinstance(found, dict) or not all(isinstance(name, str) and name and "\0" not in name for name in found.values()):
+            raise CheckpointError(f"{folder / INDEX} has no weight_map from names of weights to names of files")
+        names = sorted(set(found.values()))
         if any(os.path.basename(name) != name for name in names):
             raise CheckpointError(f"{folder / INDEX} names files outside of its folder")
     tensors = {}
@@ -131,33 +143,20 @@ def _tensors(folder):
 def _checked(tensors, config, folder):
     """transformers' tensors in nanoGPT's layout, after checking every name and shape against the config."""
     tensors = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
-               for name, tensor in plain_names(tensors).items()}
+               for name, tensor in plain_names(tensors, folder).items()}
     wte = tensors.get("transformer.wte.weight")
     head = tensors.setdefault("lm_head.weight", wte)  # a tied head is written once
+    schema.check_layers(tensors, config.n_layer, folder)
     expected = shapes(config)
-    problems = [f"{name} is missing" for name in expected if tensors.get(name) is None]
-    problems += [f"{name} does not belong there" for name in tensors if name not in expected]
-    problems += [f"{name} has shape {tuple(tensors[name].shape)}, but the config requires {shape}" for name, shape in expected.items()
-                 if tensors.get(name) is not None and tuple(tensors[name].shape) != shape]
-    if not problems and not torch.equal(head, wte):
-        problems = ["the head and the embedding are two different matrices, but GPT shares one"]
-    if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{folder}: the weights do not fit: {'; '.join(problems[:3])}{more}")
+    schema.check_weights({name: tensor for name, tensor in tensors.items() if tensor is not None}, expected, folder, "the config requires")
+    if not torch.equal(head, wte):
+        raise CheckpointError(f"{folder}: the head and the embedding are two different matrices, but GPT shares one")
     return to_nanogpt({name: tensors[name] for name in expected})
 
 
 def shapes(config):
     """{name: shape} of transformers' GPT2LMHeadModel for this config."""
-    C, V = config.n_embd, config.vocab_size
-    found = {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (config.block_size, C)}
-    for i in range(config.n_layer):
-        block = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "ln_2": (C,), "mlp.c_fc": (C, 4 * C),
-                 "mlp.c_proj": (4 * C, C)}
-        for name, shape in block.items():
-            found[f"transformer.h.{i}.{name}.weight"] = shape
-            found[f"transformer.h.{i}.{name}.bias"] = shape[-1:]
-    return {**found, "transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,), "lm_head.weight": (V, C)}
+    return {name: shape[::-1] if name.endswith(TRANSPOSED) else shape for name, shape in schema.shapes(config).items()}
 
 
 def write_folder(model, folder, check=None):

@@ -9,26 +9,18 @@ What cannot be read, written or used raises CheckpointError, whose message says 
 """
 import contextlib
 import dataclasses
-import pickle
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..config import GPTConfig
 from ..files import replacing_together
 from ..model import GPT, same_matrix
 from ..text import tokenizers
-from .state import CheckpointError, plain_names, untie_head
+from . import archive, schema
+from .state import CheckpointError, untie_head
 
 UPSTREAM_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")  # nanoGPT's GPTConfig
-KEYS = ("model", "model_args", "iter_num", "best_val_loss")  # a nanoGPT checkpoint must have these
-
-# nanoGPT's best_val_loss may be a NumPy scalar, whose pickle refers to these; they only construct numbers. NumPy 2 moved the first one.
-_scalar = np.float64(0).__reduce__()[0]
-NUMPY_SCALARS = [(_scalar, "numpy.core.multiarray.scalar"), (_scalar, "numpy._core.multiarray.scalar"), np.dtype,
-                 np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType]
 
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -64,48 +56,15 @@ def _system_reason(error):
 
 
 def read(path):
-    """The dict in a checkpoint file, on the CPU, its weights under plain names (`plain_names`). Raises CheckpointError."""
+    """The dict in a checkpoint file, on the CPU, its weights under plain names, checked for a model and for sampling (`schema.check`).
+
+    A run that goes on from it needs `schema.check_run` too. Raises CheckpointError.
+    """
     path = Path(path)
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
         raise CheckpointError(f"there is no checkpoint {path}; the folder has {', '.join(beside) or 'no *.pt file'}")
-    refuse_damage(path)
-    try:
-        with torch.serialization.safe_globals(NUMPY_SCALARS):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = next((line.strip() for line in str(error).splitlines() if "nsupported" in line), None)  # torch's wording
-        if reason is not None:
-            raise CheckpointError(f"{path} holds Python objects that could run code when loaded, so it is refused ({reason}). "
-                                  "A checkpoint holds tensors, numbers, strings, lists and dicts.") from None
-        raise CheckpointError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})") from None
-    except Exception as error:  # a damaged file fails in whichever part of torch's reader meets it first
-        reason = (str(error).splitlines() or ["it is truncated"])[0][:200]
-        raise CheckpointError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__}: {reason})") from None
-    missing = [key for key in KEYS if key not in checkpoint] if isinstance(checkpoint, dict) else KEYS
-    if missing or not isinstance(checkpoint["model"], dict) or not isinstance(checkpoint["model_args"], dict):
-        lacks = ", ".join(missing) or "a state dict"
-        raise CheckpointError(f"{path} is a torch file, but not a nanoGPT checkpoint: it lacks {lacks}")
-    checkpoint["model"] = plain_names(checkpoint["model"])
-    checkpoint["best_val_loss"] = float(checkpoint["best_val_loss"])
-    checkpoint["iter_num"] = int(checkpoint["iter_num"])
-    return checkpoint
-
-
-def refuse_damage(path):
-    """Raise CheckpointError if a torch file fails its own checksums.
-
-    torch.save writes a CRC for every tensor, but torch.load does not check it: a flipped bit would go unnoticed.
-    """
-    if not zipfile.is_zipfile(path):
-        return  # truncated (torch.load reports it), or the format of torch before 1.6
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:
-        damaged = f"its directory ({error})"
-    if damaged is not None:
-        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong. Take another copy or an earlier one.")
+    return schema.check(archive.load(path), path)
 
 
 # ------------------------------------------------------------------------------------------------------------ contents
@@ -126,19 +85,11 @@ def model_args(config):
 
 
 def build_model(checkpoint, path, *, dropout=None, backend=None):
-    """The GPT of a checkpoint, on the CPU. dropout: overrides the checkpoint's. Raises CheckpointError."""
+    """The GPT of a checkpoint that `read` returned, on the CPU. dropout: overrides the checkpoint's."""
     args = dict(checkpoint["model_args"])
     if dropout is not None:
         args["dropout"] = dropout
-    known = {field.name for field in dataclasses.fields(GPTConfig)}
-    unknown, missing = sorted(set(args) - known), sorted(set(UPSTREAM_ARGS) - {"dropout", "bias"} - set(args))
-    if unknown or missing:
-        raise CheckpointError(f"{path}: model_args " + " and ".join(
-            [f"has {', '.join(unknown)}, which GPTConfig does not know"] * bool(unknown) + [f"lacks {', '.join(missing)}"] * bool(missing)))
-    try:
-        model = GPT(GPTConfig(**args), backend=backend)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its model_args do not describe a GPT: {error}") from None
+    model = GPT(GPTConfig(**args), backend=backend)
     state = dict(checkpoint["model"])
     head, wte = state.get("lm_head.weight"), state.get("transformer.wte.weight")
     if "lm_head.bias" in state or not (head is None or wte is None or same_matrix(head, wte)):
@@ -146,34 +97,13 @@ def build_model(checkpoint, path, *, dropout=None, backend=None):
         if "lm_head.bias" not in state:  # a fork of nanoGPT without tying
             print(f"{path}: the vocabulary head has a matrix of its own, as in the file; nanoGPT would load it over the token embedding")
             state["lm_head.bias"] = model.lm_head.bias.detach()
-    _check_weights(state, model.state_dict(), path)
     model.load_state_dict(state)
     return model
 
 
-def _check_weights(found, expected, path):
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} does not belong there" for name in found if name not in expected]
-    problems += [f"{name} has shape {tuple(found[name].shape)}, but model_args require {tuple(tensor.shape)}"
-                 for name, tensor in expected.items() if name in found and found[name].shape != tensor.shape]
-    if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{path}: the weights do not fit the model: {'; '.join(problems[:3])}{more}")
-
-
 def load_optimizer(optimizer, state, path):
-    """Load an optimizer state, nanoGPT's or ours, after checking that it belongs to these parameters."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    try:
-        moments = [state["state"].get(i, {}) for group in state["param_groups"] for i in group["params"]]
-        fits = len(moments) == len(parameters) and all(
-            moment["exp_avg"].shape == p.shape for moment, p in zip(moments, parameters) if moment)
-        if not fits:
-            raise ValueError(f"moments of {len(moments)} tensors, the model has {len(parameters)}, or their shapes differ")
-        optimizer.load_state_dict(state)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its optimizer state does not fit the model ({error}). "
-                              "(A block_size smaller than the checkpoint's crops the model but not the optimizer state.)") from None
+    """Load an optimizer state, nanoGPT's or ours, after checking that it belongs to these parameters (`schema.moments`)."""
+    optimizer.load_state_dict(schema.moments(state, optimizer, path))
 
 
 def tokenizer_of(checkpoint, path):

@@ -10,14 +10,19 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read or used; the message says why and what to do."""
 
 
-def plain_names(state_dict):
-    """A state dict under nanoGPT's names: without the prefixes of torch.compile and DDP, without the old mask buffers."""
+def plain_names(state_dict, source="this state dict"):
+    """A state dict under nanoGPT's names: without the prefixes of torch.compile and DDP, without the old mask buffers.
+
+    Raises CheckpointError, which names the source, if two weights would get the same name.
+    """
     plain = {}
     for name, tensor in state_dict.items():
         name = name.replace("_orig_mod.", "")
         while name.startswith("module."):
             name = name.removeprefix("module.")
         if not name.endswith((".attn.bias", ".attn.masked_bias")):  # a causal mask; the biases are .attn.c_attn.bias, ...
+            if name in plain:
+                raise CheckpointError(f"{source} has two weights of the name {name[:100]}, apart from prefixes")
             plain[name] = tensor
     return plain
 

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..checkpoints import schema
 from ..files import replacing
 
 LACKING = 100_000  # lines that are kept for metrics.jsonl while its disk is full: 15 MB
@@ -226,14 +227,28 @@ def _rows_before(path, start, evaluated_at):
     """Yield the rows that a resumed run keeps: a killed run may have logged steps beyond its last checkpoint."""
     if start == 0 or not path.is_file():
         return
-    with open(path, encoding="utf-8") as lines:
+    damaged = 0
+    with open(path, "rb") as lines:
         for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:  # a line truncated by kill -9 or a full disk
-                continue
-            if row["iter"] < start or ("val_loss" in row and row["iter"] == evaluated_at):
+            row = _row(line)
+            if row is None:
+                damaged += 1
+            elif row["iter"] < start or ("val_loss" in row and row["iter"] == evaluated_at):
                 yield row
+    if damaged:
+        print(f"WARNING: {path} has {damaged} line{'s' * (damaged > 1)} that no run wrote whole, left out now (a kill or a full disk "
+              "cuts the last line short)")
+
+
+def _row(line):
+    """The row in a line of metrics.jsonl, or None if it is not one of the two kinds."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not schema.whole(row.get("iter")) or not all(map(schema.at_least_0, row.values())):
+        return None
+    return row if "loss" in row or {"train_loss", "val_loss"} <= set(row) else None
 
 
 def draw(rows, path):

@@ -3,7 +3,7 @@ import dataclasses
 
 import torch
 
-from ..checkpoints import folder as run_folder, nanogpt as checkpoints
+from ..checkpoints import folder as run_folder, nanogpt as checkpoints, schema
 from ..checkpoints.state import CheckpointError, set_random_states
 from ..config import GPTConfig
 from ..model import GPT
@@ -54,6 +54,7 @@ def initial_model(o, vocab_size, tokenizer, ops):
         raise CheckpointError(
             f"{path} was trained with another vocabulary than that of the data set {o.dataset!r}: the same ids mean other text. "
             "Resume on the data that it was trained on.")
+    schema.check_run(checkpoint, path)
     model = checkpoints.build_model(checkpoint, path, dropout=o.dropout, backend=ops)
     return model, {**checkpoint, "path": path}
 

@@ -146,6 +146,13 @@ def outside(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
 
 
+def index(content):
+    def change(folder):
+        (folder / "model.safetensors").rename(folder / "one.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    return change
+
+
 @pytest.mark.parametrize("change,message", [
     (cut, "is not a safetensors file, or is damaged"),
     (lambda folder: (folder / "model.safetensors").unlink(), "there is no .*model.safetensors"),
@@ -159,7 +166,15 @@ def outside(folder):
     (tensors(lambda s: s.update({"lm_head.weight": torch.ones(31, 16)})), "two different matrices"),
     (settings(model_type="llama"), "has model_type='llama'"), (settings(layer_norm_epsilon=1e-6), "has layer_norm_epsilon=1e-06"),
     (settings(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"), (settings(n_inner=48), "has n_inner=48"),
-    (settings(n_layer="two"), "has no valid n_layer"), (settings(activation_function="silu"), "uses the activation 'silu'")])
+    (settings(n_layer="two"), "has no valid n_layer"), (settings(activation_function="silu"), "uses the activation 'silu'"),
+    (settings(n_layer=2 ** 50), "n_layer is 1125899906842624, and there are 29 weights"), (settings(n_head=3), "each head needs an equal part"),
+    (settings(resid_pdrop="much"), "has resid_pdrop='much'; expected a probability"), (settings(resid_pdrop=7), "has resid_pdrop=7"),
+    (settings(activation_function=["gelu"]), "uses the activation a list"), (settings(vocab_size=True), "has no valid vocab_size"),
+    (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json is not JSON"),
+    (index([]), "index.json holds a list"), (index({"weight_map": []}), "has no weight_map"), (index({"weight_map": {"a": 1}}), "has no weight_map"),
+    (tensors(lambda s: s.update({"transformer.ln_f.weight": torch.ones(16).int()})), "transformer.ln_f.weight is int32"),
+    (tensors(lambda s: s.update({"transformer.ln_f.weight": torch.ones(16) * torch.nan})), "transformer.ln_f.weight holds nan"),
+    (tensors(lambda s: s.update({"module.transformer.ln_f.weight": torch.ones(16)})), "two weights of the name transformer.ln_f.weight")])
 def test_a_folder_that_is_not_what_it_says_is_refused(sources, change, message, tmp_path):
     shutil.copytree(sources["huggingface"], tmp_path / "hf")
     change(tmp_path / "hf")

@@ -101,6 +101,15 @@ def test_a_new_run_in_nanogpts_folder_killed_early_is_not_taken_for_nanogpts(fol
         resumed(o)
 
 
+@pytest.mark.parametrize("record", ['{"run": "later"}', '{"run": "later", "began": "noon"}', '{"run": "later", "began": 1e300}',
+                                    '{"run": ["later"], "began": 1}', "[" * 100_000, "7", ""], ids=lambda record: record[:40])
+def test_a_damaged_record_of_the_run_ends_no_resume(record, folder):
+    o = tiny.options(folder, max_iters=2, eval_interval=2)
+    train(o)
+    (folder / "out" / "run.json").write_text(record)
+    assert resumed(o, max_iters=3).iter_num == 3
+
+
 def test_a_kill_between_the_two_renames_costs_nothing(folder, monkeypatch, capsys):
     o = tiny.options(folder)
     replace = os.replace

@@ -1,6 +1,7 @@
 """What a run shows and records never ends it: a picture, a logger, metrics.jsonl or a printed line that fails."""
 import dataclasses
 import errno
+import json
 import os
 import signal
 import tracemalloc
@@ -188,3 +189,18 @@ def test_what_a_full_disk_kept_out_for_long_is_dropped_from_its_beginning_and_sa
     made.close()
     assert list(tiny.losses(folder / "out")) == [0, 1, 2, 15, 16, 17, 18, 19]
     assert len([line for line in said if "lacks 5 lines; the first of them are dropped" in line]) == 1
+
+
+@pytest.mark.parametrize("line", [b"", b"{", b"3", b"null", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"iter": 3}', b'{"loss": 1.0}',
+                                  b'{"iter": "3", "loss": 1.0}', b'{"iter": 3.5, "loss": 1.0}', b'{"iter": 3, "loss": "low"}',
+                                  b'{"iter": 3, "loss": 1' + b"0" * 400 + b"}", b'{"iter": 3, "train_loss": 1.0, "val_loss": null}'],
+                         ids=lambda line: line[:30].decode("latin1"))
+def test_a_damaged_line_of_metrics_is_said_and_left_out(line, tmp_path, capsys):
+    good = [{"iter": i, "loss": 2.0, "lr": 0.1} for i in range(5)]
+    lines = [json.dumps(row).encode() for row in good]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines[:3], line, *lines[3:]]))
+    assert list(progress._rows_before(tmp_path / "metrics.jsonl", 5, None)) == good
+    assert "has 1 line that no run wrote whole" in capsys.readouterr().out
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert list(progress._rows_before(tmp_path / "metrics.jsonl", 5, None)) == good
+    assert capsys.readouterr().out == ""
