@@ -404,7 +404,7 @@ def load_checkpoint(path, device="auto"):
         raise
     except Exception as error:  # a damaged file fails in whichever part reads it first
         raise ValueError(f"{path} is not a checkpoint of a classic model, or is damaged "
-                         f"({type(error).__name__}: {error})") from None
+                         f"({type(error).__name__}: {str(error)[:300]})") from None
     return model.to(device).eval(), tokenizer
 
 

@@ -3,6 +3,9 @@ import operator
 from dataclasses import dataclass
 
 
+ACTIVATIONS = ("gelu", "gelu_tanh")     # that `activation` may be
+
+
 @dataclass
 class GPTConfig:
     block_size: int = 1024    # T: the longest context, in tokens

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from . import backend as _backend, devices, reference
-from .config import GPTConfig, whole
+from .config import ACTIVATIONS, GPTConfig, whole
 from .ops import attention, cross_entropy, layer_norm, linear, mlp
 from .ops.common import dropout_seeds
 from .touched import touched
@@ -402,5 +402,5 @@ def check_config(config):
             setattr(config, name, whole(name, value, 0 if name == "n_layer" else 1))
     if not 0.0 <= config.dropout <= 1.0:
         raise ValueError(f"dropout is {config.dropout!r}; it is a probability, between 0 and 1")
-    if getattr(config, "activation", "gelu") not in ("gelu", "gelu_tanh"):
+    if getattr(config, "activation", "gelu") not in ACTIVATIONS:
         raise ValueError(f"activation is {config.activation!r}; expected 'gelu' (erf) or 'gelu_tanh'")

@@ -1,6 +1,7 @@
 """Alter a run's files in one place; resume from them and sample: a clear error or a right run, never a crash, a hang or a traceback.
 
-    python tests/altered.py EMPTY_FOLDER 2000 [FIRST]      2,000 alterations, numbered from FIRST (0)
+    python tests/altered.py EMPTY_FOLDER runs 2000 [FIRST]      2,000 alterations, numbered from FIRST (0)
+    python tests/altered.py EMPTY_FOLDER sources 2000 [FIRST]   the same of what `convert` reads besides: a classic GPT's file, a folder
 
 An alteration is a function of its number: which run it is of (float32, or float16 with its GradScaler), which file (last.pt,
 ckpt.pt, metrics.jsonl, run.json), where in it, and what is there instead. Types, shapes, dtypes, strides, missing and foreign keys,
@@ -29,6 +30,8 @@ import numpy as np
 import tiny
 import torch
 
+from nanogpt_fast import GPT, GPTConfig, classic
+from nanogpt_fast.checkpoints import convert
 from nanogpt_fast.checkpoints.nanogpt import CheckpointError, load_model
 from nanogpt_fast.training import progress
 from nanogpt_fast.training.losses import NonFiniteLoss
@@ -88,7 +91,7 @@ REFUSED = [lambda t: t.flatten()[:-1], lambda t: torch.cat((t.flatten(), t.flatt
            lambda t: torch.zeros(()), lambda t: torch.ones(1).expand(2 ** 40, 4),
            lambda t: t.flatten()[:1].clone().expand(t.shape) if t.numel() > 1 else t[..., None],
            lambda t: t.to(torch.complex64), lambda t: t > 0, lambda t: t.to(torch.int64), lambda t: t.to(torch.float8_e5m2),
-           lambda t: t.to("meta"), lambda t: t.to_sparse(), lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.quint8),
+           lambda t: t.to("meta"), lambda t: t.to_sparse(),
            lambda t: one(t, math.nan).view(t.shape), lambda t: one(t, math.inf).view(t.shape),
            lambda t: None, lambda t: "text", lambda t: t.tolist(), lambda t: {"data": t}]
 EITHER = [lambda t: one(t, 1e30).view(t.shape), lambda t: one(t, 3e38).view(t.shape), lambda t: t * 0, lambda t: -t, lambda t: t * 1e-40,
@@ -120,38 +123,11 @@ def replaced(tree, path, value):
     return tuple(new) if isinstance(tree, tuple) else new
 
 
-class Altered:
-    """One alteration, of a run's folder. what: in words. must: "refused", "same" or "either". resumes, samples: whether a resume and
-    sampling read what is altered."""
+class Change:
+    """Draws what is somewhere instead of a value. what: that in words. must: "refused", "same" or "either"."""
 
-    def __init__(self, draw, folder):
-        self.draw, self.must, self.samples = draw, "either", True
-        self.file = folder / draw.choice(["last.pt", "last.pt", "ckpt.pt"])
-        self.resumes = self.file.name == "last.pt" or draw.random() < 0.8     # else it lies beside a whole last.pt
-        if self.file.name == "ckpt.pt" and self.resumes:
-            os.remove(folder / "last.pt")
-        kind = draw.random()
-        if kind < 0.06:
-            self.text_file(folder / draw.choice(["metrics.jsonl", "metrics.jsonl", "run.json"]))
-        elif kind < 0.20:
-            self.archive()
-        else:
-            self.values()
-
-    def values(self):
-        saved = torch.load(self.file, weights_only=True)
-        often = ("model", "optimizer", "optimizer", "resume", "resume", "model_args", "config", "tokenizer")
-        section = self.draw.choice([name for name in often if name in saved] + [None])
-        if section == "optimizer":
-            section = self.draw.choice(["state", "param_groups"])
-            path, value = self.draw.choice([(("optimizer", section, *path), value) for path, value in nodes(saved["optimizer"][section])])
-        else:
-            root = () if section is None else (section,)
-            found = [(root + path, value) for path, value in nodes(saved if section is None else saved[section])]
-            path, value = self.draw.choice([one for one in found if section is not None or len(one[0]) < 2])
-        new = self.instead(path, value)
-        self.samples = path[:1] not in (("optimizer",), ("resume",))
-        torch.save(replaced(saved, path, new), self.file)
+    def __init__(self, draw):
+        self.draw, self.must, self.what = draw, "either", ""
 
     def instead(self, path, value):
         """What is at the path instead of the value."""
@@ -195,6 +171,40 @@ class Altered:
     def value(self):
         value = self.draw.choice(VALUES)
         return value() if callable(value) else copy.copy(value)
+
+
+class Altered(Change):
+    """One alteration, of a run's folder. resumes, samples: whether a resume and sampling read what is altered."""
+
+    def __init__(self, draw, folder):
+        super().__init__(draw)
+        self.samples = True
+        self.file = folder / draw.choice(["last.pt", "last.pt", "ckpt.pt"])
+        self.resumes = self.file.name == "last.pt" or draw.random() < 0.8     # else it lies beside a whole last.pt
+        if self.file.name == "ckpt.pt" and self.resumes:
+            os.remove(folder / "last.pt")
+        kind = draw.random()
+        if kind < 0.06:
+            self.text_file(folder / draw.choice(["metrics.jsonl", "metrics.jsonl", "run.json"]))
+        elif kind < 0.20:
+            self.archive()
+        else:
+            self.values()
+
+    def values(self):
+        saved = torch.load(self.file, weights_only=True)
+        often = ("model", "optimizer", "optimizer", "resume", "resume", "model_args", "config", "tokenizer")
+        section = self.draw.choice([name for name in often if name in saved] + [None])
+        if section == "optimizer":
+            section = self.draw.choice(["state", "param_groups"])
+            path, value = self.draw.choice([(("optimizer", section, *path), value) for path, value in nodes(saved["optimizer"][section])])
+        else:
+            root = () if section is None else (section,)
+            found = [(root + path, value) for path, value in nodes(saved if section is None else saved[section])]
+            path, value = self.draw.choice([one for one in found if section is not None or len(one[0]) < 2])
+        new = self.instead(path, value)
+        self.samples = path[:1] not in (("optimizer",), ("resume",))
+        torch.save(replaced(saved, path, new), self.file)
 
     def archive(self):
         """The same values in a file that torch.save would not write."""
@@ -314,6 +324,52 @@ class Bases:
         return "sample used what must be refused" if altered.must == "refused" and altered.samples else None
 
 
+class Sources:
+    """A classic GPT's checkpoint and a folder of transformers' GPT-2, which are altered and converted."""
+
+    def __init__(self, root):
+        self.root = Path(root)
+        with contextlib.redirect_stdout(io.StringIO()):
+            gpt = GPT(GPTConfig(vocab_size=31, block_size=16, n_layer=2, n_head=2, n_embd=16, activation="gelu_tanh")).eval()
+        gpt.save_pretrained(self.root / "hf")
+        classic.save_checkpoint(self.root / "classic.pt", convert.to_classic(gpt))
+
+    def wrong(self, number):
+        """(the alteration in words, None), or with what went wrong after alteration `number`."""
+        draw = random.Random(number)
+        folder, file, target = self.root / "altered", self.root / "altered.pt", self.root / "target.pt"
+        shutil.rmtree(folder, ignore_errors=True), target.unlink(missing_ok=True)
+        shutil.copytree(self.root / "hf", folder)
+        change = Change(draw)
+        if draw.random() < 0.5:
+            source = file
+            saved = torch.load(self.root / "classic.pt", weights_only=True)
+            path, value = draw.choice(list(nodes(saved)))
+            torch.save(replaced(saved, path, change.instead(path, value)), file)
+        elif draw.random() < 0.6:
+            source, config = folder, json.loads((folder / "config.json").read_text())
+            name, value = draw.choice([*config, "extra"]), change.value()
+            while not isinstance(value, (str, float, dict, type(None))) and not (isinstance(value, int) and abs(value) < 1e30):
+                value = change.value()      # what JSON can say
+            (folder / "config.json").write_text(json.dumps({**config, name: value}))
+            change.what = f"config.json: {name} {str(value)[:40]}"
+        else:
+            source, content = folder, bytearray((folder / "model.safetensors").read_bytes())
+            for _ in range(draw.choice([1, 2, 4])):     # in the header, which says names, dtypes, shapes and places
+                content[draw.randrange(8 + int.from_bytes(content[:8], "little"))] = draw.choice([draw.randrange(256), *b'0129,:[]{}"'])
+            (folder / "model.safetensors").write_bytes(content)
+            change.what = "bytes of model.safetensors"
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                convert.convert_checkpoint(source, target)
+        except (CheckpointError, convert.ConversionError, ValueError) as error:
+            clear = type(error) is not ValueError or "is not a checkpoint of a classic model" in str(error)
+            return change.what, None if clear and len(str(error)) < 1500 else repr(error)
+        except BaseException as error:
+            return change.what, "".join(traceback.format_exception(error)[-2:])
+        return change.what, None
+
+
 def forked(bases, numbers, log):
     """Make the alterations in a fork, a line of JSON in `log` for each. Returns the signal that ended it, or None."""
     pid = os.fork()
@@ -333,11 +389,11 @@ def forked(bases, numbers, log):
     return None if status == 0 else signal.Signals(-status).name if status < 0 else f"exit status {status}"
 
 
-def main(root, count, first=0):
+def main(root, what, count, first=0):
     torch.set_num_threads(1)
     progress.draw = kills.quick_draw
     with contextlib.redirect_stdout(io.StringIO()):
-        bases = Bases(root)
+        bases = {"runs": Bases, "sources": Sources}[what](root)
     log, left, wrong = Path(root, "log"), list(range(first, first + count)), 0
     log.touch()
     done = 0
@@ -359,4 +415,4 @@ def main(root, count, first=0):
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:])))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])))

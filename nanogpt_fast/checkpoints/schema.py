@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from ..config import GPTConfig
+from ..config import ACTIVATIONS, GPTConfig
 from .state import CheckpointError, plain_names
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -57,8 +57,8 @@ def flaw(tensor, dtypes=FLOATS, finite=True):
     """Why a tensor of a file cannot be computed with, or None. finite: nan and infinity are flaws, too."""
     if type(tensor) not in (torch.Tensor, nn.Parameter):
         return f"is {shown(tensor)}, not a tensor"
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        return "is sparse, quantized or without data; expected a plain tensor"
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return "is sparse or without data; expected a plain tensor"
     if tensor.dtype not in dtypes:
         return f"is {str(tensor.dtype).removeprefix('torch.')}; expected " + " or ".join(str(d).removeprefix("torch.") for d in dtypes)
     if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
@@ -169,8 +169,8 @@ def _config(args, path):
         problems += [f"dropout is {shown(config.dropout)}; expected a probability"]
     if type(config.bias) is not bool:
         problems += [f"bias is {shown(config.bias)}; expected True or False"]
-    if config.activation not in ("gelu", "gelu_tanh"):
-        problems += [f"activation is {shown(config.activation)}; expected 'gelu' or 'gelu_tanh'"]
+    if type(config.activation) is not str or config.activation not in ACTIVATIONS:
+        problems += [f"activation is {shown(config.activation)}; expected {' or '.join(map(repr, ACTIVATIONS))}"]
     _refuse(path, "its model_args do not describe a GPT", problems)
     return config
 
