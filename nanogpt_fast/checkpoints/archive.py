@@ -8,6 +8,7 @@ What the values are, and whether they fit each other, schema.py checks.
 """
 import pickle
 import pickletools
+import re
 import struct
 import zipfile
 
@@ -67,10 +68,10 @@ def load(path, mmap=False):
         with torch.serialization.safe_globals(STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        reason = next((line.strip() for line in str(error).splitlines() if "unsupported global" in line.lower()), None)  # torch's wording
-        if reason is not None:
-            raise CheckpointError(f"{path} holds Python objects that could run code when loaded, so it is refused ({reason}). "
-                                  "A checkpoint holds tensors, numbers, strings, lists and dicts.") from None
+        if found := re.search(r"nsupported (?:global: )?GLOBAL (\S{1,100})", str(error)):     # torch's wording
+            raise CheckpointError(f"{path} holds Python objects ({found[1]}) that could run code when loaded, so it is refused. A "
+                                  "checkpoint holds tensors, numbers, strings, lists and dicts: save it again where it was made, a dataclass as "
+                                  "dataclasses.asdict(it), a path as str(it)") from None
         raise CheckpointError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})") from None
     except Exception as error:  # a damaged file fails in whichever part of torch's reader meets it first
         reason = (str(error).splitlines() or ["it is truncated"])[0][:200]

@@ -131,8 +131,8 @@ def _load(source):
         if not isinstance(model, ClassicGPT):
             raise ConversionError(f"{source} holds a {type(model).__name__}: only the ladder's last model is a GPT")
         return model, tokenizer, "classic"
-    gpt, tokenizer, _ = _quietly(lambda: nanogpt.load_model(source))
-    return gpt, tokenizer, "nanogpt"
+    gpt, tokenizer, meta = _quietly(lambda: nanogpt.load_model(source))
+    return gpt, tokenizer, "build-nanogpt" if meta.get("layout") == "build-nanogpt" else "nanogpt"
 
 
 def _write_folder(gpt, target):

@@ -199,7 +199,8 @@ def _from_build_nanogpt(found, path):
     biased = any(type(name) is str and name.endswith("ln_f.bias") for name in found["model"])
     args = {**found["config"], "bias": biased, "dropout": 0.0, "activation": "gelu_tanh"}
     rest = {name: value for name, value in found.items() if name not in ("config", "step", "val_loss")}
-    return {**rest, "model_args": args, "iter_num": found["step"], "best_val_loss": found.get("val_loss", math.inf), "config": {}}
+    return {**rest, "model_args": args, "iter_num": found["step"], "best_val_loss": found.get("val_loss", math.inf), "config": {},
+            "layout": "build-nanogpt"}
 
 
 # ------------------------------------------------------------------------------------------------------------ optimizer

@@ -1,6 +1,7 @@
 """What comes from a file is checked before anything computes with it: altered.py, and single alterations by name."""
 import contextlib
 import dataclasses
+import decimal
 import os
 import pathlib
 import pickle
@@ -271,7 +272,14 @@ def test_a_checkpoint_of_build_nanogpt_is_read_like_nanogpts(tmp_path, monkeypat
     assert meta["iter_num"] == 250 and meta["best_val_loss"] == 3.5 and meta["log_dir"] == "log/one"
     idx = torch.arange(8)[None]
     assert torch.equal(model(idx, idx)[0], gpt(idx, idx)[0])
-    convert.convert_checkpoint(tmp_path / "m.pt", tmp_path / "ckpt.pt", "classic")
+    convert.convert_checkpoint(tmp_path / "m.pt", tmp_path / "ckpt.pt")
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["model_args"] == dataclasses.asdict(gpt.config)
+    assert torch.equal(load_model(tmp_path / "ckpt.pt")[0](idx, idx)[0], gpt(idx, idx)[0])
+
+
+def test_an_object_of_another_program_is_refused_with_what_to_save_instead(tmp_path):
+    with pytest.raises(CheckpointError, match=r"\(decimal.Decimal\) that could run code .*a dataclass as dataclasses.asdict"):
+        read(saved(tmp_path / "ckpt.pt", config={"learning_rate": decimal.Decimal("0.1")}))
 
 
 def test_a_pickle_alone_is_not_opened(tmp_path):
