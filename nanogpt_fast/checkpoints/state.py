@@ -54,11 +54,15 @@ def random_states():
 
 
 def set_random_states(states):
-    """Restore what `random_states` returned. A device that no longer exists is skipped."""
+    """Restore what `random_states` returned. A device that no longer exists is skipped. Raises CheckpointError where a device refuses its."""
     torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None and accelerator.type in states:
-        torch.get_device_module(accelerator).set_rng_state(states[accelerator.type])
+        try:
+            torch.get_device_module(accelerator).set_rng_state(states[accelerator.type])
+        except RuntimeError as error:
+            raise CheckpointError(f"the checkpoint's random state is not one of {accelerator.type} ({error}). Take an earlier checkpoint; or "
+                                  "ckpt.pt, which has none, by moving last.pt away") from None

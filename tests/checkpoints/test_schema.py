@@ -18,7 +18,7 @@ import tiny
 import torch
 
 from nanogpt_fast import GPT, GPTConfig, classic
-from nanogpt_fast.checkpoints import convert, nanogpt as checkpoints
+from nanogpt_fast.checkpoints import convert, nanogpt as checkpoints, state
 from nanogpt_fast.checkpoints.nanogpt import CheckpointError, load_model, read
 from nanogpt_fast.training import progress
 from nanogpt_fast.training.trainer import train
@@ -253,6 +253,15 @@ def test_a_resume_state_that_is_damaged_is_refused_before_anything_is_restored(t
         with pytest.raises(CheckpointError, match=f"last.pt: its 'resume' is damaged: .*{message}"):
             train(dataclasses.replace(o, init_from="resume"))
         torch.set_rng_state(before)
+
+
+def test_a_random_state_that_a_gpu_refuses_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    states = {**state.random_states(), "cuda": torch.zeros(3, dtype=torch.uint8)}
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: torch)     # the CPU's generator, which takes no 3 bytes either
+    with pytest.raises(CheckpointError, match="random state is not one of cuda"):
+        state.set_random_states(states)
 
 
 # ---------------------------------------------------------------------------------------------------- other scripts' files
