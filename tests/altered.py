@@ -355,8 +355,9 @@ class Sources:
             change.what = f"config.json: {name} {str(value)[:40]}"
         else:
             source, content = folder, bytearray((folder / "model.safetensors").read_bytes())
-            for _ in range(draw.choice([1, 2, 4])):     # in the header, which says names, dtypes, shapes and places
-                content[draw.randrange(8 + int.from_bytes(content[:8], "little"))] = draw.choice([draw.randrange(256), *b'0129,:[]{}"'])
+            header = 8 + int.from_bytes(content[:8], "little")      # names, dtypes, shapes and places
+            for _ in range(draw.choice([1, 2, 4])):
+                content[draw.randrange(header)] = draw.choice([draw.randrange(256), *b'0129,:[]{}"'])
             (folder / "model.safetensors").write_bytes(content)
             change.what = "bytes of model.safetensors"
         try:
@@ -383,6 +384,8 @@ def forked(bases, numbers, log):
                     signal.alarm(SECONDS)
                     print(json.dumps([number, *bases.wrong(number)]), file=f)
             status = 0
+        except BaseException:       # a fault of this program
+            traceback.print_exc()
         finally:
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
