@@ -52,8 +52,8 @@ def test_60_altered_runs_give_a_clear_error_or_a_right_run(tmp_path, draws_nothi
 def test_60_altered_sources_of_convert_give_a_clear_error_or_a_right_model(tmp_path):
     pytest.importorskip("safetensors")
     with one_thread():
-        sources = altered.Sources(tmp_path)
-        wrong = [f"{number}: {what}: {fault}" for number in range(60) for what, fault in [sources.wrong(number)] if fault]
+        sources = altered.Sources(tmp_path)     # 711, 714 and 720 gave a traceback or no file name once
+        wrong = [f"{number}: {what}: {fault}" for number in range(700, 760) for what, fault in [sources.wrong(number)] if fault]
     assert not wrong, "\n".join(wrong)
 
 
