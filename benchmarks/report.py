@@ -260,7 +260,8 @@ def measured(records):
     }
 
 
-DOCUMENTS = {"README.md": front_page, "docs/measured.md": measured, "docs/gpu.md": report_gpu.sections, "docs/swap.md": swap_table.sections}
+DOCUMENTS = {"README.md": front_page, "docs/measured.md": measured, "docs/gpu.md": report_gpu.sections, "docs/swap.md": swap_table.sections,
+             "docs/tune.md": lambda records: {"tune": command_output("tune")}}
 
 
 def result(records):

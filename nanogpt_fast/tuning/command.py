@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import backend, devices, options
-from ..bench import common, train
+from ..bench import common, measure, train
 from ..kernels import fastest
 from ..options import option
 from ..training import cpu
@@ -53,6 +53,8 @@ def main(argv):
     print(f"{device_name(shape)}, {describe(shape)}; about {o.minutes:g} minutes", flush=True)
     listed = [contest for contest in contests(shape) if len(contest.entries) > 1]
     start, seconds = time.monotonic(), 60 * o.minutes
+    if not shape.cuda and hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > measure.cores() / 4:
+        print(f"Other programs keep this machine busy (load {load:.1f} on {measure.cores()} cores): times are rough, and less will be decided", flush=True)
     decided, steps = [], {}
     if not listed:
         print("Nothing to choose: each op has one implementation that can run here (`nanogpt-fast doctor` says why)")

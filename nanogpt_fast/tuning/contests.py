@@ -98,6 +98,12 @@ def together(forward, leaves, gradient):
     return run
 
 
+def as_trained(shape):
+    """Decorates a function: it runs under the autocast of a training step."""
+    kind = "cuda" if shape.device.startswith("cuda") else "cpu"
+    return torch.autocast(kind, dtype=shape.dtype, enabled=shape.dtype != torch.float32)
+
+
 def forward_only(forward):
     return lambda t: (forward(t).detach(),)
 
@@ -137,6 +143,7 @@ def _attention(shape):
         new = _new(shape, shape.dtype)
         return dict(qkv=new(B, T, 3 * C), do=new(B, T, C, grad=False), seed=torch.tensor([1], device=shape.device))
 
+    @as_trained(shape)
     def forward(t, choice=AUTO):
         # A seed makes all tiles draw one mask; PyTorch's own is another, so under dropout our kernels are compared with each other.
         return attention.causal_attention_qkvpacked(t["qkv"], H, dropout_p=p, seed=t["seed"] if dropout and choice is AUTO else None, backend=choice)
@@ -183,8 +190,9 @@ def _layer_norm(shape):
         stream, new = _new(shape, torch.float32), _new(shape, shape.dtype)
         return dict(x=stream(rows, C), branch=new(rows, C), weight=stream(C), bias=stream(C) if shape.bias else None, dy=new(rows, C, grad=False))
 
+    @as_trained(shape)
     def forward(t):
-        return layer_norm.add_layer_norm(t["x"], t["branch"], t["weight"], t["bias"], out_dtype=shape.dtype, backend=AUTO)[1]
+        return layer_norm.add_layer_norm(t["x"], t["branch"], t["weight"], t["bias"], backend=AUTO)[1]
 
     def plain(t):
         return reference.add_layer_norm(t["x"], t["branch"], t["weight"], t["bias"])[1].to(shape.dtype)
@@ -212,21 +220,23 @@ def _mlp(shape):
     def make():
         torch.manual_seed(0)
         new, vector = _new(shape, shape.dtype), _new(shape, torch.float32)
-        t = dict(x=new(rows, C), w_fc=new(4 * C, C, scale=C ** -0.5), w_proj=new(C, 4 * C, scale=C ** -0.5 / 2), dy=new(rows, C, grad=False),
-                 b_fc=None, b_proj=None)
-        return t | (dict(b_fc=vector(4 * C).to(shape.dtype).detach().requires_grad_(), b_proj=vector(C).to(shape.dtype).detach().requires_grad_())
-                    if shape.bias else {})
+        w_fc, w_proj = vector(4 * C, C, scale=C ** -0.5), vector(C, 4 * C, scale=C ** -0.5 / 2)
+        return dict(x=new(rows, C), w_fc=w_fc, w_proj=w_proj, dy=new(rows, C, grad=False), b_fc=vector(4 * C) if shape.bias else None,
+                    b_proj=vector(C) if shape.bias else None, copies=tuple(w.detach().to(shape.dtype) for w in (w_fc, w_proj)))
     leaves = ["x", "w_fc", "b_fc", "w_proj", "b_proj"]
 
+    @as_trained(shape)
     def forward(t):
-        return mlp.gelu_mlp(*(t[name] for name in leaves), backend=AUTO)
+        return mlp.gelu_mlp(*(t[name] for name in leaves), copies=t["copies"], backend=AUTO)
 
+    @as_trained(shape)
     def plain(t):
-        return reference.gelu_mlp(*(t[name] for name in leaves))
+        w_fc, w_proj = (linear.cast(t[name], copy) for name, copy in zip(("w_fc", "w_proj"), t["copies"]))
+        return reference.gelu_mlp(t["x"], w_fc, t["b_fc"], w_proj, t["b_proj"])
     name = f"{rows} rows of {C}, {str(shape.dtype)[6:]}"
     both = dict(make=make, dtype=shape.dtype, calls=shape.layers)
     given = make()
-    args = [given[name] for name in leaves]
+    args = [given["x"], *(None if given[name] is None else given[name].to(shape.dtype) for name in leaves[1:])]      # no autocast here
     if shape.cuda and mlp._triton_why_not(*args) is None:
         for pass_, run in (("forward", forward_only), ("backward", lambda f: graph(f, leaves, "dy"))):
             form = lambda use: Row(f"mlp {pass_}", use, **where)
@@ -258,6 +268,7 @@ def _linear(shape):
             return dict(x=_draw(shape.dtype, "cpu", rows, inputs), weight=weight, copy=weight.detach().to(shape.dtype),
                         dy=_draw(shape.dtype, "cpu", rows, outputs, grad=False))
 
+        @as_trained(shape)
         def forward(t):
             return linear.linear(t["x"], t["weight"], None, copy=t["copy"], backend=AUTO)
 
@@ -282,19 +293,20 @@ def _loss(shape):
     def make():
         torch.manual_seed(0)
         new = _new(shape, shape.dtype)
-        return dict(x=new(rows, C), weight=new(V, C, scale=C ** -0.5), targets=torch.randint(0, V, (rows,), device=shape.device))
+        weight = _draw(torch.float32, shape.device, V, C, scale=C ** -0.5)
+        return dict(x=new(rows, C), weight=weight, copy=weight.detach().to(shape.dtype), targets=torch.randint(0, V, (rows,), device=shape.device))
 
+    @as_trained(shape)
     def forward(t):
-        with torch.autocast(torch.device(shape.device).type, dtype=shape.dtype, enabled=shape.dtype != torch.float32):
-            return cross_entropy.linear_cross_entropy(t["x"], t["weight"], t["targets"], return_logits=False, backend=AUTO)[0]
+        return cross_entropy.linear_cross_entropy(t["x"], t["weight"], t["targets"], return_logits=False, copy=t["copy"], backend=AUTO)[0]
 
+    @as_trained(shape)
     def plain(t):
-        with torch.autocast(torch.device(shape.device).type, dtype=shape.dtype, enabled=shape.dtype != torch.float32):
-            return reference.linear_cross_entropy(t["x"], t["weight"], t["targets"])[0]
+        return reference.linear_cross_entropy(t["x"], linear.cast(t["weight"], t["copy"]), t["targets"])[0]
     name, leaves = f"{rows} rows of {C}, {V} tokens, {str(shape.dtype)[6:]}", ["x", "weight"]
     both = dict(make=make, dtype=shape.dtype, run=together(forward, leaves, None), expected=together(plain, leaves, None))
     given = make()
-    args = given["x"], given["weight"], given["targets"], False
+    args = given["x"], given["copy"], given["targets"], False
     if shape.cuda and cross_entropy._triton_why_not(*args) is None:
         tiles = [Tile(0, N, 0, warps) for N, warps in LOSS if N <= 2 * V]
         anywhere = {**where, "dtype": ""}
