@@ -117,6 +117,8 @@ def stages(part, folder, more, upstream, dry):
             ["--model=tiny", "--device=cpu", "--batch_sizes=1", "--prompt=4", "--tokens=8"] if dry else [])), 90, alone=True),
         Stage("baby", baby, 40, alone=True),
         Stage("kernels", [*kernels, "--rounds", "20", "--json", results], 75, alone=True),
+        Stage("tune", module("nanogpt_fast", "tune", "--minutes=2", "--out", folder / "tuned.json", *(["--model=tiny", "--device=cpu"] if dry else [
+            "--model=gpt2", "--batch_size=64"])), 150, alone=True),
         Stage("ncu", smoke("small") if dry else ["ncu", "--clock-control", "none", "--set", "full", "--launch-count", "12", "--kernel-name",
               "regex:backward_dq|backward_dkdv|forward_kernel|_loss_kernel|_act_kernel", *smoke("small")], 40, alone=True),
         Stage("variations", train(64, variations, "--rounds=3", "--steps=8", "--again=False", f"--json={results}"), 100, alone=True),

@@ -125,7 +125,7 @@ def test_every_stage_waits_only_for_stages_of_its_part_and_what_is_timed_runs_al
             assert len(set(names)) == len(names)
             for i, stage in enumerate(listed):
                 assert set((*stage.after, *stage.needs)) <= set(names[:i]), (part, stage.name)
-                timed = stage.name.startswith(("train", "sweep", "generate", "kernels", "baby", "variations", "ncu"))
+                timed = stage.name.startswith(("train", "sweep", "generate", "kernels", "baby", "variations", "ncu", "tune"))
                 assert stage.alone == (timed and "compiles" not in stage.name) or stage.name == "captured", stage.name
 
 
