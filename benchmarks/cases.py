@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanogpt_fast import backend as ops_backend, reference
-from nanogpt_fast.ops import attention, cross_entropy, layer_norm, mlp, sample as sampler
+from nanogpt_fast.ops import attention, cross_entropy, mlp, norm, sampler
 
 FORWARD, BOTH = "forward", "both"
 AUTO, FUSED = ops_backend.parse("auto"), ops_backend.parse("fused")
@@ -235,9 +235,9 @@ def layer_norm_case(rows, C, dtype, direction, sweep=""):
     # forward: x, branch in; stream, y out. backward: dy (of the stream nothing arrives here), the stream; dx, dbranch out
     moved = rows * C * (4 + size + 4 + size + (size + 4 + 4 + size if grad else 0))
     return Case("add + LayerNorm", dict(rows=rows, C=C), dtype, direction, moved, 0, make,
-                {"ours": lambda t: layer_norm.add_layer_norm(**t, out_dtype=dtype, backend=AUTO), "eager": plain,
+                {"ours": lambda t: norm.add_layer_norm(**t, out_dtype=dtype, backend=AUTO), "eager": plain,
                  "compile": compiled(plain), "compile max-autotune": compiled(plain, AUTOTUNE), "Liger": liger, "quack": quack,
-                 **own("layer_norm", lambda t, backend: layer_norm.add_layer_norm(**t, out_dtype=dtype, backend=backend))},
+                 **own("layer_norm", lambda t, backend: norm.add_layer_norm(**t, out_dtype=dtype, backend=backend))},
                 differentiate=1, sweep=sweep)
 
 

@@ -86,7 +86,7 @@ def _gradients(dy, ds, s, weight, statistics):
 
 def layer_norm():
     from nanogpt_fast import backend
-    from nanogpt_fast.ops import layer_norm as op
+    from nanogpt_fast.ops import norm as op
     x, weight, bias = inputs = _leaves((4, 16, 64), (64,), (64,))
     fused = backend.parse("fused")
 
@@ -111,7 +111,7 @@ def layer_norm():
 
 def add_layer_norm():
     from nanogpt_fast import backend
-    from nanogpt_fast.ops import layer_norm as op
+    from nanogpt_fast.ops import norm as op
     x, branch, weight, bias = inputs = _leaves((4, 16, 64), (4, 16, 64), (64,), (64,))
     fused = backend.parse("fused")
 

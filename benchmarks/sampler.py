@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from nanogpt_fast.bench import measure
-from nanogpt_fast.ops import extension, sample as sampler
+from nanogpt_fast.ops import extension, sampler
 
 V, TEMPERATURE = 50304, 0.8
 CALLS = 20  # on a GPU, so many steps between two synchronisations, which cost more than a step

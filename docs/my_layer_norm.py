@@ -55,7 +55,7 @@ register("layer_norm", "mine", forward, backward, why_not)
 if __name__ == "__main__":
     from nanogpt_fast import backend
     from nanogpt_fast.bench import measure
-    from nanogpt_fast.ops.layer_norm import layer_norm
+    from nanogpt_fast.ops.norm import layer_norm
     gpu = torch.cuda.is_available()
     x = torch.randn(32768 if gpu else 64, 768, device="cuda" if gpu else "cpu")
     w, b = torch.ones(768, device=x.device), torch.zeros(768, device=x.device)

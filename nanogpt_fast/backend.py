@@ -84,8 +84,20 @@ def current():
 
 
 def choice(op, model_choices=None):
-    """"auto", "fused", "reference" or an implementation's name for `op`; `model_choices` is the model's parsed choice or None."""
-    return (_local.choices or model_choices or _environment)[op]
+    """"auto", "fused", "reference" or an implementation's name for `op`; `model_choices` is the model's choice, a text or parsed, or None."""
+    return (_local.choices or _parsed(model_choices) or _environment)[op]
+
+
+_texts = {}
+
+
+def _parsed(choices):
+    """A text parsed, once; anything else as it is."""
+    if not isinstance(choices, str):
+        return choices
+    if choices not in _texts:
+        _texts[choices] = parse(choices)
+    return _texts[choices]
 
 
 def choose(op, candidates, model_choices=None, args=(), fastest=None):
@@ -97,7 +109,7 @@ def choose(op, candidates, model_choices=None, args=(), fastest=None):
     """
     if not _tuned:
         load_local()
-    wanted = (_local.choices or model_choices or _environment)[op]
+    wanted = (_local.choices or _parsed(model_choices) or _environment)[op]
     reasons, row = [], None
     if wanted != "reference" and inside_torch_func():
         if wanted == "auto":

@@ -18,7 +18,7 @@ import torch.nn as nn
 
 from . import backend as _backend, devices, reference
 from .config import ACTIVATIONS, GPTConfig, whole
-from .ops import attention, cross_entropy, layer_norm, linear, mlp
+from .ops import attention, cross_entropy, linear, mlp, norm
 from .ops.common import dropout_seeds
 from .touched import touched
 
@@ -34,7 +34,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
 
     def forward(self, input):
-        return layer_norm.layer_norm(input, self.weight, self.bias, backend=self.backend)
+        return norm.layer_norm(input, self.weight, self.bias, backend=self.backend)
 
 
 class CausalSelfAttention(nn.Module):
@@ -124,9 +124,9 @@ class Block(nn.Module):
         x (B, T, C) is the residual stream; branch (B, T, C) or None must still be added to it, after dropout with probability p.
         seeds: of the three dropouts in here, in order; None: drawn where needed. Returns the first three for the next block.
         """
-        x, h = layer_norm.add_layer_norm(x, branch, self.ln_1.weight, self.ln_1.bias, dropout_p=p, seed=seeds[0],
+        x, h = norm.add_layer_norm(x, branch, self.ln_1.weight, self.ln_1.bias, dropout_p=p, seed=seeds[0],
                                          backend=self.ln_1.backend)
-        x, h = layer_norm.add_layer_norm(x, self.attn.branch(h, seeds[1]), self.ln_2.weight, self.ln_2.bias,
+        x, h = norm.add_layer_norm(x, self.attn.branch(h, seeds[1]), self.ln_2.weight, self.ln_2.bias,
                                          dropout_p=_p(self.attn.resid_dropout), seed=seeds[2], backend=self.ln_2.backend)
         return x, self.mlp.branch(h), _p(self.mlp.dropout)
 
@@ -279,7 +279,7 @@ class GPT(nn.Module):
         if reason is not None:
             _backend.notice_unfused(f"a block runs unfused: {reason}")
             return None
-        name = layer_norm.implementation(x, block.ln_1.weight, block.ln_1.bias, backend=block.ln_1.backend)
+        name = norm.implementation(x, block.ln_1.weight, block.ln_1.bias, backend=block.ln_1.backend)
         return None if name == "reference" else name
 
     def _final_norm(self, residual):
@@ -287,7 +287,7 @@ class GPT(nn.Module):
         ln_f = self.transformer.ln_f
         if branch is None or touched(ln_f, LayerNorm) is not None:
             return ln_f(_add(x, branch, p))
-        return layer_norm.add_layer_norm(x, branch, ln_f.weight, ln_f.bias, dropout_p=p, last=True, backend=ln_f.backend)[1]
+        return norm.add_layer_norm(x, branch, ln_f.weight, ln_f.bias, dropout_p=p, last=True, backend=ln_f.backend)[1]
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters. non_embedding excludes the position embedding; the token embedding counts, since it is the head's weight."""

@@ -180,7 +180,7 @@ def pretend():
 
     from nanogpt_fast import model
     from nanogpt_fast.generation import decode
-    from nanogpt_fast.ops import attention, sample
+    from nanogpt_fast.ops import attention, sampler
     from nanogpt_fast.ops.cpu import linear as linear_cpu
     from nanogpt_fast.training import half_weights
     FakeTensor.data_ptr = lambda self: self.storage_offset() * self.element_size()      # of an aligned storage
@@ -210,7 +210,7 @@ def pretend():
     attention._why_no_cudnn = lambda: "there is no GPU"
     decoder = decode.decoder
     decode.decoder = lambda session: decoder(session) if session.rows <= decode.max_rows_triton(session) else None     # as on a GPU
-    sample.prepare = lambda *args, **more: None
+    sampler.prepare = lambda *args, **more: None
 
 
 @contextlib.contextmanager

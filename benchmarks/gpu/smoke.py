@@ -22,7 +22,7 @@ import torch
 from nanogpt_fast import GPT, GPTConfig, backend
 from nanogpt_fast.bench import measure
 from nanogpt_fast.bench.common import GPT2
-from nanogpt_fast.ops import attention, cross_entropy, layer_norm, mlp
+from nanogpt_fast.ops import attention, cross_entropy, mlp, norm as norm_op
 from nanogpt_fast.ops.hopper import attention as attention_hopper, mlp as mlp_hopper
 from nanogpt_fast.training import captured
 from nanogpt_fast.training.half_weights import HalfWeights
@@ -134,7 +134,7 @@ def on_hopper(check):
 
 
 def norm(device):
-    call = parsed(lambda t, b: layer_norm.add_layer_norm(
+    call = parsed(lambda t, b: norm_op.add_layer_norm(
         t["x"], t["branch"], t["w"], t["b"], backend=b, out_dtype=BF16 if t["x"].dtype == torch.float32 else None))
     fp32 = torch.float32
     return three_ways(call, {"x": leaf(device, 512, 768, dtype=fp32), "branch": leaf(device, 512, 768),
@@ -353,10 +353,10 @@ def small_loss(device):
 
 
 def small_sampler(device):
-    from nanogpt_fast.ops import sample
+    from nanogpt_fast.ops import sampler
     logits, found = torch.randn(3, 1003, device=device), []
     for filters in (dict(temperature=0.8), dict(top_k=40), dict(top_p=0.9), dict(temperature=0.0)):
-        ours, theirs = (sample.sample(logits, seed=1, offset=3, backend=backend.parse(choice), **filters)
+        ours, theirs = (sampler.sample(logits, seed=1, offset=3, backend=backend.parse(choice), **filters)
                         for choice in ("fused", "reference"))
         found.append(torch.equal(ours, theirs))
     assert all(found), found

@@ -10,7 +10,7 @@ import torch
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
-from nanogpt_fast.ops.sample import _philox, sample, sample_probs  # noqa: E402
+from nanogpt_fast.ops.sampler import _philox, sample, sample_probs  # noqa: E402
 
 SEGMENT, SEGMENTS, K, SEED = 32, 40, 8, 5
 GREY, BLUE, RED, BAND = "#9aa0a6", "#1a73e8", "#d93025", "#e8f0fe"

@@ -182,7 +182,7 @@ OPS = """
     import contextlib, io, json, os
     import torch
     from nanogpt_fast import GPT, GPTConfig, backend, devices, explain, generation
-    from nanogpt_fast.ops import sample
+    from nanogpt_fast.ops import sampler
     from nanogpt_fast.ops.hopper import attention as hopper_attention, mlp as hopper_mlp
     from nanogpt_fast.training.half_weights import HalfWeights
     from nanogpt_fast.tuning import saved
@@ -204,7 +204,7 @@ OPS = """
     found["tuned"] = saved.about(device == "cuda")
     with backend.recording() as record, torch.no_grad():
         generation.Session(model.eval(), 1, dtype)
-        sample.implementation(torch.zeros(1, 8, device=device), backend=model.backend)
+        sampler.implementation(torch.zeros(1, 8, device=device), backend=model.backend)
     rows += [[op, name, "; ".join(reasons)] for op, _, name, reasons in record]
     taken, hopper = [row[:2] for row in rows], device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
     if hopper and ["mlp", "triton"] in taken:

@@ -26,7 +26,7 @@ from .. import backend as _backend, options
 from ..config import GPTConfig
 from ..files import replacing
 from ..model import GPT
-from ..ops import attention, cross_entropy, layer_norm, linear, mlp, sample
+from ..ops import attention, cross_entropy, linear, mlp, norm, sampler
 from ..ops.hopper import mlp as mlp_hopper
 from ..options import option
 from .error_rule import measure
@@ -127,7 +127,7 @@ def check(device, quick, only=()):
                 yield from _survive(op, dtype, "", function(dtype, device, quick))
 
 
-MODULES = {"attention": attention, "layer_norm": layer_norm, "linear": linear, "mlp": mlp, "cross_entropy": cross_entropy}
+MODULES = {"attention": attention, "layer_norm": norm, "linear": linear, "mlp": mlp, "cross_entropy": cross_entropy}
 
 
 def implementations(op, device):
@@ -178,7 +178,7 @@ def cases(device, quick):
 
     def layer_norm_case(rows, C, bias=True):
         def call(t, backend):
-            x, y = layer_norm.add_layer_norm(t["x"], t["branch"], t["weight"], t.get("bias"), backend=backend)
+            x, y = norm.add_layer_norm(t["x"], t["branch"], t["weight"], t.get("bias"), backend=backend)
             return {"x": x, "y": y}
 
         def make(half):
@@ -329,14 +329,14 @@ def check_sampler(dtype, device, quick):
     torch.manual_seed(zlib.crc32(b"sample"))
     logits = (torch.randn(rows, V, device=device) * 3).to(dtype)
     start = dict(op="sample", dtype=NAMES[dtype], shape=f"rows={rows} V={V}")
-    implementation, reasons = chosen("sample", lambda: sample.sample(logits[:1], seed=0, backend=FUSED), device, None)
+    implementation, reasons = chosen("sample", lambda: sampler.sample(logits[:1], seed=0, backend=FUSED), device, None)
     if implementation == "reference":
         yield Row(implementation="-", direction="", result="-", why="; ".join(reasons) or "there is no kernel", **start)
         return
     for name, filters in (("temperature", dict(temperature=0.8)), ("top-k", dict(top_k=40)), ("top-p", dict(top_p=0.9)),
                           ("min-p", dict(min_p=0.05)), ("all three", dict(temperature=1.3, top_k=200, top_p=0.95, min_p=0.01)),
                           ("greedy", dict(temperature=0.0))):
-        ours, theirs = (sample.sample(logits, seed=1, offset=3, backend=backend, **filters) for backend in (FUSED, REFERENCE))
+        ours, theirs = (sampler.sample(logits, seed=1, offset=3, backend=backend, **filters) for backend in (FUSED, REFERENCE))
         equal = int((ours == theirs).sum())
         yield Row(implementation=implementation, direction=f"tokens, {name}", largest=rows - equal,
                   result="pass" if equal == rows else "FAIL", why=f"{equal} of {rows} tokens are the definition's", **start)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .. import backend
 from ..config import whole
-from ..ops import sample as sampler
+from ..ops import sampler
 from .session import Watch, autocast_dtype, give_back, session_of
 
 # Held by a step on CUDA: while one thread captures a graph, PyTorch's generator and some calls of CUDA fail in every other thread.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import backend
-from ..ops import attention, layer_norm, mlp, sample as sampler
+from ..ops import attention, mlp, norm, sampler
 from ..ops.graphs import Recorder
 from . import decode
 
@@ -312,7 +312,7 @@ class Session:
             return self._norm(x, branch, self.ln_f)[1]
 
     def _norm(self, x, branch, weights):
-        return layer_norm.add_layer_norm(x, branch, *weights, out_dtype=self.dtype, backend=self.choices)
+        return norm.add_layer_norm(x, branch, *weights, out_dtype=self.dtype, backend=self.choices)
 
     def _head(self, x):
         with torch.autocast(x.device.type, enabled=False):

@@ -11,12 +11,13 @@ import math
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import backend as _backend, reference
 from ..kernels import fastest
 from . import registered as _registered
-from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_second_derivative, resolved
+from .common import KERNEL_DTYPES, Backend, autocast_dtype, dropout_seed, no_second_derivative, resolved
 from .cpu import attention as _cpu
 from .hopper import attention as _hopper
 from .registration import define, raw
@@ -36,13 +37,14 @@ CUDNN_LENGTHS = 64
 # ------------------------------------------------------------------------------------------------------------- public functions
 
 
-def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, seed=None, backend=None):
+def causal_attention_qkvpacked(qkv: Tensor, n_head: int, *, dropout_p: float = 0.0, scale: float | None = None, seed: Tensor | None = None,
+                               backend: Backend = None) -> Tensor:
     """Causal attention on the packed projection: (B, T, 3C), q, k and v side by side in the last dimension -> (B, T, C).
 
     qkv: floating point, any strides; each of q, k and v is n_head heads of D = C / n_head channels, side by side. The output has
     the autocast dtype if autocast is on (except for float64), else qkv's. scale: a positive number, 1/sqrt(D) by default.
     dropout_p: for the attention weights, 0 when not training. seed: of the kernels' mask, int64 (1,) on qkv's device; None draws one from
-    the generator of that device. backend: a choice per op, as `backend.parse` returns it, or None.
+    the generator of that device. backend: as in ops/__init__.py.
 
     Raises ValueError (shapes, dropout_p), RuntimeError (backend "fused" and no kernel can run; a second derivative, which
     only the reference has). Source: kernels/attention_forward.py and attention_backward.py; for heads of 64 on an H100 or H200 the
@@ -73,7 +75,7 @@ def causal_attention_qkvpacked(qkv, n_head, *, dropout_p=0.0, scale=None, seed=N
     return run(qkv, dropout_seed(qkv, dropout_p) if seed is None else seed, n_head, scale, dropout_p)[0]
 
 
-def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, scale: float | None = None, backend: Backend = None) -> Tensor:
     """softmax(scale * q k^T, causal) v: q (B, H, Tq, D), k and v (B, H, Tk, D), Tq <= Tk -> (B, H, Tq, D).
 
     With Tq < Tk the queries are the last Tq positions: query i sees keys 0 .. Tk - Tq + i. Any strides; the kernels return a
@@ -98,7 +100,7 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None, backend=None):
     return run(q, k, v, dropout_seed(q, dropout_p), scale, dropout_p)[0].transpose(1, 2)
 
 
-def decode_attention(q, k, v, lengths, *, scale=None, backend=None):
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale: float | None = None, backend: Backend = None) -> Tensor:
     """One new query per row over a cache: q (B, H, 1, D), k and v (B, H, T, D), with lengths[b] valid keys in row b -> (B, H, 1, D).
 
     lengths: (B,) int32 or int64 on q's device, 1 to T. The host never reads them, so one captured CUDA graph serves all lengths.

@@ -4,6 +4,7 @@ import contextlib
 import torch
 from torch.compiler import is_compiling
 
+Backend = str | dict | None       # see ops/__init__.py
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -8,17 +8,18 @@ autocast, and never modified; the backward computes the loss's gradient from the
 exist. Formulas, memory traffic and the kernels are in `kernels/cross_entropy.py`; the CPU path is in `cpu/cross_entropy.py`.
 """
 import torch
+from torch import Tensor
 
 from .. import backend as _backend, reference
 from ..kernels import fastest
 from . import linear, registered
-from .common import KERNEL_DTYPES, autocast_dtype, no_second_derivative, resolved
+from .common import KERNEL_DTYPES, Backend, autocast_dtype, no_second_derivative, resolved
 from .cpu import cross_entropy as _cpu
 from .registration import define, raw
 
 
-def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean", return_logits=True, backend=None,
-                         copy=None):
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -1, reduction: str = "mean",
+                         return_logits: bool = True, backend: Backend = None, copy: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy of logits = x weight^T against targets: (loss, logits), or (loss, None) with return_logits=False.
 
     x (..., C) and weight (V, C), floating point; targets int64 with one element per row of x. loss: a scalar, fp32 under
@@ -26,7 +27,7 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean
     starts aligned. Rows whose target is `ignore_index` do not count; reduction "mean" divides by the number of the other rows
     (nan if there are none), "sum" does not divide. A target outside of the vocabulary raises IndexError on a CPU and makes the
     loss nan on a GPU, where a check would stall the host. The backward raises if the returned logits were modified in place.
-    backend: a choice per op, as `backend.parse` returns it, or None. copy: weight in the compute dtype, if the caller keeps one
+    backend: as in ops/__init__.py. copy: weight in the compute dtype, if the caller keeps one
     (training/half_weights.py): it is used instead of casting, and the kernels do not round dW to that dtype.
 
     Raises ValueError (shapes, devices, reduction), TypeError (dtypes), RuntimeError (backend "fused" and the kernel can't

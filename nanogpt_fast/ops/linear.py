@@ -17,7 +17,7 @@ def linear(x, weight, bias, *, copy=None, backend=None):
     """x weight^T + bias -> (..., N), in the copy's dtype; without a copy, in F.linear's.
 
     x (..., K), weight (N, K), bias (N,) or None, floating point. copy: the weight cast to the compute dtype, or the weight detached;
-    it must not change before the backward. backend: a choice per op, as `backend.parse` returns it, or None.
+    it must not change before the backward. backend: as in ops/__init__.py.
 
     Raises RuntimeError for a second derivative, which only the reference has.
     """

@@ -9,11 +9,12 @@ x (2C bytes), h before the activation (8C) and post after it (8C); with `recompu
 """
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .. import backend as _backend, reference
 from ..kernels import fastest
 from . import linear, registered
-from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_autocast, no_second_derivative, resolved
+from .common import KERNEL_DTYPES, Backend, autocast_dtype, dropout_seed, no_autocast, no_second_derivative, resolved
 from .cpu import linear as _cpu_linear
 from .hopper import mlp as _hopper
 from .registration import define, raw
@@ -27,15 +28,16 @@ from .registration import define, raw
 FORMS = ("epilogue", "pointwise", "hopper")
 
 
-def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation="gelu", dropout_p=0.0, recompute=False, form=None, backend=None,
-             copies=None):
+def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, *, activation: str = "gelu",
+             dropout_p: float = 0.0, recompute: bool = False, form: str | None = None, backend: Backend = None,
+             copies: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """dropout(act(x w_fc^T + b_fc) w_proj^T + b_proj) -> (..., C), in the autocast dtype if autocast is on, else in x's.
 
     x (..., C), w_fc (F, C), w_proj (C, F), floating point; b_fc (F,), b_proj (C,), or None. F is 4C in a GPT.
     activation: "gelu" (erf), "gelu_tanh", "relu". dropout_p: 0 when not training; the mask's seed comes from the generator of
     x's device. recompute: keep 10C instead of 18C bytes per token for the backward (half precision), which then recomputes post.
     form: "epilogue", "pointwise" or "hopper" forces where the kernels compute the activation; None picks the one measured faster.
-    backend: a choice per op, as `backend.parse` returns it, or None. copies: both weights in the compute dtype, if the caller keeps
+    backend: as in ops/__init__.py. copies: both weights in the compute dtype, if the caller keeps
     them (training/half_weights.py): they are used instead of casting, and the kernels do not round the weights' gradients to that dtype.
 
     Raises ValueError (shapes, options), RuntimeError (backend "fused" and no kernel can run; a second derivative, which only

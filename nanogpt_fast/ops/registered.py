@@ -41,7 +41,7 @@ class Kernel(NamedTuple):
         return _Function.apply(self, options, *tensors)
 
 
-def register(op, name, forward, backward=None, why_not=None):
+def register(op: str, name: str, forward: Callable, backward: Callable | None = None, why_not: Callable | None = None) -> None:
     """Add a kernel `name` to `op`: see the table at the top of ops/registered.py. Registering a name again replaces it.
 
     forward: with a `backward`, it returns (result, saved), a tensor and a tuple of tensors; without one, the result, which autograd
@@ -63,8 +63,8 @@ def register(op, name, forward, backward=None, why_not=None):
     backend.own[op][name] = lambda *args: _why_not(kernel, args)
 
 
-def unregister(op, name):
-    """Forget a kernel."""
+def unregister(op: str, name: str) -> None:
+    """Forget a kernel. Raises KeyError where none of this name was registered."""
     del _kernels[op, name], backend.own[op][name]
 
 
@@ -171,7 +171,7 @@ def mlp(kernel, x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p):
 
 
 def add_layer_norm(kernel, x, branch, weight, bias, eps, dropout_p, out_dtype):
-    """(s, y), as ops/layer_norm.py's."""
+    """(s, y), as ops/norm.py's."""
     if branch is not None:
         x = x + (F.dropout(branch, dropout_p) if dropout_p > 0 else branch)
     return x, kernel(x, weight, bias, eps=eps).to(out_dtype)

@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 
 from .. import model as nano, reference
-from ..ops import attention, layer_norm, mlp
+from ..ops import attention, mlp, norm
 from ..touched import touched
 from . import parts
 from .swapped import Swapped
@@ -182,6 +182,6 @@ class GPT2Block(FromTransformers, parts.Block):
         call = {name: value for name, value in call.items()     # the encoder's two are None or not read
                 if name not in ("hidden_states", "encoder_hidden_states", "encoder_attention_mask")}
         attended = self.attn(self.ln_1(hidden_states), **call)
-        x, h = layer_norm.add_layer_norm(hidden_states, attended[0], self.ln_2.weight, self.ln_2.bias, eps=self.ln_2.eps,
+        x, h = norm.add_layer_norm(hidden_states, attended[0], self.ln_2.weight, self.ln_2.bias, eps=self.ln_2.eps,
                                          backend=self.backend)
         return self._returned(x + self.mlp(h), attended[1], use_cache)

@@ -8,7 +8,7 @@ B batch, T sequence, C = n_embd, H = n_head, D = C / H head size.
 import torch.nn as nn
 
 from .. import backend as _backend, model as nano, reference
-from ..ops import attention, cross_entropy, layer_norm, mlp
+from ..ops import attention, cross_entropy, mlp, norm
 from ..ops.common import autocast_dtype
 from ..touched import touched
 from .swapped import Swapped
@@ -34,10 +34,10 @@ class Norm(Swapped):
     obeyed = ("weight", "bias", "eps")
 
     def why_not(self, input):
-        return _kernel_why_not("layer_norm", layer_norm.CANDIDATES, self.backend, (input, self.weight, self.bias), layer_norm.row_for)
+        return _kernel_why_not("layer_norm", norm.CANDIDATES, self.backend, (input, self.weight, self.bias), norm.row_for)
 
     def fast(self, input):
-        return layer_norm.layer_norm(input, self.weight, self.bias, eps=getattr(self, "eps", 1e-5), backend=self.backend)
+        return norm.layer_norm(input, self.weight, self.bias, eps=getattr(self, "eps", 1e-5), backend=self.backend)
 
 
 class NanoNorm(Norm, nano.LayerNorm):
@@ -219,7 +219,7 @@ class Block(Swapped):
 
     def why_not(self, x):
         ln = self.norms()[1]
-        return self.why_not_fused() or _kernel_why_not("layer_norm", layer_norm.CANDIDATES, ln.backend, (x, ln.weight, ln.bias), layer_norm.row_for)
+        return self.why_not_fused() or _kernel_why_not("layer_norm", norm.CANDIDATES, ln.backend, (x, ln.weight, ln.bias), norm.row_for)
 
 
 class NanoBlock(Block, nano.Block):
@@ -247,7 +247,7 @@ class SeparateBlock(Block):
         return self.ff
 
     def fast(self, x):
-        x, h = layer_norm.add_layer_norm(x, self.sa(self.ln1(x)), self.ln2.weight, self.ln2.bias, eps=self.ln2.eps,
+        x, h = norm.add_layer_norm(x, self.sa(self.ln1(x)), self.ln2.weight, self.ln2.bias, eps=self.ln2.eps,
                                          backend=self.backend)
         return x + self.feed_forward()(h)
 
@@ -276,8 +276,8 @@ class NanoGPT(Swapped, nano.GPT):
     obeyed = ("config.block_size",)
 
     def why_not(self, idx, targets=None):
-        head, norm = self.lm_head.weight, self.transformer.ln_f.weight              # they stand for the residual stream
-        why_not = _kernel_why_not("layer_norm", layer_norm.CANDIDATES, self.backend, (norm, norm, None), layer_norm.row_for)
+        head, scale = self.lm_head.weight, self.transformer.ln_f.weight              # they stand for the residual stream
+        why_not = _kernel_why_not("layer_norm", norm.CANDIDATES, self.backend, (scale, scale, None), norm.row_for)
         if why_not is None or targets is None:
             return why_not
         return _kernel_why_not("cross_entropy", cross_entropy.CANDIDATES, self.backend, (head, head, targets), cross_entropy.row_for)

@@ -12,7 +12,7 @@ import torch
 from .. import backend, reference
 from ..kernels import fastest
 from ..kernels.fastest import Row, Tile
-from ..ops import attention, cross_entropy, layer_norm, linear, mlp, registered, sample
+from ..ops import attention, cross_entropy, linear, mlp, norm, sampler
 from .contest import Contest
 
 PYTORCH = "PyTorch"
@@ -192,7 +192,7 @@ def _layer_norm(shape):
 
     @as_trained(shape)
     def forward(t):
-        return layer_norm.add_layer_norm(t["x"], t["branch"], t["weight"], t["bias"], backend=AUTO)[1]
+        return norm.add_layer_norm(t["x"], t["branch"], t["weight"], t["bias"], backend=AUTO)[1]
 
     def plain(t):
         return reference.add_layer_norm(t["x"], t["branch"], t["weight"], t["bias"])[1].to(shape.dtype)
@@ -204,7 +204,7 @@ def _layer_norm(shape):
             yield Contest(f"layer_norm {pass_}: {name}", f"add + LayerNorm {pass_}", run=run(forward), expected=run(plain),
                           **_tiles(f"layer_norm {pass_} tile", tiles, shape, {**where, "dtype": ""}), **both)
     row, weight = _draw(shape.dtype, shape.device, 1, C).expand(rows, C), _draw(torch.float32, shape.device, C)
-    entries = implementations("layer_norm", layer_norm, (row.float(), weight, weight if shape.bias else None, row, shape.dtype), "layer_norm", where)
+    entries = implementations("layer_norm", norm, (row.float(), weight, weight if shape.bias else None, row, shape.dtype), "layer_norm", where)
     yield Contest(f"layer_norm training: {name}", "add + LayerNorm, training", run=together(forward, leaves, "dy"), expected=together(plain, leaves, "dy"),
                   **entries, **both)
 
@@ -330,10 +330,10 @@ def _generation(shape):
 
     def draw(t, choice=AUTO):
         t["offset"].zero_()
-        sample.sample_out(t["logits"], temperature=0.8, top_k=200, backend=choice, **{name: t[name] for name in ("out", "seed", "offset")})
+        sampler.sample_out(t["logits"], temperature=0.8, top_k=200, backend=choice, **{name: t[name] for name in ("out", "seed", "offset")})
         return (t["out"].float(),)
     given = make()
-    entries = implementations("sample", sample, (given["logits"],), "sample", where)
+    entries = implementations("sample", sampler, (given["logits"],), "sample", where)
     yield Contest(f"sample: {rows} rows of {V}", "sampler", make=make, run=draw, expected=lambda t: draw(dict(t), backend.parse("reference")),
                   dtype=torch.float32, **entries)
     yield from _decode(shape)

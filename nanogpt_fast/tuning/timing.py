@@ -59,6 +59,6 @@ def steps_in_turns(make, tables, rounds, cuda, until):
                 return samples
             step = _run(lambda _: make(), None, table)
             samples[name] += measure.interleaved({name: functools.partial(_run, lambda _, step=step: step(), None, table)}, rounds, warmup=5)[name]
-            del step
+            step = None
             torch.cuda.empty_cache()
     return samples

@@ -13,7 +13,7 @@ import subprocess
 import pytest
 import torch
 
-from nanogpt_fast.ops import extension, sample as sampler
+from nanogpt_fast.ops import extension, sampler
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 KERNEL = os.path.join(ROOT, "csrc", "sampler", "cuda.cu")

@@ -5,7 +5,6 @@ import harness
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
 from hypothesis import HealthCheck, given, settings, strategies as st
 from nanogpt_fast.kernels import dropout, fastest, layer_norm as kernels
 

@@ -8,7 +8,7 @@ from nanogpt_fast.kernels import dropout, layer_norm as kernels
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt_fast import backend, reference
-from nanogpt_fast.ops.layer_norm import add_layer_norm, implementation, layer_norm
+from nanogpt_fast.ops.norm import add_layer_norm, implementation, layer_norm
 
 FUSED = backend.parse("fused")
 C = 100

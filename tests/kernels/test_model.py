@@ -12,7 +12,7 @@ from made import Made
 import nanogpt_fast
 from nanogpt_fast import GPT, GPTConfig, backend
 from nanogpt_fast.model import Block
-from nanogpt_fast.ops import attention, layer_norm
+from nanogpt_fast.ops import attention, norm
 
 SMALL = dict(block_size=48, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
 
@@ -289,7 +289,7 @@ def test_c26_compiles_whole_without_recompiling_for_a_new_dropout_seed(device):
 def test_all_dropouts_of_the_blocks_share_one_draw_of_seeds_and_each_has_its_own(device, monkeypatch):
     model, (x, y) = model_of(device, dropout=0.3, n_layer=3), batch(device, B=1, T=9)
     seeds = []
-    for op in (attention, layer_norm):
+    for op in (attention, norm):
         apply = op._PackedAttention.apply if op is attention else op._AddLayerNorm.apply
         place = 1 if op is attention else 4     # of the seed among the arguments
         function = SimpleNamespace(apply=lambda *args, apply=apply, place=place: (seeds.append(args[place]), apply(*args))[1])

@@ -11,7 +11,7 @@ from nanogpt_fast import backend, explain, reference
 from nanogpt_fast.checks.error_rule import in_order, measure
 from nanogpt_fast.ops import extension
 from nanogpt_fast.ops.cpu import layer_norm as layer_norm_cpu
-from nanogpt_fast.ops.layer_norm import CANDIDATES, add_layer_norm, implementation, layer_norm
+from nanogpt_fast.ops.norm import CANDIDATES, add_layer_norm, implementation, layer_norm
 from nanogpt_fast.training import cpu
 from nanogpt_fast.training.half_weights import HalfWeights
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from nanogpt_fast import backend
-from nanogpt_fast.ops.layer_norm import add_layer_norm, implementation, layer_norm
+from nanogpt_fast.ops.norm import add_layer_norm, implementation, layer_norm
 
 REFERENCE = backend.parse("reference")
 

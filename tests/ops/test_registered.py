@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from nanogpt_fast import GPT, GPTConfig, backend, explain, ops, reference
 from nanogpt_fast.checks import verify
 from nanogpt_fast.kernels import fastest
-from nanogpt_fast.ops import attention, cross_entropy, layer_norm, mlp, registered
+from nanogpt_fast.ops import attention, cross_entropy, mlp, norm, registered
 
 PLAIN = {       # each op's forward, differentiable by autograd
     "attention": lambda q, k, v, scale: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale),
@@ -67,7 +67,7 @@ def test_a_backward_of_ones_own_is_called(mine):
         return torch.zeros_like(normal), (gradient * normal).sum(0), None
     mine("layer_norm", forward, backward=backward)
     x, weight = torch.randn(3, 8, requires_grad=True), torch.ones(8, requires_grad=True)
-    y = layer_norm.layer_norm(x, weight, None, backend=backend.parse("layer_norm=mine"))
+    y = norm.layer_norm(x, weight, None, backend=backend.parse("layer_norm=mine"))
     y.sum().backward()
     assert seen == [(3, 8)] and (x.grad == 0).all() and torch.allclose(weight.grad, F.layer_norm(x, (8,)).sum(0), atol=1e-5)
 
@@ -75,12 +75,12 @@ def test_a_backward_of_ones_own_is_called(mine):
 def test_auto_and_fused_never_take_it_unless_it_was_measured(mine, monkeypatch):
     calls = mine("layer_norm")
     x, weight = torch.randn(4, 32), torch.ones(32)
-    layer_norm.layer_norm(x, weight, None)
+    norm.layer_norm(x, weight, None)
     with pytest.raises(RuntimeError):
-        layer_norm.layer_norm(x, weight, None, backend=backend.parse("fused"))
+        norm.layer_norm(x, weight, None, backend=backend.parse("fused"))
     assert not calls
     cards.on_card(monkeypatch, 0, [fastest.Row("layer_norm", "mine", size=(32, 32), basis="measured", note="measured here: mine 1 us")])
-    layer_norm.layer_norm(x, weight, None)
+    norm.layer_norm(x, weight, None)
     assert len(calls) == 1
     assert "mine" in {row.implementation for row in explain(model_of(None), return_logits=False)}
 
@@ -89,7 +89,7 @@ def test_what_was_measured_and_is_not_registered_is_said(monkeypatch):
     monkeypatch.setattr(backend, "_noticed", set())
     cards.on_card(monkeypatch, 0, [fastest.Row("layer_norm", "theirs", basis="measured")])
     with pytest.warns(RuntimeWarning, match="for layer_norm, theirs was measured to be fastest here, but no kernel of this name is registered"):
-        layer_norm.layer_norm(torch.randn(4, 32), torch.ones(32), None)
+        norm.layer_norm(torch.randn(4, 32), torch.ones(32), None)
 
 
 def test_what_it_cannot_say_takes_another_or_is_refused(mine):
@@ -111,7 +111,7 @@ def test_what_it_cannot_say_takes_another_or_is_refused(mine):
     assert 0.3 < (dropped == 0).float().mean() < 0.7
     mine("layer_norm", why_not=lambda x, weight, bias, eps: f"{x.shape[-1]} channels are too few")
     with pytest.raises(RuntimeError, match="mine: 32 channels are too few"):
-        layer_norm.layer_norm(x, torch.ones(32), None, backend=chosen["layer_norm"])
+        norm.layer_norm(x, torch.ones(32), None, backend=chosen["layer_norm"])
 
 
 def test_separate_attention_and_autocast_reach_it(mine):
@@ -146,8 +146,8 @@ def test_a_file_of_kernels_is_loaded_at_the_first_choice(tmp_path, monkeypatch):
     monkeypatch.setattr(backend, "_tuned", False)
     x = torch.randn(4, 32)
     try:
-        layer_norm.layer_norm(x, torch.ones(32), None)
-        assert torch.equal(layer_norm.layer_norm(x, torch.ones(32), None, backend=backend.parse("layer_norm=from_a_file")), x)
+        norm.layer_norm(x, torch.ones(32), None)
+        assert torch.equal(norm.layer_norm(x, torch.ones(32), None, backend=backend.parse("layer_norm=from_a_file")), x)
     finally:
         ops.unregister("layer_norm", "from_a_file")
     for text, reason in (("", "registers no kernel"), (None, "there is no file")):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from nanogpt_fast import backend
-from nanogpt_fast.ops import extension, sample as sampler
-from nanogpt_fast.ops.sample import sample, sample_out, sample_probs
+from nanogpt_fast.ops import extension, sampler
+from nanogpt_fast.ops.sampler import sample, sample_out, sample_probs
 
 needs_extension = pytest.mark.skipif(extension._C is None, reason=f"no extension: {extension._C is None and extension.missing()}")
 IMPLEMENTATIONS = [pytest.param(backend.parse("fused"), id="cpp", marks=needs_extension), pytest.param(backend.parse("reference"), id="plain")]

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from nanogpt_fast.ops import attention, cross_entropy, layer_norm, linear, mlp, sample
+from nanogpt_fast.ops import attention, cross_entropy, linear, mlp, norm, sampler
 from nanogpt_fast.ops.cpu import adamw
 
 B, T, C, V = 2, 16, 128, 300
@@ -41,10 +41,10 @@ def loss(x, weight, **options):
 OPS = {  # name: (the op, whose first result is compared, shapes and dtypes of its arguments)
     "attention": (lambda qkv: attention.causal_attention_qkvpacked(qkv, 4), [((B, T, 3 * C), BF16)]),
     "attention in float32": (lambda qkv: attention.causal_attention_qkvpacked(qkv, 4), [((B, T, 3 * C), torch.float32)]),
-    "layer_norm": (layer_norm.layer_norm, [((B, T, C), BF16), ((C,), torch.float32), ((C,), torch.float32)]),
-    "add_layer_norm": (lambda *a: layer_norm.add_layer_norm(*a, out_dtype=BF16)[1],
+    "layer_norm": (norm.layer_norm, [((B, T, C), BF16), ((C,), torch.float32), ((C,), torch.float32)]),
+    "add_layer_norm": (lambda *a: norm.add_layer_norm(*a, out_dtype=BF16)[1],
                        [((B, T, C), torch.float32), ((B, T, C), BF16), ((C,), torch.float32), ((C,), torch.float32)]),
-    "the sum of add_layer_norm": (lambda *a: layer_norm.add_layer_norm(*a, out_dtype=BF16)[0],
+    "the sum of add_layer_norm": (lambda *a: norm.add_layer_norm(*a, out_dtype=BF16)[0],
                                   [((B, T, C), torch.float32), ((B, T, C), BF16), ((C,), torch.float32), ((C,), torch.float32)]),
     "mlp": (mlp.gelu_mlp, [((C, C), BF16), ((4 * C, C), BF16), ((4 * C,), BF16), ((C, 4 * C), BF16), ((C,), BF16)]),
     "linear": (lambda x, w, b, copy: linear.linear(x, w, b, copy=copy.detach()),
@@ -91,9 +91,9 @@ def test_sampling_reads_the_values_of_a_view(dtype, view):
     generator = torch.Generator().manual_seed(1)
     logits, rows = view(torch.randn(8, V, generator=generator).to(dtype)), torch.rand(8, generator=generator) + 0.5
     plain = logits.resolve_neg().clone(memory_format=torch.contiguous_format)
-    drawn = sample.sample(logits, seed=5, temperature=view(rows), top_p=view(rows / 2))
+    drawn = sampler.sample(logits, seed=5, temperature=view(rows), top_p=view(rows / 2))
     rows = view(rows).resolve_neg().contiguous(), view(rows / 2).resolve_neg().contiguous()
-    assert torch.equal(drawn, sample.sample(plain, seed=5, temperature=rows[0], top_p=rows[1]))
+    assert torch.equal(drawn, sampler.sample(plain, seed=5, temperature=rows[0], top_p=rows[1]))
 
 
 @pytest.mark.parametrize("name", ["logits", "out", "seed", "offset", "temperature", "top_k"])
@@ -102,7 +102,7 @@ def test_what_a_captured_draw_cannot_copy_is_refused(name):
         "out", "seed", "offset", "top_k")})
     tensors[name] = negative(tensors[name])
     with pytest.raises(ValueError, match=rf"{name} is a view that is negative lazily .*expected {name}.resolve_neg\(\)"):
-        sample.sample_out(**tensors)
+        sampler.sample_out(**tensors)
 
 
 def test_the_gradients_of_adamw_are_read_as_they_are():

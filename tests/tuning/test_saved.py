@@ -9,7 +9,7 @@ import torch
 from nanogpt_fast import backend
 from nanogpt_fast.kernels import fastest
 from nanogpt_fast.kernels.fastest import Row
-from nanogpt_fast.ops import layer_norm
+from nanogpt_fast.ops import norm
 from nanogpt_fast.tuning import saved
 
 ROW = Row("layer_norm", "reference", card="a card", arch=(0, 0), dtype="half", size=(64, 64), tokens=(3, 5), basis="measured", note="measured here: PyTorch 1 us, cpp 2 us")
@@ -29,7 +29,7 @@ def file(tmp_path, monkeypatch):
 
 def taken(rows=4, width=64):
     x, vector = torch.randn(rows, width, dtype=torch.bfloat16), torch.ones(width)
-    return layer_norm.implementation(x, vector, None)
+    return norm.implementation(x, vector, None)
 
 
 def test_auto_takes_what_was_measured_at_its_shapes_alone(file):

@@ -7,7 +7,7 @@ import torch
 
 from nanogpt_fast import backend, cli
 from nanogpt_fast.kernels import attention_common, fastest
-from nanogpt_fast.ops import attention, layer_norm, mlp
+from nanogpt_fast.ops import attention, mlp, norm
 from nanogpt_fast.ops.hopper import attention as hopper_attention, mlp as hopper_mlp
 from nanogpt_fast.tuning import command, contests, saved, screen, timing, trying
 from nanogpt_fast.tuning.contest import UNTUNED
@@ -77,7 +77,7 @@ def test_under_a_row_the_op_takes_what_it_says():
             taken = {}
             for label, rows in contest.entries.items():
                 with fastest.trial(rows):
-                    taken[label] = backend.choose("layer_norm", layer_norm.CANDIDATES, None, arguments, layer_norm.row_for)
+                    taken[label] = backend.choose("layer_norm", norm.CANDIDATES, None, arguments, norm.row_for)
             assert taken == {"cpp": "cpp", "PyTorch": "reference", UNTUNED: "cpp"}
             contest.begin()
             assert contest.now == "cpp" and list(contest.entries) == [UNTUNED, "PyTorch"] and contest.kept[0].use == "cpp"

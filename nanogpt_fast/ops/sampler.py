@@ -21,21 +21,25 @@ import math
 import numbers
 
 import torch
+from torch import Tensor
 
 from .. import backend as _backend
 from ..kernels import fastest
 from . import extension
+from .common import Backend
 from .common import resolved
 from .extension import address
 from .registration import register_fake
 
+PerRow = float | int | list | Tensor | None    # one value, or one for each row
 MAX_VOCAB = 262144
 LOGIT_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 # ---------------------------------------------------------------- public
 
-def sample(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=None, offset=None, backend=None):
+def sample(logits: Tensor, *, temperature: PerRow = 1.0, top_k: PerRow = None, top_p: PerRow = None, min_p: PerRow = None,
+           seed: int | Tensor | None = None, offset: int | Tensor | None = None, backend: Backend = None) -> Tensor:
     """Draw one token per row. logits (B, V), fp32, bf16 or fp16, V up to 262,144 -> (B,) int64.
 
     temperature: 0 is greedy.  top_k: at least 1, clamped to V.  top_p, min_p: 0 to 1.  None, or top_k of 0, turns a filter off. Each is a
@@ -70,7 +74,8 @@ def sample(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=
     return out
 
 
-def sample_out(logits, *, out, seed, offset, temperature=1.0, top_k=None, top_p=None, min_p=None, backend=None):
+def sample_out(logits: Tensor, *, out: Tensor, seed: Tensor, offset: Tensor, temperature: PerRow = 1.0, top_k: PerRow = None, top_p: PerRow = None,
+               min_p: PerRow = None, backend: Backend = None) -> None:
     """`sample` for a captured CUDA graph: writes the tokens to `out`, increments `offset`, and returns nothing.
 
     logits (B, V) with a contiguous last dimension; out, seed, offset (B,) int64, contiguous, on the logits' device.
@@ -100,7 +105,7 @@ def prepare(logits, *, out, seed, offset, temperature=1.0, top_k=None, top_p=Non
                              min_p=min_p, backend=backend)
 
 
-def sample_probs(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None):
+def sample_probs(logits: Tensor, *, temperature: PerRow = 1.0, top_k: PerRow = None, top_p: PerRow = None, min_p: PerRow = None) -> Tensor:
     """The distribution that `sample` draws from: (B, V) fp32, each row summing to 1. The same arguments. For checks, not for speed. A row
     with NaN or infinity follows the definition, and raises nothing.
     """

@@ -10,24 +10,25 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import backend as _backend, reference
 from ..kernels import fastest
 from . import registered
-from .common import KERNEL_DTYPES, autocast_dtype, dropout_seed, no_second_derivative, resolved
+from .common import KERNEL_DTYPES, Backend, autocast_dtype, dropout_seed, no_second_derivative, resolved
 from .cpu import layer_norm as _cpu
 from .registration import define, raw
 
 _MAX_C = 8192  # one program holds a whole row in registers
 
 
-def layer_norm(x, weight, bias, *, eps=1e-5, backend=None):
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float = 1e-5, backend: Backend = None) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, of x's shape and dtype.
 
     x (..., C), weight (C,), bias (C,) or None; fp32, fp16 or bf16 for a kernel. The variance is the biased one. Under CUDA
     autocast the result is fp32, as in PyTorch; under CPU autocast it keeps x's dtype.
-    backend: a choice per op, as `backend.parse` returns it, or None.
+    backend: as in ops/__init__.py.
 
     Raises ValueError (shapes), RuntimeError (backend "fused" and the kernel can't run; a second derivative, which only the
     reference has). Source: Ba, Kiros, Hinton, "Layer normalization", 2016.
@@ -43,8 +44,9 @@ def layer_norm(x, weight, bias, *, eps=1e-5, backend=None):
     return _LayerNorm.apply(x, weight, bias, (name, eps, y_dtype))
 
 
-def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtype=None, last=False, seed=None,
-                   backend=None):
+def add_layer_norm(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, *, eps: float = 1e-5, dropout_p: float = 0.0,
+                   out_dtype: torch.dtype | None = None, last: bool = False, seed: Tensor | None = None,
+                   backend: Backend = None) -> tuple[Tensor | None, Tensor]:
     """(s, y) with s = x + dropout(branch) and y = layer_norm(s). branch None: s is x, or a view of it. last: nobody needs s, return None
     for it; torch.compile then does not fill the gradient of an unused s with zeros.
 
@@ -53,7 +55,7 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0, out_dtyp
     leaves it fp32 under autocast, for the matmul to cast). Kept elements of branch are multiplied by 1 / (1 - dropout_p); the
     mask is drawn from torch's generator and is the same when activation checkpointing reruns the forward. seed: of the kernel's mask,
     int64 (1,) on x's device; None draws one.
-    backend: a choice per op, as `backend.parse` returns it, or None.
+    backend: as in ops/__init__.py.
 
     Raises ValueError (shapes, dropout_p), RuntimeError (as layer_norm).
     """
