@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from benchmarks.cases import cases
+from nanogpt_fast.bench.cases import cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = cases(DEVICE.type, quick=bool(os.environ.get("NANOGPT_FAST_QUICK")))

@@ -135,7 +135,8 @@ OPTIONS = {  # the parser of every command that takes options
     "demo": "training.options.TrainOptions", "train": "training.options.TrainOptions", "prepare": "text.prepare.PrepareOptions",
     "sample": "commands.sampling.SampleOptions", "chat": "commands.sampling.ChatOptions", "ladder": "commands.ladder.LadderOptions",
     "convert": "checkpoints.convert.ConvertOptions", "verify": "checks.verify.VerifyOptions", "bench train": "bench.train.BenchTrainOptions",
-    "bench generate": "bench.generate.BenchGenerateOptions", "bench loss": "bench.loss.BenchLossOptions", "tune": "tuning.command.TuneOptions"}
+    "bench generate": "bench.generate.BenchGenerateOptions", "bench loss": "bench.loss.BenchLossOptions", "tune": "tuning.command.TuneOptions",
+    "bench op": "bench.op.BenchOpOptions"}
 
 
 def test_every_command_that_takes_options_is_listed():

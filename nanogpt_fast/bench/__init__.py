@@ -4,6 +4,7 @@
     nanogpt-fast bench generate    prefill, tokens/s at several batch sizes, latency, share of the        generate.py
                                    memory bandwidth limit
     nanogpt-fast bench loss        loss against wall-clock time, on the same text                         loss.py
+    nanogpt-fast bench op          each op against its peers, or a function of yours beside them          op.py
 
 Variants take turns (`measure.interleaved`), so a slow minute of the machine falls on all of them; only ratios within one run mean
 anything. "nanoGPT" is the model.py of the checkout that `--upstream DIR` names. Without one it is `GPT(config, backend="reference")`,
@@ -15,10 +16,10 @@ import sys
 import torch
 
 from .. import devices, options
-from . import generate, loss, measure, train
+from . import generate, loss, measure, op, train
 
 COMMANDS = {"train": (train.BenchTrainOptions, train.run), "generate": (generate.BenchGenerateOptions, generate.run),
-            "loss": (loss.BenchLossOptions, loss.run)}
+            "loss": (loss.BenchLossOptions, loss.run), "op": (op.BenchOpOptions, op.run)}
 
 
 def main(argv):
@@ -31,7 +32,7 @@ def main(argv):
     cls, function = COMMANDS[argv[0]]
     o = options.parse(cls, argv[1:], f"nanogpt-fast bench {argv[0]}")
     device = devices.choose_device(o.device)
-    if not o.model:
+    if argv[0] != "op" and not o.model:
         o.model = "cpu" if device.type != "cuda" else "gpt2" if argv[0] == "train" else "baby"
     if device.type == "cuda":  # as in nanoGPT's train.py
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -39,7 +40,7 @@ def main(argv):
     dtype = devices.choose_dtype("bfloat16" if o.dtype == "auto" and device.type == "cuda" else o.dtype, device)
     try:
         with measure.sigterm_raises():
-            function(o, device, dtype)
+            return function(o, device, dtype)
     except measure.Interrupted:
         print("interrupted; what was measured so far is recorded", file=sys.stderr)
         return 128 + 15  # a shell's exit status for SIGTERM

@@ -1,6 +1,6 @@
 """The one list of what is timed: an op on a shape, its implementations, the bytes it must move and the FLOPs it must do.
 
-`python -m benchmarks.run` takes it for published figures, the pytest-benchmark files of this folder for browsing.
+`nanogpt-fast bench op` takes it, and the pytest-benchmark files of benchmarks/ for browsing.
 
 A case's `make(device)` draws random inputs; several sets take turns, so that no call finds its inputs in a cache.
 `implementations` are functions of one set. Directions: "forward" is inference (no_grad); "both" is forward and backward in one
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanogpt_fast import backend as ops_backend, reference
-from nanogpt_fast.ops import attention, cross_entropy, mlp, norm, sampler
+from .. import backend as ops_backend, reference
+from ..ops import attention, cross_entropy, mlp, norm, sampler
 
 FORWARD, BOTH = "forward", "both"
 AUTO, FUSED = ops_backend.parse("auto"), ops_backend.parse("fused")
