@@ -169,9 +169,10 @@ def run(o, device, dtype):
                                first_samples=samples[name, 1], all_samples=samples[name, n])
             alone |= {name: rate} if B == 1 else {}
             plain = "plain KV cache" if side_dtype == dtype else "plain KV cache bf16"  # the one in the same dtype
-            ratios = [rate / found[rival]["tokens_per_s"] if rival in found else float("nan") for rival in ("nanoGPT", plain)]
-            print(f"{B:>5} {name:<22} {1e3 * median[name, 1]:>7.1f} ms {rate:>10,.1f} {ratios[0]:>14.1f} {ratios[1]:>12.2f} "
-                  f"{rate / alone.get(name, float('nan')):>14.1f} {100 * rate / limit:>11.0f} %  " + percentiles(latency), flush=True)
+            rivals = [found[rival]["tokens_per_s"] if rival in found else None for rival in ("nanoGPT", plain)]
+            ratios = [f"{rate / rival:.{digits}f}" if rival else "-" for rival, digits in zip((*rivals, alone.get(name)), (1, 2, 1))]
+            print(f"{B:>5} {name:<22} {1e3 * median[name, 1]:>7.1f} ms {rate:>10,.1f} {ratios[0]:>14} {ratios[1]:>12} "
+                  f"{ratios[2]:>14} {100 * rate / limit:>11.0f} %  " + percentiles(latency), flush=True)
         record(o, "generate", device, shape=config, batch_size=B, prompt=prompt, limits=limits,
                dtype=str(dtype).removeprefix("torch."), variants=found)
 

@@ -219,7 +219,7 @@ def in_turns(o, names, runner, timed, until, apart):
     runs, found, workers, interrupted = {}, {}, [], False
     for name in names:
         if interrupted or runs and time.monotonic() > until - 20 * o.minutes:
-            found[name] = dict(error="not measured: out of time")
+            found[name] = dict(error="not measured: ended by a signal" if interrupted else "not measured: out of time")
             continue
         try:
             one = runner(name)
@@ -230,7 +230,7 @@ def in_turns(o, names, runner, timed, until, apart):
             found[name] = dict(error="out of memory" if out_of_memory else f"{type(error).__name__}: {error}"[:300])
             continue
         except measure.Interrupted:  # in the middle of a compilation, say: the variants built so far can still be timed
-            found[name], interrupted = dict(error="not measured: out of time"), True
+            found[name], interrupted = dict(error="not measured: ended by a signal"), True
             continue
         print(f"{name:<28} first step {found[name]['first_step_s']:6.1f} s", flush=True)
         runs[name] = one.several
