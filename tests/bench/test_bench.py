@@ -76,7 +76,7 @@ def test_what_was_built_is_timed_when_the_process_is_interrupted(tmp_path, monke
     monkeypatch.setattr(train.Trainer, "step", interrupted)
     record = run(tmp_path, "train", "--apart=False", "--model=tiny", "--only=one import,our trainer,nanoGPT", "--rounds=2")
     assert record["variants"]["one import"]["tokens_per_s"] > 0
-    assert record["variants"]["our trainer"] == record["variants"]["nanoGPT"] == {"error": "not measured: out of time"}
+    assert record["variants"]["our trainer"] == record["variants"]["nanoGPT"] == {"error": "not measured: ended by a signal"}
 
 
 def test_a_variant_that_runs_out_of_memory_leaves_the_others_to_be_timed(tmp_path, monkeypatch):
