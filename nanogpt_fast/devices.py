@@ -1,8 +1,13 @@
 """Where a run computes: the device, the dtype of its forward pass, and the ranks that torchrun started."""
 import contextlib
+import datetime
 import gc
 import os
+import secrets
+import socket
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -125,26 +130,93 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def ranks(group_backend, device):
+def ranks(group_backend, device, group_of_one=False):
     """`with ranks("nccl", device) as (ranks, device)`: join torchrun's process group; without torchrun, a single rank.
 
-    group_backend: one of GROUPS, or None for nccl on CUDA and gloo elsewhere. Every rank of a machine gets its own GPU.
+    group_backend: one of GROUPS, or None for nccl on CUDA and gloo elsewhere. Every rank of a machine gets its own GPU. group_of_one:
+    without torchrun, make a process group of this process alone. A rank that loses another one raises a RuntimeError that says so.
     """
-    if "RANK" not in os.environ:
+    alone = "RANK" not in os.environ
+    if alone and not group_of_one:
         yield Ranks(), device
         return
-    here = Ranks(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
+    if not torch.distributed.is_available():
+        raise RuntimeError(f"PyTorch {torch.__version__} was built without torch.distributed here, which several ranks and --shard need")
+    here = Ranks() if alone else Ranks(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
     if device.type == "cuda":
-        device = choose_device(f"cuda:{here.local_rank}")
+        device = device if alone else choose_device(f"cuda:{here.local_rank}")
         torch.cuda.set_device(device)
     elif group_backend == "nccl":
         raise ValueError(f"backend=nccl connects NVIDIA GPUs, and the device is {device}; use backend=gloo")
-    torch.distributed.init_process_group(group_backend or ("nccl" if device.type == "cuda" else "gloo"))
+    store = torch.distributed.HashStore() if alone else _store_of_this_start(here)
+    how = {} if store is None else dict(store=store, rank=here.rank, world_size=here.size)
+    torch.distributed.init_process_group(group_backend or ("nccl" if device.type == "cuda" else "gloo"), **how)
     try:
         yield here, device
+    except RuntimeError as error:
+        if not lost_connection(error):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise RuntimeError(f"rank {here.rank} on {socket.gethostname()} lost its connection to another rank, which ended or whose machine "
+                           f"did; torchrun names it there, under \"Root Cause\". ({reason})") from None
     finally:
         gc.collect()    # a DDP freed only at exit deadlocks: it waits, holding the GIL, for gloo's thread, which needs it (PyTorch 2.13)
         torch.distributed.destroy_process_group()
+
+
+def _store_of_this_start(here):
+    """torchrun's store with a prefix that is new at every start of the ranks; None where torchrun has no store for them.
+
+    Restarted ranks get the store that the former ones used, and would find the addresses there of ranks that have ended, gloo's and NCCL's
+    (PyTorch issue 135712). What torchrun counts as restarts differs between machines. So the first rank chooses the prefix and answers
+    every rank that greets it; the greetings are new, too, and a former rank's does no harm.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
+                                       timeout=datetime.timedelta(minutes=30))
+    prefix = greeting = secrets.token_hex(8)
+    store.set(f"nanogpt_fast/greeting {here.rank}", greeting)
+    if here.is_master:
+        answered = set()
+        while store.add(f"nanogpt_fast/arrived {prefix}", 0) < here.size - 1:
+            for key in (f"nanogpt_fast/greeting {rank}" for rank in range(1, here.size)):
+                if store.check([key]) and (other := store.get(key).decode()) not in answered:
+                    store.set(f"nanogpt_fast/answer {other}", prefix)
+                    answered.add(other)
+            time.sleep(0.01)
+    else:
+        prefix = store.get(f"nanogpt_fast/answer {greeting}").decode()      # waits for it
+        store.add(f"nanogpt_fast/arrived {prefix}", 1)
+    return torch.distributed.PrefixStore(f"nanogpt_fast/{prefix}", store)
+
+
+def lost_connection(error):
+    """Whether a collective raised this because another rank has ended."""
+    of_gloo, of_nccl = ("gloo/transport", "Connection closed by peer", "Connection reset by peer"), ("remote process exited",)
+    return any(words in str(error) for words in (*of_gloo, *of_nccl))
+
+
+def launch():
+    """({names of the launch of torchrun that started this rank}, those of them by which a restarted rank knows its own launch).
+
+    Always by the process that started it; if torchrun counts a restart, also by a run id that is not torchrun's default. Both are empty
+    without torchrun.
+    """
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run is None:
+        return set(), set()
+    process = launching_process()
+    names = {process} | ({f"run id {run}"} - {"run id none"})
+    return names, names if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else {process}
+
+
+def launching_process():
+    """A name for the process that started this one: its machine, its number and, on Linux, its start, since numbers come again."""
+    name = f"{socket.gethostname()} process {os.getppid()}"
+    with contextlib.suppress(OSError):
+        name += " started at tick " + Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    return name
 
 
 def is_master():

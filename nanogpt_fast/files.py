@@ -57,7 +57,7 @@ def replacing_together(*paths, without=()):
         for f, path in zip(files, paths):
             os.replace(f.name, path)
         for folder in {os.path.dirname(path) for path in paths}:
-            _sync(folder)
+            sync(folder)
 
 
 @contextlib.contextmanager
@@ -74,7 +74,7 @@ def _temporary(path):
         raise
 
 
-def _sync(folder):
+def sync(folder):
     """Ask for the renames themselves to reach the disk, where the system can do that for a folder."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

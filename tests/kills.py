@@ -3,8 +3,10 @@
     python tests/kills.py EMPTY_FOLDER renames        before and after the renames of one save
     python tests/kills.py EMPTY_FOLDER calls          before every call of a whole run
     python tests/kills.py EMPTY_FOLDER random 200     200 SIGKILLs at random times
+    python tests/kills.py EMPTY_FOLDER random 200 sharded     the same with --shard
 
-In two situations: a run that is resumed ("resumed"), and a new run in the folder of an older one ("replaced"). Every run is a fork of
+In two situations: a run that is resumed ("resumed"; "sharded" is the same with --shard, one rank), and a new run in the folder of an older
+one ("replaced"). Every run is a fork of
 this process, in which torch has one thread only. Prints a line for each kill after which something was lost (a step
 that was saved, a row of metrics.jsonl, a whole checkpoint file), another run was continued, or the continuation was not exact; then
 how many kills there were. The exit status is 1 if there was such a line.
@@ -27,6 +29,7 @@ import tiny
 import torch
 
 from nanogpt_fast import files
+from nanogpt_fast.checkpoints import nanogpt as checkpoints
 from nanogpt_fast.checkpoints.nanogpt import CheckpointError
 from nanogpt_fast.training import progress
 from nanogpt_fast.training.trainer import train
@@ -166,7 +169,7 @@ def logged(folder):
 
 def state(path):
     """What must be equal in the checkpoint of a run that was killed and of one that was not."""
-    saved = torch.load(path, weights_only=True)
+    saved = checkpoints.read(path)
     return saved["iter_num"], saved["best_val_loss"], [tensor.tolist() for tensor in saved["model"].values()]
 
 
@@ -176,10 +179,10 @@ class Situation:
     def __init__(self, root, name):
         self.root, self.name, self.out = root, name, root / "out"
         self.before = root / f"{name}-before"           # the folder that the killed run finds
-        o = tiny.options(root, max_iters=20, eval_interval=5, dropout=0.2)
+        o = tiny.options(root, max_iters=20, eval_interval=5, dropout=0.2, shard=name == "sharded")
         straight = dataclasses.replace(o, out_dir=str(root / f"{name}-straight"))
         self.ok(lambda: train(straight))
-        if name == "resumed":
+        if name in ("resumed", "sharded"):
             # The plan of a run that goes on is fixed by its options; so stop at 10 what was planned for 20.
             self.ok(lambda: train(dataclasses.replace(o, out_dir=str(self.before), max_iters=10)))
             self.killed, self.saved_before = dataclasses.replace(o, init_from="resume"), 10
@@ -240,11 +243,12 @@ class Situation:
         for name, expected in self.files.items():
             if state(self.out / name) != expected:
                 return f"{name} is not what a run without a kill leaves"
-        litter = [path.name for path in self.out.iterdir() if path.name.endswith(".tmp")]
+        named = torch.load(self.out / "last.pt", weights_only=True).get("shards", {}).get("folder")
+        litter = [path.name for path in self.out.iterdir() if path.name.endswith(".tmp") or path.is_dir() and path.name != named]
         return f"left behind: {', '.join(litter)}" if litter else None
 
 
-def main(root, how, times=0):
+def main(root, how, times=0, names="resumed,replaced"):
     """Run the kills; returns the number of those after which something was wrong."""
     progress.draw = quick_draw
     torch.set_num_threads(1)
@@ -254,11 +258,14 @@ def main(root, how, times=0):
         train(tiny.options(root, "warm", max_iters=1))
     draw = random.Random(int(os.environ.get("NANOGPT_FAST_SEED", "1337")))
     wrong = kills = 0
-    for name in ("resumed", "replaced"):
+    names = names.split(",")
+    if "sharded" in names:
+        from torch.distributed import checkpoint, fsdp  # noqa: F401
+    for name in names:
         shutil.rmtree(root / "out", ignore_errors=True)
         situation = Situation(root, name)
         if how == "random":
-            chosen = [dict(seconds=draw.uniform(0, situation.seconds)) for _ in range(int(times) // 2)]
+            chosen = [dict(seconds=draw.uniform(0, situation.seconds)) for _ in range(int(times) // len(names))]
         else:
             chosen = [dict(last=i) for i in (range(len(situation.calls)) if how == "calls" else situation.renames_of_a_save())]
         for where in chosen:

@@ -1,7 +1,10 @@
-"""Choosing a device: what torch offers, by itself or by name, and a clear error for what is not there."""
+"""Choosing a device: what torch offers, by itself or by name, and a clear error for what is not there. How ranks find each other."""
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
+from nanogpt_fast import devices
 from nanogpt_fast.devices import choose_device
 
 
@@ -30,3 +33,21 @@ def test_what_is_no_device_or_not_there_is_named(monkeypatch, name, error, text)
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 0)
     with pytest.raises(error, match=text):
         choose_device(name)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
+def test_ranks_that_torchrun_starts_again_share_a_store_without_what_the_former_ones_left(monkeypatch):
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)     # torchrun's, for all its starts
+    for name, value in dict(TORCHELASTIC_USE_AGENT_STORE="True", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.port)).items():
+        monkeypatch.setenv(name, value)
+
+    def started():
+        with ThreadPoolExecutor(3) as pool:
+            return list(pool.map(lambda rank: devices._store_of_this_start(devices.Ranks(rank, rank, 3)), range(3)))
+    for number in range(3):
+        first, second, third = started()
+        assert not first.check(["address of rank 2"])
+        third.set("address of rank 2", str(number))
+        assert second.get("address of rank 2") == first.get("address of rank 2") == str(number).encode()
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    assert devices._store_of_this_start(devices.Ranks()) is None        # PyTorch's own way

@@ -4,6 +4,7 @@
     classic_model = to_classic(gpt)
     convert_checkpoint("classic.pt", "out/ckpt.pt")      or the other way round: the file's content tells its format
     convert_checkpoint("out/ckpt.pt", "my-gpt2")         a folder for transformers, and back (huggingface.py)
+    convert_checkpoint("out/last.pt", "out/ckpt.pt")     the shards of `train --shard` become nanoGPT's one file (sharded.py)
 
 Attention is the same whether three matrices (C, C) multiply x or one (3C, C) that stacks them: the fused layout holds the same
 numbers for fewer, larger matmuls. Everything else only changes its name:
@@ -90,7 +91,7 @@ def to_classic(source):
     return _filled(model, state, source)
 
 
-FORMATS = ("nanogpt", "classic", "huggingface")
+FORMATS = ("nanogpt", "classic", "huggingface")     # to write; a last.pt whose weights are in shards is only read
 
 
 def convert_checkpoint(source, target, to=None):
@@ -98,10 +99,16 @@ def convert_checkpoint(source, target, to=None):
 
     to: "nanogpt", "classic" or "huggingface"; None: inferred from the target's name and the source, see `ConvertOptions`. The
     target is written under a temporary name, read back, its logits are compared with the source's, and only then it is renamed. The
-    tokenizer is kept between the two .pt formats; the optimizer's state is not: the result is for sampling and fine-tuning. Returns the
-    converted model. Raises ConversionError, ValueError (a damaged file), FileNotFoundError, CheckpointError.
+    tokenizer is kept between the two .pt formats; the optimizer's state is not: the result is for sampling and fine-tuning. From shards to
+    nanoGPT's file both are kept, and a run can be resumed from it. Returns the converted model. Raises ConversionError, ValueError (a
+    damaged file), FileNotFoundError, CheckpointError.
     """
     model, tokenizer, found = _load(source)
+    if found == "shards" and to in (None, "nanogpt") and (to or Path(target).suffix in (".pt", ".pth")):
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        nanogpt.save({key: value for key, value in nanogpt.read(source).items() if key not in ("resume", "path")}, target)
+        _prove(model, _load(target)[0])
+        return model
     to = to or ("huggingface" if Path(target).suffix not in (".pt", ".pth") else "classic" if found == "nanogpt" else "nanogpt")
     if to == found:
         raise ConversionError(f"{source} is already in the {found} format; --to={'|'.join(FORMATS)} selects another")
@@ -132,7 +139,9 @@ def _load(source):
             raise ConversionError(f"{source} holds a {type(model).__name__}: only the ladder's last model is a GPT")
         return model, tokenizer, "classic"
     gpt, tokenizer, meta = _quietly(lambda: nanogpt.load_model(source))
-    return gpt, tokenizer, "build-nanogpt" if meta.get("layout") == "build-nanogpt" else "nanogpt"
+    if meta.get("layout") == "build-nanogpt":
+        return gpt, tokenizer, "build-nanogpt"
+    return gpt, tokenizer, "shards" if "shards" in (nanogpt.glance(meta["path"]) or {}) else "nanogpt"
 
 
 def _write_folder(gpt, target):
@@ -166,7 +175,8 @@ class _TransformersGPT(nn.Module):
 @dataclass
 class ConvertOptions:
     """Convert a checkpoint between nanoGPT's ckpt.pt, the classic GPT's (separate query, key and value), and a folder of
-    transformers' GPT-2 (config.json and model.safetensors). The source's format is detected from its content.
+    transformers' GPT-2 (config.json and model.safetensors). The source's format is detected from its content. The last.pt of a run
+    with --shard becomes nanoGPT's ckpt.pt, with the optimizer.
 
     Without --to, a target that ends in .pt becomes nanoGPT's, or the classic GPT's if the source is nanoGPT's; any other
     name becomes a transformers folder. The result is read back and its logits are compared with the source's before it is moved to

@@ -3,6 +3,9 @@
 last.pt is the state of the run, and its rename is the one commit point. ckpt.pt, with the weights to sample from, is renamed after
 it. A kill between the two renames loses nothing: last.pt has all that ckpt.pt has, and `finish` writes ckpt.pt from it.
 
+With --shard the weights of last.pt are in a folder beside it (sharded.py), and those with the best validation loss in another, which
+last.pt names under "best". ckpt.pt is made of that one, by `export`, when the run ends.
+
 run.json names the process that trains here and is locked while it lives. It also names the run that began here last. If that run was
 killed before its first checkpoint, the checkpoints here are of an earlier run, and `latest` refuses them.
 """
@@ -17,7 +20,7 @@ from pathlib import Path
 import torch
 
 from .. import files
-from . import archive, nanogpt, schema
+from . import nanogpt, schema, sharded
 from .state import CheckpointError
 
 RECORD = "run.json"
@@ -68,14 +71,17 @@ def owned(folder, create=True):
         os.close(descriptor)
 
 
-def begin(folder, run):
-    """Note that the run `run` begins here with new weights. Says which checkpoints it is going to replace."""
+def begin(folder, run, launch=()):
+    """Note that the run `run` begins here with new weights. Says which checkpoints it is going to replace.
+
+    launch: the names of the launch of torchrun (`devices.launch`), by which restarted ranks know the run as their own.
+    """
     last, best = Path(folder, "last.pt"), Path(folder, "ckpt.pt")
     former = last if last.is_file() else best
     if former.is_file():
         print(f"WARNING: {former} is {_described(_label(former))}: this new run replaces it at its first checkpoint, which Ctrl-C writes too "
               "(--init_from=resume continues the earlier run)")
-    _write(folder, run=run, began=time.time())
+    _write(folder, run=run, began=time.time(), launch=list(launch))
 
 
 def new_run():
@@ -83,14 +89,29 @@ def new_run():
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
 
 
+def owner(folder):
+    """(pid, host, since) of the process that `owned` noted last."""
+    record = _record(folder)
+    return record.get("pid"), record.get("host"), record.get("since")
+
+
+def restarted(folder, launch):
+    """Whether the run that began here last has a checkpoint here, and was begun by this launch of torchrun: they share a name."""
+    record, label = _record(folder), _label(Path(folder, "last.pt"))
+    its_own = label is not None and label[0] is not None and label[0] == record.get("run")
+    return its_own and not set(launch).isdisjoint(record.get("launch", ()))
+
+
 def _record(folder):
-    """What run.json holds: pid, host, since; run, began (seconds since 1970) of the run that began here last. Whatever is unknown is absent."""
+    """What run.json holds: pid, host, since; run, began (seconds since 1970) and launch of the run that began here last. Whatever is unknown is
+    absent."""
     try:
         found = json.loads(Path(folder, RECORD).read_text(encoding="utf-8").splitlines()[0])
     except (OSError, ValueError, IndexError, RecursionError):
         return {}
     kinds = {"pid": schema.whole, "host": _is_text, "since": _is_text, "run": _is_text,
-             "began": lambda began: schema.at_least_0(began) and began < 1e11}      # a time that localtime takes
+             "began": lambda began: schema.at_least_0(began) and began < 1e11,      # a time that localtime takes
+             "launch": lambda names: type(names) is list and all(map(_is_text, names))}
     return {name: found[name] for name, good in kinds.items() if isinstance(found, dict) and name in found and good(found[name])}
 
 
@@ -118,7 +139,7 @@ def latest(folder):
     if last.is_file() and best.is_file() and best.stat().st_mtime > last.stat().st_mtime:
         try:
             label = _label(best)
-            if (label is None or label[0] is None) and nanogpt.read(best)["iter_num"] > nanogpt.read(last)["iter_num"]:
+            if (label is None or label[0] is None) and nanogpt.read(best)["iter_num"] > nanogpt.read(last, weights=False)["iter_num"]:
                 chosen = best
         except CheckpointError as error:
             print(f"WARNING: {error} {last} is taken.")
@@ -137,11 +158,8 @@ def _label(path):
     """(run, step) that a checkpoint says it is of; the run is None in nanoGPT's; None for a file that cannot be read.
 
     The weights stay on the disk."""
-    try:
-        found = archive.load(path, mmap=True)
-    except (CheckpointError, OSError):  # `nanogpt.read` says what it is
-        return None
-    if not isinstance(found, dict):
+    found = nanogpt.glance(path)
+    if found is None:
         return None
     run, step = found.get("run"), schema.number(found.get("iter_num"))
     return (run, step) if (run is None or type(run) is str) and schema.whole(step) else None
@@ -168,6 +186,38 @@ def save(folder, checkpoint, resume, *, best):
             torch.save(checkpoint, opened[1])
             opened[1].flush()  # so that last.pt is the younger file
         torch.save({**checkpoint, "resume": {**resume, "ckpt": best}}, opened[0])
+    sharded.remove_others(folder, ())
+
+
+def save_sharded(folder, checkpoint, resume, *, best):
+    """`save` of a checkpoint whose shards are written. If `best`, their folder is kept for ckpt.pt until there is a better one."""
+    last = Path(folder, "last.pt")
+    former = nanogpt.glance(last) or {} if last.is_file() else {}
+    kept = checkpoint if best else former.get("best") if former.get("run") == checkpoint["run"] else None
+    try:
+        with nanogpt.writing(last) as (f,):
+            torch.save({**checkpoint, "best": kept, "resume": {**resume, "ckpt": False}}, f)
+    except CheckpointError:
+        sharded.remove(folder, checkpoint["shards"])
+        raise
+    _remove_unnamed(folder, checkpoint, kept)
+
+
+def export(folder):
+    """Write ckpt.pt, whole, from the shards that last.pt names as the best, if it is missing or older than last.pt. Removes all others."""
+    last, ckpt = Path(folder, "last.pt"), Path(folder, "ckpt.pt")
+    saved = nanogpt.glance(last) or {} if last.is_file() else {}
+    if "shards" not in saved:
+        return
+    best = saved["best"]
+    if best is not None and nanogpt.last_is_meant(Path(folder)) and (best["run"], best["iter_num"]) != _label(ckpt):
+        nanogpt.save({key: value for key, value in sharded.assemble({**best, "path": last}).items() if key != "path"}, ckpt)
+    _remove_unnamed(folder, saved, best)
+
+
+def _remove_unnamed(folder, last, best):
+    """Remove the shards that neither last.pt nor its "best" names."""
+    sharded.remove_others(folder, [one["shards"]["folder"] for one in (last, best) if one is not None])
 
 
 def finish(folder, checkpoint):

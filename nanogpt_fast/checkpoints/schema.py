@@ -11,6 +11,7 @@ is never larger than the file. Unknown keys at the top of a checkpoint are left 
 import dataclasses
 import math
 import random
+import re
 
 import numpy as np
 import torch
@@ -143,14 +144,31 @@ def check(found, path):
         ("run", found.get("run") is None or type(found["run"]) is str and len(found["run"]) <= 200, "a name")) if not good]
     _refuse(path, "it is damaged, or not a nanoGPT checkpoint", problems)
     found["best_val_loss"] = float(found["best_val_loss"])
+    if "shards" in found and not _names_shards(found):
+        raise CheckpointError(f"{path}: its 'shards' is damaged: expected a folder's name, the names of its weights and of its files")
     found["model"] = plain_names(found["model"], path)
-    config = _config(found["model_args"], path)
-    check_layers(found["model"], config.n_layer, path)
-    expected = shapes(config, config.bias)
-    if "lm_head.bias" in found["model"]:
-        expected["lm_head.bias"] = (config.vocab_size,)
-    check_weights(found["model"], expected, path)
+    check_layers(found["shards"]["names"] if "shards" in found else found["model"], _config(found["model_args"], path).n_layer, path)
+    if "shards" not in found:
+        check_weights(found["model"], expected(found), path)
     return found
+
+
+def expected(found):
+    """{name: shape} of the weights that a checkpoint must have, by its model_args. found: as `check` returned it."""
+    config = GPTConfig(**found["model_args"])
+    names = found["shards"]["names"] if "shards" in found else found["model"]
+    return shapes(config, config.bias) | ({"lm_head.bias": (config.vocab_size,)} if "lm_head.bias" in names else {})
+
+
+def _names_shards(found):
+    """Whether "shards" is what `sharded.write` makes, with names that lie in one folder beside the file."""
+    shards, plain = found["shards"], re.compile(r"[\w.-]{1,200}", re.ASCII)
+    texts = lambda value: type(value) is list and all(type(name) is str for name in value)
+    return (not found["model"] and isinstance(shards, dict) and type(shards.get("folder")) is str
+            and re.fullmatch(r"shards-\d{8,}-[0-9a-f]{6}", shards["folder"], re.ASCII) is not None and texts(shards.get("names"))
+            and texts(shards.get("order")) and set(shards["order"]) <= set(shards["names"]) and isinstance(shards.get("files"), dict)
+            and all(type(name) is str and plain.fullmatch(name) and type(written) in (list, tuple) and len(written) == 2 and all(map(whole, written))
+                    for name, written in shards["files"].items()))
 
 
 def _config(args, path):

@@ -26,9 +26,12 @@ def banner(o, step, dtype, compiled, not_captured, malloc, ranks, folder, tokens
           f"{model.get_num_params():,} parameters")
     print(f"step    {o.gradient_accumulation_steps} x {o.batch_size} x {c.block_size} = {tokens:,} tokens; {o.max_iters:,}"
           f" steps on {folder}")
+    if step.sharded:
+        print(f"shards  weights, gradients and moments are divided among {ranks.size} rank{'s' * (ranks.size > 1)} (FSDP2)"
+              + (f"; blocks are gathered in {str(dtype).removeprefix('torch.')}" if dtype != torch.float32 else ""))
     print("graphs  " + (f"none: {not_captured}" if not_captured else
                         f"the step is captured in CUDA graphs after {captured.WARM_UP_STEPS} ordinary ones"))
-    if dtype != torch.float32:
+    if dtype != torch.float32 and not step.sharded:
         print(f"casts   {len(weights.copies)} matrices to {str(dtype).removeprefix('torch.')} once a step"
               + (f"; the others at every use: {'; '.join(weights.why_not)}" if weights.why_not else ""))
     with weights.in_use():

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from ..devices import Ranks
+
 
 @torch.no_grad()
 def estimate_loss(network, batches, o, context, ranks, stop):
@@ -31,23 +33,33 @@ def estimate_loss(network, batches, o, context, ranks, stop):
     return losses
 
 
-def sample_text(model, tokenizer, o, device, context):
+def sample_text(model, tokenizer, o, device, context, ranks=Ranks()):
     """The model's continuation of a line break, as text; None if there is no tokenizer or no sample is wanted.
 
-    The seed is always the same, and the generator is private, so that sampling does not change the run.
+    With --shard every rank calls this, and the first one's tokenizer counts; else only the first calls it. The seed is always the same, and
+    the generator is private, so that sampling does not change the run.
     """
-    if tokenizer is None or o.sample_tokens == 0:
+    prompt = None if tokenizer is None or o.sample_tokens == 0 else _prompt(tokenizer)
+    if o.shard:
+        prompt = ranks.gather(prompt)[0]
+    if prompt is None:
         return None
-    try:
-        prompt = tokenizer.encode("\n")
-    except ValueError:  # a vocabulary without line breaks
-        prompt = [0]
     generator = torch.Generator(device).manual_seed(o.seed)
     model.eval()
     try:
         with context:
-            ids = model.generate(torch.tensor([prompt], device=device), o.sample_tokens, temperature=0.8, top_k=200, generator=generator)
+            ids = model.generate(torch.tensor([prompt], device=device), o.sample_tokens, temperature=0.8, top_k=200, generator=generator,
+                                 use_cache=not o.shard)
     finally:
         model.train()
+    if not ranks.is_master:
+        return None
     drawn = ids[0, len(prompt):].tolist()
     return tokenizer.decode([i for i in drawn if i < tokenizer.vocab_size])  # ids that only pad the vocabulary have no text
+
+
+def _prompt(tokenizer):
+    try:
+        return tokenizer.encode("\n")
+    except ValueError:  # a vocabulary without line breaks
+        return [0]

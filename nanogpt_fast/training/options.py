@@ -10,7 +10,8 @@ class TrainOptions:
     """Train a GPT on text. nanoGPT's config files, names and defaults work unchanged.
 
     Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal save and exit; the same command with --init_from=resume continues exactly there.
-    Several GPUs: torchrun --standalone --nproc_per_node=8 -m nanogpt_fast train config.py
+    Several GPUs: torchrun --standalone --nproc_per_node=8 -m nanogpt_fast train config.py; --shard if the model is too large for one
+    (docs/machines.md).
     """
 
     out_dir: str = option("out", "folder for ckpt.pt, last.pt, metrics.jsonl, loss.png, run.json; one run at a time",
@@ -71,6 +72,8 @@ class TrainOptions:
                          choices=("auto", "off"))
     recompute: bool | str = option("auto", "the fused MLP recomputes its GELU in the backward, so that a block keeps a fifth less for "
                                    "it (auto: if memory is short)", choices=("auto", True, False))
+    shard: bool = option(False, "divide weights, gradients and moments among torchrun's ranks (FSDP2), where DDP keeps all of them on "
+                         "each; last.pt is then written in shards, and ckpt.pt at the end")
     seed: int = option(1337, "of weights, batches and dropout; rank r uses seed + r", minimum=0)
 
     def __post_init__(self):

@@ -1,9 +1,11 @@
 """How a run begins: its data, its model, and, if it resumes from a checkpoint, the saved state."""
+import copy
 import dataclasses
 
 import torch
 
-from ..checkpoints import folder as run_folder, nanogpt as checkpoints, schema
+from .. import devices
+from ..checkpoints import folder as run_folder, nanogpt as checkpoints, schema, sharded
 from ..checkpoints.state import CheckpointError, set_random_states
 from ..config import GPTConfig
 from ..model import GPT
@@ -16,6 +18,17 @@ def find_data(o, ranks):
     folder = prepare.find(o.dataset, o.data_dir) if ranks.local_rank == 0 else None
     ranks.gather(None)
     return folder or prepare.find(o.dataset, o.data_dir)
+
+
+def after_restart(o, ranks):
+    """(the options, the names of this launch of torchrun). If torchrun has restarted the ranks (--max-restarts), the run goes on from
+    its own last checkpoint, whatever init_from is; before its first checkpoint it begins as it did."""
+    names, known = (set().union(*of_each) for of_each in zip(*ranks.gather(devices.launch())))
+    if o.init_from != "resume" and ranks.gather(ranks.is_master and run_folder.restarted(o.out_dir, known))[0]:
+        print("torchrun has restarted the ranks: the run goes on from its own last checkpoint")
+        o = copy.copy(o)
+        o.init_from = "resume"
+    return o, sorted(names)
 
 
 def load_vocabulary(folder):
@@ -47,7 +60,7 @@ def initial_model(o, vocab_size, tokenizer, ops):
         return model, None
 
     path = run_folder.latest(o.out_dir)
-    checkpoint = checkpoints.read(path)
+    checkpoint = checkpoints.read(path, weights=not o.shard)
     print(f"resuming from {path}: run {checkpoint.get('run', 'without a name')}, step {checkpoint['iter_num']}")
     known = checkpoint.get("tokenizer")
     if known is not None and tokenizer is not None and known != tokenizer.to_state():
@@ -90,13 +103,17 @@ def what_runs(o, model, checkpoint):
     return dataclasses.replace(o, **runs)
 
 
-def continue_exactly(start, o, optimizer, scaler, batches, ranks):
+def continue_exactly(start, o, model, optimizer, scaler, batches, ranks):
     """Restore optimizer, scaler, random states and data position; returns the step whose evaluation is already done.
 
-    A ckpt.pt has only the optimizer: the run then continues with fresh random numbers, as nanoGPT does, and says so.
+    Weights that are in shards are loaded here, too. A ckpt.pt has only the optimizer: the run then continues with fresh random numbers, as
+    nanoGPT does, and says so.
     """
-    if "optimizer" in start:
+    if "shards" in start:
+        sharded.load(start, model, optimizer, ranks)
+    elif "optimizer" in start:
         checkpoints.load_optimizer(optimizer, start["optimizer"], start["path"])
+    if "optimizer" in start:
         for group, decay in zip(optimizer.param_groups, (o.weight_decay, 0.0)):
             group.update(weight_decay=decay, betas=(o.beta1, o.beta2))
     resume = start.get("resume")
@@ -119,12 +136,14 @@ def continue_exactly(start, o, optimizer, scaler, batches, ranks):
     return resume["evaluated_at"]
 
 
-def memory_is_short(model, device, dtype, tokens):
-    """Whether a step of `tokens` tokens that keeps GELU's results would take more than nine tenths of the GPU's free memory."""
+def memory_is_short(model, device, dtype, tokens, parts=1):
+    """Whether a step of `tokens` tokens that keeps GELU's results would take more than nine tenths of the GPU's free memory.
+
+    parts: among how many ranks the weights, gradients and moments are divided."""
     if device.type != "cuda":
         return False
     c = model.config
-    parameters = 14 * sum(p.numel() for p in model.parameters())        # gradients, two moments, copies in half precision
+    parameters = 14 * sum(p.numel() for p in model.parameters()) // parts        # gradients, two moments, copies in half precision
     # Per token in half precision: 36C bytes per block, a quarter of the logits.
     activations = tokens * (36 * c.n_embd * c.n_layer + 16 * c.n_embd + c.vocab_size // 2) * dtype.itemsize // 2
     return parameters + activations > 0.9 * torch.cuda.mem_get_info(device)[0]

@@ -7,7 +7,7 @@ import torch
 from torch.optim import optimizer as optimizers
 
 from .. import devices
-from . import captured, cpu
+from . import captured, cpu, sharding
 from .half_weights import HalfWeights
 
 
@@ -16,24 +16,25 @@ class TrainingStep:
 
     network: the callable: the model itself, compiled, or wrapped in DDP. dtype: of the forward pass, by autocast. batch_shape: (B, T) of
     a micro-batch. accumulation: micro-batches per step. grad_clip: the largest norm of the gradient; 0: no limit. ranks: number of
-    processes that train together. not_captured: the reason not to capture the step in CUDA graphs (`captured.why_not`); None: capture it.
+    processes that train together; sharded: whether they divide the model (sharding.py). not_captured: the reason not to capture the step
+    in CUDA graphs (`captured.why_not`); None: capture it.
 
     weights: the copies of the weights that the forward uses (HalfWeights). scaler: float16's.
     """
 
     def __init__(self, model, optimizer, network=None, *, dtype, batch_shape, not_captured, compiled=False, accumulation=1, grad_clip=1.0,
-                 ranks=1):
+                 ranks=1, sharded=False):
         self.model, self.optimizer, self.network = model, optimizer, model if network is None else network
-        self.accumulation, self.grad_clip, self.ranks = accumulation, grad_clip, ranks
+        self.accumulation, self.grad_clip, self.ranks, self.sharded = accumulation, grad_clip, ranks, sharded
         self.device = next(model.parameters()).device
         self.context = devices.autocast(self.device, dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         # DDP splits a compiled graph into buckets by parameter, so that some gradients are sent while others are computed. The copies are
         # not parameters: with them all gradients would be sent at the end.
-        self.weights = HalfWeights(model, dtype, "DDP splits a compiled graph by its parameters" if compiled and ranks > 1 else None,
-                                   compiled=compiled)
+        leave = sharding.NO_COPIES if sharded else "DDP splits a compiled graph by its parameters" if compiled and ranks > 1 else None
+        self.weights = HalfWeights(model, dtype, leave, compiled=compiled)
         self._on_cpu = self.device.type == "cpu"
-        self._by_row = self._on_cpu and ranks == 1 and not compiled
+        self._by_row = self._on_cpu and ranks == 1 and not compiled and not sharded
         self.graphs = None if not_captured is not None else captured.CapturedStep(
             self.forward_backward, self.update, optimizer, batch_shape, self.device)
 
@@ -51,8 +52,11 @@ class TrainingStep:
             return self.graphs.loss
         loss = None
         for micro_step in range(self.accumulation):
-            if self.ranks > 1:  # gradients are averaged over the ranks once, with the last micro-batch
-                self.network.require_backward_grad_sync = micro_step == self.accumulation - 1
+            last = micro_step == self.accumulation - 1  # gradients are averaged over the ranks once, with the last micro-batch
+            if self.sharded:
+                self.model.set_requires_gradient_sync(last)
+            elif self.ranks > 1:
+                self.network.require_backward_grad_sync = last
             share = self.forward_backward(*next_batch(), meanwhile)
             loss = share if loss is None else loss + share
         self.update()
@@ -72,6 +76,11 @@ class TrainingStep:
 
     def update(self):
         """Clip the gradients, step the optimizer, and refresh the weights' copies."""
+        if self.sharded:    # the norm is a sum over all ranks' parts, which PyTorch's own calls know
+            if self.grad_clip != 0.0:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+            self.optimizer.step()
+            return
         if self._on_cpu and not self.scaler.is_enabled():
             cpu.update(self.optimizer, self.weights, self.grad_clip)
             return

@@ -5,6 +5,7 @@ Read `_train` from top to bottom: data, model, optimizer and step, then one loop
     options.py      what can be set                    step.py         one step: forward, backward, clip, AdamW
     start.py        data, model, resuming              evaluation.py   the loss of both splits, a sample
     progress.py     what a run shows and records       losses.py       the losses of steps, read late
+    sharding.py     --shard: FSDP2
     ../checkpoints/folder.py: its folder, and resuming;  ../checkpoints/nanogpt.py: its files;  ../devices.py: devices and ranks
 
 A run is a function of its options: evaluation and the printed samples draw from generators of their own, so a run that was
@@ -23,12 +24,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import backend as ops_backend, devices, options
-from ..checkpoints import folder as run_folder, nanogpt as checkpoints
+from ..checkpoints import folder as run_folder, nanogpt as checkpoints, sharded
 from ..checkpoints.state import random_states
 from ..model import GPT
 from ..text.batches import Batches
 from ..text.tokens import TokenCheck
-from . import captured, cpu, start
+from . import captured, cpu, sharding, start
 from .banner import banner
 from .evaluation import estimate_loss, sample_text
 from .interrupt import StopOnSignal
@@ -40,7 +41,10 @@ from .step import TrainingStep
 
 @dataclass
 class TrainResult:
-    """The result of a run. val_loss, train_loss: of the last evaluation, None without one; stopped: the signal that ended it, or None."""
+    """The result of a run. val_loss, train_loss: of the last evaluation, None without one; stopped: the signal that ended it, or None.
+
+    With --shard the model's parameters are DTensors, of which each rank has its part.
+    """
 
     model: GPT
     out_dir: Path
@@ -64,7 +68,8 @@ def run(argv):
         return 0
     if devices.is_master():
         words = [word for word in argv if not word.startswith(("--init_from=", "--init-from="))]
-        print(f"Stopped at step {result.iter_num}; the full state is in {result.out_dir / 'last.pt'}. To continue exactly there:\n"
+        where = f"{result.out_dir / 'last.pt'}{' and the shards beside it' * o.shard}"
+        print(f"Stopped at step {result.iter_num}; the full state is in {where}. To continue exactly there:\n"
               f"    nanogpt-fast train {shlex.join(words)} --init_from=resume")
     return 128 + result.stopped
 
@@ -73,12 +78,12 @@ def train(o):
     """Train with the TrainOptions `o` -> TrainResult.
 
     Raises ValueError for invalid options, FileNotFoundError for missing data, CheckpointError (a RuntimeError) if a
-    checkpoint can't be read or written, RuntimeError if another process trains in out_dir, NonFiniteLoss if the loss becomes nan
-    or infinite.
+    checkpoint can't be read or written, RuntimeError if another process trains in out_dir or another rank is lost, NonFiniteLoss if the
+    loss becomes nan or infinite.
     """
     options.check(o)
     group, ops = split_backend(o.backend)
-    with devices.ranks(group, devices.choose_device(o.device)) as (ranks, device):
+    with devices.ranks(group, devices.choose_device(o.device), group_of_one=o.shard) as (ranks, device):
         with (contextlib.nullcontext() if ranks.is_master else contextlib.redirect_stdout(io.StringIO()),
               run_folder.owned(o.out_dir, create=o.init_from != "resume") if ranks.is_master else contextlib.nullcontext(),
               cpu.keep_freed_memory(device.type == "cpu" and o.malloc == "auto") as malloc):
@@ -96,20 +101,29 @@ def _train(o, ranks, device, ops, malloc):
         torch.backends.cudnn.allow_tf32 = True
 
     # data and model
+    o, launch = start.after_restart(o, ranks)
+    if o.shard:
+        sharding.refuse_separate_folders(o.out_dir, ranks)
     folder = start.find_data(o, ranks)
     vocab_size, tokenizer = start.load_vocabulary(folder)
     model, checkpoint = start.initial_model(o, vocab_size, tokenizer, ops)  # the checkpoint to resume from, or None
-    model.to(device)
     dtype = devices.choose_dtype(o.dtype, device, model.config.n_embd)
+    if o.shard:
+        sharding.refuse(o, device, dtype)
+    else:
+        model.to(device)
     T = min(o.block_size, model.config.block_size)
     if T < model.config.block_size:
         model.crop_block_size(T)
     o = start.what_runs(o, model, checkpoint)
     token_check = TokenCheck(folder, model.config.vocab_size, T, active=ranks.local_rank == 0)
     token_check.wait(1)     # seconds, the rest is read while the run goes on: see text/tokens.py
-    recompute = o.recompute if o.recompute != "auto" else start.memory_is_short(model, device, dtype, o.batch_size * T)
+    recompute = o.recompute if o.recompute != "auto" else start.memory_is_short(
+        model, device, dtype, o.batch_size * T, parts=ranks.size if o.shard else 1)
     for block in model.transformer.h:
         block.mlp.recompute = recompute
+    if o.shard:
+        sharding.shard(model, device, dtype, ranks)
 
     def batches(split, generator=None):
         return Batches(folder, split, o.batch_size, T, device=device, generator=generator, vocab_size=model.config.vocab_size)
@@ -118,7 +132,7 @@ def _train(o, ranks, device, ops, malloc):
 
     # optimizer and step
     optimizer = model.configure_optimizers(o.weight_decay, o.learning_rate, (o.beta1, o.beta2), device.type)
-    not_captured = "cuda_graph=off" if o.cuda_graph == "off" else captured.why_not(
+    not_captured = "cuda_graph=off" if o.cuda_graph == "off" else sharding.NO_GRAPHS if o.shard else captured.why_not(
         model, optimizer, device, ranks=ranks.size, scaled=dtype == torch.float16)
     if o.cuda_graph == "on" and not_captured is not None:
         raise ValueError(f"cuda_graph is 'on', but the step cannot be captured: {not_captured}. cuda_graph=auto trains without graphs")
@@ -127,31 +141,34 @@ def _train(o, ranks, device, ops, malloc):
         print("compiling the model... (takes a ~minute)")
     alone = torch.compile(model) if compiled else model
     network = alone
-    if ranks.size > 1:
+    if ranks.size > 1 and not o.shard:
         network = DistributedDataParallel(alone, device_ids=[device] if device.type == "cuda" else None)
     step = TrainingStep(model, optimizer, network, dtype=dtype, batch_shape=(o.batch_size, T), not_captured=not_captured, compiled=compiled,
-                        accumulation=accumulation, grad_clip=o.grad_clip, ranks=ranks.size)
+                        accumulation=accumulation, grad_clip=o.grad_clip, ranks=ranks.size, sharded=o.shard)
 
     # the state of a resumed run
     iter_num, best_val_loss, evaluated_at, run = 0, 1e9, None, run_folder.new_run()
     if checkpoint is not None:
         iter_num, best_val_loss, run = checkpoint["iter_num"], checkpoint["best_val_loss"], checkpoint.get("run", run)
-        evaluated_at = start.continue_exactly(checkpoint, o, optimizer, step.scaler, train_batches, ranks)
+        evaluated_at = start.continue_exactly(checkpoint, o, model, optimizer, step.scaler, train_batches, ranks)
     if ranks.is_master and not o.eval_only:
         if checkpoint is not None:
             run_folder.finish(o.out_dir, checkpoint)
+            if not o.shard:
+                run_folder.export(o.out_dir)    # before a save of whole weights replaces the shards
         else:
-            run_folder.begin(o.out_dir, run)
+            run_folder.begin(o.out_dir, run, launch)
     checkpoint = None  # its weights are in the model now: free the memory
 
     def save(best=False):
         """Write last.pt, and if `best` ckpt.pt too. Every rank's state is here before the first file is opened."""
         of_each_rank = ranks.gather(dict(random=random_states(), batches=train_batches.state_dict()))
+        shards = sharded.write(o.out_dir, model, optimizer, iter_num, ranks) if o.shard else None
         if ranks.is_master:
             contents = checkpoints.contents(model, optimizer, iter_num=iter_num, best_val_loss=best_val_loss,
-                                            config=dataclasses.asdict(o), tokenizer=tokenizer, run=run)
-            run_folder.save(o.out_dir, contents, dict(ranks=of_each_rank, scaler=step.scaler.state_dict(), evaluated_at=evaluated_at),
-                            best=best)
+                                            config=dataclasses.asdict(o), tokenizer=tokenizer, run=run, shards=shards)
+            write = run_folder.save_sharded if o.shard else run_folder.save
+            write(o.out_dir, contents, dict(ranks=of_each_rank, scaler=step.scaler.state_dict(), evaluated_at=evaluated_at), best=best)
 
     tokens = o.gradient_accumulation_steps * o.batch_size * T
     banner(o, step, dtype, compiled, not_captured, malloc, ranks, folder, tokens)
@@ -192,7 +209,7 @@ def _train(o, ranks, device, ops, malloc):
                         progress.evaluated(iter_num, found, lr)
                         if iter_num > 0 and not o.eval_only:
                             save(best=improved or o.always_save_checkpoint)
-                        text = sample_text(model, tokenizer, o, device, step.context) if ranks.is_master else None
+                        text = sample_text(model, tokenizer, o, device, step.context, ranks) if ranks.is_master or o.shard else None
                         progress.tell(iter_num, found, " (best)" if improved else "", text)
             if stopping or o.eval_only or iter_num >= o.max_iters:
                 break
@@ -211,6 +228,10 @@ def _train(o, ranks, device, ops, malloc):
         losses.read(report)
         if stopping and not o.eval_only:
             save()
+        if o.shard:
+            sharded.reshard(model)
+            if ranks.is_master and not o.eval_only:
+                run_folder.export(o.out_dir)
     train_loss, val_loss = (None, None) if measured is None else (measured["train"], measured["val"])
     return TrainResult(model, Path(o.out_dir), iter_num, best_val_loss, train_loss, val_loss,
                        (stop.signal or signal.SIGTERM) if stopping else None)
@@ -224,7 +245,8 @@ def _compiled(o, model, device, dtype, not_captured):
     # 130.1) and starts at once. Ops that run on PyTorch gain from compiling.
     kernels = dtype != torch.float32 and not any(ops_backend.choice(op, model.backend) == "reference"
                                                  for op in ("attention", "layer_norm", "mlp", "cross_entropy"))
-    return device.type == "cuda" and not (kernels and not_captured is None) and ops_backend.triton_import_error() is None
+    return (device.type == "cuda" and not o.shard and not (kernels and not_captured is None)
+            and ops_backend.triton_import_error() is None)
 
 
 def learning_rate(it, o):

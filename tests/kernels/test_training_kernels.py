@@ -11,6 +11,8 @@ from made import Made
 from test_model import autocast, batch, error, key_biases, model_of
 from torch.utils.checkpoint import checkpoint
 
+from nanogpt_fast import backend, devices
+from nanogpt_fast.training import sharding
 from nanogpt_fast.training.half_weights import HalfWeights
 from nanogpt_fast.training.trainer import run
 
@@ -175,3 +177,22 @@ def test_three_steps_of_the_trainer_on_kernels_have_the_references_losses(dtype,
     assert list(losses["fused"]) == [0, 1, 2]
     for a, b in zip(losses["fused"].values(), losses["reference"].values(), strict=True):
         assert a == pytest.approx(b, abs=bound)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+def test_the_kernels_run_on_the_weights_that_fsdp2_gathers_and_the_gradients_are_the_same(device, dtype, bound):
+    """bound: in float32 another order of sums; in bfloat16 FSDP2 casts the blocks' weights, so that their gradients are rounded, as
+    autocast's are."""
+    model, (x, y) = model_of(device), batch(device, B=1, T=20)
+    divided, gradients = copy.deepcopy(model), []
+    with devices.ranks(None, device, group_of_one=True) as (ranks, device):
+        sharding.shard(divided, device, dtype, ranks)
+        for each in (model, divided):
+            with backend.recording() as record, autocast(device, dtype):
+                loss = each(x, y, return_logits=False)[1]
+            loss.backward()
+            assert {name for _, _, name, _ in record} == {"triton"} or device.type == "cuda"
+            gradients.append([getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in each.parameters()])
+    for whole, of_divided in zip(*gradients, strict=True):
+        assert error(of_divided, whole) < bound

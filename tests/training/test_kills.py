@@ -30,3 +30,9 @@ def test_a_kill_before_any_file_system_call_loses_nothing_and_resumes_exactly(tm
 @pytest.mark.slow
 def test_200_kills_at_random_times_lose_nothing_and_resume_exactly(tmp_path):
     assert killed(tmp_path, "random", "200") == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how, times", [("calls", 0), ("random", 100)])
+def test_kills_of_a_run_with_shards_lose_nothing_and_resume_exactly(how, times, tmp_path):
+    assert killed(tmp_path, how, str(times), "sharded") >= (times or 50)
