@@ -16,6 +16,7 @@ COMMANDS = {  # name: (module, function, what it does)
     "train": ("training.trainer", "run", "train a GPT, with nanoGPT's config files and names"),
     "sample": ("commands.sampling", "sample", "complete a prompt with a trained GPT, or with GPT-2"),
     "chat": ("commands.sampling", "chat", "complete the prompts that you type"),
+    "eval": ("commands.evaluate", "main", "measure a GPT on a text: loss, perplexity, bits per byte; or on HellaSwag"),
     "ladder": ("commands.ladder", "main", "train the small models from bigram to GPT and compare them"),
     "convert": ("checkpoints.convert", "main", "convert a step-by-step GPT's checkpoint to nanoGPT's layout, and back"),
     "run": ("swap.run", "main", "run a nanoGPT script unedited on the fused kernels"),

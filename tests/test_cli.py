@@ -28,7 +28,7 @@ def raising(error):
 def test_help_lists_the_commands(capsys):
     assert cli.main([]) == cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in ("prepare", "train", "sample", "chat"):
+    for name in ("prepare", "train", "sample", "chat", "eval"):
         assert f"\n  {name} " in text
 
 
@@ -39,7 +39,7 @@ def test_every_listed_command_can_be_called():
         assert callable(found), f"{name}: nanogpt_fast.{module}.{function}"
 
 
-@pytest.mark.parametrize("name", ["prepare", "train", "sample", "chat"])
+@pytest.mark.parametrize("name", ["prepare", "train", "sample", "chat", "eval"])
 def test_every_command_has_help_that_lists_its_options(name, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main([name, "--help"])
@@ -134,9 +134,9 @@ def test_training_on_damaged_data_is_one_line(tmp_path, monkeypatch, capsys, nam
 OPTIONS = {  # the parser of every command that takes options
     "demo": "training.options.TrainOptions", "train": "training.options.TrainOptions", "prepare": "text.prepare.PrepareOptions",
     "sample": "commands.sampling.SampleOptions", "chat": "commands.sampling.ChatOptions", "ladder": "commands.ladder.LadderOptions",
-    "convert": "checkpoints.convert.ConvertOptions", "verify": "checks.verify.VerifyOptions", "bench train": "bench.train.BenchTrainOptions",
-    "bench generate": "bench.generate.BenchGenerateOptions", "bench loss": "bench.loss.BenchLossOptions", "tune": "tuning.command.TuneOptions",
-    "bench op": "bench.op.BenchOpOptions"}
+    "eval": "commands.evaluate.EvalOptions", "convert": "checkpoints.convert.ConvertOptions", "verify": "checks.verify.VerifyOptions",
+    "bench train": "bench.train.BenchTrainOptions", "bench generate": "bench.generate.BenchGenerateOptions",
+    "bench loss": "bench.loss.BenchLossOptions", "tune": "tuning.command.TuneOptions", "bench op": "bench.op.BenchOpOptions"}
 
 
 def test_every_command_that_takes_options_is_listed():

@@ -3,7 +3,7 @@
     gpt = to_gpt(classic_model)              also a state dict: to_gpt(state_dict, config=ClassicConfig(...))
     classic_model = to_classic(gpt)
     convert_checkpoint("classic.pt", "out/ckpt.pt")      or the other way round: the file's content tells its format
-    convert_checkpoint("out/ckpt.pt", "my-gpt2")         a folder for transformers, and back (huggingface.py)
+    convert_checkpoint("out/ckpt.pt", "my-gpt2")         a folder for transformers, and back (huggingface.py, huggingface_tokenizer.py)
     convert_checkpoint("out/last.pt", "out/ckpt.pt")     the shards of `train --shard` become nanoGPT's one file (sharded.py)
 
 Attention is the same whether three matrices (C, C) multiply x or one (3C, C) that stacks them: the fused layout holds the same
@@ -38,7 +38,8 @@ from ..classic import ClassicConfig, ClassicGPT
 from ..config import GPTConfig
 from ..model import GPT
 from ..options import option
-from . import archive, huggingface, nanogpt
+from ..text import tokenizers
+from . import archive, huggingface, huggingface_tokenizer, nanogpt
 from .state import plain_names, untie_head
 
 # A linear layer or LayerNorm each, by its two names in a block; only c_attn has no one-to-one counterpart.
@@ -99,11 +100,11 @@ def convert_checkpoint(source, target, to=None):
 
     to: "nanogpt", "classic" or "huggingface"; None: inferred from the target's name and the source, see `ConvertOptions`. The
     target is written under a temporary name, read back, its logits are compared with the source's, and only then it is renamed. The
-    tokenizer is kept between the two .pt formats; the optimizer's state is not: the result is for sampling and fine-tuning. From shards to
-    nanoGPT's file both are kept, and a run can be resumed from it. Returns the converted model. Raises ConversionError, ValueError (a
-    damaged file), FileNotFoundError, CheckpointError.
+    tokenizer is kept, and a folder's is compared with it through transformers, where that is installed; the optimizer's state is not kept:
+    the result is for sampling and fine-tuning. From shards to nanoGPT's file both are kept, and a run can be resumed from it. Returns the
+    converted model. Raises ConversionError, ValueError (a damaged file), FileNotFoundError, CheckpointError.
     """
-    model, tokenizer, found = _load(source)
+    model, tokenizer, found = _load(source, say=print)
     if found == "shards" and to in (None, "nanogpt") and (to or Path(target).suffix in (".pt", ".pth")):
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         nanogpt.save({key: value for key, value in nanogpt.read(source).items() if key not in ("resume", "path")}, target)
@@ -114,7 +115,7 @@ def convert_checkpoint(source, target, to=None):
         raise ConversionError(f"{source} is already in the {found} format; --to={'|'.join(FORMATS)} selects another")
     gpt = to_gpt(model) if isinstance(model, ClassicGPT) else model
     if to == "huggingface":
-        _write_folder(gpt, target)
+        _write_folder(gpt, target, tokenizer)
         return gpt
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     converted = to_classic(gpt) if to == "classic" else gpt
@@ -126,11 +127,11 @@ def convert_checkpoint(source, target, to=None):
     return converted
 
 
-def _load(source):
-    """(model in eval mode, tokenizer or None, its format) from a file or a folder, whichever it is."""
+def _load(source, say=lambda why: None):
+    """(model in eval mode, tokenizer or None, its format) from a file or a folder, whichever it is. say: told why there is no tokenizer."""
     source = Path(source)
     if source.is_dir() and (source / "config.json").is_file():
-        return _quietly(lambda: GPT.from_pretrained(str(source))).eval(), None, "huggingface"
+        return _quietly(lambda: GPT.from_pretrained(str(source))).eval(), huggingface_tokenizer.read(source), "huggingface"
     if source.is_file():
         archive.refuse_damage(source)
     if source.is_file() and classic.is_checkpoint(source):
@@ -139,12 +140,14 @@ def _load(source):
             raise ConversionError(f"{source} holds a {type(model).__name__}: only the ladder's last model is a GPT")
         return model, tokenizer, "classic"
     gpt, tokenizer, meta = _quietly(lambda: nanogpt.load_model(source))
+    if tokenizer is None:
+        say(f"without a tokenizer: {meta['no_tokenizer']}")
     if meta.get("layout") == "build-nanogpt":
         return gpt, tokenizer, "build-nanogpt"
     return gpt, tokenizer, "shards" if "shards" in (nanogpt.glance(meta["path"]) or {}) else "nanogpt"
 
 
-def _write_folder(gpt, target):
+def _write_folder(gpt, target, tokenizer):
     if Path(target).exists() and not Path(target).is_dir():
         raise FileExistsError(f"{target} is a file; transformers' models are folders")
 
@@ -152,8 +155,12 @@ def _write_folder(gpt, target):
         _prove(gpt, _load(folder)[0])
         if find_spec("transformers"):
             _prove(gpt, _TransformersGPT(folder))
+            if tokenizer is not None:
+                _prove_tokenizer(tokenizer, folder)
+    # A tokenizer that an earlier conversion wrote would be read with this model.
+    stale = huggingface_tokenizer.NAMES if tokenizer is None and Path(target, huggingface_tokenizer.OURS).exists() else ()
     try:
-        huggingface.write_folder(gpt, target, check)
+        huggingface.write_folder(gpt, target, check, tokenizer, stale)
     except ValueError as error:
         raise ConversionError(str(error)) from None
 
@@ -172,11 +179,28 @@ class _TransformersGPT(nn.Module):
         return self.model(idx).logits, None
 
 
+def _prove_tokenizer(tokenizer, folder):
+    """Raise ConversionError unless transformers reads a tokenizer with the same ids and texts: of the first 1,000 ids, each and together."""
+    from transformers import AutoTokenizer
+    theirs, first = AutoTokenizer.from_pretrained(folder), list(range(min(tokenizer.vocab_size, 1000)))
+    texts = [tokenizer.decode([i]) for i in first]
+    for text in ["".join(texts), *texts]:
+        try:
+            ids = tokenizer.encode(text)
+        except tokenizers.TokenizerError:   # a mark such as <pad>, or words that are together an unknown one
+            continue
+        found = theirs(text, verbose=False)["input_ids"]
+        if found != ids:
+            raise ConversionError(f"transformers' tokenizer would read {text[:200]!r} as {found[:50]}, instead of {ids[:50]}")
+    if theirs.decode(first) != tokenizer.decode(first):
+        raise ConversionError("transformers' tokenizer would decode other texts")
+
+
 @dataclass
 class ConvertOptions:
     """Convert a checkpoint between nanoGPT's ckpt.pt, the classic GPT's (separate query, key and value), and a folder of
-    transformers' GPT-2 (config.json and model.safetensors). The source's format is detected from its content. The last.pt of a run
-    with --shard becomes nanoGPT's ckpt.pt, with the optimizer.
+    transformers' GPT-2 (config.json and model.safetensors, and the tokenizer for AutoTokenizer). The source's format is detected from
+    its content. The last.pt of a run with --shard becomes nanoGPT's ckpt.pt, with the optimizer.
 
     Without --to, a target that ends in .pt becomes nanoGPT's, or the classic GPT's if the source is nanoGPT's; any other
     name becomes a transformers folder. The result is read back and its logits are compared with the source's before it is moved to

@@ -13,7 +13,7 @@ import torch
 
 from ..config import GPTConfig
 from ..files import replacing_together
-from . import schema
+from . import huggingface_tokenizer, schema
 from .state import CheckpointError, plain_names
 
 SIZES = {
@@ -159,10 +159,11 @@ def shapes(config):
     return {name: shape[::-1] if name.endswith(TRANSPOSED) else shape for name, shape in schema.shapes(config).items()}
 
 
-def write_folder(model, folder, check=None):
+def write_folder(model, folder, check=None, tokenizer=None, without=()):
     """Write a GPT as config.json and model.safetensors, which transformers' GPT2LMHeadModel.from_pretrained reads. Exact.
 
-    Absent biases become zeros. check: called with a folder that shows the two files before they get their names; if it raises, nothing
+    Absent biases become zeros. tokenizer: written beside them, for AutoTokenizer; without one, a tokenizer in the folder stays, but for
+    the files named in `without`. check: called with a folder that shows the files before they get their names; if it raises, nothing
     has changed. An interruption leaves the former model, the new one, or no config.json, without which nobody reads the folder: never
     the weights of one with the config of another. Raises ValueError for an untied head, which transformers' GPT-2 does not have.
     """
@@ -177,23 +178,26 @@ def write_folder(model, folder, check=None):
         tensor = state[name] if name in state else state["transformer.wte.weight"].new_zeros(shape)
         tensors[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).detach().cpu().contiguous()
     dtype = str(state["transformer.wte.weight"].dtype).removeprefix("torch.")
+    end_of_text = _end_of_text(cfg) if tokenizer is None else tokenizer.end_of_text
     activation = "gelu_new" if getattr(cfg, "activation", "gelu") == "gelu_tanh" else "gelu"
     settings = {"architectures": ["GPT2LMHeadModel"], **FIXED, "activation_function": activation, "vocab_size": cfg.vocab_size,
                 "n_positions": cfg.block_size, "n_embd": cfg.n_embd, "n_layer": cfg.n_layer, "n_head": cfg.n_head,
                 "n_inner": None,
                 "resid_pdrop": cfg.dropout, "embd_pdrop": cfg.dropout, "attn_pdrop": cfg.dropout, "tie_word_embeddings": True,
-                "torch_dtype": dtype, "bos_token_id": _end_of_text(cfg), "eos_token_id": _end_of_text(cfg)}
-    content = _safetensors().save(tensors, metadata={"format": "pt"})
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    weights, config = Path(folder, WEIGHTS), Path(folder, "config.json")
-    with replacing_together(weights, config, without=[config]) as (f, g):
-        f.write(content)
-        g.write(json.dumps(settings, indent=2).encode() + b"\n")
+                "torch_dtype": dtype, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    content = {WEIGHTS: _safetensors().save(tensors, metadata={"format": "pt"})}
+    content |= {} if tokenizer is None else huggingface_tokenizer.contents(tokenizer, cfg.block_size)
+    content["config.json"] = json.dumps(settings, indent=2).encode() + b"\n"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing_together(*(folder / name for name in content), without=[folder / name for name in ("config.json", *without)]) as files:
+        for file, name in zip(files, content):
+            file.write(content[name])
+            file.flush()
         if check is not None:
-            f.flush(), g.flush()
             with tempfile.TemporaryDirectory() as view:
-                for written, path in ((f, weights), (g, config)):
-                    os.symlink(written.name, Path(view, path.name))
+                for file, name in zip(files, content):
+                    os.symlink(file.name, Path(view, name))
                 check(view)
 
 

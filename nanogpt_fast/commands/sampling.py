@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import backend as ops_backend, devices, options
-from ..checkpoints import nanogpt as checkpoint
+from ..checkpoints import huggingface_tokenizer, nanogpt as checkpoint
 from ..checkpoints.huggingface import SIZES
 from ..model import GPT
 from ..options import option
@@ -135,17 +135,9 @@ def load(o):
     """The model and tokenizer that the options name, on their device. Raises what `checkpoint.load_model` raises."""
     device = devices.choose_device(o.device)
     dtype = devices.choose_dtype(o.dtype, device)
-    with contextlib.redirect_stdout(sys.stderr):  # GPT prints its size
-        if o.init_from == "resume":
-            if not Path(o.out_dir).exists():
-                raise FileNotFoundError(f"no folder {o.out_dir}: pass your run's folder as --out_dir, or train first "
-                                        "(nanogpt-fast train --dataset=embedded)")
-            model, tokenizer, meta = checkpoint.load_model(o.out_dir, device, backend=o.backend)
-            if tokenizer is None:
-                raise ValueError(f"there is no tokenizer to encode a prompt with: {meta['no_tokenizer']}")
-        else:
-            tokenizer = tokenizers.GPT2Tokenizer()
-            model = GPT.from_pretrained(o.init_from, dict(dropout=0.0), backend=o.backend).eval().to(device)
+    model, tokenizer, about = open_model(o, device)
+    if tokenizer is None:
+        raise ValueError(f"there is no tokenizer to encode a prompt with: {about['no_tokenizer']}")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -154,6 +146,25 @@ def load(o):
     source = o.out_dir if o.init_from == "resume" else o.init_from
     note(f"{source} on {devices.describe(device)}, {str(dtype).removeprefix('torch.')}")
     return Loaded(model, tokenizer, device, devices.autocast(device, dtype))
+
+
+def open_model(o, device, only_ids=False):
+    """(model in eval mode on the device, tokenizer or None, meta) that o.init_from, o.out_dir and o.backend name. meta: as
+    `load_model`'s; of weights that are no checkpoint, {} or why there is no tokenizer. Raises what `checkpoint.load_model` raises, and
+    RuntimeError where the tokenizer of such weights is not available; only_ids: not, as ids are enough."""
+    with contextlib.redirect_stdout(sys.stderr):  # GPT prints its size
+        if o.init_from != "resume":
+            try:
+                tokenizer, about = huggingface_tokenizer.read(o.init_from) or tokenizers.GPT2Tokenizer(), {}
+            except RuntimeError as error:
+                if not only_ids:
+                    raise
+                tokenizer, about = None, {"no_tokenizer": str(error)}
+            return GPT.from_pretrained(o.init_from, dict(dropout=0.0), backend=o.backend).eval().to(device), tokenizer, about
+        if not Path(o.out_dir).exists():
+            raise FileNotFoundError(f"no folder {o.out_dir}: pass your run's folder as --out_dir, or train first "
+                                    "(nanogpt-fast train --dataset=embedded)")
+        return checkpoint.load_model(o.out_dir, device, backend=o.backend)
 
 
 def read_prompt(start):

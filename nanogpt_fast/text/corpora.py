@@ -3,15 +3,18 @@
     embedded          Python's language reference, which every Python installation includes: nothing is downloaded
     shakespeare       tinyshakespeare, downloaded once and verified by its sha256; GPT-2 tokens, as in nanoGPT
     shakespeare_char  the same text; characters, as in nanoGPT
-    PATH              a text file in UTF-8 (or UTF-16 with a byte-order mark), or a folder: all its text files, in the order of their names
+    PATH              a text file in UTF-8 (or UTF-16 with a byte-order mark), or a folder: all its text files, in the order of their names;
+                      in .jsonl and .parquet files every row is a document, whose text is one field. Several paths: a.txt,b.txt or *.txt
 
 Line endings become "\\n", as in Python's text mode, and a byte-order mark is dropped. Errors name the file, and the position of
 bytes that are not UTF-8.
 """
 import codecs
+import glob
 import hashlib
 import http.client
 import io
+import json
 import os
 import urllib.request
 from pathlib import Path
@@ -77,40 +80,73 @@ def _check_shakespeare(content, where):
                          "Remove the file to download it again, or pass its path to use it as it is")
 
 
+RAW = "-"   # the field that stands for the whole file, as it is
+
+
 class Text:
-    """The text of a file, or of all text files below a folder (hidden and binary ones are skipped), in parts: `"".join(Text(path))`.
+    """The text of files, in parts: `"".join(Text(source))`. What is between two documents is a part of its own.
+
+    source:  the path of a file; of a folder, for all text files below it (hidden and binary ones are skipped); several of these with
+             commas between them; or a pattern, such as texts/*.txt. A file is a document, and so is each row of a .jsonl (.ndjson) or
+             .parquet file
+    field:   which field of a row is its text; "-" reads a .jsonl file as it is
+    between: what stands between two documents: "<|endoftext|>"; or "\\n", which is left out where a document ends with it
 
     It is read at every iteration, one part after the other, so that a text may be larger than the memory. Iterating raises ValueError
-    for what is no text, or has no character but blanks. Raises FileNotFoundError.
+    for what is no text, or has no character but blanks, and RuntimeError where a package is missing. Raises FileNotFoundError.
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
-        if not self.path.is_file() and not self.path.is_dir():
-            raise FileNotFoundError(f"{path} is neither a file nor a folder")
+    def __init__(self, source, field="text", between="\n"):
+        self.source, self.field, self.between = source, field, between
+        self.paths = paths_of(source)
+        if not self.paths:
+            raise FileNotFoundError(f"{source} is neither a file nor a folder, nor are these several, or a pattern of files")
 
     def __iter__(self):
-        blank = True
-        for part in _parts_of_file(self.path) if self.path.is_file() else self._parts_of_folder():
+        end, begins = "", False     # the last character so far; whether a document begins
+        several, blank = len(self.paths) > 1 or self.paths[0].is_dir(), True
+        for part in self._parts():
+            if not part:
+                begins = True
+                continue
+            if begins and end and not (end == self.between == "\n"):
+                yield self.between
+            end, begins = part[-1], False
             blank = blank and not part.strip()
             yield part
         if blank:
-            raise ValueError(f"{self.path} is empty: there is nothing to learn from")
+            raise ValueError(f"{self.source} is empty: there is nothing to learn from")
+        if several and self.between == "\n" != end:
+            yield "\n"
 
-    def _parts_of_folder(self):
-        texts = 0
-        for path in _files_below(self.path):
-            with open(path, "rb") as file:
-                beginning = file.read(8192)
-            if b"\0" in beginning and _encoding(beginning) == "UTF-8":  # git's test for a binary
-                continue
-            texts, part = texts + 1, ""
-            for part in _parts_of_file(path):
-                yield part
-            if part and not part.endswith("\n"):
-                yield "\n"
-        if not texts:
-            raise ValueError(f"{self.path} holds no text file")
+    def _parts(self):
+        """Yield the parts of all files, and "" after each document."""
+        for path in self.paths:
+            texts = 0
+            for path, below in ((path, False),) if path.is_file() else ((file, True) for file in _files_below(path)):
+                rows = ROWS.get(path.suffix.lower()) if self.field != RAW else None
+                if below and not rows and _is_binary(path):
+                    continue
+                texts += 1
+                if rows:
+                    for row in rows(path, self.field):
+                        yield from (row, "")
+                else:
+                    yield from _parts_of_text(path, self.field)
+                    yield ""
+            if not texts:
+                raise ValueError(f"{path} holds no text file")
+
+
+def paths_of(source):
+    """The files and folders that a source names, as Paths, or [] if it names none. A path that exists is taken as it is; a pattern
+    names files."""
+    if os.path.isfile(source) or os.path.isdir(source):
+        return [Path(source)]
+    if "," in source:
+        named = [paths_of(name.strip()) for name in source.split(",")]
+        return [path for paths in named for path in paths] if all(named) else []
+    return [Path(path) for path in sorted(glob.glob(source, recursive=True)) if os.path.isfile(path)] if glob.has_magic(source) else []
 
 
 def read(path):
@@ -124,6 +160,101 @@ def _files_below(folder):
         paths = (Path(parent, name) for name in sorted(files) if not name.startswith("."))
         yield from (path for path in paths if path.is_file())  # neither a named pipe, nor a link to a device or to nothing
 
+
+def _is_binary(path):
+    """Git's test, for what is not UTF-16 or UTF-32."""
+    with open(path, "rb") as file:
+        beginning = file.read(8192)
+    return b"\0" in beginning and _encoding(beginning) == "UTF-8"
+
+
+# ------------------------------------------------------------------------------------------------------------ rows of a file
+
+def _rows_of_jsonl(path, field):
+    for number, line in enumerate(_lines(_parts_of_file(path)), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}). A .jsonl file holds one JSON object in each line; "
+                             f"--field={RAW} reads the file as it is") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: a {type(row).__name__}, where an object with the field {field!r} is expected")
+        yield _text_of(row.get(field), field, row, f"{path}, line {number}")
+
+
+def _rows_of_parquet(path, field):
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise RuntimeError(f"reading {path} needs a package ({error}): pip install pyarrow") from error
+    try:
+        file = parquet.ParquetFile(path)
+    except Exception as error:  # of the package, or of the system
+        raise ValueError(f"{path} is not a parquet file, or is damaged ({error})") from None
+    with file:
+        names = file.schema_arrow.names
+        if field not in names:
+            raise ValueError(_no_field(field, names, path))
+        for batch in file.iter_batches(batch_size=256, columns=[field]):
+            yield from (_text_of(text, field, {field: text}, path) for text in batch.column(0).to_pylist())
+
+
+ROWS = {".jsonl": _rows_of_jsonl, ".ndjson": _rows_of_jsonl, ".parquet": _rows_of_parquet}
+
+
+def _text_of(text, field, row, where):
+    """The text of a row's field: "" for null."""
+    if field not in row:
+        raise ValueError(_no_field(field, row, where))
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: the field {field!r} is a {type(text).__name__}, not a text. --field=NAME names another one")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: half of a surrogate pair at character {error.start} of {field!r}, which is not a character") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _no_field(field, names, where):
+    return f"{where}: no field {field!r}; the fields are {', '.join(map(str, names)) or 'none'}. --field=NAME names the one with the text"
+
+
+def _lines(parts):
+    held = []
+    for part in parts:
+        first, *rest = part.split("\n")
+        held.append(first)
+        for following in rest:
+            yield "".join(held)
+            held = [following]
+    yield "".join(held)
+
+
+def _parts_of_text(path, field):
+    """The parts of a file that is one document. Raises ValueError if it looks like JSON lines: their names and marks would be learnt."""
+    for i, part in enumerate(_parts_of_file(path)):
+        if i == 0 and field != RAW and (fields := _json_lines(part)):
+            raise ValueError(f"{path} looks like JSON lines, with the fields {', '.join(fields)}: rename it to end in .jsonl, and name "
+                             f"the field with the text, --field=NAME. --field={RAW} reads it as it is")
+        yield part
+
+
+def _json_lines(beginning):
+    """The first object, if the first two lines of a text are JSON objects."""
+    if not beginning.lstrip().startswith("{"):
+        return None
+    try:
+        first, second = (json.loads(line) for line in beginning.lstrip().split("\n", 2)[:2])
+    except (ValueError, RecursionError):
+        return None
+    return first if isinstance(first, dict) and isinstance(second, dict) else None
+
+
+# ------------------------------------------------------------------------------------------------------------ bytes to text
 
 # Byte-order marks, UTF-32's first: its little-endian one begins with UTF-16's.
 MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
@@ -140,6 +271,7 @@ def decode(content, where):
 
 
 READ = 1 << 20  # bytes at a time
+COMPRESSED = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "unzstd", b"PK\x03\x04": "unzip", b"\xfd7zXZ\0": "unxz", b"BZh91AY": "bunzip2"}
 
 
 def _parts_of_file(path):
@@ -150,6 +282,9 @@ def _parts_of_file(path):
 def _parts(file, where):
     """Yield what `decode` returns of an open file's bytes, in parts that are not empty."""
     content = file.read(READ)
+    for mark, command in COMPRESSED.items():
+        if content.startswith(mark):
+            raise ValueError(f"{where} is compressed: unpack it first, with {command}")
     encoding = _encoding(content)
     halves = content[:8192:2], content[1:8192:2]
     for half, other, name in ((*halves, "utf-16be"), (*halves[::-1], "utf-16le")):

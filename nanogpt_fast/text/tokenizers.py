@@ -5,10 +5,12 @@
 
     CharTokenizer   one id per character; its file is nanoGPT's meta.pkl, which nanoGPT can read and write
     WordTokenizer   one id per word, punctuation mark or whitespace character, the most frequent first, up to a limit
+    BPETokenizer    byte pairs learnt from a text of one's own, through the tokenizers library (pip install "nanogpt-fast[bpe]")
     GPT2Tokenizer   GPT-2's byte-pair encoding through tiktoken (pip install "nanogpt-fast[gpt2]")
 
 `load(path)` recognises from the file's content which tokenizer it holds. `to_state()` and `from_state(state)` convert a tokenizer to
-a dict of strings and lists and back, for a checkpoint that torch.load(weights_only=True) accepts.
+a dict of strings and lists and back, for a checkpoint that torch.load(weights_only=True) accepts. `byte_lengths()` says how many bytes of
+UTF-8 each id stands for: 0 for the end of a text, None for an unknown word. `end_of_text` is the id of "<|endoftext|>", or None.
 
 What cannot be encoded, decoded or read raises TokenizerError, a ValueError that names the character, the id or the file.
 """
@@ -20,8 +22,10 @@ import pickle
 import re
 
 from nanogpt_fast.files import refuse_special, replacing
+from nanogpt_fast.text.pickles import PlainUnpickler
 
 UNKNOWN = "<unk>"
+END_OF_TEXT = "<|endoftext|>"   # the token between documents, in the kinds that have one
 
 
 class TokenizerError(ValueError):
@@ -29,7 +33,7 @@ class TokenizerError(ValueError):
 
 
 def from_state(state):
-    """The tokenizer that `to_state` described: {"kind": "char", "chars": [...]}, {"kind": "word", ...} or {"kind": "gpt2"}."""
+    """The tokenizer that `to_state` described: {"kind": "char", "chars": [...]}, {"kind": "word" or "bpe", ...} or {"kind": "gpt2"}."""
     kind = state.get("kind") if isinstance(state, dict) else None
     if not isinstance(kind, str) or kind not in KINDS:
         raise TokenizerError(f"a tokenizer's state is a dict whose 'kind' is one of {', '.join(KINDS)}; this is {_short(state)}")
@@ -55,7 +59,13 @@ def load_vocabulary(path):
         content = f.read()
     try:
         if content.lstrip().startswith(b"{"):
-            tokenizer = from_state(_read_json(content))
+            state = _read_json(content)
+            try:
+                tokenizer = from_state(state)
+            except RuntimeError as error:   # a package is missing
+                if state["kind"] != "bpe":  # GPT-2's size is known without its file
+                    raise
+                return len(state["vocab"]), None, str(error)
             return tokenizer.vocab_size, tokenizer, None
         size, chars, why_not = _read_meta(content)
         if why_not is None:
@@ -71,20 +81,25 @@ def load_vocabulary(path):
 CHUNK = 1 << 20  # characters: a Python list of their pieces and ids takes up to 100 bytes for each
 
 
-def chunks(text, anywhere=False):
-    """Yield a text, a str or its parts in order, in parts of about CHUNK characters that each of the tokenizers encodes as it encodes the
-    whole.
+def chunks(text, anywhere=False, size=None):
+    """Yield a text, a str or its parts in order, in parts of about `size` characters (default: CHUNK) that each of the tokenizers encodes
+    as it encodes the whole.
 
-    A part ends before a space or line break that follows a word or a mark: no piece of words and no token of byte pairs crosses this.
+    A part ends before a space or line break that follows a word or a mark, or before an end of text that is a part of its own: no piece of
+    words and no token of byte pairs crosses these.
     anywhere: at any character, which is enough for characters.
     """
+    size = size or CHUNK
     held, count = [], 0     # the beginning of the next part, and its length
     for part in parts_of(text):
         if anywhere:
-            yield from (part[start:start + CHUNK] for start in range(0, len(part), CHUNK))
+            yield from (part[start:start + size] for start in range(0, len(part), size))
             continue
         start = 0
-        while boundary := _BOUNDARY.search(part, start + max(CHUNK - count, 0)):
+        if part == END_OF_TEXT and count >= size:
+            yield "".join(held)
+            held, count = [], 0
+        while boundary := _BOUNDARY.search(part, start + max(size - count, 0)):
             yield "".join([*held, part[start:boundary.start()]])
             held, count, start = [], 0, boundary.start()
         held.append(part[start:])
@@ -102,7 +117,9 @@ _BOUNDARY = re.compile(r"(?<=\S)[ \n]")
 
 
 class Tokenizer:
-    """What the three tokenizers share: a vocabulary with ids 0 .. vocab_size - 1, and a file format."""
+    """What the tokenizers share: a vocabulary with ids 0 .. vocab_size - 1, and a file format."""
+
+    end_of_text = None
 
     def save(self, path):
         """Write the tokenizer to `path` (under a temporary name first, then renamed)."""
@@ -176,6 +193,9 @@ class CharTokenizer(Tokenizer):
     def decode(self, ids):
         return "".join([self.itos[i] for i in self._checked(ids)])
 
+    def byte_lengths(self):
+        return [_bytes(c) for c in self.stoi]
+
     def to_state(self):
         return {"kind": "char", "chars": list(self.stoi)}
 
@@ -242,6 +262,9 @@ class WordTokenizer(Tokenizer):
     def decode(self, ids):
         return "".join([self.words[i] for i in self._checked(ids)])
 
+    def byte_lengths(self):
+        return [_bytes(word) if i or self.unknown == "error" else None for i, word in enumerate(self.words)]
+
     def to_state(self):
         return {"kind": "word", "words": list(self.words), "unknown": self.unknown}
 
@@ -270,72 +293,127 @@ class GPT2Tokenizer(Tokenizer):
     def vocab_size(self):
         return self.bpe.n_vocab
 
+    @property
+    def end_of_text(self):
+        return self.bpe.eot_token
+
     def encode(self, text):
-        return self.bpe.encode(text, allowed_special={"<|endoftext|>"})
+        return self.bpe.encode(text, allowed_special={END_OF_TEXT})
 
     def decode(self, ids):
         return self.bpe.decode(self._checked(ids))
+
+    def byte_lengths(self):
+        return [0 if i == self.end_of_text else len(self.bpe.decode_single_token_bytes(i)) for i in range(self.vocab_size)]
 
     def to_state(self):
         return {"kind": "gpt2"}
 
 
-KINDS = {"char": CharTokenizer, "word": WordTokenizer, "gpt2": GPT2Tokenizer}
+# GPT-2's name for each byte: its character where that is printable, else one from U+0100 on.
+BYTES = {byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+BYTES.update({byte: chr(256 + i) for i, byte in enumerate(byte for byte in range(256) if byte not in BYTES)})
 
 
-class _Inert:
-    """What a pickle gets in place of a class or function that is not listed below: takes anything, does nothing."""
+class BPETokenizer(Tokenizer):
+    """Byte pairs learnt from a text: GPT-2's method (its split into words, its bytes) with a vocabulary of one's own. Any text survives
+    the round trip, but for lone surrogates, as in GPT2Tokenizer; "<|endoftext|>" in a text is the token of that name, id 0.
 
-    def __init__(self, *args, **keywords):
-        pass
+    vocab:  the tokens by id, each a str with one of BYTES' characters per byte; all 256 bytes are among them
+    merges: what to join, the first learnt first: "a b" joins the tokens a and b
+    Raises RuntimeError if the tokenizers package is not available, TokenizerError.
+    """
 
-    __setstate__ = __setitem__ = append = extend = add = __init__
+    end_of_text = 0
+
+    def __init__(self, vocab, merges):
+        vocab, merges = list(vocab), list(merges)
+        if not all(isinstance(token, str) for token in vocab + merges) or len(set(vocab)) < len(vocab) or vocab[:1] != [END_OF_TEXT] \
+                or not set(BYTES.values()) <= set(vocab):
+            raise TokenizerError(f"a vocabulary of byte pairs is a list of distinct tokens: {END_OF_TEXT}, the 256 bytes, and merged ones; "
+                                 f"this is {_short(vocab)}")
+        self.vocab, self.merges = vocab, merges
+        library = _bpe_library()
+        try:
+            self.bpe = library.Tokenizer.from_str(json.dumps(byte_pairs(vocab, merges, self.end_of_text)))
+        except Exception as error:  # the library passes on any error of its parser
+            raise TokenizerError(f"these merges do not fit the vocabulary: {_short(error)}") from None
+
+    @classmethod
+    def from_text(cls, text, vocab_size=8192):
+        """Learn a vocabulary of `vocab_size` tokens from a text, a str or its parts in order, which is read once and not held.
+
+        It is smaller where no pair is left that the text has twice. Raises TokenizerError, RuntimeError.
+        """
+        if vocab_size < 1 + len(BYTES):
+            raise TokenizerError(f"vocab_size={vocab_size} leaves no place for the 256 bytes and {END_OF_TEXT}; use at least "
+                                 f"{1 + len(BYTES)}")
+        library = _bpe_library()
+        learner = library.Tokenizer(library.models.BPE())
+        learner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = library.trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[END_OF_TEXT],
+                                              initial_alphabet=sorted(BYTES.values()))
+        # The library collects 256 parts before it counts them; the learnt tokens hold no end of text, which is between documents.
+        learner.train_from_iterator((_valid(part).replace(END_OF_TEXT, "\n") for part in chunks(text, size=CHUNK >> 6)), trainer)
+        model = json.loads(learner.to_str())["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]    # which, depends on the version
+        return cls(sorted(model["vocab"], key=model["vocab"].get), merges)
+
+    @property
+    def vocab_size(self):
+        return len(self.vocab)
+
+    def encode(self, text):
+        parts = list(chunks(_valid(text), size=CHUNK >> 6))     # encoded by a thread each
+        return [i for encoded in self.bpe.encode_batch_fast(parts) for i in encoded.ids]
+
+    def decode(self, ids):
+        return self.bpe.decode(self._checked(ids), skip_special_tokens=False)
+
+    def byte_lengths(self):
+        return [0 if i == self.end_of_text else len(token) for i, token in enumerate(self.vocab)]
+
+    def to_state(self):
+        return {"kind": "bpe", "vocab": list(self.vocab), "merges": list(self.merges)}
 
 
-class _NumpyType:
-    """numpy.dtype in a pickle: only its code, such as "i8", and its byte order are kept."""
-
-    def __init__(self, code, *_):
-        self.code, self.order = str(code), "<"
-
-    def __setstate__(self, state):
-        self.order = str(state[1])
-
-    def read(self, raw):
-        if self.code[0] in "iu":
-            return int.from_bytes(raw, "big" if self.order == ">" else "little", signed=self.code[0] == "i")
-        if self.code[0] == "U":
-            return raw.decode("utf-32-be" if self.order == ">" else "utf-32-le").rstrip("\0")
-        return _Inert()
+def byte_pairs(vocab, merges, end_of_text):
+    """The tokenizers library's tokenizer.json, as a dict, of byte pairs with GPT-2's split. vocab, merges: as in BPETokenizer."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    special = {"id": end_of_text, "content": END_OF_TEXT, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+               "special": True}
+    return {"version": "1.0", "added_tokens": [special], "normalizer": None, "pre_tokenizer": level, "post_processor": None,
+            "decoder": level, "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(vocab)}, "merges": merges}}
 
 
-def _plain_dict(*args):
-    return dict(args[0]) if args and isinstance(args[0], dict) else {}
+def _bpe_library():
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise RuntimeError(f"a tokenizer of byte pairs needs a package ({error}): pip install tokenizers, "
+                           "or use a char or word tokenizer") from error
+    return tokenizers
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles numbers (NumPy's, too), strings, lists and dicts. A pickle is a program that calls what it imports; here it gets only the
-    functions below, and for all else _Inert. `foreign` lists what that was."""
+def _valid(text):
+    """The text with pairs of surrogates as the character that they mean, and lone ones as U+FFFD: what UTF-8 can encode."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-    KNOWN = {("collections", "OrderedDict"): _plain_dict, ("collections", "defaultdict"): _plain_dict, ("collections", "Counter"): _plain_dict,
-             ("numpy", "dtype"): _NumpyType, ("_codecs", "encode"): lambda text, *_: text.encode("latin1"),
-             ("numpy.core.multiarray", "scalar"): lambda dtype, raw: dtype.read(raw),
-             ("numpy._core.multiarray", "scalar"): lambda dtype, raw: dtype.read(raw)}
 
-    def __init__(self, file):
-        super().__init__(file)
-        self.foreign = []
+def _bytes(text):
+    return len(text.encode("utf-8", "surrogatepass"))
 
-    def find_class(self, module, name):
-        if (module, name) in self.KNOWN:
-            return self.KNOWN[module, name]
-        self.foreign.append(f"{module}.{name}")
-        return _Inert
+
+KINDS = {"char": CharTokenizer, "word": WordTokenizer, "bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
 
 
 def _read_meta(content):
     """(vocabulary size, characters by id, None), or (size, None, why there are none), from nanoGPT's meta.pkl {vocab_size, stoi, itos}."""
-    unpickler = _PlainUnpickler(io.BytesIO(content))
+    unpickler = PlainUnpickler(io.BytesIO(content))
     try:
         meta = unpickler.load()
     except Exception as error:  # a damaged pickle can raise nearly anything: UnpicklingError, EOFError, KeyError, MemoryError ...

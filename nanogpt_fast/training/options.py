@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 from .. import backend as ops_backend, devices
 from ..options import option
+from ..text import prepare
 
 
 @dataclass
@@ -29,9 +30,13 @@ class TrainOptions:
     wandb_run_name: str = option("gpt2", "its name for the run")
     tensorboard: bool = option(False, "log to TensorBoard, in out_dir/tensorboard (pip install tensorboard)")
 
-    dataset: str = option("openwebtext", "folder below data_dir, `embedded`, `shakespeare_char`, `shakespeare`, or a text file "
-                          "or folder", alias="data", section="Data")
+    dataset: str = option("openwebtext", "folder below data_dir, `embedded`, `shakespeare_char`, `shakespeare`, or a text: a file, "
+                          "a folder, several with commas, a pattern", alias="data", section="Data")
     data_dir: str = option("data", "folder of the data sets")
+    tokenizer: str = option("", "of a text: char, word, gpt2, or bpe, which learns byte pairs from it (empty: as it was prepared before, "
+                            "else char)", choices=prepare.KINDS)
+    vocab_size: int | None = option(None, "with --tokenizer=bpe or word: the most tokens (None: 8192 for bpe)", minimum=2)
+    field: str = option("", "of .jsonl and .parquet texts: the field that holds the text (empty: as before, else `text`)")
     gradient_accumulation_steps: int = option(40, "micro-batches per step, divided among the ranks", minimum=1)
     batch_size: int = option(12, "sequences per micro-batch", minimum=1)
     block_size: int = option(1024, "context: tokens per sequence", minimum=1)

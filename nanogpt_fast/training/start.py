@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from .. import devices
-from ..checkpoints import folder as run_folder, nanogpt as checkpoints, schema, sharded
+from ..checkpoints import folder as run_folder, huggingface_tokenizer, nanogpt as checkpoints, schema, sharded
 from ..checkpoints.state import CheckpointError, set_random_states
 from ..config import GPTConfig
 from ..model import GPT
@@ -15,9 +15,11 @@ from ..text import prepare
 
 def find_data(o, ranks):
     """The folder with the token files. The first rank of each machine prepares what is missing, the others wait for it."""
-    folder = prepare.find(o.dataset, o.data_dir) if ranks.local_rank == 0 else None
+    def find():
+        return prepare.find(o.dataset, o.data_dir, tokenizer=o.tokenizer, vocab_size=o.vocab_size, field=o.field)
+    folder = find() if ranks.local_rank == 0 else None
     ranks.gather(None)
-    return folder or prepare.find(o.dataset, o.data_dir)
+    return folder or find()
 
 
 def after_restart(o, ranks):
@@ -57,6 +59,9 @@ def initial_model(o, vocab_size, tokenizer, ops):
             raise ValueError(f"the data set {o.dataset!r} has a vocabulary of {vocab_size} tokens and {o.init_from} one of "
                              f"{model.config.vocab_size}: the same ids mean other text. Prepare the data with the model's tokenizer "
                              "(nanogpt-fast prepare TEXT --tokenizer=gpt2), or train from scratch")
+        if tokenizer is not None and (known := huggingface_tokenizer.read(o.init_from)) not in (None, tokenizer):
+            raise ValueError(f"the data set {o.dataset!r} has another vocabulary ({tokenizer}) than {o.init_from} ({known}): the same ids mean "
+                             "other text. Use the data that the model was trained on, or train from scratch")
         return model, None
 
     path = run_folder.latest(o.out_dir)

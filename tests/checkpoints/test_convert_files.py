@@ -225,8 +225,8 @@ def test_a_conversion_that_went_wrong_is_noticed_before_the_target_gets_its_name
         return model
     gpt_contents, write_folder = convert.gpt_contents, huggingface.write_folder
     monkeypatch.setattr(convert, "gpt_contents", lambda model, _: gpt_contents(wrong(convert.to_gpt(convert.to_classic(model)))))
-    monkeypatch.setattr(huggingface, "write_folder", lambda model, folder, check: write_folder(
-        wrong(convert.to_gpt(convert.to_classic(model))), folder, check))
+    monkeypatch.setattr(huggingface, "write_folder", lambda model, folder, check, *more: write_folder(
+        wrong(convert.to_gpt(convert.to_classic(model))), folder, check, *more))
     for source, target in ((sources["classic"], tmp_path / "ckpt.pt"), (sources["nanogpt"], tmp_path / "hf")):
         assert cli.main(["convert", str(source), str(target)]) == 2
         out, err = capsys.readouterr()

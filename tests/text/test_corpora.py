@@ -128,7 +128,7 @@ print(re.search("VmHWM: *([0-9]+)", open("/proc/self/status").read().replace("\\
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")     # ru_maxrss is at least the parent's
-@pytest.mark.parametrize("kind", ["char", "word"])
+@pytest.mark.parametrize("kind", ["char", "word", "bpe"])
 def test_a_longer_text_takes_no_more_memory(kind, tmp_path):
     peaks = []
     for megabytes in (1, 5):
@@ -366,7 +366,9 @@ def test_the_command_prepares_and_says_how_to_train(tmp_path, capsys):
     (["nowhere.txt"], "'nowhere.txt' is not a file, a folder or a corpus"),
     (["shakespear"], "nearest: shakespeare"),
     (["embedded", "--vocab_size=10"], "vocab_size needs --tokenizer=word"),
-    (["embedded", "--tokenizer=bpe"], "tokenizer is 'bpe'; expected"),
+    (["embedded", "--tokenizer=bpx"], "tokenizer is 'bpx'; expected"),
+    (["embedded", "--tokenizer=bpe", "--vocab_size=256"], "vocab_size=256 leaves no place for the 256 bytes"),
+    (["embedded", "--tokenizer=bpe", "--vocab_size=65536"], "vocab_size is 65,536; the files hold 16-bit ids, 65,535 at most"),
     (["embedded", "--val_fraction=1"], "val_fraction is 1.0"),
 ])
 def test_bad_requests_are_one_clear_line(argv, message):
