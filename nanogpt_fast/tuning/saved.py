@@ -18,7 +18,7 @@ FORMAT = 1
 
 
 def path():
-    """The file, or None where NANOGPT_FAST_TUNED is off."""
+    """The file, or None where NANOGPT_FAST_TUNED is off or there is no cache folder."""
     named = os.environ.get("NANOGPT_FAST_TUNED", "")
     if named.lower() in ("off", "0"):
         return None
@@ -26,8 +26,11 @@ def path():
 
 
 def default():
-    """The file in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nanogpt_fast", "tuned.json")
+    """The file in the user's cache folder, or None: in a container a user may have no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nanogpt_fast", "tuned.json")
+    except RuntimeError:
+        return None
 
 
 def versions(cuda):

@@ -56,6 +56,17 @@ def test_the_cache_folder_is_the_default(monkeypatch, tmp_path):
     assert saved.path() == tmp_path / "nanogpt_fast" / "tuned.json" and saved.load() == []       # no file, nothing to say
 
 
+def test_a_user_without_a_home_has_no_file(monkeypatch):
+    """As in a container that runs under a number of its own. The first op of every program asks."""
+    for name in ("NANOGPT_FAST_TUNED", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+    monkeypatch.setattr(saved.Path, "home", home)
+    assert saved.path() is None and saved.load() == [] and saved.about(False) is None
+
+
 def test_rows_of_other_versions_are_ignored_and_it_is_said_once(file):
     saved.save(file, "a card", False, [ROW], [])
     content = json.loads(file.read_text())
