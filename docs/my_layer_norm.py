@@ -39,11 +39,11 @@ def forward(x, weight, bias, eps):
 def backward(saved, dy, eps):
     """In PyTorch, to keep the example short: dx of each row, and the sums over rows for weight and bias."""
     rows, weight, bias, stats = saved
-    dy = dy.reshape(rows.shape).float()
+    shape, dy = dy.shape, dy.reshape(rows.shape).float()
     normal = (rows.float() - stats[:, :1]) * stats[:, 1:]
     g = dy * weight.float()
     dx = (g - g.mean(1, keepdim=True) - normal * (g * normal).mean(1, keepdim=True)) * stats[:, 1:]
-    return dx.to(rows.dtype), (dy * normal).sum(0).to(weight.dtype), None if bias is None else dy.sum(0).to(bias.dtype)
+    return dx.to(rows.dtype).view(shape), (dy * normal).sum(0).to(weight.dtype), None if bias is None else dy.sum(0).to(bias.dtype)
 
 
 def why_not(x, weight, bias, eps):

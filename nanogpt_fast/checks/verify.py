@@ -183,7 +183,7 @@ def cases(device, quick):
 
         def make(half):
             vectors = {"weight": 1 + 0.1 * randn(C), "bias": 0.1 * randn(C)}
-            return {"x": randn(rows, C), "branch": half(randn(rows, C)), **(vectors if bias else {"weight": vectors["weight"]})}
+            return {"x": randn(1, rows, C), "branch": half(randn(1, rows, C)), **(vectors if bias else {"weight": vectors["weight"]})}
         return Case("layer_norm", f"rows={rows} C={C}" + " no bias" * (not bias), make, call)
 
     def linear_case(rows, C):
@@ -194,7 +194,7 @@ def cases(device, quick):
 
     def mlp_case(rows, C, form):
         return Case("mlp", f"rows={rows} C={C} {form}", lambda half: {
-            "x": half(randn(rows, C)), "w_fc": randn(4 * C, C) / C**0.5, "b_fc": 0.1 * randn(4 * C),
+            "x": half(randn(1, rows, C)), "w_fc": randn(4 * C, C) / C**0.5, "b_fc": 0.1 * randn(4 * C),
             "w_proj": randn(C, 4 * C) / (4 * C)**0.5, "b_proj": 0.1 * randn(C)},
             lambda t, backend: {"out": mlp.gelu_mlp(**t, form=form_in(t["x"], form), backend=backend, copies=tuple(
                 t[name].detach().to(t["x"].dtype) for name in ("w_fc", "w_proj")))})

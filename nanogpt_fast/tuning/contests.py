@@ -182,13 +182,13 @@ def _attention(shape):
 
 
 def _layer_norm(shape):
-    rows, C = shape.tokens, shape.C
+    B, T, rows, C = shape.B, shape.T, shape.tokens, shape.C
     where = shape.where(C, rows)
 
     def make():
         torch.manual_seed(0)
         stream, new = _new(shape, torch.float32), _new(shape, shape.dtype)
-        return dict(x=stream(rows, C), branch=new(rows, C), weight=stream(C), bias=stream(C) if shape.bias else None, dy=new(rows, C, grad=False))
+        return dict(x=stream(B, T, C), branch=new(B, T, C), weight=stream(C), bias=stream(C) if shape.bias else None, dy=new(B, T, C, grad=False))
 
     @as_trained(shape)
     def forward(t):
@@ -203,7 +203,7 @@ def _layer_norm(shape):
             tiles = [Tile(M, num_warps=warps) for M, warps in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (4, 1), (4, 4), (8, 1))]
             yield Contest(f"layer_norm {pass_}: {name}", f"add + LayerNorm {pass_}", run=run(forward), expected=run(plain),
                           **_tiles(f"layer_norm {pass_} tile", tiles, shape, {**where, "dtype": ""}), **both)
-    row, weight = _draw(shape.dtype, shape.device, 1, C).expand(rows, C), _draw(torch.float32, shape.device, C)
+    row, weight = _draw(shape.dtype, shape.device, 1, 1, C).expand(B, T, C), _draw(torch.float32, shape.device, C)
     entries = implementations("layer_norm", norm, (row.float(), weight, weight if shape.bias else None, row, shape.dtype), "layer_norm", where)
     yield Contest(f"layer_norm training: {name}", "add + LayerNorm, training", run=together(forward, leaves, "dy"), expected=together(plain, leaves, "dy"),
                   **entries, **both)
@@ -221,7 +221,7 @@ def _mlp(shape):
         torch.manual_seed(0)
         new, vector = _new(shape, shape.dtype), _new(shape, torch.float32)
         w_fc, w_proj = vector(4 * C, C, scale=C ** -0.5), vector(C, 4 * C, scale=C ** -0.5 / 2)
-        return dict(x=new(rows, C), w_fc=w_fc, w_proj=w_proj, dy=new(rows, C, grad=False), b_fc=vector(4 * C) if shape.bias else None,
+        return dict(x=new(shape.B, shape.T, C), w_fc=w_fc, w_proj=w_proj, dy=new(shape.B, shape.T, C, grad=False), b_fc=vector(4 * C) if shape.bias else None,
                     b_proj=vector(C) if shape.bias else None, copies=tuple(w.detach().to(shape.dtype) for w in (w_fc, w_proj)))
     leaves = ["x", "w_fc", "b_fc", "w_proj", "b_proj"]
 

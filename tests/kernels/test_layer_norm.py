@@ -1,5 +1,6 @@
 """The LayerNorm kernels against fp64: every output of forward and backward, by the error rule of harness.py."""
 import copy
+from pathlib import Path
 
 import harness
 import pytest
@@ -7,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 from nanogpt_fast.kernels import dropout, fastest, layer_norm as kernels
+
+from nanogpt_fast import GPT, GPTConfig, ops
+from nanogpt_fast.ops import registered
 
 ON_GPU = not harness.INTERPRETED
 # 1; odd and short; a power of two; multiples of 4 and 32 that are none; GPT-2's smallest width and its largest, 1,600
@@ -310,3 +314,20 @@ def test_launchers_name_the_wrong_argument(change, error, message):
 def test_every_width_has_a_tile():
     for pass_ in ("forward", "backward"):
         assert all(kernels.tile_for(pass_, C, -1, 1).BLOCK_M > 0 and kernels.padded(C) >= C for C in range(1, kernels.MAX_C + 1))
+
+
+def test_a_model_trains_on_the_documents_example():
+    """docs/my_layer_norm.py, whose rows come as (B, T, C) here."""
+    registered.load(Path(__file__).parents[2] / "docs" / "my_layer_norm.py")
+    x = torch.randint(16, (2, 8), device=harness.DEVICE)
+    try:
+        results = []
+        for choice in ("reference", "reference,layer_norm=mine"):
+            torch.manual_seed(0)
+            model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=16), backend=choice).to(harness.DEVICE)
+            model(x, x)[1].backward()
+            results.append([p.grad for p in model.parameters()])
+    finally:
+        ops.unregister("layer_norm", "mine")
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
