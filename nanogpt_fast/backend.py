@@ -30,10 +30,11 @@ IMPLEMENTATIONS = {"attention": ("triton", "cudnn", "cpp"), "layer_norm": ("trit
 own = {op: {} for op in OPS}   # {op: {name: why_not}} of kernels that ops/registered.py added
 
 
-def parse(spec):
+def parse(spec, later=False):
     """Turn "fused", "auto,attention=reference" or a dict {op: choice} into a dict with a choice for every op.
 
-    None (no preference) stays None. Raises ValueError naming the part that is invalid.
+    None (no preference) stays None. later: take names that no kernel has yet, if NANOGPT_FAST_KERNELS names files that may register them.
+    Raises ValueError naming the part that is invalid.
     """
     if spec is None:
         return None
@@ -47,8 +48,10 @@ def parse(spec):
     for op, choice in parts:
         if op is not None and op not in OPS:
             raise ValueError(f"backend {spec!r}: no op is called {op!r}; the ops are {', '.join(OPS)}")
-        known = CHOICES if op is None else (*CHOICES, *IMPLEMENTATIONS[op], *own[op])
-        if choice not in known:
+        if op is not None and choice not in names(op) and os.environ.get("NANOGPT_FAST_KERNELS") and not later:
+            load_local()
+        known = CHOICES if op is None else names(op)
+        if choice not in known and not (later and op is not None and os.environ.get("NANOGPT_FAST_KERNELS")):
             raise ValueError(f"backend {spec!r}: {choice!r} is not one of {', '.join(known)}")
         if op is None:
             default = choice
@@ -57,7 +60,12 @@ def parse(spec):
     return {op: by_op.get(op, default) for op in OPS}
 
 
-_environment = parse(os.environ.get("NANOGPT_FAST_BACKEND") or "auto")
+def names(op):
+    """The choices that there are for an op."""
+    return *CHOICES, *IMPLEMENTATIONS[op], *own[op]
+
+
+_environment = parse(os.environ.get("NANOGPT_FAST_BACKEND") or "auto", later=True)
 
 
 class _Local(threading.local):
@@ -100,16 +108,19 @@ def _parsed(choices):
     return _texts[choices]
 
 
-def choose(op, candidates, model_choices=None, args=(), fastest=None):
+def choose(op, candidates, model_choices=None, args=(), fastest=None, by_name=True):
     """The name of the implementation that `op` uses for these arguments.
 
     candidates: ((name, why_not), ...), fastest first; `why_not(*args)` returns None if the implementation can and should run, else the
     reason as text; "" if nobody would expect it to run. "reference" is implied at the end. fastest(*args): the Row of the table
-    (kernels/fastest.py) whose implementation `auto` tries first, or None. Raises RuntimeError under "fused" if none can run.
+    (kernels/fastest.py) whose implementation `auto` tries first, or None. by_name=False: a name counts as "auto", for a call that few of the
+    op's implementations know. Raises RuntimeError under "fused" if none can run, and where the named one can't.
     """
     if not _tuned:
         load_local()
     wanted = (_local.choices or _parsed(model_choices) or _environment)[op]
+    if not by_name and wanted not in CHOICES:
+        wanted = "auto"
     reasons, row = [], None
     if wanted != "reference" and inside_torch_func():
         if wanted == "auto":
@@ -139,33 +150,41 @@ def choose(op, candidates, model_choices=None, args=(), fastest=None):
         remark = [row.note] if row is not None and name == row.use != "reference" and row.note else []
         _local.record.append((op, wanted, name, ["asked for"] if wanted == "reference" else remark or reasons))
         return "reference"  # nothing is launched while recording
-    if name != "reference" or wanted == "reference" or op in LIBRARY_OPS:
+    if name != "reference" or wanted == "reference" or op in LIBRARY_OPS and wanted in CHOICES:
         return name
     if wanted == "fused":
         raise RuntimeError(f"backend='fused', but no kernel can run {op}: {'; '.join(reasons) or 'there is none'}. "
                            "Use backend='auto' to fall back, or `nanogpt-fast doctor` to see what is missing.")
     if wanted not in CHOICES:
-        raise RuntimeError(f"backend='{op}={wanted}', but that cannot run: {'; '.join(reasons) or 'it is not for this device or these arguments'}. "
-                           "Use backend='auto' to fall back.")
+        why = "it is not for this device or these arguments" if wanted in names(op) else "no kernel of this name is registered in this process"
+        raise RuntimeError(f"backend='{op}={wanted}', but that cannot run: {'; '.join(reasons) or why}. Use backend='auto' to fall back.")
     notice_unfused(f"{op} runs on plain PyTorch ({'; '.join(reasons) or 'no kernel'})")
     return name
 
 
 before_first_choice = []    # functions: ops/registered.py's, which runs files that register kernels
-_tuned = False      # whether `load_local` ran
+_tuned = False      # whether `load_local` ran to its end
+_loading = False
+_lock = threading.RLock()
 
 
 def load_local():
     """Register the kernels of one's own that are named, and put what was measured on this machine into force: once per process, before the
-    first choice."""
-    global _tuned
-    if not _tuned:
-        _tuned = True
-        from .tuning import saved
-        for function in before_first_choice:
-            function()
-        for message in saved.load():
-            notice(message)
+    first choice. An error of such a file is raised again at the next choice; other threads wait."""
+    global _tuned, _loading
+    with _lock:
+        if _tuned or _loading:      # such a file may call ops itself
+            return
+        _loading = True
+        try:
+            from .tuning import saved
+            for function in before_first_choice:
+                function()
+            for message in saved.load():
+                notice(message)
+            _tuned = True
+        finally:
+            _loading = False
 
 
 load_local._dynamo_marked_constant = True       # see triton_import_error below

@@ -337,6 +337,8 @@ def remedies(found):
         advice.append(("the extension cannot launch here", f"NANOGPT_FAST_CUDA_ARCHS={arch} {rebuild}    ({ext['cuda_here']})"))
     if "environment" in ops:
         advice.append(("NANOGPT_FAST_BACKEND", "unset NANOGPT_FAST_BACKEND, or set it to auto, fused or reference"))
+    elif "NANOGPT_FAST_KERNELS" in ops.get("error", ""):
+        advice.append(("NANOGPT_FAST_KERNELS", "correct the file that it names, or unset it"))
     elif "error" in ops and "error" not in torch:
         advice.append(("nanogpt_fast does not import", rebuild))
     return advice

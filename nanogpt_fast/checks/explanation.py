@@ -40,7 +40,8 @@ def explain(model, *, dtype=None, tokens=8, return_logits=True):
 
     rows = {}
     for op, wanted, name, reasons in record:
-        if name == "reference" and wanted == "fused" and op not in backend.LIBRARY_OPS:
+        by_name = wanted not in backend.CHOICES
+        if name == "reference" and (by_name or wanted == "fused" and op not in backend.LIBRARY_OPS):
             name = "error"
         if not reasons and device.type == "cuda" and name not in ("reference", "error"):
             reasons = ["not measured on this card (`nanogpt-fast tune` does)"]

@@ -104,7 +104,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale:
     """One new query per row over a cache: q (B, H, 1, D), k and v (B, H, T, D), with lengths[b] valid keys in row b -> (B, H, 1, D).
 
     lengths: (B,) int32 or int64 on q's device, 1 to T. The host never reads them, so one captured CUDA graph serves all lengths.
-    For generation, hence no gradient. scale, backend and errors: as for `causal_attention_qkvpacked`.
+    For generation, hence no gradient. scale, backend and errors: as for `causal_attention_qkvpacked`; but only Triton has a kernel for it,
+    so an implementation's name ("attention=cudnn") is about the other two functions, and here means "auto".
     """
     if q.dim() != 4 or q.size(2) != 1:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected (B, H, 1, D)")
@@ -113,7 +114,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale:
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected ({q.size(0)},)")
     q, k, v, lengths = resolved(q, k, v, lengths)
     dtype = autocast_dtype(q)
-    if _backend.choose("attention", _DECODE_CANDIDATES, backend, (q, k, v, dtype, scale, backend)) == "reference":
+    args = q, k, v, dtype, scale, backend
+    if _backend.choose("attention", _DECODE_CANDIDATES, backend, args, by_name=False) == "reference":
         visible = (torch.arange(k.size(2), device=k.device) < lengths[:, None])[:, None, None]          # (B, 1, 1, T)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
     run = raw.attention_decode if is_compiling() else _decode

@@ -38,9 +38,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float = 1
     name = _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias), row_for)
     if name == "reference":
         return reference.layer_norm(x, weight, bias, eps)
-    if (kernel := registered.kernel("layer_norm", name)) is not None:
-        return kernel(x, weight, bias, eps=eps)
     y_dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype  # as F.layer_norm
+    if (kernel := registered.kernel("layer_norm", name)) is not None:
+        return registered.layer_norm(kernel, x, weight, bias, eps, y_dtype)
     return _LayerNorm.apply(x, weight, bias, (name, eps, y_dtype))
 
 

@@ -13,6 +13,7 @@ Matmuls' tensors come in the dtype of autocast. Dropout, residuals and casts sta
 import importlib.util
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from .common import autocast_dtype, no_second_derivative
 
 OPS = ("attention", "layer_norm", "mlp", "cross_entropy")
 _kernels = {}           # {(op, name): Kernel}
+_registered = 0         # how many times `register` was called
 
 
 class Kernel(NamedTuple):
@@ -35,10 +37,24 @@ class Kernel(NamedTuple):
     backward: Callable | None
     why_not: Callable | None
 
-    def __call__(self, *tensors, **options):
+    def __call__(self, shape, *tensors, **options):
+        """The result for these arguments, of this shape."""
         if self.backward is None:
-            return self.forward(*tensors, **options)
-        return _Function.apply(self, options, *tensors)
+            return self.checked(self.forward(*tensors, **options), shape)
+        return _Function.apply(self, shape, options, *tensors)
+
+    def checked(self, result, shape):
+        """`result`. Raises TypeError or ValueError where it is no tensor of this shape, before something far from here fails."""
+        if not isinstance(result, torch.Tensor):
+            raise TypeError(f"{self.op}={self.name}: forward returned {_described(result)}; expected a tensor {tuple(shape)}"
+                            + (": what goes with a backward returns two things" if self.backward is None and isinstance(result, tuple) else ""))
+        if result.shape != shape:
+            raise ValueError(f"{self.op}={self.name}: forward returned a tensor {tuple(result.shape)}; expected {tuple(shape)}")
+        return result
+
+
+def _described(result):
+    return "None" if result is None else f"a {type(result).__name__}"
 
 
 def register(op: str, name: str, forward: Callable, backward: Callable | None = None, why_not: Callable | None = None) -> None:
@@ -59,30 +75,46 @@ def register(op: str, name: str, forward: Callable, backward: Callable | None = 
     for what, function in (("forward", forward), ("backward", backward), ("why_not", why_not)):
         if not callable(function) and (function is not None or what == "forward"):
             raise TypeError(f"{what} is {function!r}; expected a function")
+    global _registered
+    _registered += 1
     kernel = _kernels[op, name] = Kernel(op, name, forward, backward, why_not)
     backend.own[op][name] = lambda *args: _why_not(kernel, args)
 
 
 def unregister(op: str, name: str) -> None:
-    """Forget a kernel. Raises KeyError where none of this name was registered."""
+    """Forget a kernel. Raises ValueError where there is none of this name."""
+    if (op, name) not in _kernels:
+        raise ValueError(f"{op!r} has no registered kernel {name!r}; it has {', '.join(n for o, n in _kernels if o == op) or 'none'}")
     del _kernels[op, name], backend.own[op][name]
 
 
 def load(path):
-    """Run a Python file that registers kernels. Raises ValueError where there is none, or it registers nothing."""
-    path, before = Path(path), len(_kernels)
+    """Run a Python file that registers kernels, unless it is the script that runs anyway. Raises ValueError where there is none, or it
+    registers nothing; RuntimeError where it fails."""
+    path, before = Path(path), _registered
     if not path.is_file():
         raise ValueError(f"there is no file {path}; expected a Python file that calls nanogpt_fast.ops.register")
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    if script is not None and os.path.exists(script) and path.samefile(script):
+        return
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    if len(_kernels) == before:
+    if spec is None:
+        raise ValueError(f"{path} is not a Python file by its name; expected one that ends in .py")
+    try:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except Exception as error:
+        raise RuntimeError(f"{path} fails: {type(error).__name__}: {error}") from error
+    if _registered == before:
         raise ValueError(f"{path} registers no kernel; expected it to call nanogpt_fast.ops.register")
 
 
 def load_named():
     """Load the files that NANOGPT_FAST_KERNELS names, separated by the system's path separator."""
     for path in filter(None, os.environ.get("NANOGPT_FAST_KERNELS", "").split(os.pathsep)):
-        load(path)
+        try:
+            load(path)
+        except (ValueError, RuntimeError) as error:
+            raise type(error)(f"NANOGPT_FAST_KERNELS: {error}") from error
 
 
 backend.before_first_choice.append(load_named)
@@ -96,17 +128,30 @@ def kernel(op, name):
 class _Function(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, kernel, options, *tensors):
-        result, saved = kernel.forward(*tensors, **options)
+    def forward(ctx, kernel, shape, options, *tensors):
+        returned = kernel.forward(*tensors, **options)
+        if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], (tuple, list)):
+            raise TypeError(f"{kernel.op}={kernel.name}: forward returned {_described(returned)}; with a backward of its own, expected "
+                            "(result, saved): a tensor and a tuple of tensors")
+        result, saved = returned
         ctx.save_for_backward(*saved)
-        ctx.kernel, ctx.options = kernel, options
-        return result
+        ctx.kernel, ctx.options, ctx.shapes = kernel, options, [None if tensor is None else tensor.shape for tensor in tensors]
+        return kernel.checked(result, shape)
 
     @staticmethod
     def backward(ctx, gradient):
         no_second_derivative(f"{ctx.kernel.op}={ctx.kernel.name}")
         gradients = ctx.kernel.backward(ctx.saved_tensors, gradient.contiguous(), **ctx.options)
-        return None, None, *gradients
+        kernel, shapes = ctx.kernel, ctx.shapes
+        if not isinstance(gradients, (tuple, list)) or len(gradients) != len(shapes):
+            number = f" of {len(gradients)}" if isinstance(gradients, (tuple, list)) else ""
+            raise TypeError(f"{kernel.op}={kernel.name}: backward returned {_described(gradients)}{number}; expected {len(shapes)} gradients, one for "
+                            "each tensor of forward, None for those that have none")
+        for i, (gradient, shape) in enumerate(zip(gradients, shapes)):
+            if gradient is not None and gradient.shape != shape:
+                raise ValueError(f"{kernel.op}={kernel.name}: gradient {i} of backward has shape {tuple(gradient.shape)}; expected "
+                                 f"{'None: there is no such tensor' if shape is None else tuple(shape)}")
+        return None, None, None, *gradients
 
 
 # ---------------------------------------------------------------------------------------------------- the ops' arguments
@@ -162,22 +207,26 @@ def _cast(*tensors):
 
 def attention(kernel, q, k, v, scale, dtype):
     """(B, H, T, D)."""
-    return kernel(*(part.to(dtype) for part in (q, k, v)), scale=_scale(scale, q))
+    return kernel(q.shape, *(part.to(dtype) for part in (q, k, v)), scale=_scale(scale, q))
 
 
 def mlp(kernel, x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p):
-    y = kernel(*_cast(x, w_fc, b_fc, w_proj, b_proj), activation=activation)
+    y = kernel(x.shape, *_cast(x, w_fc, b_fc, w_proj, b_proj), activation=activation)
     return F.dropout(y, dropout_p) if dropout_p > 0 else y
+
+
+def layer_norm(kernel, x, weight, bias, eps, out_dtype):
+    return kernel(x.shape, x, weight, bias, eps=eps).to(out_dtype)
 
 
 def add_layer_norm(kernel, x, branch, weight, bias, eps, dropout_p, out_dtype):
     """(s, y), as ops/norm.py's."""
     if branch is not None:
         x = x + (F.dropout(branch, dropout_p) if dropout_p > 0 else branch)
-    return x, kernel(x, weight, bias, eps=eps).to(out_dtype)
+    return x, layer_norm(kernel, x, weight, bias, eps, out_dtype)
 
 
 def cross_entropy(kernel, x, weight, targets, ignore_index, reduction, dtype):
     x, weight = _cast(x.reshape(-1, x.size(-1)), weight)
-    loss = kernel(x, weight, targets.reshape(-1).contiguous(), ignore_index=ignore_index).to(dtype)
+    loss = kernel((), x, weight, targets.reshape(-1).contiguous(), ignore_index=ignore_index).to(dtype)
     return loss if reduction == "mean" else loss * (targets != ignore_index).sum()

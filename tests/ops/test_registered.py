@@ -1,13 +1,17 @@
 """Kernels of one's own: registered, chosen by name, by what was measured, and never otherwise; verified and timed like ours."""
+import os
+import subprocess
+import sys
+
 import cards
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nanogpt_fast import GPT, GPTConfig, backend, explain, ops, reference
+from nanogpt_fast import GPT, GPTConfig, backend, cli, explain, ops, reference
 from nanogpt_fast.checks import verify
 from nanogpt_fast.kernels import fastest
-from nanogpt_fast.ops import attention, cross_entropy, mlp, norm, registered
+from nanogpt_fast.ops import attention, cross_entropy, linear, mlp, norm, registered
 
 PLAIN = {       # each op's forward, differentiable by autograd
     "attention": lambda q, k, v, scale: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale),
@@ -156,6 +160,117 @@ def test_a_file_of_kernels_is_loaded_at_the_first_choice(tmp_path, monkeypatch):
             other.write_text(text)
         with pytest.raises(ValueError, match=reason):
             registered.load(other)
+
+
+def test_a_files_own_errors_are_one_line_and_come_back_at_each_choice(tmp_path, monkeypatch):
+    """Not a silent run without the kernels after the first call, and no traceback from a command."""
+    monkeypatch.setattr(backend, "_tuned", False)
+    for name, text, reason in (("syntax.py", "def x(:", "SyntaxError: invalid syntax"), ("other.py", "1 / 0", "ZeroDivisionError: division by zero")):
+        path = tmp_path / name
+        path.write_text(text)
+        monkeypatch.setenv("NANOGPT_FAST_KERNELS", str(path))
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=f"NANOGPT_FAST_KERNELS: .*{name} fails: {reason}") as raised:
+                layer_norm.layer_norm(torch.randn(4, 32), torch.ones(32), None)
+            assert cli.is_for_the_user(raised.value)
+    (tmp_path / "kernels.txt").write_text("")
+    with pytest.raises(ValueError, match="not a Python file by its name"):
+        registered.load(tmp_path / "kernels.txt")
+
+
+def test_a_file_that_ran_already_registers_again(tmp_path, monkeypatch):
+    """As a script, say, that NANOGPT_FAST_KERNELS names too."""
+    path = tmp_path / "mine.py"
+    path.write_text("from nanogpt_fast.ops import register\nfrom nanogpt_fast.ops.layer_norm import layer_norm\n"
+                    "import torch\nregister('layer_norm', 'again', lambda x, weight, bias, eps: x)\nlayer_norm(torch.ones(2), torch.ones(2), None)\n")
+    monkeypatch.setenv("NANOGPT_FAST_KERNELS", str(path))
+    monkeypatch.setattr(backend, "_tuned", False)
+    try:
+        registered.load(path)           # its call of an op loads it once more
+        registered.load(path)
+        monkeypatch.setattr(sys.modules["__main__"], "__file__", str(path))
+        ops.unregister("layer_norm", "again")
+        registered.load(path)           # it is the script, which has registered, or will
+        assert registered.kernel("layer_norm", "again") is None
+    finally:
+        registered._kernels.pop(("layer_norm", "again"), None), backend.own["layer_norm"].pop("again", None)
+
+
+def test_a_name_that_a_file_registers_can_be_asked_for_before_the_first_choice(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("from nanogpt_fast import ops\nops.register('layer_norm', 'early', lambda x, weight, bias, eps: x * 0 + 7)\n")
+    monkeypatch.setenv("NANOGPT_FAST_KERNELS", str(tmp_path / "mine.py"))
+    monkeypatch.setattr(backend, "_tuned", False)
+    x = torch.ones(2)
+    try:
+        assert layer_norm.layer_norm(x, x, None, backend=backend.parse("layer_norm=early")).tolist() == [7, 7]
+        with pytest.raises(ValueError, match="'typo' is not one of auto, .*, early"):
+            backend.parse("layer_norm=typo")
+        monkeypatch.setattr(backend, "_environment", backend.parse("layer_norm=typo", later=True))
+        with pytest.raises(RuntimeError, match="'layer_norm=typo', but that cannot run: no kernel of this name is registered"):
+            layer_norm.layer_norm(x, x, None)
+    finally:
+        ops.unregister("layer_norm", "early")
+    environment = os.environ | {"NANOGPT_FAST_BACKEND": "layer_norm=early"}         # which is read at import
+    code = "import torch, nanogpt_fast.ops.layer_norm as op; print(op.layer_norm(torch.ones(2), torch.ones(2), None).tolist())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "[7.0, 7.0]\n", done.stderr
+
+
+@pytest.mark.parametrize("forward, reason", (
+    (lambda *_, **__: None, "forward returned None; expected a tensor"), (lambda x, *_, **__: x[:1], r"forward returned a tensor \(1, 4\); expected \(3, 4\)"),
+    (lambda x, *_, **__: (x, ()), "forward returned a tuple; expected a tensor")))
+def test_what_its_forward_may_not_return_is_named(mine, forward, reason):
+    mine("layer_norm", forward)
+    with pytest.raises((TypeError, ValueError), match="layer_norm=mine: " + reason):
+        layer_norm.layer_norm(torch.randn(3, 4), torch.ones(4), None, backend=backend.parse("layer_norm=mine"))
+
+
+@pytest.mark.parametrize("gradients, reason", (
+    (lambda g: None, "returned None; expected 3 gradients"), (lambda g: (g,), "returned a tuple of 1; expected 3 gradients"),
+    (lambda g: (g[0], None, None), r"gradient 0 of backward has shape \(4,\); expected \(3, 4\)"),
+    (lambda g: (g, None, g[0]), "gradient 2 of backward has shape .* expected None: there is no such tensor")))
+def test_what_its_backward_may_not_return_is_named(mine, gradients, reason):
+    mine("layer_norm", lambda x, weight, bias, eps: (x * weight, (x,)), backward=lambda saved, gradient, eps: gradients(gradient))
+    y = layer_norm.layer_norm(torch.randn(3, 4, requires_grad=True), torch.ones(4), None, backend=backend.parse("layer_norm=mine"))
+    with pytest.raises((TypeError, ValueError), match="layer_norm=mine: .*" + reason):
+        y.sum().backward()
+
+
+def test_without_what_is_saved_a_forward_with_a_backward_is_named(mine):
+    mine("layer_norm", PLAIN["layer_norm"], backward=lambda *_, **__: None)
+    with pytest.raises(TypeError, match="forward returned a Tensor; with a backward of its own, expected"):
+        layer_norm.layer_norm(torch.randn(3, 4), torch.ones(4), None, backend=backend.parse("layer_norm=mine"))
+
+
+def test_a_model_whose_kernel_is_gone_says_so(mine):
+    mine("layer_norm")
+    model, idx = model_of("layer_norm=mine"), torch.randint(65, (2, 16))
+    model(idx)
+    ops.unregister("layer_norm", "mine")
+    try:
+        with pytest.raises(RuntimeError, match="'layer_norm=mine', but that cannot run: no kernel of this name is registered in this process"):
+            model(idx)
+        assert {row.op: row.implementation for row in explain(model)}["layer_norm"] == "error"
+        with pytest.raises(ValueError, match="'layer_norm' has no registered kernel 'mine'; it has none"):
+            ops.unregister("layer_norm", "mine")
+    finally:
+        mine("layer_norm")
+
+
+def test_a_name_is_auto_for_decode_attention(mine):
+    calls = mine("attention")
+    q, k, v = torch.randn(3, 1, 2, 8, 16)
+    y = attention.decode_attention(q[:, :, :1], k, v, torch.tensor([8]), backend=backend.parse("attention=mine"))
+    torch.testing.assert_close(y, F.scaled_dot_product_attention(q[:, :, :1], k, v))
+    assert not calls
+
+
+def test_a_linear_by_its_name_runs_or_says_why_not():
+    x, weight = torch.randn(4, 32), torch.randn(8, 32)
+    for name, reason in (("cublas", "it is not for this device or these arguments"), ("cpp", "cpp: ")):
+        with pytest.raises(RuntimeError, match=f"'linear={name}', but that cannot run: {reason}"):
+            linear.linear(x, weight, None, backend=backend.parse(f"linear={name}"))
+    linear.linear(x, weight, None, backend=backend.parse("fused"))      # a library's call is as good as a kernel
 
 
 @pytest.mark.parametrize("right", (True, False))
