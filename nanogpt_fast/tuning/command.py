@@ -4,6 +4,7 @@ import os
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -44,14 +45,19 @@ class TuneOptions:
 
 def main(argv):
     o = options.parse(TuneOptions, argv, "nanogpt-fast tune")
-    file = o.out or saved.path() or saved.default()
+    read, file = saved.path(), o.out or saved.path() or saved.default()
+    saved.check(file)
     os.environ["NANOGPT_FAST_TUNED"] = "off"        # here and in the processes that try entries, what was measured before decides nothing
     backend.load_local()
     before = fastest.install()
     device = devices.choose_device(o.device)
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"the device is {device}; tune measures on cuda and cpu, since only these have kernels of ours: --device=cpu")
     config, dtype, shape = shape_of(o, device)
+    if shape.cuda:
+        torch.cuda.set_device(shape.number)     # whose clock is read
     print(f"{device_name(shape)}, {describe(shape)}; about {o.minutes:g} minutes", flush=True)
-    listed = [contest for contest in contests(shape) if len(contest.entries) > 1]
+    listed = [contest for contest in contests(shape) if contest.choice]
     start, seconds = time.monotonic(), 60 * o.minutes
     if not shape.cuda and hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > measure.cores() / 4:
         print(f"Other programs keep this machine busy (load {load:.1f} on {measure.cores()} cores): times are rough, and less will be decided", flush=True)
@@ -76,7 +82,7 @@ def main(argv):
             arch, card = fastest.place(shape.number)
             rows = [row for contest in decided for row in contest.rows()]
             saved.save(file, card, shape.cuda, rows, [contest.record() for contest in decided])
-    print(summary(shown, decided, steps, file))
+    print(summary(shown, listed, decided, steps, file, read == Path(file)))
     return 0
 
 
@@ -95,7 +101,7 @@ def shape_of(o, device):
 
 
 def decide(listed, tried, shape, until, decided, shown):
-    """Time the contests one after the other, each with the winners so far in force; fills `decided`."""
+    """Time the contests one after the other, each with the winners so far in force; fills `decided` with those that the time suffices for."""
     for number, contest in enumerate(listed):
         left = until - time.monotonic()
         if left < 0:
@@ -107,8 +113,9 @@ def decide(listed, tried, shape, until, decided, shown):
             print(f"{contest.title}: what runs untuned is not right here: {contest.failed[rules.UNTUNED]}; run `nanogpt-fast verify`", flush=True)
         elif len(right) > 1:
             timing.time_contest(contest, right, shape.cuda, time.monotonic() + left / (len(listed) - number))
-            decided.append(contest)
-            fastest.enforce(fastest.Table([*contest.rows(), *fastest.in_force().rows]))
+            if contest.decided:     # else what is known of it from before stays
+                decided.append(contest)
+                fastest.enforce(fastest.Table([*contest.rows(), *fastest.in_force().rows]))
         shown.decided(contest)
 
 
@@ -120,17 +127,24 @@ def step_of(config, shape, device):
     return lambda: trainer.step(x, y)
 
 
-def summary(shown, decided, steps, file):
-    """What was found, as text."""
+def summary(shown, listed, decided, steps, file, is_read):
+    """What was found, as text. is_read: whether processes with this environment read the file."""
     with shown.console.capture() as text:
         if shown.live is None:
             shown.console.print(shown.table())
     lines = ["", text.get().rstrip()] if text.get() else [""]
     failed = [f"  {contest.title}: {label}: {why}" for contest in decided for label, why in contest.failed.items()]
     lines += ["Not timed:", *failed] if failed else []
+    late = [contest.title for contest in listed if contest not in decided and rules.UNTUNED not in contest.failed]
+    lines += [f"Not decided, the time was too short (--minutes): {', '.join(late)}"] if late else []
     changed = sum(contest.winner != rules.UNTUNED for contest in decided)
-    lines.append(f"{changed} choices were changed, in {file}; `auto` takes them from now on (NANOGPT_FAST_TUNED=off: without)" if changed else
-                 f"Nothing was clearly faster than what runs already; the samples are in {file}")
+    if not decided:
+        lines.append("Nothing was decided, and nothing is written")
+    elif changed:
+        when = "from now on (NANOGPT_FAST_TUNED=off: without)" if is_read else f"where NANOGPT_FAST_TUNED={file} is set"
+        lines.append(f"{changed} of {len(decided)} choices were changed, in {file}; `auto` takes them {when}")
+    else:
+        lines.append(f"Nothing was clearly faster than what runs already; the samples are in {file}")
     if all(steps.values()) and steps:
         untuned, tuned = (statistics.median(steps[name]) for name in ("untuned", "tuned"))
         expected = sum(contest.gain for contest in decided)

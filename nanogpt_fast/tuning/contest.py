@@ -36,6 +36,7 @@ class Contest:
     kept: tuple = ()                # the Rows of the entry that says so, for `explain`
     calls: int = 1                  # of this work in a training step
     never: frozenset = frozenset()  # labels shown beside the others that cannot win here
+    unlike: frozenset = frozenset() # labels that draw other random numbers than `expected`
     samples: dict = field(default_factory=dict)     # {label: [seconds]}
     again: dict = field(default_factory=dict)       # the same of UNTUNED and the fastest alone, timed again
     failed: dict = field(default_factory=dict)      # {label: why it was not timed}
@@ -47,6 +48,16 @@ class Contest:
         """Find out what UNTUNED is, with what was decided so far: an entry that says the same is left out."""
         self.now = self.current()
         self.kept = self.entries.pop(self.now, ()) if self.now not in self.never else ()
+
+    @property
+    def choice(self):
+        """Whether there is something to choose: an entry that is not what runs already."""
+        return bool(self.entries.keys() - {UNTUNED, self.current()})
+
+    @property
+    def decided(self):
+        """Whether there was time enough: for UNTUNED, and for the fastest to win again."""
+        return len((self.samples if self.fastest == UNTUNED else self.again).get(UNTUNED, ())) >= FEWEST
 
     @property
     def medians(self):
@@ -127,6 +138,10 @@ def check(contest, label, inputs, expected):
     for i, (result, right) in enumerate(zip(results, expected, strict=True)):
         if result.shape != right.shape:
             return f"wrong: result {i} has shape {tuple(result.shape)}, expected {tuple(right.shape)}"
+        if (contest.current() if label == UNTUNED else label) in contest.unlike:
+            if not result.isfinite().all():
+                return f"wrong: result {i} is not finite"
+            continue
         error = ((result.double() - right.double()).norm() / right.double().norm().clamp_min(1e-30)).item()
         if not error < TOLERANCE[contest.dtype]:
             return f"wrong: result {i} is {error:.2g} off, relatively; allowed {TOLERANCE[contest.dtype]:g}"

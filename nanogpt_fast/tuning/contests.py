@@ -16,7 +16,7 @@ from ..ops import attention, cross_entropy, linear, mlp, norm, sampler
 from .contest import Contest
 
 PYTORCH = "PyTorch"
-AUTO = backend.parse("auto")
+AUTO, TRITON = backend.parse("auto"), backend.parse("attention=triton")
 NEAR = math.sqrt(2)     # rows count for as many tokens, and sequences as long, up to this factor
 
 # Beside the shipped tile. (queries, keys, warps, stages)
@@ -144,16 +144,15 @@ def _attention(shape):
         return dict(qkv=new(B, T, 3 * C), do=new(B, T, C, grad=False), seed=torch.tensor([1], device=shape.device))
 
     @as_trained(shape)
-    def forward(t, choice=AUTO):
-        # A seed makes all tiles draw one mask; PyTorch's own is another, so under dropout our kernels are compared with each other.
-        return attention.causal_attention_qkvpacked(t["qkv"], H, dropout_p=p, seed=t["seed"] if dropout and choice is AUTO else None, backend=choice)
+    def forward(t, choice=None):
+        return attention.causal_attention_qkvpacked(t["qkv"], H, dropout_p=p, seed=t["seed"] if dropout else None, backend=choice or AUTO)
 
     def plain(t):
-        if dropout:
-            return forward(t)
+        if dropout:     # the seed makes all our tiles draw one mask; PyTorch draws another
+            return forward(t, TRITON)
         return reference.causal_attention_qkvpacked(t["qkv"], H)
     name = f"{B}x{T} tokens, {H} heads of {D}, {str(shape.dtype)[6:]}" + f", dropout {p}" * dropout
-    both = dict(make=make, dtype=shape.dtype, calls=shape.layers)
+    both = dict(make=make, dtype=shape.dtype, calls=shape.layers, unlike=frozenset((PYTORCH,)) if dropout else frozenset())
     forwards = dict(run=forward_only(forward), expected=forward_only(plain), **both)
     backwards = dict(run=graph(forward, ["qkv"], "do"), expected=graph(plain, ["qkv"], "do"), **both)
     whole = [Row("attention training", "triton", **where)]

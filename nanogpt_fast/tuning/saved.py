@@ -5,13 +5,14 @@ are; measured rows count for exactly these. NANOGPT_FAST_TUNED=FILE names anothe
 """
 import json
 import os
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from .. import __version__
-from ..files import locked, replacing
+from ..files import locked, refuse_special, replacing
 from ..kernels import fastest
 
 FORMAT = 1
@@ -52,6 +53,7 @@ def read(file):
 
     Raises ValueError, saying what is wrong with the file; FileNotFoundError.
     """
+    refuse_special(file)
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -104,6 +106,24 @@ def about(cuda):
 def _changed(machine):
     now, then = versions(machine["cuda"]), machine["versions"]
     return ", ".join(f"{name} {then.get(name, 'none')}, now {now.get(name, 'none')}" for name in now | then if now.get(name) != then.get(name))
+
+
+def check(file):
+    """Raise OSError or ValueError if `save` cannot write this file; to be called before minutes are spent. Makes its folder."""
+    if file is None:
+        raise ValueError("there is no cache folder for the file, since this user has no home; name one with --out=FILE")
+    file = Path(file)
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; expected a file's name")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=file.parent):
+        pass
+    try:
+        read(file)
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        raise ValueError(f"{error}; it would be overwritten: move it away, or name another with --out=FILE") from None
 
 
 def save(file, card, cuda, rows, contests):

@@ -131,6 +131,7 @@ def test_a_probe_that_raises_is_a_finding():
      "the extension has no CUDA part", "NANOGPT_FAST_CUDA=1 pip"),
     (dict(extension=dict(cuda_here="no kernel image")), "the extension cannot launch here", "NANOGPT_FAST_CUDA_ARCHS=90 pip"),
     (dict(ops=dict(environment="backend 'foo'")), "NANOGPT_FAST_BACKEND", "unset NANOGPT_FAST_BACKEND"),
+    (dict(ops=dict(error="RuntimeError: NANOGPT_FAST_KERNELS: a.py fails")), "NANOGPT_FAST_KERNELS", "correct the file"),
     (dict(driver=dict(error="there is no nvidia-smi")), "no GPU: Triton kernels stay idle", "install its driver"),
 ])
 def test_each_defect_has_the_command_that_fixes_it(changed, what, command):

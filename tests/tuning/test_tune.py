@@ -1,4 +1,5 @@
 """`nanogpt-fast tune`: on this CPU as it is; for a GPU with made-up times, which is how its choices are tested without one."""
+import os
 import time
 
 import cards
@@ -50,6 +51,68 @@ def test_whole_steps_are_compared_in_turns():
     samples = timing.steps_in_turns(make, tables, 3, False, time.monotonic() + 60)
     assert {name: len(values) for name, values in samples.items()} == {"untuned": 3, "tuned": 3}
     assert {id(table) for table in seen} == {id(table) for table in tables.values()}
+
+
+def test_a_run_that_is_too_short_says_so_and_changes_nothing(tmp_path, capsys, monkeypatch):
+    """What a longer run measured stays."""
+    monkeypatch.setattr(trying, "try_all", lambda shape, listed, *_: {(c.name, label): None for c in listed for label in c.entries})
+    file = tmp_path / "tuned.json"
+    file.write_text('{"format": 1, "machines": []}')
+    before = file.read_text()
+    assert tune(tmp_path, "--minutes=0.0001", "--dtype=bfloat16") == 0
+    out = capsys.readouterr().out
+    assert "Nothing was decided, and nothing is written" in out and file.read_text() == before
+    assert "Not decided, the time was too short (--minutes): attention, training, " in out
+
+
+def test_the_summary_says_who_reads_the_file():
+    contest = contests.Contest("c", "c", None, None, None, {"a": ()}, torch.float32, samples={UNTUNED: [1.0] * 5, "a": [0.5] * 5})
+    contest.again = contest.samples
+    with screen.Screen([contest], "") as shown:
+        texts = [command.summary(shown, [contest], [contest], {}, "file.json", is_read) for is_read in (True, False)]
+    assert "1 of 1 choices were changed, in file.json; `auto` takes them from now on" in texts[0]
+    assert "`auto` takes them where NANOGPT_FAST_TUNED=file.json is set" in texts[1]
+
+
+def test_a_choice_without_enough_samples_is_not_decided():
+    contest = contests.Contest("c", "c", None, None, None, {"a": ()}, torch.float32)
+    few, enough = [1.0] * 4, [1.0] * 5
+    for samples, again, decided in (({}, {}, False), ({UNTUNED: few, "a": few}, {}, False), ({UNTUNED: enough, "a": [0.5] * 3}, {}, True),
+                                    ({UNTUNED: enough, "a": [0.5] * 5}, {UNTUNED: few, "a": few}, False),
+                                    ({UNTUNED: enough, "a": [0.5] * 5}, {UNTUNED: enough, "a": enough}, True)):
+        contest.samples, contest.again = samples, again
+        assert contest.decided == decided, samples
+
+
+def test_a_file_that_cannot_be_written_is_known_before_anything_is_timed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(contests, "contests", None)
+    (tmp_path / "old.json").write_text('{"format": 0, "machines": []}')
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in (("", "is a folder; expected a file's name"), ("old.json", "of format 1; it would be overwritten: move it away, or name another"),
+                         ("old.json/a", "old.json"), ("pipe", "is a named pipe")):
+        assert cli.main(["tune", f"--out={tmp_path / name}"]) == 2
+        assert reason in capsys.readouterr().err
+    monkeypatch.setattr(saved, "default", lambda: None)     # no home
+    assert cli.main(["tune"]) == 2 and "name one with --out=FILE" in capsys.readouterr().err
+    assert (tmp_path / "old.json").read_text() == '{"format": 0, "machines": []}'
+
+
+def test_a_contest_of_one_is_none():
+    """In float32 a CPU has one implementation of attention and of LayerNorm."""
+    listed = {contest.title: contest.choice for contest in contests.contests(contests.Shape(dtype=torch.float32, **TINY))}
+    assert listed == {"attention, training": False, "add + LayerNorm, training": False, "loss, training": True}
+
+
+def test_under_dropout_pytorch_is_right_by_its_shape():
+    """It draws another mask; as what runs untuned, too."""
+    from nanogpt_fast.tuning import contest as rules
+    contest = contests.contests(contests.Shape(dtype=torch.float32, **TINY | dict(dropout=0.5)))[0]
+    inputs = contest.make()
+    expected = torch.zeros_like(inputs["qkv"])      # of another mask
+    assert {label: rules.check(contest, label, inputs, (expected,)) for label in contest.entries} == dict.fromkeys(contest.entries)
+    assert "has shape" in rules.check(contest, UNTUNED, inputs, (expected[:1],))
+    contest.unlike = frozenset()
+    assert "off, relatively" in rules.check(contest, UNTUNED, inputs, (expected,))
 
 
 @pytest.mark.parametrize("wrong, reason", (
