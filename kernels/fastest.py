@@ -195,6 +195,19 @@ def trial(rows):
         enforce(before)
 
 
+@contextlib.contextmanager
+def as_if(tokens, length):
+    """Inside, every call decides as one of so many tokens, in sequences of this length, does; in every thread."""
+    def anywhere(row):
+        return row._replace(tokens=ANY, length=ANY)
+    before = enforce(Table(anywhere(row) for row in _table.rows
+                           if row.tokens[0] <= tokens <= row.tokens[1] and row.length[0] <= length <= row.length[1]))
+    try:
+        yield
+    finally:
+        enforce(before)
+
+
 def to_json(row):
     """A row as a dict, without what it leaves open."""
     made = {}

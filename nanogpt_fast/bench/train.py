@@ -252,7 +252,7 @@ class Runner:
         data = [torch.randint(config["vocab_size"], (2, B, config["block_size"]), generator=random).to(device) for _ in range(4)]
         self.o, self.name, self.batches, self.steps, self.dtype, self.device = o, name, itertools.cycle(data), steps, dtype, device
         self.before = _reset_peak(device)
-        self.trainer = Trainer(o, variant, config, B, device, dtype)
+        self.trainer, self.shape = Trainer(o, variant, config, B, device, dtype), dict(batch_size=B, tokens=config["block_size"])
 
     def first(self):
         """Take the first steps; returns their time, the peak memory, the ops' implementations and why the step is not captured."""
@@ -264,7 +264,7 @@ class Runner:
         ops = {}
         if isinstance(trainer.model, GPT):
             with trainer.ours.weights.in_use() if trainer.ours else contextlib.nullcontext():
-                rows = explain(trainer.model, dtype=trainer.dtype, return_logits=trainer.ours is None)
+                rows = explain(trainer.model, dtype=trainer.dtype, return_logits=trainer.ours is None, **self.shape)
             ops = {row.op: row.implementation for row in rows}
         return dict(first_step_s=first, peak_memory=_peak(self.device, self.before), ops=ops, not_captured=trainer.not_captured)
 

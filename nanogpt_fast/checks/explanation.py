@@ -4,7 +4,10 @@ from typing import NamedTuple
 import torch
 
 from .. import backend
+from ..kernels import fastest
 from ..model import GPT, Block
+
+SMALL = 8       # tokens of the forward that asks the ops
 
 
 class Row(NamedTuple):
@@ -21,21 +24,23 @@ class Explanation(list):
         return "\n".join(f"{row.op:<{width}}  {row.implementation:<9}  {row.reason}".rstrip() for row in self)
 
 
-def explain(model, *, dtype=None, tokens=8, return_logits=True):
+def explain(model, *, dtype=None, tokens=None, batch_size=1, return_logits=True):
     """Which implementation each op of `model` (a GPT, possibly compiled or wrapped in DDP) would take for a training step on its device.
 
-    dtype: the autocast dtype, or None without autocast. return_logits=False: as our trainer calls the model. Runs one small forward
-    on the reference path and launches no kernel; the random state and the train/eval mode do not change. Returns an Explanation, a
-    list of Row(op, implementation, reason).
+    dtype: the autocast dtype, or None without autocast. batch_size sequences of `tokens` tokens (None: the model's block_size) are what the
+    step trains on. return_logits=False: as our trainer calls the model. Runs one small forward on the reference path and launches no kernel;
+    the random state and the train/eval mode do not change. Returns an Explanation, a list of Row(op, implementation, reason).
     """
     gpt = next((module for module in model.modules() if isinstance(module, GPT)), None)
     if gpt is None:
         raise TypeError(f"explain takes a model that is or contains a nanogpt_fast.GPT; this is a {type(model).__name__}")
     device = next(gpt.parameters()).device
-    idx = torch.zeros(1, min(tokens, gpt.config.block_size), dtype=torch.long, device=device)
+    tokens = gpt.config.block_size if tokens is None else tokens
+    idx = torch.zeros(1, min(tokens, SMALL), dtype=torch.long, device=device)
     devices = [device] if device.type == "cuda" else []
     autocast = torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype not in (None, torch.float32))
-    with torch.random.fork_rng(devices), backend.recording() as record, autocast:
+    backend.load_local()        # what was measured, before a table is made of it
+    with torch.random.fork_rng(devices), backend.recording() as record, autocast, fastest.as_if(batch_size * tokens, tokens):
         gpt(idx, idx, **({} if return_logits else dict(return_logits=False)))  # a subclass may take only nanoGPT's two arguments
 
     rows = {}

@@ -35,7 +35,7 @@ def banner(o, step, dtype, compiled, not_captured, malloc, ranks, folder, tokens
         print(f"casts   {len(weights.copies)} matrices to {str(dtype).removeprefix('torch.')} once a step"
               + (f"; the others at every use: {'; '.join(weights.why_not)}" if weights.why_not else ""))
     with weights.in_use():
-        explanation = explain(model, dtype=dtype, return_logits=False)
+        explanation = explain(model, dtype=dtype, tokens=c.block_size, batch_size=o.batch_size, return_logits=False)
     for i, line in enumerate(str(explanation).splitlines()):
         print(f"{'ops' if i == 0 else '':<7} {line}")
     if (line := saved.about(device.type == "cuda")) is not None:

@@ -6,10 +6,13 @@ import cards
 import pytest
 import torch
 
-from nanogpt_fast import backend
+from nanogpt_fast import GPT, GPTConfig, backend, explain
 from nanogpt_fast.kernels import fastest
 from nanogpt_fast.kernels.fastest import Row
 from nanogpt_fast.ops import norm
+from nanogpt_fast.training import banner
+from nanogpt_fast.training.options import TrainOptions
+from nanogpt_fast.training.trainer import train
 from nanogpt_fast.tuning import saved
 
 ROW = Row("layer_norm", "reference", card="a card", arch=(0, 0), dtype="half", size=(64, 64), tokens=(3, 5), basis="measured", note="measured here: PyTorch 1 us, cpp 2 us")
@@ -40,6 +43,41 @@ def test_auto_takes_what_was_measured_at_its_shapes_alone(file):
     with backend.recording() as record:
         taken()
     assert record == [("layer_norm", "auto", "reference", [ROW.note])]
+
+
+def test_explain_says_what_was_measured_at_the_steps_shape(file):
+    """Its own forward has fewer tokens."""
+    row = ROW._replace(size=(32, 32), tokens=(48, 80), dtype="float32")
+    saved.save(file, "a card", False, [row], [])
+    backend._tuned = False
+    model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=32))
+    said = lambda **shape: [(row.implementation, row.reason) for row in explain(model, return_logits=False, **shape) if row.op == "layer_norm"]
+    assert said(batch_size=4) == said(batch_size=8, tokens=8) == [("reference", ROW.note)]
+    assert said(batch_size=1)[0][1] != ROW.note and said(batch_size=8)[0][1] != ROW.note
+
+
+def test_the_trainers_first_lines_are_about_its_own_step(tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def explained(model, **how):
+        assert (how["batch_size"], how["tokens"]) == (4, 16)
+        raise Seen
+    monkeypatch.setattr(banner, "explain", explained)
+    with pytest.raises(Seen):
+        train(TrainOptions(dataset="embedded", out_dir=str(tmp_path), block_size=16, batch_size=4, n_layer=1, n_head=2, n_embd=32, max_iters=1, device="cpu"))
+
+
+def test_plain_pytorch_that_was_measured_to_be_the_fastest_is_no_fallback(file, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)       # where a kernel could have run
+    saved.save(file, "a card", False, [ROW], [])
+    backend._tuned = False
+    x, vector = torch.randn(4, 64, dtype=torch.bfloat16), torch.ones(64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer_norm.layer_norm(x, vector, None)
+    with pytest.warns(RuntimeWarning, match="layer_norm runs on plain PyTorch"):
+        layer_norm.layer_norm(x.double()[:1], vector.double(), None)          # of fewer rows
 
 
 def test_off_leaves_it_out(file, monkeypatch):
