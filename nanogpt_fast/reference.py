@@ -21,7 +21,7 @@ def layer_norm(x, weight, bias, eps=1e-5):
 def add_layer_norm(x, branch, weight, bias, *, eps=1e-5, dropout_p=0.0):
     """x <- x + dropout(branch); returns (x, layer_norm(x)). branch (..., C) or None (then x is returned unchanged)."""
     if branch is not None:
-        x = x + F.dropout(branch, dropout_p, training=dropout_p > 0)
+        x = x + (F.dropout(branch, dropout_p) if dropout_p > 0 else branch)
     return x, layer_norm(x, weight, bias, eps)
 
 
@@ -44,7 +44,7 @@ def causal_attention_manual(q, k, v, *, dropout_p=0.0, scale=None):
     att = (q @ k.transpose(-2, -1)) * scale                                             # (B, H, Tq, Tk)
     hidden = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq).logical_not()
     att = F.softmax(att.masked_fill(hidden, float("-inf")), dim=-1)
-    return F.dropout(att, dropout_p, training=dropout_p > 0) @ v                        # (B, H, Tq, D)
+    return (F.dropout(att, dropout_p) if dropout_p > 0 else att) @ v                    # (B, H, Tq, D)
 
 
 def split_heads(qkv, n_head):
@@ -72,7 +72,8 @@ def activation(x, name="gelu"):
 def gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, *, activation_name="gelu", dropout_p=0.0):
     """dropout(act(x w_fc^T + b_fc) w_proj^T + b_proj). x (..., C); w_fc (4C, C); w_proj (C, 4C); biases or None."""
     h = activation(F.linear(x, w_fc, b_fc), activation_name)
-    return F.dropout(F.linear(h, w_proj, b_proj), dropout_p, training=dropout_p > 0)
+    y = F.linear(h, w_proj, b_proj)
+    return F.dropout(y, dropout_p) if dropout_p > 0 else y
 
 
 def linear_cross_entropy(x, weight, targets, *, ignore_index=-1, reduction="mean"):

@@ -28,6 +28,7 @@ from plain import upstream
 import nanogpt_fast
 from nanogpt_fast import GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm, options
 from nanogpt_fast.checkpoints import convert, nanogpt as checkpoint
+from nanogpt_fast.kernels import fastest
 from nanogpt_fast.text import batches, prepare
 from nanogpt_fast.training import trainer as training
 
@@ -478,6 +479,19 @@ def test_c26_compiles_without_a_break_and_without_recompiling():
     assert losses == [model(x, y)[1].item() for _ in range(3)]
     assert len(compiles) == 1
     assert compiled.generate(x, 2).shape == (3, 19) and compiled.estimate_mfu(1, 1.0) == model.estimate_mfu(1, 1.0)
+
+
+def test_c26_compiles_for_all_lengths_at_once():
+    """dynamic=True makes the rate of dropout a symbol, too. Another graph is compiled where a row of the table begins."""
+    from torch._dynamo.testing import CompileCounter
+    model, count = ours(n_layer=1), CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=count, fullgraph=True, dynamic=True)
+    with fastest.trial([fastest.Row("layer_norm", "reference", tokens=(3 * 13, 1000))]):
+        for T, graphs in ((10, 1), (12, 1), (13, 2), (14, 2)):
+            x = torch.randint(0, model.config.vocab_size, (3, T))
+            torch.testing.assert_close(compiled(x, x)[1], model(x, x)[1])
+            assert count.frame_count == graphs
 
 
 # Files
