@@ -202,6 +202,8 @@ def _separate_why_not(q, k, v, dtype, scale, backend, dropout_p=0.0):
 
 def row_for(x, dtype, D, scale, backend, dropout_p, training=None):
     """The row of the table for x: qkv (B, T, 3C), or q (B, H, T, D)."""
+    if fastest.nothing_for(x):
+        return None
     training = x.requires_grad and torch.is_grad_enabled() if training is None else training
     return fastest.find("attention training" if training else "attention", fastest.device_number(x), fastest.column(dtype, dropout_p > 0),
                         size=D, tokens=x.size(0) * x.size(-2), length=x.size(-2))

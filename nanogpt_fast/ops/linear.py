@@ -40,7 +40,7 @@ def _cublas_why_not(weight, copy):
 
 
 def row_for(weight, copy):
-    if weight.is_cuda:      # there both are cuBLAS's products
+    if weight.is_cuda or fastest.nothing_for(weight):       # on a GPU both are cuBLAS's products
         return None
     return fastest.find("linear", fastest.CPU, fastest.column((weight if copy is None else copy).dtype), size=weight.size(-1))
 

@@ -120,6 +120,33 @@ def test_rows_of_other_versions_are_ignored_and_it_is_said_once(file):
     assert [machine["versions"]["torch"] for machine in saved.read(file)] == [torch.__version__, "1.0"] and saved.load() == []
 
 
+def test_where_nothing_was_measured_a_cpu_looks_nothing_up(monkeypatch):
+    """For an op of few microseconds the look-up counts."""
+    asked = []
+    monkeypatch.setattr(fastest, "find", lambda *args, **more: asked.append(args))
+    with backend.recording():
+        for rows in ((), [ROW._replace(arch=(90, 90))], [ROW._replace(card="another card")], [ROW._replace(card="")]):
+            monkeypatch.setattr(fastest, "_table", fastest.Table([*rows, *fastest.SHIPPED]))
+            assert not asked
+            GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=32))(*torch.zeros(2, 1, 8, dtype=torch.long))
+    assert {what for what, *_ in asked} >= {"layer_norm", "attention training", "mlp", "cross_entropy logits"}
+
+
+def test_a_look_up_remembers_the_table_that_it_looked_into(monkeypatch):
+    """Another thread may put another table into force meanwhile, as explain does."""
+    one, other = (fastest.Table([ROW._replace(use=use, card="")]) for use in ("cpp", "reference"))
+    monkeypatch.setattr(fastest, "_table", one)
+
+    def place(device):
+        fastest.enforce(other)
+        return 0, ""
+    monkeypatch.setattr(fastest, "place", place)
+    look = lambda: fastest.find("layer_norm", fastest.CPU, "half", size=64, tokens=4).use
+    assert look() == "cpp"
+    fastest.enforce(one)
+    assert look() == "cpp"
+
+
 def test_another_cards_rows_are_not_this_ones(file):
     saved.save(file, "another card", False, [ROW._replace(card="another card")], [])
     assert saved.load() == [] and taken() != "reference"
