@@ -16,6 +16,7 @@ from ..training import cpu
 from . import contest as rules, saved, screen, timing, trying
 from .contests import Shape, contests
 
+LATE = "not reached in time"
 TRYING, STEPS = 0.4, 0.2        # shares of the minutes: compiling and checking at most, the comparison of whole steps
 
 
@@ -107,10 +108,11 @@ def decide(listed, tried, shape, until, decided, shown):
         if left < 0:
             break
         contest.begin()
-        contest.failed = {label: why for label in contest.entries if (why := tried.get((contest.name, label), "not reached in time")) is not None}
+        contest.failed = {label: why for label in contest.entries if (why := tried.get((contest.name, label), LATE)) is not None}
         right = [label for label in contest.entries if label not in contest.failed]
-        if rules.UNTUNED in contest.failed:
-            print(f"{contest.title}: what runs untuned is not right here: {contest.failed[rules.UNTUNED]}; run `nanogpt-fast verify`", flush=True)
+        if (why := contest.failed.get(rules.UNTUNED)) is not None:
+            if why != LATE:
+                print(f"{contest.title}: what runs untuned cannot be timed here: {why}" + "; run `nanogpt-fast verify`" * why.startswith("wrong"), flush=True)
         elif len(right) > 1:
             timing.time_contest(contest, right, shape.cuda, time.monotonic() + left / (len(listed) - number))
             if contest.decided:     # else what is known of it from before stays
@@ -135,7 +137,7 @@ def summary(shown, listed, decided, steps, file, is_read):
     lines = ["", text.get().rstrip()] if text.get() else [""]
     failed = [f"  {contest.title}: {label}: {why}" for contest in decided for label, why in contest.failed.items()]
     lines += ["Not timed:", *failed] if failed else []
-    late = [contest.title for contest in listed if contest not in decided and rules.UNTUNED not in contest.failed]
+    late = [contest.title for contest in listed if contest not in decided and contest.failed.get(rules.UNTUNED, LATE) == LATE]
     lines += [f"Not decided, the time was too short (--minutes): {', '.join(late)}"] if late else []
     changed = sum(contest.winner != rules.UNTUNED for contest in decided)
     if not decided:

@@ -8,6 +8,9 @@ from rich.table import Table
 from . import contest as rules
 from .contests import PYTORCH
 
+COLUMNS = ("what", "tried", "runs", "time", "it was", "gain", "next best", "PyTorch")
+DISPENSABLE = ("tried", "PyTorch", "next best", "it was")       # in a narrow terminal, in this order
+
 
 class Screen:
     """The contests as a table: live on a terminal, else a line for each that is decided."""
@@ -40,12 +43,18 @@ class Screen:
             self.console.print("  " + "  ".join(filter(None, cells(contest))))
 
     def table(self):
+        """Of the columns, those that the terminal has room for."""
+        lines = [(what, f"{self.tried[contest.name]}/{self.entries[contest.name]}", *rest)
+                 for contest in self.contests for what, *rest in (cells(contest),)]
+        widths = {name: max(map(len, texts)) for name, texts in zip(COLUMNS, zip(COLUMNS, *lines))}
+        for name in DISPENSABLE:
+            if sum(widths.values()) + 2 * (len(widths) - 1) > self.console.width:
+                del widths[name]
         table = Table(title=self.title, box=None, pad_edge=False, title_justify="left")
-        for name in ("what", "tried", "runs", "time", "it was", "gain", "next best", "PyTorch"):
+        for name in widths:
             table.add_column(name, justify="right" if name in ("time", "gain", "PyTorch") else "left", no_wrap=True)
-        for contest in self.contests:
-            what, *rest = cells(contest)
-            table.add_row(what, f"{self.tried[contest.name]}/{self.entries[contest.name]}", *rest)
+        for line in lines:
+            table.add_row(*(text for name, text in zip(COLUMNS, line) if name in widths))
         return table
 
 

@@ -65,6 +65,33 @@ def test_a_run_that_is_too_short_says_so_and_changes_nothing(tmp_path, capsys, m
     assert "Not decided, the time was too short (--minutes): attention, training, " in out
 
 
+@pytest.mark.parametrize("width, without", ((100, ()), (82, ("tried",)), (71, ("tried", "PyTorch")), (52, ("tried", "PyTorch", "next best")),
+                                            (46, ("tried", "PyTorch", "next best", "it was"))))
+def test_a_narrow_terminal_gets_whole_numbers_in_fewer_columns(width, without):
+    contest = contests.Contest("c", "attention, training", None, None, None, {"cpp": (), "PyTorch": ()}, torch.float32, now="triton")
+    contest.samples = contest.again = {UNTUNED: [13e-3] * 5, "cpp": [11e-3] * 5, "PyTorch": [12e-3] * 5}
+    with screen.Screen([contest], "") as shown:
+        shown.console.width = width
+        with shown.console.capture() as text:
+            shown.console.print(shown.table())
+    header, line = text.get().rstrip().splitlines()[-2:]
+    line = " ".join(line.split())
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text.get() and "attention, training" in line and "cpp 11,000 us" in line and "1.18 x" in line
+    assert {name for name in screen.COLUMNS if name not in header} == set(without)
+
+
+def test_an_entry_that_cannot_run_or_was_not_reached_is_not_called_wrong(capsys):
+    """Nor is the advice to run verify."""
+    for why, said in (("its process ended with status 1", "cannot be timed here: its process ended with status 1\n"), (None, ""), ("wrong: a", "wrong: a; run `nanogpt-fast verify`")):
+        contest = contests.Contest("c", "c", None, None, None, {"a": ()}, torch.float32)
+        with screen.Screen([contest], "") as shown:
+            command.decide([contest], {("c", UNTUNED): why} if why else {}, None, time.monotonic() + 60, [], shown)
+            late = command.summary(shown, [contest], [], {}, "file.json", True)
+        out = capsys.readouterr().out
+        assert said in out and ("verify" in out) == (why == "wrong: a")
+        assert ("Not decided, the time was too short (--minutes): c" in late) == (why is None)
+
+
 def test_the_summary_says_who_reads_the_file():
     contest = contests.Contest("c", "c", None, None, None, {"a": ()}, torch.float32, samples={UNTUNED: [1.0] * 5, "a": [0.5] * 5})
     contest.again = contest.samples
