@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(extension._C is None, reason="the extension is m
 
 
 def test_random_calls_are_right():
-    assert all(calls > 5 for calls in fuzzed.run(1.0).values())
+    assert fuzzed.run(0.0, least=12).keys() == {op.__name__ for op in fuzzed.OPS}
 
 
 @pytest.mark.slow
@@ -21,4 +21,4 @@ def test_random_calls_are_right_for_minutes():
 def test_a_wrong_result_is_named(monkeypatch):
     monkeypatch.setattr(fuzzed.norm, "add_layer_norm", lambda x, *args, **kwargs: [y * 1.1 for y in fuzzed.reference.add_layer_norm(x, *args)])
     with pytest.raises(AssertionError, match=r"fuzz_norm, seed \d+: .*relative error"):
-        fuzzed.run(1.0)
+        fuzzed.run(0.0)

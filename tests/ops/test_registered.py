@@ -171,7 +171,7 @@ def test_a_files_own_errors_are_one_line_and_come_back_at_each_choice(tmp_path, 
         monkeypatch.setenv("NANOGPT_FAST_KERNELS", str(path))
         for _ in range(2):
             with pytest.raises(RuntimeError, match=f"NANOGPT_FAST_KERNELS: .*{name} fails: {reason}") as raised:
-                layer_norm.layer_norm(torch.randn(4, 32), torch.ones(32), None)
+                norm.layer_norm(torch.randn(4, 32), torch.ones(32), None)
             assert cli.is_for_the_user(raised.value)
     (tmp_path / "kernels.txt").write_text("")
     with pytest.raises(ValueError, match="not a Python file by its name"):
@@ -181,7 +181,7 @@ def test_a_files_own_errors_are_one_line_and_come_back_at_each_choice(tmp_path, 
 def test_a_file_that_ran_already_registers_again(tmp_path, monkeypatch):
     """As a script, say, that NANOGPT_FAST_KERNELS names too."""
     path = tmp_path / "mine.py"
-    path.write_text("from nanogpt_fast.ops import register\nfrom nanogpt_fast.ops.layer_norm import layer_norm\n"
+    path.write_text("from nanogpt_fast.ops import register\nfrom nanogpt_fast.ops.norm import layer_norm\n"
                     "import torch\nregister('layer_norm', 'again', lambda x, weight, bias, eps: x)\nlayer_norm(torch.ones(2), torch.ones(2), None)\n")
     monkeypatch.setenv("NANOGPT_FAST_KERNELS", str(path))
     monkeypatch.setattr(backend, "_tuned", False)
@@ -202,16 +202,16 @@ def test_a_name_that_a_file_registers_can_be_asked_for_before_the_first_choice(t
     monkeypatch.setattr(backend, "_tuned", False)
     x = torch.ones(2)
     try:
-        assert layer_norm.layer_norm(x, x, None, backend=backend.parse("layer_norm=early")).tolist() == [7, 7]
+        assert norm.layer_norm(x, x, None, backend=backend.parse("layer_norm=early")).tolist() == [7, 7]
         with pytest.raises(ValueError, match="'typo' is not one of auto, .*, early"):
             backend.parse("layer_norm=typo")
         monkeypatch.setattr(backend, "_environment", backend.parse("layer_norm=typo", later=True))
         with pytest.raises(RuntimeError, match="'layer_norm=typo', but that cannot run: no kernel of this name is registered"):
-            layer_norm.layer_norm(x, x, None)
+            norm.layer_norm(x, x, None)
     finally:
         ops.unregister("layer_norm", "early")
     environment = os.environ | {"NANOGPT_FAST_BACKEND": "layer_norm=early"}         # which is read at import
-    code = "import torch, nanogpt_fast.ops.layer_norm as op; print(op.layer_norm(torch.ones(2), torch.ones(2), None).tolist())"
+    code = "import torch, nanogpt_fast.ops.norm as op; print(op.layer_norm(torch.ones(2), torch.ones(2), None).tolist())"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == "[7.0, 7.0]\n", done.stderr
 
@@ -222,7 +222,7 @@ def test_a_name_that_a_file_registers_can_be_asked_for_before_the_first_choice(t
 def test_what_its_forward_may_not_return_is_named(mine, forward, reason):
     mine("layer_norm", forward)
     with pytest.raises((TypeError, ValueError), match="layer_norm=mine: " + reason):
-        layer_norm.layer_norm(torch.randn(3, 4), torch.ones(4), None, backend=backend.parse("layer_norm=mine"))
+        norm.layer_norm(torch.randn(3, 4), torch.ones(4), None, backend=backend.parse("layer_norm=mine"))
 
 
 @pytest.mark.parametrize("gradients, reason", (
@@ -231,7 +231,7 @@ def test_what_its_forward_may_not_return_is_named(mine, forward, reason):
     (lambda g: (g, None, g[0]), "gradient 2 of backward has shape .* expected None: there is no such tensor")))
 def test_what_its_backward_may_not_return_is_named(mine, gradients, reason):
     mine("layer_norm", lambda x, weight, bias, eps: (x * weight, (x,)), backward=lambda saved, gradient, eps: gradients(gradient))
-    y = layer_norm.layer_norm(torch.randn(3, 4, requires_grad=True), torch.ones(4), None, backend=backend.parse("layer_norm=mine"))
+    y = norm.layer_norm(torch.randn(3, 4, requires_grad=True), torch.ones(4), None, backend=backend.parse("layer_norm=mine"))
     with pytest.raises((TypeError, ValueError), match="layer_norm=mine: .*" + reason):
         y.sum().backward()
 
@@ -239,7 +239,7 @@ def test_what_its_backward_may_not_return_is_named(mine, gradients, reason):
 def test_without_what_is_saved_a_forward_with_a_backward_is_named(mine):
     mine("layer_norm", PLAIN["layer_norm"], backward=lambda *_, **__: None)
     with pytest.raises(TypeError, match="forward returned a Tensor; with a backward of its own, expected"):
-        layer_norm.layer_norm(torch.randn(3, 4), torch.ones(4), None, backend=backend.parse("layer_norm=mine"))
+        norm.layer_norm(torch.randn(3, 4), torch.ones(4), None, backend=backend.parse("layer_norm=mine"))
 
 
 def test_a_model_whose_kernel_is_gone_says_so(mine):

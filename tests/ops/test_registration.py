@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from nanogpt_fast.ops import cross_entropy, layer_norm, mlp, sample  # noqa: F401  (they register their operators)
+from nanogpt_fast.ops import cross_entropy, mlp, norm, sampler  # noqa: F401  (they register their operators)
 from nanogpt_fast.ops.registration import raw
 
 inductor = pytest.importorskip("torch._inductor.graph")

@@ -75,9 +75,9 @@ def test_plain_pytorch_that_was_measured_to_be_the_fastest_is_no_fallback(file, 
     x, vector = torch.randn(4, 64, dtype=torch.bfloat16), torch.ones(64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        layer_norm.layer_norm(x, vector, None)
+        norm.layer_norm(x, vector, None)
     with pytest.warns(RuntimeWarning, match="layer_norm runs on plain PyTorch"):
-        layer_norm.layer_norm(x.double()[:1], vector.double(), None)          # of fewer rows
+        norm.layer_norm(x.double()[:1], vector.double(), None)          # of fewer rows
 
 
 def test_off_leaves_it_out(file, monkeypatch):
