@@ -30,6 +30,27 @@ COMMANDS = {  # name: (module, function, what it does)
 def main(argv=None):
     """Run the command line (default: sys.argv) and return the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    name = " ".join(["nanogpt-fast", *argv[:1]])
+    try:
+        try:
+            return _run(argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, because what Python's own flush raises at exit cannot be caught
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `nanogpt-fast train --help | head`: the reader is done; keep Python's flush at exit from complaining
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError) as error:
+        if os.environ.get("NANOGPT_FAST_TRACEBACK") or not is_for_the_user(error):
+            raise
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _run(argv):
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -42,22 +63,13 @@ def main(argv=None):
         print(f"nanogpt-fast: no command {argv[0]!r}; the nearest is {nearest(argv[0], COMMANDS)} "
               "(`nanogpt-fast --help` lists them all)", file=sys.stderr)
         return 2
+    if argv[0] != "bench":  # which compares with nanoGPT, as PyTorch runs it
+        from nanogpt_fast.threads import sleep_while_waiting
+        sleep_while_waiting()
     module, function, _ = COMMANDS[argv[0]]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # print "?" for characters that the terminal lacks
-    try:
-        return getattr(import_module(f"nanogpt_fast.{module}"), function)(argv[1:]) or 0
-    except KeyboardInterrupt:
-        print(f"\nnanogpt-fast {argv[0]}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `nanogpt-fast sample | head`: the reader is done; keep Python's flush at exit from complaining
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError) as error:
-        if os.environ.get("NANOGPT_FAST_TRACEBACK") or not is_for_the_user(error):
-            raise
-        print(f"nanogpt-fast {argv[0]}: {one_line(error)}", file=sys.stderr)
-        return 2
+    return getattr(import_module(f"nanogpt_fast.{module}"), function)(argv[1:]) or 0
 
 
 def usage():

@@ -44,12 +44,25 @@ def option(default, help, *, minimum=None, maximum=None, above=None, below=None,
         positional=positional))
 
 
-def parse(cls, argv, prog):
+def parse(cls, argv, prog, shipped=None):
     """An instance of the dataclass `cls` from command-line words. -h or --help prints the help text and exits with 0.
+
+    shipped: {a config file as it is typed: the path of the one that is run if no such file exists}. The instance's attribute `given` has
+    the names that got a value, `configs` the config files that were run.
 
     Raises ValueError for unknown keys, wrong types and values out of range, whatever `cls.__post_init__` raises, and
     FileNotFoundError if a config file is missing.
     """
+    values, given, configs = read(cls, argv, prog, shipped)
+    options = cls(**values)
+    check(options)
+    options.given, options.configs = frozenset(given), tuple(configs)
+    return options
+
+
+def read(cls, argv, prog, shipped=None):
+    """({name: value}, the set of the names that got one, the list of config files) of these words: `parse`, without its checks of values
+    that config files set and of values that must fit each other."""
     if "-h" in argv or "--help" in argv:
         print(help_text(cls, prog))
         raise SystemExit(0)
@@ -59,7 +72,7 @@ def parse(cls, argv, prog):
     positional = _positional(cls)  # bare words set these in order; without any, a bare word is a config file
     waiting = list(positional)
     values = {name: field.default for name, field in fields.items()}
-    given = set()
+    given, configs = set(), []
 
     words = list(argv)
     while words:
@@ -70,7 +83,11 @@ def parse(cls, argv, prog):
                 values[waiting[0]] = _from_text(word, waiting[0], kinds[waiting[0]])
                 waiting.pop(0)
             elif not positional:
+                if word in (shipped or {}) and not os.path.exists(word):
+                    print(f"{word}: there is none here; taken from {shipped[word]}")
+                    word = str(shipped[word])
                 given |= _run_config(word, values, kinds)
+                configs.append(word)
             else:
                 raise ValueError(f"{word!r} is one argument too many; usage: {prog} {' '.join(positional)} [--key=value ...]")
             continue
@@ -91,10 +108,7 @@ def parse(cls, argv, prog):
         given.add(name)
         values[name] = _from_text(text, name, kinds[name])
         _check_range(values[name], fields[name], kinds[name])
-    options = cls(**values)
-    check(options)
-    options.given = frozenset(given)
-    return options
+    return values, given, configs
 
 
 def is_given(options, name):
@@ -108,10 +122,15 @@ def check(options):
     type that can be it (see the top of this file) and becomes it."""
     kinds = _kinds(type(options))
     for field in dataclasses.fields(options):
-        value = _conform(getattr(options, field.name), field.name, kinds[field.name])
-        _check_range(value, field, kinds[field.name])
+        value = _accepted(getattr(options, field.name), field, kinds[field.name])
         if type(value) is not type(getattr(options, field.name)):
             setattr(options, field.name, value)
+
+
+def accepted(cls, name, value):
+    """The value as the field `name` of the dataclass `cls` takes it. Raises ValueError if it takes it not at all."""
+    field = next(field for field in dataclasses.fields(cls) if field.name == name)
+    return _accepted(value, field, _kinds(cls)[name])
 
 
 def help_text(cls, prog):
@@ -238,6 +257,13 @@ def _conform(value, name, kinds, where=""):
     if bool in kinds and type(value) is int and value in (0, 1):
         return bool(value)
     raise ValueError(f"{where}{name} is {_short(value)} ({type(value).__name__}); expected {_names(kinds)}")
+
+
+def _accepted(value, field, kinds):
+    """The value as one of these types and within the field's limits. Raises ValueError."""
+    value = _conform(value, field.name, kinds)
+    _check_range(value, field, kinds)
+    return value
 
 
 def _check_text(value, name):

@@ -8,7 +8,8 @@ from nanogpt_fast import cli
 
 ROOT = Path(cli.__file__).parents[1]
 ROOMS = {"bench", "checkpoints", "checks", "commands", "generation", "ops", "swap", "text", "training", "tuning"}
-AT_THE_TOP = {"__init__", "__main__", "cli", "config", "backend", "reference", "model", "touched", "classic", "options", "devices", "files", "tables"}
+AT_THE_TOP = {"__init__", "__main__", "cli", "config", "backend", "reference", "model", "touched", "classic", "options", "devices", "files",
+              "tables", "threads"}
 LONGEST = 500
 LONGER = {  # file: why
     "tests/test_contract.py": "what a drop-in keeps, requirement by requirement: one list that is read beside nanoGPT's model.py",

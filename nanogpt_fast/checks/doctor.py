@@ -1,8 +1,8 @@
 """`nanogpt-fast doctor`: what is installed, what runs because of it, and how to fix what is missing.
 
-People run it when something is broken, so it assumes that nothing works: this file imports only the standard library, each probe
-runs in `look`, which turns any exception into a finding, and PyTorch, Triton, the driver and the extension are probed in processes
-of their own, where even a crash (a library with another ABI) is a finding.
+People run it when something is broken, so it assumes that nothing works: this file imports only the standard library (so does
+threads.py), each probe runs in `look`, which turns any exception into a finding, and PyTorch, Triton, the driver and the extension are
+probed in processes of their own, where even a crash (a library with another ABI) is a finding.
 """
 import json
 import os
@@ -14,6 +14,8 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+
+from nanogpt_fast.threads import about
 
 PACKAGE = Path(__file__).parents[1]
 WHEELS = "https://download.pytorch.org/whl"
@@ -77,6 +79,7 @@ def first_line(error):
 def machine():
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
              "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
+    found["waiting"] = about()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
@@ -224,6 +227,7 @@ def report(found):
     lines = [f"{name:<11}{text}" for name, text in (
         ("Python", _machine(found["machine"])), ("PyTorch", _torch(found["torch"])),
         ("GPU", _gpu(found["driver"], found["torch"])), ("Triton", _triton(found["triton"])),
+        ("threads", found["machine"].get("waiting", "unknown")),
         ("compilers", _compilers(found["compilers"])), ("extension", _extension(found["extension"])))]
     lines += ["", *_ops(found["ops"])]
     advice = remedies(found)

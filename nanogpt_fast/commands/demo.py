@@ -6,28 +6,20 @@ import torch
 
 from .. import devices, options
 from ..text import prepare
-from ..training.trainer import TrainOptions, train
+from ..training import presets
+from ..training.presets import TrainCommand
+from ..training.trainer import train
 
 PROMPT = "The value of "
 
-# Sized to finish in about two minutes on two CPU cores, with the validation loss still falling at the end.
-CPU = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_iters=2000, eval_interval=250, eval_iters=20,
-           warmup_iters=100, learning_rate=1e-3)
-# nanoGPT's baby GPT: minutes on any recent GPU.
-GPU = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, max_iters=2000, eval_interval=250, eval_iters=50,
-           warmup_iters=100, learning_rate=1e-3, dropout=0.2)
-
-
 def main(argv):
-    """`nanogpt-fast demo [--key=value ...]`: any key of `nanogpt-fast train` changes the demo."""
-    wanted = options.parse(TrainOptions, argv, "nanogpt-fast demo")
-    on_gpu = devices.choose_device(wanted.device).type == "cuda"
-    settings = dict(dataset="embedded", out_dir="out-demo", gradient_accumulation_steps=1, min_lr=1e-4, beta2=0.99, sample_tokens=120,
-                    always_save_checkpoint=False, log_interval=10, compile=False, **(GPU if on_gpu else CPU))
-    words = [f"--{key}={value}" for key, value in settings.items()]
-    o = options.parse(TrainOptions, words + argv, "nanogpt-fast demo")
-    if "lr_decay_iters" not in " ".join(argv):
-        o.lr_decay_iters = o.max_iters
+    """`nanogpt-fast demo [--key=value ...]`: any key of `nanogpt-fast train` changes the demo; --verbose shows the whole banner."""
+    wanted = options.parse(TrainCommand, argv, "nanogpt-fast demo")
+    # The baby GPT takes minutes on any recent GPU; the laptop's model about two on two CPU cores, its validation loss still falling.
+    preset = "baby" if devices.choose_device(wanted.device).type == "cuda" else "laptop"
+    settings = [f"--preset={preset}", "--max_iters=2000", "--eval_iters=50" if preset == "baby" else "--eval_iters=20", "--compile=False",
+                "--out_dir=out-demo", "--sample_tokens=120", "--verbose=False"]
+    o = presets.parse(settings + argv, "nanogpt-fast demo")
     print("A character-level GPT learns Python's language reference. Ctrl-C stops it and keeps what it has learnt.\n")
     started = time.monotonic()
     result = train(o)
@@ -44,6 +36,8 @@ def main(argv):
     out = shlex.quote(str(result.out_dir))
     here = [f"nanogpt-fast chat --out_dir={out}", f'nanogpt-fast sample --out_dir={out} --start="A class "',
             "nanogpt-fast train --data=my.txt --out_dir=out-mine"]
+    if result.stopped is not None:
+        print(f"\nStopped at step {result.iter_num}. To continue exactly there:\n    nanogpt-fast train --out_dir={out} --init_from=resume")
     width = max(map(len, here))
     print(f"""
 {time.monotonic() - started:.0f} seconds, {result.iter_num} steps. Written to {result.out_dir}/:

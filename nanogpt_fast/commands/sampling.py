@@ -19,6 +19,9 @@ from ..model import GPT
 from ..options import option
 from ..text import corpora, tokenizers
 
+HELP = """Each line that you type is a prompt of its own, and the model continues it; it does not answer questions, and forgets
+the line before. An empty line is a line break as the prompt. Ctrl-C interrupts a completion; at the prompt, Ctrl-C or Ctrl-D exits.
+Length and draws are set when chat starts: --max_new_tokens, --temperature, --top_k, --top_p, --greedy (nanogpt-fast chat --help)."""
 SEPARATOR = "---------------"  # between samples, as nanoGPT prints it
 
 
@@ -26,7 +29,7 @@ SEPARATOR = "---------------"  # between samples, as nanoGPT prints it
 class ChatOptions:
     """Type the beginning of a text and a trained GPT continues it. Each line is a separate prompt; an empty line is a line break.
 
-    Ctrl-C interrupts a completion; at the prompt, Ctrl-C or Ctrl-D exits.
+    Ctrl-C interrupts a completion; at the prompt, Ctrl-C or Ctrl-D exits, and /help says what can be typed.
     """
 
     init_from: str = option("resume", "resume (the checkpoint in out_dir) | gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a "
@@ -100,7 +103,7 @@ def chat(argv):
     if terminal:
         with contextlib.suppress(ImportError):  # importing it gives input() a history and line editing
             import readline  # noqa: F401
-        note("Type the beginning of a text. Ctrl-C interrupts a completion, and exits at the prompt.")
+        note("Type the beginning of a text. Ctrl-C interrupts a completion, and exits at the prompt; /help says more.")
     torch.manual_seed(o.seed)
     said = set()
     while True:
@@ -109,6 +112,9 @@ def chat(argv):
         except (EOFError, KeyboardInterrupt):
             say("\n" if terminal else "")
             return
+        if line.strip() == "/help":
+            note(HELP)
+            continue
         prompt = line or "\n"
         try:
             ids = encode(prompt, loaded, said)

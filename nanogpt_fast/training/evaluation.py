@@ -8,19 +8,21 @@ from ..devices import Ranks
 
 
 @torch.no_grad()
-def estimate_loss(network, batches, o, context, ranks, stop):
+def estimate_loss(network, batches, o, context, ranks, stop, tell=lambda done, count: None):
     """{"train", "val"}: the mean loss over eval_iters batches of each split, or None if a signal interrupts it.
+
+    tell: called after each batch with the number of those done and of all.
 
     The batches are the same at every evaluation, so that only the model changes in between. The ranks divide them among themselves.
     """
     network.eval()
     losses = {}
     count = math.ceil(o.eval_iters / ranks.size)
-    for split in ("train", "val"):
+    for n, split in enumerate(("train", "val")):
         total = 0.0
         seed = o.seed + 1_000_003 * (1 + ranks.rank)  # far from every rank's training seed
         with contextlib.closing(batches(split, torch.Generator().manual_seed(seed))) as source:
-            for _ in range(count):
+            for i in range(count):
                 if stop.signal is not None and ranks.size == 1:  # with more ranks, all must take part in `mean`
                     network.train()
                     return None
@@ -28,6 +30,7 @@ def estimate_loss(network, batches, o, context, ranks, stop):
                 source.prefetch()
                 with context:
                     total = total + network(x, y, return_logits=False)[1].float()
+                tell(n * count + i + 1, 2 * count)
         losses[split] = ranks.mean(total / count).item()
     network.train()
     return losses

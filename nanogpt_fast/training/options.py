@@ -10,7 +10,8 @@ from ..text import prepare
 class TrainOptions:
     """Train a GPT on text. nanoGPT's config files, names and defaults work unchanged.
 
-    Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal save and exit; the same command with --init_from=resume continues exactly there.
+    Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal save and exit; --out_dir=FOLDER --init_from=resume continues exactly there, with the
+    settings of that run where no others are given.
     Several GPUs: torchrun --standalone --nproc_per_node=8 -m nanogpt_fast train config.py; --shard if the model is too large for one
     (docs/machines.md).
     """
@@ -28,6 +29,7 @@ class TrainOptions:
     wandb_log: bool = option(False, "log to Weights & Biases (pip install wandb)")
     wandb_project: str = option("owt", "its project")
     wandb_run_name: str = option("gpt2", "its name for the run")
+    verbose: bool = option(True, "before the first step, print which implementation each op takes, and why")
     tensorboard: bool = option(False, "log to TensorBoard, in out_dir/tensorboard (pip install tensorboard)")
 
     dataset: str = option("openwebtext", "folder below data_dir, `embedded`, `shakespeare_char`, `shakespeare`, or a text: a file, "
@@ -49,7 +51,7 @@ class TrainOptions:
     activation: str = option("auto", "of the MLP: GELU's erf form, or the tanh form with which OpenAI trained GPT-2 (auto: a folder's "
                              "config.json says it; else erf, as in nanoGPT)", choices=("auto", "gelu", "gelu_tanh"))
 
-    learning_rate: float = option(6e-4, "the highest learning rate", minimum=0, section="AdamW")
+    learning_rate: float = option(6e-4, "the highest learning rate", minimum=0, alias="lr", section="AdamW")
     max_iters: int = option(600_000, "steps", minimum=0)
     weight_decay: float = option(1e-1, "for matrices and embeddings; biases and LayerNorms have none", minimum=0)
     beta1: float = option(0.9, "decay of the gradient's running mean", minimum=0, below=1)

@@ -1,7 +1,8 @@
 """What a run shows and records: the progress bar or plain lines, metrics.jsonl, loss.png, TensorBoard, W&B.
 
 metrics.jsonl has one JSON object per line, of two kinds:
-    {"iter", "loss", "lr", "ms_per_step", "tokens_per_s", "mfu"}     a training step; its loss is that before the weight update
+    {"iter", "loss", "lr", "ms_per_step", "tokens_per_s", "mfu"}     a training step; its loss is that before the weight update;
+                                                                     mfu: of this machine's bf16 peak, where devices.py knows that
     {"iter", "train_loss", "val_loss", "lr"}                         an evaluation, before the step of that number
 
 Nothing here ends a run. A picture or a logger that fails is said once, and tried again next time; the lines that metrics.jsonl lacks are
@@ -22,6 +23,7 @@ from ..files import replacing
 
 LACKING = 100_000  # lines that are kept for metrics.jsonl while its disk is full: 15 MB
 SHOWN = 4096       # most points of a curve: four for each pixel of its width
+OFTEN = 10         # seconds between the lines of an evaluation; a bar moves five times a second
 SMOOTHING = 0.95   # of the loss that the bar shows: an average over about the last 20 steps
 
 
@@ -29,13 +31,16 @@ class Progress:
     """Shows and records a run; where `active` is false (every rank but the first) it does nothing.
 
     start, total: steps already done, and in all. tokens: per step, over all ranks. evaluated_at: the step whose evaluation was
-    already done before a resumed run stopped. stop: the run's StopOnSignal.
+    already done before a resumed run stopped. stop: the run's StopOnSignal. forecast: micro-batches of a step on this rank, if the
+    first evaluation is to say how long the run takes (on a device that computes a batch before the next begins), else None.
     """
 
-    def __init__(self, options, *, start, total, tokens, stop, evaluated_at=None, active=True):
+    def __init__(self, options, *, start, total, tokens, stop, evaluated_at=None, active=True, forecast=None):
         self.active, self.tokens, self.stop = active, tokens, stop
         if not active:
             return
+        self.forecast, self.steps_left, self.preset = forecast, total - start, getattr(options, "preset", "")
+        self.evaluations_left = total // options.eval_interval - start // options.eval_interval + 1
         self.total, self.log_interval = total, options.log_interval
         self.folder = Path(options.out_dir)
         self.smoothed = self.val_loss = self.rate = None
@@ -68,26 +73,55 @@ class Progress:
             self._show(self.bar.write, text)
 
     def step(self, iter_num, loss, lr, mfu):
-        """Step `iter_num` is done. mfu: the model's FLOPs utilisation as a function of seconds a step."""
+        """Step `iter_num` is done. mfu: the model's FLOPs utilisation as a function of seconds a step; its result is None if unknown."""
         if not self.active:
             return
+        self.forecast = None    # from here on the lines and the bar say what is left
         self.smoothed = loss if self.smoothed is None else SMOOTHING * self.smoothed + (1 - SMOOTHING) * loss
         if iter_num % self.log_interval == 0:
             now = time.perf_counter()
             seconds = (now - self.since[0] - self.paused) / (iter_num + 1 - self.since[1])
             self.since, self.paused = (now, iter_num + 1), 0.0
             self.rate = self.tokens / seconds
+            used = mfu(seconds)
             self._record({"iter": iter_num, "loss": loss, "lr": lr, "ms_per_step": round(seconds * 1e3, 3),
-                          "tokens_per_s": round(self.rate, 1), "mfu": round(mfu(seconds), 7)})
+                          "tokens_per_s": round(self.rate, 1), **({} if used is None else {"mfu": round(used, 7)})})
             if self.bar is None:
                 left = (self.total - iter_num - 1) * seconds
-                self.say(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms, mfu {mfu(seconds) * 100:.2f}%, "
-                         f"{_short(self.rate)} tok/s, ETA {_clock(left)}")
+                self.say(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms, "
+                         + ("" if used is None else f"mfu {used * 100:.2f}%, ") + f"{_short(self.rate)} tok/s, ETA {_clock(left)}")
         if self.bar is not None:
             val = "" if self.val_loss is None else f"val {self.val_loss:.4f} "
             rate = "" if self.rate is None else f"{_short(self.rate)} tok/s"
             self.bar.postfix = f"loss {self.smoothed:.4f} {val}{rate}"
             self._show(self.bar.update, 1)
+
+    def evaluating(self, done, count):
+        """Batch `done` of the `count` of an evaluation is computed. Says now and then how long it still takes, and once how long a run."""
+        if not self.active:
+            return
+        now = time.perf_counter()
+        if done == 1:       # the first one also warms up
+            self.first = self.said_at = now
+            return
+        seconds = (now - self.first) / (done - 1)
+        if self.forecast is not None and (now - self.first > 2 or done == count):
+            self.say(self._forecast(seconds, count))
+            self.forecast = None
+        text = f"evaluating: {done} of {count} batches, {_clock((count - done) * seconds)} left"
+        if self.bar is None and now - self.said_at > OFTEN and done < count:
+            self.said_at = now
+            self.say(text)
+        elif self.bar is not None and now - self.said_at > 0.2:
+            self.said_at, self.bar.postfix = now, text
+            self._show(self.bar.refresh)
+
+    def _forecast(self, seconds, count):
+        """How long the run takes, if the forward pass of a micro-batch takes so many seconds: a step's backward takes twice that."""
+        step = 3 * self.forecast * seconds
+        whole = self.steps_left * step + self.evaluations_left * count * seconds
+        hint = "; --preset=laptop takes minutes" if whole > 3600 and self.preset != "laptop" else ""
+        return f"time    about {_duration(whole)} on this CPU: {self.steps_left:,} steps of {_duration(step)}{hint}"
 
     def evaluated(self, iter_num, losses, lr):
         """Record an evaluation. losses: {"train", "val"}. To be called before the checkpoint of this step is written, `tell` after it."""
@@ -318,6 +352,14 @@ def _short(number):
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return f"{number:.0f}"
+
+
+def _duration(seconds):
+    """4000 -> "67 minutes"."""
+    for size, unit in ((365.25 * 86400, "years"), (86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds * 1e3:,.0f} ms"
 
 
 def _clock(seconds):

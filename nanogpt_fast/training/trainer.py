@@ -4,6 +4,7 @@ Read `_train` from top to bottom: data, model, optimizer and step, then one loop
 
     options.py      what can be set                    step.py         one step: forward, backward, clip, AdamW
     start.py        data, model, resuming              evaluation.py   the loss of both splits, a sample
+    presets.py      the command line                   resumed.py      a resumed run's settings
     progress.py     what a run shows and records       losses.py       the losses of steps, read late
     sharding.py     --shard: FSDP2
     ../checkpoints/folder.py: its folder, and resuming;  ../checkpoints/nanogpt.py: its files;  ../devices.py: devices and ranks
@@ -29,12 +30,12 @@ from ..checkpoints.state import random_states
 from ..model import GPT
 from ..text.batches import Batches
 from ..text.tokens import TokenCheck
-from . import captured, cpu, sharding, start
+from . import captured, cpu, presets, resumed, sharding, start
 from .banner import banner
 from .evaluation import estimate_loss, sample_text
 from .interrupt import StopOnSignal
 from .losses import Losses, NonFiniteLoss, advice
-from .options import TrainOptions, split_backend
+from .options import TrainOptions as TrainOptions, split_backend
 from .progress import Progress
 from .step import TrainingStep
 
@@ -57,7 +58,7 @@ class TrainResult:
 
 def run(argv):
     """`nanogpt-fast train`: exit status 0, or 128 + the number of the signal that stopped it: Ctrl-C (130), SIGTERM (143), ..."""
-    o = options.parse(TrainOptions, argv, "nanogpt-fast train")
+    o = presets.parse(argv, "nanogpt-fast train")
     result = train(o)
     if result.stopped is None:
         if devices.is_master() and not o.eval_only and result.iter_num == 0:
@@ -67,10 +68,9 @@ def run(argv):
                   f"{result.out_dir}. Try: nanogpt-fast sample --out_dir={shlex.quote(str(result.out_dir))}")
         return 0
     if devices.is_master():
-        words = [word for word in argv if not word.startswith(("--init_from=", "--init-from="))]
         where = f"{result.out_dir / 'last.pt'}{' and the shards beside it' * o.shard}"
         print(f"Stopped at step {result.iter_num}; the full state is in {where}. To continue exactly there:\n"
-              f"    nanogpt-fast train {shlex.join(words)} --init_from=resume")
+              f"    nanogpt-fast train --out_dir={shlex.quote(str(result.out_dir))} --init_from=resume")
     return 128 + result.stopped
 
 
@@ -82,10 +82,15 @@ def train(o):
     loss becomes nan or infinite.
     """
     options.check(o)
-    group, ops = split_backend(o.backend)
-    with devices.ranks(group, devices.choose_device(o.device), group_of_one=o.shard) as (ranks, device):
-        with (contextlib.nullcontext() if ranks.is_master else contextlib.redirect_stdout(io.StringIO()),
-              run_folder.owned(o.out_dir, create=o.init_from != "resume") if ranks.is_master else contextlib.nullcontext(),
+    master, resuming = devices.is_master(), o.init_from == "resume"
+    if not resuming:
+        devices.choose_device(o.device)     # one that is not here is refused before there is a folder
+    with (contextlib.nullcontext() if master else contextlib.redirect_stdout(io.StringIO()),
+          run_folder.owned(o.out_dir, create=not resuming) if master else contextlib.nullcontext()):
+        if resuming:
+            o = resumed.with_the_runs_settings(o)
+        group, ops = split_backend(o.backend)
+        with (devices.ranks(group, devices.choose_device(o.device), group_of_one=o.shard) as (ranks, device),
               cpu.keep_freed_memory(device.type == "cpu" and o.malloc == "auto") as malloc):
             return _train(o, ranks, device, ops, malloc)
 
@@ -173,11 +178,12 @@ def _train(o, ranks, device, ops, malloc):
     tokens = o.gradient_accumulation_steps * o.batch_size * T
     banner(o, step, dtype, compiled, not_captured, malloc, ranks, folder, tokens)
     stop = StopOnSignal(alone=ranks.size == 1)
-    progress = Progress(o, start=iter_num, total=o.max_iters, tokens=tokens, stop=stop, evaluated_at=evaluated_at, active=ranks.is_master)
+    progress = Progress(o, start=iter_num, total=o.max_iters, tokens=tokens, stop=stop, evaluated_at=evaluated_at, active=ranks.is_master,
+                        forecast=accumulation if device.type == "cpu" and not o.eval_only and iter_num < o.max_iters else None)
     losses = Losses(o, ranks, train_batches, dtype, device)
 
     def report(at, loss, lr):
-        progress.step(at, loss, lr, lambda seconds: model.estimate_mfu(o.batch_size * accumulation, seconds))
+        progress.step(at, loss, lr, lambda seconds: model.estimate_hardware_mfu(o.batch_size * accumulation, seconds))
 
     def told_to_stop():
         return ranks.size == 1 and stop.signal is not None      # with more ranks, all must learn of it first (Losses)
@@ -198,7 +204,7 @@ def _train(o, ranks, device, ops, malloc):
                 stopping |= losses.read(report) or told_to_stop()
                 with progress.pause():
                     with step.weights.in_use():
-                        found = None if stopping else estimate_loss(alone, batches, o, step.context, ranks, stop)
+                        found = None if stopping else estimate_loss(alone, batches, o, step.context, ranks, stop, progress.evaluating)
                     if found is None:       # a signal came
                         stopping = True
                     else:

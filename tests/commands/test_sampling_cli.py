@@ -241,6 +241,12 @@ def test_chat_completes_every_line_that_comes_from_a_pipe(trained):
     assert status == 0 and out == expected
 
 
+def test_help_in_a_chat_is_no_prompt(trained):
+    status, out, err = run("chat", "--max_new_tokens=4", "--greedy", stdin="/help\nabc\n")
+    assert status == 0 and out.startswith("abc") and out.count("\n") == 1
+    assert "Each line that you type is a prompt" in err and "--temperature" in err
+
+
 def test_a_character_that_cannot_be_read_does_not_end_the_conversation(trained):
     status, out, err = run("chat", "--max_new_tokens=4", "--greedy", stdin="ABC\nabc\n")
     assert status == 0 and "character 'A'" in err and out.startswith("abc")

@@ -204,3 +204,77 @@ def test_a_damaged_line_of_metrics_is_said_and_left_out(line, tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     assert list(progress._rows_before(tmp_path / "metrics.jsonl", 5, None)) == good
     assert capsys.readouterr().out == ""
+
+
+class Clock:
+    """Stands for the module `time`; each look at it takes no time."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+
+def evaluated(folder, monkeypatch, seconds, **changed):
+    """What a run prints during its first evaluation, whose batches take so many seconds each."""
+    said, clock = [], Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(progress, "print", lambda text, flush: said.append(text), raising=False)
+    o = tiny.options(folder, eval_iters=20, **changed)
+    (folder / "out").mkdir(exist_ok=True)
+    made = progress.Progress(o, start=0, total=o.max_iters, tokens=64, stop=Heard(), forecast=o.gradient_accumulation_steps)
+    for done in range(1, 41):
+        clock.now += seconds
+        made.evaluating(done, 40)
+    made.evaluating(1, 40)      # the next evaluation
+    made.evaluating(40, 40)
+    made.close()
+    return said
+
+
+def test_a_long_run_is_said_to_be_long_before_its_first_step_and_evaluations_say_where_they_are(folder, monkeypatch):
+    said = evaluated(folder, monkeypatch, 3.0, max_iters=600_000, eval_interval=2000, gradient_accumulation_steps=40)
+    # 600,000 steps of 3 x 40 x 3 seconds, and 301 evaluations of 40 x 3
+    assert said[0] == "time    about 7 years on this CPU: 600,000 steps of 6 minutes; --preset=laptop takes minutes"
+    assert said[1] == "evaluating: 5 of 40 batches, 01:45 left" and len(said) == 1 + 39 // 4
+
+
+def test_a_short_run_says_its_time_once_and_nothing_else(folder, monkeypatch):
+    said = evaluated(folder, monkeypatch, 0.01, max_iters=2000, eval_interval=250)
+    assert said == ["time    about 64 seconds on this CPU: 2,000 steps of 30 ms"]
+
+
+def test_a_resumed_run_that_began_with_a_step_is_told_no_time_by_a_later_evaluation(folder, monkeypatch):
+    said, clock = [], Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(progress, "print", lambda text, flush: said.append(text), raising=False)
+    (folder / "out").mkdir(exist_ok=True)
+    made = progress.Progress(tiny.options(folder, log_interval=100), start=5, total=20, tokens=64, stop=Heard(), forecast=1)
+    clock.now += 1
+    made.step(5, 3.0, 1e-3, lambda seconds: None)
+    for done in (1, 2):
+        clock.now += 1
+        made.evaluating(done, 2)
+    made.close()
+    assert said == []
+
+
+def test_a_bar_shows_how_far_an_evaluation_is(folder, monkeypatch):
+    made, clock = reported(folder, monkeypatch, 0), Clock()
+    monkeypatch.setattr(progress, "time", clock)
+
+    class Bar:
+        shown = []
+
+        def refresh(self):
+            self.shown.append(self.postfix)
+
+        def close(self):
+            pass
+    made.bar = Bar()
+    for done in range(1, 5):
+        clock.now += 1.0
+        made.evaluating(done, 40)
+    made.close()
+    assert Bar.shown == [f"evaluating: {done} of 40 batches, 00:{40 - done} left" for done in (2, 3, 4)]

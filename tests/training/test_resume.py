@@ -17,7 +17,7 @@ import tiny
 import torch
 
 from nanogpt_fast import GPT, options
-from nanogpt_fast.checkpoints import folder as run_folder, nanogpt as checkpoint
+from nanogpt_fast.checkpoints import folder as run_folder
 from nanogpt_fast.checkpoints import state
 from nanogpt_fast.checkpoints.nanogpt import CheckpointError
 from nanogpt_fast.training import progress
@@ -156,7 +156,7 @@ def test_what_is_given_to_a_resumed_run_is_obeyed_said_and_recorded(folder, caps
     assert (decayed["weight_decay"], others["weight_decay"], decayed["betas"]) == (0.5, 0.0, (0.9, 0.9))
     assert (saved["config"]["weight_decay"], saved["config"]["beta2"]) == (0.5, 0.9)
     printed = capsys.readouterr().out
-    assert "weight_decay is the checkpoint's, 0.5" in printed and "beta2 is the checkpoint's, 0.9" in printed and "beta1 is" not in printed
+    assert "weight_decay=0.5" in printed and "beta2=0.9" in printed and "beta1" not in printed
 
     saved = resumed(o, "--max_iters=4", "--weight_decay=0.1", "--beta1=0.8", "--beta2=0.95", "--seed=5")  # two of them are the defaults
     decayed, others = saved["optimizer"]["param_groups"]
@@ -166,6 +166,57 @@ def test_what_is_given_to_a_resumed_run_is_obeyed_said_and_recorded(folder, caps
     for words in ("weight_decay is 0.1 from here on; it was 0.5", "beta1 is 0.8 from here on; it was 0.9", "beta2 is 0.95 from here on; it was 0.9",
                   "seed 5 chooses the batches of evaluations; training continues with the checkpoint's random numbers, of seed 1337"):
         assert words in printed
+
+
+def test_out_dir_alone_goes_on_exactly_where_the_run_stopped(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    settings = dict(dropout=0.1, gradient_accumulation_steps=2, weight_decay=0.3, beta2=0.9, seed=7, grad_clip=0.5)
+    straight, broken = tiny.options(folder, "straight", **settings), tiny.options(folder, "a folder", **settings)
+    train(straight)
+    with monkeypatch.context() as patch:
+        stop_after(12, patch)
+        assert run(tiny.words(broken)) == 130
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert command == f"    nanogpt-fast train --out_dir='{folder / 'a folder'}' --init_from=resume"
+    assert run([f"--out_dir={folder / 'a folder'}", "--init_from=resume"]) == 0      # no data set, no sizes, no schedule
+    assert tiny.losses(broken) == tiny.losses(straight) and tiny.evaluations(broken) == tiny.evaluations(straight)
+    printed = capsys.readouterr().out
+    for words in ("the run's own settings, from", "max_iters=20", "batch_size=4", "dataset=sums", "seed=7"):
+        assert words in printed
+    assert "WARNING" not in printed and "from here on" not in printed
+
+
+def test_what_is_typed_or_in_a_config_file_wins_over_the_runs_settings_and_is_said(folder, capsys):
+    o = tiny.options(folder, max_iters=2)
+    train(o)
+    (folder / "longer.py").write_text("max_iters = 4\nbatch_size = 4  # as in the run\n")
+    capsys.readouterr()
+    assert run([str(folder / "longer.py"), f"--out_dir={o.out_dir}", "--init_from=resume", "--min_lr=6e-5", "--eval_iters=1"]) == 0
+    saved = torch.load(folder / "out" / "last.pt", weights_only=True)
+    assert saved["iter_num"] == 4
+    assert saved["config"] == {**dataclasses.asdict(o), "max_iters": 4, "min_lr": 6e-5, "eval_iters": 1, "init_from": "resume",
+                               "activation": "gelu", "preset": ""}
+    printed = capsys.readouterr().out
+    for words in ("max_iters is 4 from here on; it was 2", "min_lr is 6e-05 from here on; it was 0.001",    # 6e-5 is the default
+                  "eval_iters is 1 from here on; it was 2"):
+        assert printed.count(words) == 1
+    assert printed.count("from here on") == 3
+
+
+def test_a_run_of_nanogpts_goes_on_with_its_settings_on_this_machines_means(folder, capsys):
+    o = tiny.options(folder, max_iters=2)
+    train(o)
+    saved = torch.load(folder / "out" / "ckpt.pt", weights_only=True)
+    os.remove(folder / "out" / "last.pt")
+    theirs = {key: saved[key] for key in ("model", "optimizer", "model_args", "iter_num", "best_val_loss")}
+    theirs["config"] = {**saved["config"], "device": "cuda", "dtype": "float16", "backend": "nccl", "max_iters": 4, "min_lr": "low"}
+    torch.save(theirs, folder / "out" / "ckpt.pt")
+    capsys.readouterr()
+    result = train(TrainOptions(out_dir=o.out_dir, init_from="resume", device="cpu"))
+    assert result.iter_num == 4 and list(tiny.losses(o)) == [0, 1, 2, 3]
+    config = torch.load(folder / "out" / "last.pt", weights_only=True)["config"]
+    assert (config["dtype"], config["backend"], config["batch_size"], config["min_lr"]) == ("auto", "auto", 4, TrainOptions.min_lr)
+    assert "its config says that min_lr is 'low' (str); expected float. That is left out" in capsys.readouterr().out
 
 
 def test_a_size_that_the_checkpoint_decides_is_said_and_the_record_is_what_ran(folder, capsys):

@@ -133,6 +133,7 @@ def test_a_run_with_shards_goes_on_from_whole_weights_and_the_other_way_round(sh
     first = dataclasses.replace(copied(trained, tmp_path), shard=not shard, init_from="resume", max_iters=8)
     train(first)                                                    # from shards to what the last run needs
     last = dataclasses.replace(first, shard=shard, max_iters=10)
+    last.given = frozenset(field.name for field in dataclasses.fields(last))      # typed, --shard=False too
     train(last)
     straight = dataclasses.replace(first, out_dir=str(tmp_path / "straight"), shard=False, init_from="scratch", max_iters=10)
     train(straight)

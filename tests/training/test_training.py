@@ -5,6 +5,7 @@ import io
 import math
 import os
 import pickle
+import signal
 import sys
 
 import numpy as np
@@ -150,7 +151,34 @@ def test_a_run_learns_and_leaves_its_metrics_its_picture_and_its_checkpoints(fol
                  "step 35: train loss", "    | "):
         assert word in printed
     first = next(row for row in tiny.rows(o) if "loss" in row)
-    assert set(first) == {"iter", "loss", "lr", "ms_per_step", "tokens_per_s", "mfu"}
+    assert set(first) == {"iter", "loss", "lr", "ms_per_step", "tokens_per_s"} and "mfu" not in printed     # nobody knows this CPU's peak
+
+
+def test_the_utilisation_is_that_of_this_machines_peak(folder, capsys, monkeypatch):
+    monkeypatch.setattr(devices, "peak_flops", lambda device: 5e12)
+    o = tiny.options(folder, max_iters=2)
+    model = train(o).model
+    for row in (row for row in tiny.rows(o) if "loss" in row):
+        assert row["mfu"] == pytest.approx(model.flops_per_token() * 64 / (row["ms_per_step"] / 1e3) / 5e12, rel=1e-3)
+    assert f"mfu {row['mfu'] * 100:.2f}%, " in capsys.readouterr().out
+
+
+def test_the_banner_is_short_for_who_wants_it_short(folder, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for verbose in (False, True):
+        train(tiny.options(folder, max_iters=0, verbose=verbose))
+        banner = capsys.readouterr().out.split("device  ")[1].split("step 0:")[0]
+        first = [line.split()[0] for line in banner.split("time    ")[0].splitlines()[1:]]
+        assert first == ["threads", "model", "step", "writes"] if not verbose else {"memory", "graphs", "ops"} < set(first)
+
+
+def test_the_demo_is_short_unless_it_is_told_and_its_settings_can_be_changed(folder, monkeypatch):
+    from nanogpt_fast.commands import demo
+    asked = []
+    monkeypatch.setattr(demo, "train", lambda o: asked.append(o) or training.TrainResult(None, folder, 0, 1.0, None, None, signal.SIGINT))
+    assert demo.main(["--device=cpu"]) == demo.main(["--device=cpu", "--verbose", "--max_iters=7", "--data=my.txt"]) == 130
+    assert [(o.verbose, o.max_iters, o.lr_decay_iters, o.dataset, o.n_layer, o.n_embd, o.out_dir) for o in asked] == [
+        (False, 2000, 2000, "embedded", 4, 128, "out-demo"), (True, 7, 7, "my.txt", 4, 128, "out-demo")]
 
 
 def test_a_run_without_steps_says_that_it_writes_no_weights(folder, capsys):

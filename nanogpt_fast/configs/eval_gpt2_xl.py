@@ -1,0 +1,3 @@
+"""The values of nanoGPT's config/eval_gpt2_xl.py."""
+init_from, eval_only = "gpt2-xl", True
+batch_size, eval_iters, wandb_log = 8, 500, False
