@@ -67,8 +67,9 @@ def on_fibers(library, order, logits, temperature=1.0, top_k=None, top_p=None, m
 
 
 def on_cpu(logits, seed=0, offset=0, **filters):
-    offset = torch.full((len(logits),), offset)
-    token = sampler.sample(logits, seed=seed, offset=offset, **filters)
+    rows = len(logits)
+    offset, token = torch.full((rows,), offset), torch.empty(rows, dtype=torch.int64)
+    sampler.sample_out(logits, out=token, seed=seed + torch.arange(rows), offset=offset, **filters)     # `sample` refuses rows without a token
     return token, offset
 
 
