@@ -293,10 +293,10 @@ class Programs(NamedTuple):
 
 def tiles_for(dtype, D, dropout, device, tokens, length):
     """(head, dq, dkdv) Tiles for `tokens` queries in sequences of `length`; head is None where the table has none."""
-    about = device, fastest.column(dtype, dropout)
-    row = fastest.find("attention head tile", *about, size=D, tokens=tokens, length=length)
-    return (None if row is None else row.tile,
-            *(fastest.tile(f"attention {name} tile", *about, size=D, tokens=tokens, length=length) for name in ("dq", "dkdv")))
+    column = fastest.column(dtype, dropout)
+    row = fastest.find("attention head tile", device, column, size=D, tokens=tokens, length=length)
+    return (None if row is None else row.tile, fastest.tile("attention dq tile", device, column, size=D, tokens=tokens, length=length),
+            fastest.tile("attention dkdv tile", device, column, size=D, tokens=tokens, length=length))
 
 
 @functools.cache
@@ -308,6 +308,11 @@ def programs(dtype, D, dropout, device, head, dq, dkdv):
     # the diagonal).
     longest = 2 * l2 // (multiprocessors * D * (2 * dtype.itemsize + 4))
     return Programs(*made, multiprocessors, longest)
+
+
+@fastest.cached
+def _programs_for(dtype, D, dropout, device, tokens, length):
+    return programs(dtype, D, dropout, device, *tiles_for(dtype, D, dropout, device, tokens, length))
 
 
 def attention_backward(do, q, k, v, out, lse, dq, dk, dv, *, scale, dropout_p=0.0, seed=None, form=None, tiles=None):
@@ -383,8 +388,7 @@ def _launch(do, q, k, v, out, lse, dq, dk, dv, seed, B, H, Tq, Tk, D, strides, s
         return
     device = q.device
     about = q.dtype, D, seed is not None, q.get_device()
-    given = tiles_for(*about, B * Tq, Tq) if tiles is None else map(tiles.get, ("head", "dq", "dkdv"))
-    made = programs(*about, *given)
+    made = _programs_for(*about, B * Tq, Tq) if tiles is None else programs(*about, *map(tiles.get, ("head", "dq", "dkdv")))
     terms = torch.empty((B, H, 2, -(-Tq // 128) * 128), dtype=torch.float32, device=device)
     scale = 1.0 / math.sqrt(D) if scale is None else scale
     numbers = *strides, scale, scale * LOG2_E, dropout_p, H, Tq, Tk

@@ -108,13 +108,16 @@ def find(what, device, dtype="", *, size=0, tokens=0, length=0, without=()):
         return row
 
 
-def tile(what, device, dtype="", **sizes):
+def tile(what, device, dtype="", *, size=0, tokens=0, length=0):
     """The Tile of a kernel. Raises RuntimeError where the table has none: on a GPU older than its architectures."""
-    row = find(what, device, dtype, **sizes)
+    row = _table.memo.get((what, device, dtype, size, tokens, length, ()))     # as `find`, without a second call: launchers come here each time
+    if row is not None:
+        return row.tile
+    row = find(what, device, dtype, size=size, tokens=tokens, length=length)
     if row is None:
         arch, card = place(device)
         raise RuntimeError(f"the kernels need compute capability {ARCHITECTURES[0] / 10} or more; {card} has {arch / 10}" if arch < ARCHITECTURES[0]
-                           else f"there is no {what} for {dtype or 'this'}, {sizes}")
+                           else f"there is no {what} for {dtype or 'this'}, size {size}")
     return row.tile
 
 
@@ -178,6 +181,8 @@ def cached(function):
         try:
             return memo[key]
         except KeyError:
+            if len(memo) > MOST_REMEMBERED:
+                memo.clear()
             memo[key] = made = function(*args)
             return made
     return call

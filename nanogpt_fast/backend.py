@@ -118,7 +118,8 @@ def choose(op, candidates, model_choices=None, args=(), fastest=None, by_name=Tr
     """
     if not _tuned:
         load_local()
-    wanted = (_local.choices or _parsed(model_choices) or _environment)[op]
+    choices = _local.choices or model_choices or _environment
+    wanted = (choices if type(choices) is dict else _parsed(choices))[op]
     if not by_name and wanted not in CHOICES:
         wanted = "auto"
     reasons, row = [], None

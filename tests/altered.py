@@ -9,6 +9,7 @@ huge values, nan and wrong nesting, and bytes of the file itself. Some must be r
 says so. All runs are in a fork of this process, which an alarm ends if it hangs. Prints a line for each alteration that went wrong,
 then how many there were; the exit status is 1 if one did.
 """
+import dataclasses
 import contextlib
 import copy
 import io
@@ -279,7 +280,9 @@ class Bases:
                 shutil.rmtree(self.root / "out")
 
     def options(self, name, out, **changed):
-        return tiny.options(self.root, out, **{**SMALL, **RUNS[name], "max_iters": 3, **changed})
+        o = tiny.options(self.root, out, **{**SMALL, **RUNS[name], "max_iters": 3, **changed})
+        o.given = frozenset(field.name for field in dataclasses.fields(o))      # typed: an altered config sets nothing, such as a million steps
+        return o
 
     def wrong(self, number):
         """(the alteration in words, None), or with what went wrong after alteration `number`."""

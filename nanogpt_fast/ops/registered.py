@@ -122,7 +122,7 @@ backend.before_first_choice.append(load_named)
 
 def kernel(op, name):
     """The Kernel of this name, or None if `name` is one of our own implementations."""
-    return _kernels.get((op, name))
+    return _kernels.get((op, name)) if _kernels else None
 
 
 class _Function(torch.autograd.Function):

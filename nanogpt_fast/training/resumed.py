@@ -9,7 +9,7 @@ import dataclasses
 import io
 
 from .. import options
-from ..checkpoints import folder as run_folder, nanogpt as checkpoints
+from ..checkpoints import folder as run_folder, nanogpt as checkpoints, schema
 from ..options import is_given
 from .options import TrainOptions
 
@@ -36,6 +36,9 @@ def with_the_runs_settings(o):
         if is_given(o, name):
             given.add(name)
         if name in left_alone or name not in found:
+            continue
+        if not isinstance(found[name], (bool, int, float, str, type(None))):     # the words of an error would print it whole
+            print(f"{path}: its config says that {name} is {schema.shown(found[name])}. That is left out")
             continue
         try:
             value = options.accepted(TrainOptions, name, found[name])

@@ -20,7 +20,7 @@ from nanogpt_fast import GPT, options
 from nanogpt_fast.checkpoints import folder as run_folder
 from nanogpt_fast.checkpoints import state
 from nanogpt_fast.checkpoints.nanogpt import CheckpointError
-from nanogpt_fast.training import progress
+from nanogpt_fast.training import progress, resumed as resumed_settings
 from nanogpt_fast.training.trainer import TrainOptions, run, train
 
 
@@ -338,3 +338,17 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(folder, monkeyp
     assert (folder / "out" / "last.pt").exists()
 
 
+
+
+def test_a_setting_that_no_run_wrote_is_left_out(folder, capsys):
+    """Its text would have 2^60 characters."""
+    o = tiny.options(folder, max_iters=1)
+    train(o)
+    path, nested = Path(o.out_dir, "last.pt"), []
+    for _ in range(60):
+        nested = [nested, nested]
+    found = torch.load(path)
+    found["config"]["log_interval"] = nested
+    torch.save(found, path)
+    assert resumed_settings.with_the_runs_settings(TrainOptions(out_dir=o.out_dir, init_from="resume")).log_interval == TrainOptions().log_interval
+    assert "its config says that log_interval is a list. That is left out" in capsys.readouterr().out
