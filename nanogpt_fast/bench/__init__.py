@@ -8,7 +8,7 @@
 
 Variants take turns (`measure.interleaved`), so a slow minute of the machine falls on all of them; only ratios within one run mean
 anything. "nanoGPT" is the model.py of the checkout that `--upstream DIR` names. Without one it is `GPT(config, backend="reference")`,
-which makes exactly the PyTorch calls of nanoGPT's model (tests/test_contract.py asserts equality bit for bit), with nanoGPT's
+which makes exactly the PyTorch calls of nanoGPT's model (tests/contract asserts equality bit for bit), with nanoGPT's
 optimizer and training step, and with its sampling loop for generation.
 """
 import sys
