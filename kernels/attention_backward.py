@@ -359,7 +359,7 @@ def launch_backward(do, q, k, v, out, lse, seed, scale, dropout_p, form=None):
     q, k, v, strides = in_place(q, k, v)
     do = do if rows_are_contiguous(do) else do.contiguous()
     (B, H, Tq, D), Tk = q.shape, k.shape[2]
-    dq, dk, dv = (torch.empty((B, T, H, D), dtype=q.dtype, device=q.device) for T in (Tq, Tk, Tk))
+    dq, dk, dv = (q.new_empty(B, T, H, D) for T in (Tq, Tk, Tk))       # in half the time of torch.empty with a dtype and a device
     _launch(do, q, k, v, out, lse, dq, dk, dv, seed, B, H, Tq, Tk, D, (*strides, *do.stride()[:3], H * D), scale, dropout_p, form)
     return dq, dk, dv
 
@@ -370,7 +370,7 @@ def launch_backward_qkvpacked(do, qkv, out, lse, seed, n_head, scale, dropout_p,
     do, do_batch, do_token = rows_in_place(do)
     B, T, C3 = qkv.shape
     D = C3 // (3 * n_head)
-    dqkv = torch.empty((B, T, C3), dtype=qkv.dtype, device=qkv.device)
+    dqkv = qkv.new_empty(B, T, C3)
     _launch(do, qkv, None, None, out, lse, dqkv, None, None, seed, B, n_head, T, T, D,
             (batch, D, token, batch, D, token, do_batch, D, do_token, C3), scale, dropout_p, form, tiles)
     return dqkv
@@ -386,15 +386,14 @@ def _launch(do, q, k, v, out, lse, dq, dk, dv, seed, B, H, Tq, Tk, D, strides, s
             if grad is not None:
                 grad.zero_()            # without queries, the gradients of the keys are zero
         return
-    device = q.device
     about = q.dtype, D, seed is not None, q.get_device()
     made = _programs_for(*about, B * Tq, Tq) if tiles is None else programs(*about, *map(tiles.get, ("head", "dq", "dkdv")))
-    terms = torch.empty((B, H, 2, -(-Tq // 128) * 128), dtype=torch.float32, device=device)
+    terms = lse.new_empty(B, H, 2, -(-Tq // 128) * 128)
     scale = 1.0 / math.sqrt(D) if scale is None else scale
     numbers = *strides, scale, scale * LOG2_E, dropout_p, H, Tq, Tk
     form = form or made.form(B * H, Tq)
     if form == "head" and made.head is not None:
-        dq_sum = torch.empty((B, H, Tq, D), dtype=torch.float32, device=device)
+        dq_sum = lse.new_empty(B, H, Tq, D)
         backward_head_kernel[(B * H,)](q, k, v, out, do, lse, terms, dq, dk, dv, dq_sum, seed, *numbers, **made.head.constants)
         return
     if form != "split":

@@ -120,7 +120,7 @@ def launch_forward(q, k, v, seed, scale, dropout_p, tile=None):
     """
     q, k, v, strides = in_place(q, k, v)
     B, H, Tq, D = q.shape
-    out = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
+    out = q.new_empty(B, Tq, H, D)       # in half the time of torch.empty with a dtype and a device
     return out, _launch(q, k, v, out, seed, B, H, Tq, k.shape[2], D, strides, scale, dropout_p, tile)
 
 
@@ -130,7 +130,7 @@ def launch_forward_qkvpacked(qkv, seed, n_head, scale, dropout_p, tile=None):
     B, T, C3 = qkv.shape
     C = C3 // 3
     D = C // n_head
-    out = torch.empty((B, T, C), dtype=qkv.dtype, device=qkv.device)
+    out = qkv.new_empty(B, T, C)
     return out, _launch(qkv, None, None, out, seed, B, n_head, T, T, D, (batch, D, token, batch, D, token), scale, dropout_p, tile)
 
 
@@ -142,16 +142,20 @@ def tile_for(dtype, D, dropout, device, tokens, length):
 _program = functools.cache(program)
 
 
+@fastest.cached
+def _program_for(dtype, D, dropout, device, tokens, length):
+    return _program(tile_for(dtype, D, dropout, device, tokens, length), dtype, D, dropout, device)
+
+
 def _launch(q, k, v, out, seed, B, H, Tq, Tk, D, strides, scale, dropout_p, tile):
     """Write out; return lse."""
     if elsewhere(q):
         with torch.cuda.device_of(q):
             return _launch(q, k, v, out, seed, B, H, Tq, Tk, D, strides, scale, dropout_p, tile)
-    lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
+    lse = q.new_empty(B, H, Tq, dtype=torch.float32)
     if B * H * Tq > 0:
-        dtype, dropout, device = q.dtype, seed is not None, q.get_device()
-        tile = tile or tile_for(dtype, D, dropout, device, B * Tq, Tq)
-        _, constants, keys_in_l2 = _program(tile, dtype, D, dropout, device)
+        about = q.dtype, D, seed is not None, q.get_device()
+        tile, constants, keys_in_l2 = _program_for(*about, B * Tq, Tq) if tile is None else _program(tile, *about)
         scale = 1.0 / math.sqrt(D) if scale is None else scale
         forward_kernel[(B * H * -(-Tq // tile.BLOCK_M),)](
             q, k, v, out, lse, seed, *strides, scale * LOG2_E, dropout_p, H, Tq, Tk, B * H, keys_in_l2 // Tk or 1, **constants)

@@ -80,7 +80,7 @@ def nothing_for(tensor):
 
 
 class Table:
-    """Rows, and what was found in them and made from them so far (`find`, `cached`)."""
+    """Rows, and what was found in them so far (`find`)."""
 
     def __init__(self, rows):
         self.rows, self.memo = tuple(rows), {}
@@ -110,9 +110,6 @@ def find(what, device, dtype="", *, size=0, tokens=0, length=0, without=()):
 
 def tile(what, device, dtype="", *, size=0, tokens=0, length=0):
     """The Tile of a kernel. Raises RuntimeError where the table has none: on a GPU older than its architectures."""
-    row = _table.memo.get((what, device, dtype, size, tokens, length, ()))     # as `find`, without a second call: launchers come here each time
-    if row is not None:
-        return row.tile
     row = find(what, device, dtype, size=size, tokens=tokens, length=length)
     if row is None:
         arch, card = place(device)
@@ -174,18 +171,11 @@ def cpu_name():
 
 
 def cached(function):
-    """functools.cache for what is made from the table in force: another table starts with nothing."""
-    @functools.wraps(function)
-    def call(*args):
-        memo, key = _table.memo, (function, *args)
-        try:
-            return memo[key]
-        except KeyError:
-            if len(memo) > MOST_REMEMBERED:
-                memo.clear()
-            memo[key] = made = function(*args)
-            return made
-    return call
+    """functools.cache for what is made from the table in force; another table starts with nothing. By position alone."""
+    @functools.lru_cache(MOST_REMEMBERED)
+    def made(table, *args):
+        return function(*args)
+    return functools.wraps(function)(lambda *args: made(_table, *args))
 
 
 # ------------------------------------------------------------------------------------------------------------- tables

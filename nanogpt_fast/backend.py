@@ -123,18 +123,20 @@ def choose(op, candidates, model_choices=None, args=(), fastest=None, by_name=Tr
     if not by_name and wanted not in CHOICES:
         wanted = "auto"
     reasons, row = [], None
-    if wanted != "reference" and inside_torch_func():
+    if wanted != "reference" and _transforms_active() and inside_torch_func():
         if wanted == "auto":
             notice("inside torch.func's transforms (grad, vmap, jvp, ...) the ops run on plain PyTorch: " + TORCH_FUNC)
         candidates = (("kernels", lambda *_: TORCH_FUNC),)
     elif wanted == "auto" and fastest is not None and (row := fastest(*args)) is not None:
         if row.use == "reference":
             candidates, reasons = (), [row.note]
-        else:
-            first = tuple(c for c in (*candidates, *own[op].items()) if c[0] == row.use)
-            if not first:
+        elif row.use != candidates[0][0]:
+            for first in (*candidates, *own[op].items()):      # a loop: this is on the way of every call
+                if first[0] == row.use:
+                    candidates = (first, *candidates)
+                    break
+            else:
                 notice(f"for {op}, {row.use} was measured to be fastest here, but no kernel of this name is registered in this process")
-            candidates = (*first, *(c for c in candidates if c[0] != row.use))
     elif wanted not in CHOICES:
         candidates = tuple(c for c in (*candidates, *own[op].items()) if c[0] == wanted)
     for name, why_not in candidates if wanted != "reference" else ():
@@ -143,7 +145,7 @@ def choose(op, candidates, model_choices=None, args=(), fastest=None, by_name=Tr
             reason = "Triton's interpreter is for checking kernels and is slow; backend='fused' runs it"
         if reason is None:
             break
-        if reason:
+        if reason and f"{name}: {reason}" not in reasons:
             reasons.append(f"{name}: {reason}")
     else:
         name = "reference"
@@ -192,12 +194,13 @@ def load_local():
 load_local._dynamo_marked_constant = True       # see triton_import_error below
 
 
+_transforms_active = torch._C._are_functorch_transforms_active      # in C: no Python on the way of a call without transforms
 TORCH_FUNC = "the kernels have no rules for its transforms"
 
 
 def inside_torch_func():
     """Whether a transform of torch.func is computing, whose tensors have no memory that a kernel could read."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return _transforms_active() and not torch.compiler.is_compiling()
 
 
 @contextlib.contextmanager

@@ -55,12 +55,13 @@ def causal_attention_qkvpacked(qkv: Tensor, n_head: int, *, dropout_p: float = 0
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (B, T, 3C) with C a multiple of n_head={n_head}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
-    qkv, = resolved(qkv)
+    if not is_compiling() and qkv.is_neg():
+        qkv, = resolved(qkv)
     dtype = autocast_dtype(qkv)
     name = _backend.choose("attention", CANDIDATES, backend, (qkv, dtype, shape[2] // (3 * n_head), scale, backend, dropout_p), row_for)
     if name == "reference":
         return reference.causal_attention_qkvpacked(qkv, n_head, dropout_p=dropout_p, scale=scale)
-    if (kernel := _registered.kernel("attention", name)) is not None:
+    if name != "triton" and (kernel := _registered.kernel("attention", name)) is not None:
         y = _registered.attention(kernel, *reference.split_heads(qkv, n_head), scale, dtype)
         return y.transpose(1, 2).reshape(*shape[:2], -1)
     if qkv.dtype != dtype:      # a no-op `to` still costs a microsecond
@@ -83,12 +84,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0,
     backend and errors: as for `causal_attention_qkvpacked`.
     """
     _check_qkv(q, k, v, dropout_p)
-    q, k, v = resolved(q, k, v)
+    if not is_compiling() and (q.is_neg() or k.is_neg() or v.is_neg()):
+        q, k, v = resolved(q, k, v)
     dtype = autocast_dtype(q)
     name = _backend.choose("attention", SEPARATE_CANDIDATES, backend, (q, k, v, dtype, scale, backend, dropout_p), separate_row_for)
     if name == "reference":
         return reference.causal_attention(q, k, v, dropout_p=dropout_p, scale=scale)
-    if (kernel := _registered.kernel("attention", name)) is not None:
+    if name != "triton" and (kernel := _registered.kernel("attention", name)) is not None:
         return _registered.attention(kernel, q, k, v, scale, dtype)
     if q.dtype != dtype or k.dtype != dtype or v.dtype != dtype:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -243,7 +245,8 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         no_second_derivative("attention")
-        do, = resolved(do)
+        if not is_compiling() and do.is_neg():
+            do, = resolved(do)
         run = raw.attention_qkvpacked_backward if is_compiling() else _packed_backward
         return run(do, *ctx.saved_tensors, *ctx.options), None, None, None
 
@@ -268,11 +271,16 @@ def _separate_backward(do, q, k, v, out, lse, seed, scale, dropout_p):
 
 def _backward_form(x, D, scale, dropout_p, B, T, square=True):
     """"hopper", "head" or "split"; None leaves it to the Triton launcher."""
-    about = x.get_device(), fastest.column(x.dtype, dropout_p > 0)
-    row = fastest.find("attention backward", *about, size=D, tokens=B * T, length=T)
-    if row is not None and row.use == "hopper" and not (
-            square and x.numel() and _hopper.why_not(x.device, x.dtype, D, scale, dropout_p) is None):
-        row = fastest.find("attention backward", *about, size=D, tokens=B * T, length=T, without=("hopper",))
+    about = x.get_device(), x.dtype, dropout_p > 0, D, B * T, T
+    form = _listed_form(*about, ())
+    if form == "hopper" and not (square and x.numel() and _hopper.why_not(x.device, x.dtype, D, scale, dropout_p) is None):
+        form = _listed_form(*about, ("hopper",))
+    return form
+
+
+@fastest.cached
+def _listed_form(device, dtype, dropout, D, tokens, length, without):
+    row = fastest.find("attention backward", device, fastest.column(dtype, dropout), size=D, tokens=tokens, length=length, without=without)
     return None if row is None else row.use
 
 
@@ -310,7 +318,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         no_second_derivative("attention")
-        do, = resolved(do)
+        if not is_compiling() and do.is_neg():
+            do, = resolved(do)
         run = raw.attention_backward if is_compiling() else _separate_backward
         gradients = run(do, *ctx.saved_tensors, *ctx.options[:2])
         return *(g.transpose(1, 2) if need else None for g, need in zip(gradients, ctx.needs_input_grad)), None
@@ -329,7 +338,8 @@ class _CPUAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         no_second_derivative("attention")
-        do, = resolved(do)
+        if not is_compiling() and do.is_neg():
+            do, = resolved(do)
         run = raw.attention_backward_cpu if is_compiling() else _cpu.backward
         return run(do, *ctx.saved_tensors, *ctx.options), None, None
 

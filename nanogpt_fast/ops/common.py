@@ -42,7 +42,7 @@ def resolved(*tensors):
     """The tensors, or None, as their memory has them: a view that is negative lazily (x.conj().imag of a complex x) is copied.
 
     Kernels read memory by address and do not see that bit. PyTorch resolves it before it calls an operator, so compiled graphs need
-    nothing. Takes 0.1 us a tensor.
+    nothing. Takes 0.1 us a tensor, and the call 0.2: hot ops ask `is_neg` themselves first.
     """
     if is_compiling():
         return tensors

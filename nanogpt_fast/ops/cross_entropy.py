@@ -49,7 +49,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_i
         targets = targets if targets.is_contiguous() else targets.contiguous()
         loss, logits = reference.linear_cross_entropy(x, weight, targets, ignore_index=ignore_index, reduction=reduction)
         return loss, logits if return_logits else None
-    if (kernel := registered.kernel("cross_entropy", name)) is not None:
+    if name != "triton" and (kernel := registered.kernel("cross_entropy", name)) is not None:
         return registered.cross_entropy(kernel, x, weight, targets, ignore_index, reduction, _loss_dtype(x)), None
     grad = torch.is_grad_enabled()
     need_dx, need_dw = grad and x.requires_grad, grad and weight.requires_grad

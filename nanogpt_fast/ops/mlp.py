@@ -10,6 +10,7 @@ x (2C bytes), h before the activation (8C) and post after it (8C); with `recompu
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import backend as _backend, reference
 from ..kernels import fastest
@@ -50,7 +51,9 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_pro
     if form is not None and form not in FORMS:
         raise ValueError(f"form is {form!r}; expected one of {', '.join(FORMS)}, or None for the faster one")
     _check_shapes(x, w_fc, b_fc, w_proj, b_proj)
-    x, w_fc, b_fc, w_proj, b_proj = resolved(x, w_fc, b_fc, w_proj, b_proj)
+    if not is_compiling() and (x.is_neg() or w_fc.is_neg() or w_proj.is_neg() or b_fc is not None and b_fc.is_neg()
+                               or b_proj is not None and b_proj.is_neg()):
+        x, w_fc, b_fc, w_proj, b_proj = resolved(x, w_fc, b_fc, w_proj, b_proj)
     name = _backend.choose("mlp", CANDIDATES, backend, (x, w_fc, b_fc, w_proj, b_proj, copies), row_for)
     if name == "reference":
         if copies is not None:
@@ -60,12 +63,12 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_pro
         h = linear.linear(x, w_fc, b_fc, copy=copies[0], backend=backend)
         y = linear.linear(reference.activation(h, activation), w_proj, b_proj, copy=copies[1], backend=backend)
         return F.dropout(y, dropout_p) if dropout_p > 0 else y
-    if (kernel := registered.kernel("mlp", name)) is not None:
+    if name != "triton" and (kernel := registered.kernel("mlp", name)) is not None:
         return registered.mlp(kernel, x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p)
     if form == "hopper" and (reason := _hopper_why_not(x, w_fc, activation)) is not None:
         raise RuntimeError(f"form is 'hopper', but {reason}")
     forms = (form, form) if form else _faster_forms(x, w_fc, b_fc, activation)
-    return _GeluMLP.apply(x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p, recompute, forms, torch.is_grad_enabled(), copies)
+    return _GeluMLP.apply(x, w_fc, b_fc, w_proj, b_proj, (activation, dropout_p, recompute, forms, torch.is_grad_enabled(), copies))
 
 
 def implementation(x, w_fc, b_fc, w_proj, b_proj, *, backend=None):
@@ -153,7 +156,7 @@ def _operands(x, w_fc, w_proj, dropout_p, copies):
     rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
     if rows.dtype != dtype or rows.stride(1) != 1:
         rows = rows.to(dtype).contiguous()
-    seed = dropout_seed(x, dropout_p)
+    seed = dropout_seed(x, dropout_p) if dropout_p > 0 else None
     if copies is not None and copies[0].dtype == dtype:
         return rows, *copies, seed
     if w_fc.dtype != dtype or not w_fc.is_contiguous():
@@ -166,14 +169,15 @@ def _operands(x, w_fc, w_proj, dropout_p, copies):
 class _GeluMLP(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p, recompute, forms, grad_enabled, copies):
+    def forward(ctx, x, w_fc, b_fc, w_proj, b_proj, options):   # options is a tuple, since each argument of a Function costs 0.2 us
+        activation, dropout_p, recompute, forms, grad_enabled, copies = options
         # Save only what the required gradients need. Under no_grad, needs_input_grad still reports what would require them.
         needs = ctx.needs_input_grad[:5] if grad_enabled else (False,) * 5
         rows, fc, proj, seed = _operands(x, w_fc, w_proj, dropout_p, copies)
         need_x, need_w_fc, need_b_fc, need_w_proj, _ = needs
         need_dh = need_x or need_w_fc or need_b_fc
         keep_h, keep_post = need_dh or need_w_proj and recompute, need_w_proj and not recompute
-        run = raw.mlp_forward if torch.compiler.is_compiling() else _forward
+        run = raw.mlp_forward if is_compiling() else _forward
         y, h, post = run(rows, fc, b_fc, proj, b_proj, seed, activation, dropout_p, forms[0], keep_h, keep_post)
         ctx.save_for_backward(rows if need_w_fc else None, fc if need_x else None, b_fc, proj if need_dh else None,
                               h if keep_h else None, post if keep_post else None, seed)
@@ -189,12 +193,12 @@ class _GeluMLP(torch.autograd.Function):
         shape, dtypes, options, needs = ctx.call
         dy, = resolved(dy)
         dy = dy.reshape(-1, dy.size(-1)).contiguous()       # the kernels need contiguous rows, but dy may be expanded or transposed
-        run = raw.mlp_backward if torch.compiler.is_compiling() else _backward
+        run = raw.mlp_backward if is_compiling() else _backward
         with no_autocast(dy.device.type):
             gradients = run(dy, rows, fc, b_fc, proj, h, post, seed, *options, *needs)
             dx, *others = (gradient.to(dtype) if need else None
                            for gradient, dtype, need in zip(gradients, dtypes, needs, strict=True))
-        return dx if dx is None else dx.view(shape), *others, None, None, None, None, None, None
+        return dx if dx is None else dx.view(shape), *others, None
 
 
 # --------------------------------------------------------------------------------------- matmuls and kernels, without autograd

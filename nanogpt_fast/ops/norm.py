@@ -34,12 +34,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float = 1
     reference has). Source: Ba, Kiros, Hinton, "Layer normalization", 2016.
     """
     _check(x, None, weight, bias)
-    x, weight, bias = resolved(x, weight, bias)
+    if not is_compiling() and (x.is_neg() or weight.is_neg() or bias is not None and bias.is_neg()):
+        x, weight, bias = resolved(x, weight, bias)
     name = _backend.choose("layer_norm", CANDIDATES, backend, (x, weight, bias), row_for)
     if name == "reference":
         return reference.layer_norm(x, weight, bias, eps)
     y_dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype  # as F.layer_norm
-    if (kernel := registered.kernel("layer_norm", name)) is not None:
+    if name != "triton" and (kernel := registered.kernel("layer_norm", name)) is not None:
         return registered.layer_norm(kernel, x, weight, bias, eps, y_dtype)
     return _LayerNorm.apply(x, weight, bias, (name, eps, y_dtype))
 
@@ -69,7 +70,7 @@ def add_layer_norm(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tenso
         return None if last else s, y if out_dtype is None else y.to(out_dtype)
     if out_dtype is None:
         out_dtype = autocast_dtype(x)
-    if (kernel := registered.kernel("layer_norm", name)) is not None:
+    if name != "triton" and (kernel := registered.kernel("layer_norm", name)) is not None:
         s, y = registered.add_layer_norm(kernel, x, branch, weight, bias, eps, dropout_p, out_dtype)
         return None if last else s, y
     if branch is None:
@@ -167,7 +168,8 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         no_second_derivative("layer_norm")
-        dy, = resolved(dy)
+        if not is_compiling() and dy.is_neg():
+            dy, = resolved(dy)
         x, weight, statistics = ctx.saved_tensors
         name, bias_dtype = ctx.options
         dx, _, dweight, dbias = _backward(name, dy, None, x, weight, statistics, None, 0.0, None, bias_dtype,

@@ -94,7 +94,7 @@ def test_killed_in_the_middle_it_keeps_what_was_had(number, tmp_path):
                        "  Stage('three', ['true'], 60, after=('two',))])\n")
     process = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(300):
-        if results.exists() and results.read_text().split() == ["one", "two"] and "had two" in (tmp_path / "log.txt").read_text():
+        if (tmp_path / "log.txt").exists() and "two| had two" in (tmp_path / "log.txt").read_text():      # the log has the commands, too
             break
         time.sleep(0.1)
     process.send_signal(number)

@@ -211,7 +211,7 @@ def test_the_stream_alone_gives_the_branch_its_gradient():
 
 
 def test_the_order_of_programs_changes_no_bit(monkeypatch):
-    rows, most, constants = kernels._backward_program(100, kernels.tile_for("backward", 100, -1, 90), -1)
+    rows, most, constants = kernels._backward_program(100, -1, 90)
     monkeypatch.setattr(kernels, "_backward_program", lambda *_: (rows, 2 * most, constants))
     problem = Problem(90, 100, p=0.2)
     harness.assert_grid_order_is_free(lambda: tuple(problem.kernel().values()))
