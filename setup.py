@@ -181,7 +181,9 @@ class NinjaBuildExt(build_ext):
                               stderr=subprocess.STDOUT, text=True)
         print(done.stdout)
         if done.returncode:
-            raise CompileError("the compiler failed:\n" + "\n".join(done.stdout.splitlines()[-40:]))
+            lines = done.stdout.splitlines()
+            first = next((line for line in lines if "error:" in line), "its output is below")
+            raise CompileError("\n".join([f"the compiler failed: {first}", *lines[-40:]]))
 
     def ninja_file(self, target, compiler, includes, nvcc, why_not):
         """The text of build.ninja: one rule per tool, one edge per object."""

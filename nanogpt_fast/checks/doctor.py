@@ -302,7 +302,7 @@ def _ops(ops):
 def remedies(found):
     """[(what is wrong, how to fix it)]."""
     torch, triton, driver, ext, ops = (found[name] for name in ("torch", "triton", "driver", "extension", "ops"))
-    advice, rebuild = [], "pip install --force-reinstall --no-deps ."
+    advice, rebuild = [], "pip install --force-reinstall --no-deps --no-cache-dir SOURCES    (a clone's folder or the source archive)"
     if (PACKAGE.parent / "pyproject.toml").exists():
         rebuild = "pip install -e .    (in the folder of the clone)"
     has_gpu = "gpus" in driver

@@ -4,6 +4,7 @@ Tensors are passed to it by address, because it is built without torch.
 """
 import functools
 import os
+import warnings
 
 import torch
 
@@ -15,12 +16,17 @@ except ImportError as error:
 
 
 def missing():
-    """Why the extension is missing: the reason that the build recorded, or the import error."""
+    """Why the extension is missing, in one line: the reason that the build recorded, or the import error."""
     try:
         with open(os.path.join(os.path.dirname(os.path.dirname(__file__)), "_C_missing.txt")) as file:
-            return f"the extension nanogpt_fast._C was not built: {file.read().strip()}"
+            return f"the extension nanogpt_fast._C was not built: {file.readline().strip()}"
     except OSError:
         return f"the extension nanogpt_fast._C cannot be imported ({_import_error}); install nanogpt_fast with pip"
+
+
+if _C is None and os.environ.get("LOCAL_RANK", "0") == "0":     # pip hides what the build said; this is the first use
+    warnings.warn_explicit(f"parts run on plain PyTorch, slower: {missing()} (`nanogpt-fast doctor` prints the command)", RuntimeWarning,
+                           "nanogpt_fast", 1)
 
 
 def lacks(function):

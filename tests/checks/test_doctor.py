@@ -65,7 +65,7 @@ def test_without_triton_and_with_an_extension_of_another_abi_both_are_named(tmp_
     assert status == 0
     assert "none that can be imported: ImportError: libtriton.so: undefined symbol" in printed
     assert f"_C{SUFFIX} does not load: ImportError" in printed
-    assert "pip install --force-reinstall triton" in printed and "pip install --force-reinstall --no-deps ." in printed
+    assert "pip install --force-reinstall triton" in printed and "pip install --force-reinstall --no-deps --no-cache-dir SOURCES" in printed
     assert "sample         plain PyTorch       cpp: the extension nanogpt_fast._C cannot be imported" in printed
     assert re.search("decode +plain PyTorch .*the extension is missing", printed)
 
