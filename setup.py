@@ -251,7 +251,17 @@ class NinjaBuildExt(build_ext):
         return os.path.join(found.group(1).strip(), "bin", "nvcc") if found else nvcc
 
 
+def description():
+    """README.md for a package index, which has none of our files: a picture becomes its caption, a link to a file its own text."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        text = re.sub(r"<!-- .*? -->\n", "", file.read())
+    text = re.sub(r"!\[(.*?)\]\((?!https?:)(.*?)\)", r"*\1: \2 in the source archive.*", text)
+    return re.sub(r"\[(.*?)\]\((?!https?:).*?\)", r"\1", text)
+
+
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     ext_modules=[Extension("nanogpt_fast._C", sources=glob.glob("csrc/**/*.c*", recursive=True),
                            depends=glob.glob("csrc/**/*.h", recursive=True), optional=cuda_wanted() != "1")],
     cmdclass={"build_ext": NinjaBuildExt},
