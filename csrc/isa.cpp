@@ -5,8 +5,10 @@
 #include <cstdlib>
 #include <vector>
 
-#ifdef NGF_AMX
+#ifdef NGF_X86
 #include <cpuid.h>
+#endif
+#ifdef NGF_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -24,18 +26,36 @@ bool allowed(const char* isa) {
   return place(isa) >= place(best);
 }
 
+struct Cpu {
+  bool avx2 = false, avx512 = false, amx = false;
+};
+
+// What CPUID says, as far as the system saves the registers (XCR0). Not by __builtin_cpu_supports: Zig's runtime answers no to everything.
+Cpu cpu() {
+  Cpu found;
+#ifdef NGF_X86
+  unsigned a, b, c, d, saved, high;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return found;
+  const bool fma = c & bit_FMA;
+  __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  const auto saves = [&](unsigned registers) { return (saved & registers) == registers; };
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
+  constexpr unsigned avx512 = bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL, tile = 1u << 24, tile_bf16 = 1u << 22;
+  found.avx2 = saves(0x6) && fma && (b & bit_AVX2);
+  found.avx512 = saves(0xe6) && (b & avx512) == avx512;
+  const bool tiles = (d & (tile | tile_bf16)) == (tile | tile_bf16);
+  found.amx = saves(0x600e6) && tiles && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);     // and AVX-512's conversions to bf16
+#endif
+  return found;
+}
+
 }  // namespace
 
 const char* cpu_isas() {
   static const std::string names = [] {
     std::string found;
-#ifdef NGF_X86
-    __builtin_cpu_init();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && allowed("avx512")) found += "avx512 ";
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && allowed("avx2")) found += "avx2 ";
-#endif
+    if (cpu().avx512 && allowed("avx512")) found += "avx512 ";
+    if (cpu().avx2 && allowed("avx2")) found += "avx2 ";
     return found + "baseline";
   }();
   return names.c_str();
@@ -46,9 +66,7 @@ bool cpu_has(const std::string& isa) { return (std::string(" ") + cpu_isas() + "
 bool amx_works() {
 #ifdef NGF_AMX
   static const bool works = [] {
-    unsigned a, b, c, d;
-    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
-    if (!allowed("amx") || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16 | tile)) != (bf16 | tile)) return false;
+    if (!allowed("amx") || !cpu().amx) return false;
     constexpr long request_permission = 0x1023, tile_data = 18;  // Linux saves a thread's tiles only for processes that ask for it
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
   }();

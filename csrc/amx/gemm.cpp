@@ -116,9 +116,7 @@ int worthwhile(int64_t products, int threads) { return (int)std::max<int64_t>(1,
 
 }  // namespace
 
-bool gemm_works() {
-  return cpu_has("avx512") && amx_works() && __builtin_cpu_supports("avx512bf16");
-}
+bool gemm_works() { return cpu_has("avx512") && amx_works(); }
 
 void linear_cpu(const Linear& g, int threads) {
   check_amx();

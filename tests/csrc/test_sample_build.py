@@ -93,6 +93,18 @@ def test_an_older_cpu_can_be_played(best):
     assert not set(above) & set(told.split()) and "baseline" in told and told.split()[-1] == "False"
 
 
+@pytest.mark.skipif(extension._C is None or not os.path.exists("/proc/cpuinfo"), reason="the extension is not built, or this is not Linux")
+def test_the_instruction_sets_that_it_finds_are_those_that_the_system_names():
+    with open("/proc/cpuinfo") as file:
+        flags = next((line for line in file if line.startswith("flags")), "").split()
+    needed = {"avx512": ("avx512f", "avx512dq", "avx512bw", "avx512vl"), "avx2": ("avx2", "fma"), "baseline": ()}
+    code = "import nanogpt_fast._C as c; print(c.build_info()['cpu_isas']); print(c.gemm_works())"
+    environment = {name: value for name, value in os.environ.items() if name != "NANOGPT_FAST_ISA"}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout.split("\n")
+    assert told[0].split() == [isa for isa, names in needed.items() if set(names) <= set(flags)]
+    assert told[1] == str({*needed["avx512"], "amx_tile", "amx_bf16", "avx512_bf16"} <= set(flags))
+
+
 @pytest.mark.skipif(extension._C is None, reason="the extension is not built")
 def test_a_cpu_that_does_not_exist_is_refused():
     done = subprocess.run([sys.executable, "-c", "import nanogpt_fast._C as c; c.build_info()"], capture_output=True, text=True,
