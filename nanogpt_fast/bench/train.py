@@ -17,6 +17,7 @@ import traceback
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import DeviceType
 
 from .. import devices
 from ..checks.explanation import explain
@@ -24,7 +25,7 @@ from ..config import GPTConfig
 from ..model import GPT
 from ..ops import mlp
 from ..options import option
-from ..training import captured, cpu
+from ..training import captured, cpu, profiling
 from ..training.step import TrainingStep
 from . import measure
 from .common import BenchOptions, build, quiet, record, shape_of, wanted
@@ -38,8 +39,13 @@ class BenchTrainOptions(BenchOptions):
     steps: int | None = option(None, "steps per sample; None: 10 on a GPU, 1 on a CPU", minimum=1)
     apart: bool = option(True, "each variant in its own process, ours on a CPU with our malloc settings")
     again: bool = option(True, "on a GPU: run the first variant once more at the end")
-    profile: int = option(0, "on a GPU: after timing, profile this many steps and print the time of each kernel", minimum=0)
-    traces: str = option("", "folder for the profile's Chrome traces; empty: none")
+    profile: int = option(0, "after timing, profile this many steps of each variant and print where their time goes", minimum=0)
+    traces: str = option("", "folder for the profiles' Chrome traces; empty: none")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.traces and not self.profile:
+            raise ValueError(f"traces is {self.traces!r}, but no step is profiled; say how many: --profile=3")
 
 
 @dataclass
@@ -192,8 +198,8 @@ def one_after_the_other(o, names, runner, timed, until, write):
                   f"peak {row['peak_memory'] / 2**30:.1f} GiB, {row['clocks'][-1]}", flush=True)
             if o.profile and name not in found:
                 write(found | {name: row})
-                row["kernels"] = worker.profiled()
-                print(kernel_table(row["kernels"], statistics.median(row["samples"])), flush=True)
+                row |= worker.profiled()
+                show_profile(o, name, row)
             worker.close()
         except Exception as error:      # such as out of memory, or a failed graph capture: the others can still be timed
             print(f"{name:<28} {error}", flush=True)
@@ -216,9 +222,9 @@ def one_after_the_other(o, names, runner, timed, until, write):
 
 def in_turns(o, names, runner, timed, until, apart):
     """{name: results}: builds every variant and takes its first step, then lets the variants take turns."""
-    runs, found, workers, interrupted = {}, {}, [], False
+    ones, found, interrupted = {}, {}, False
     for name in names:
-        if interrupted or runs and time.monotonic() > until - 20 * o.minutes:
+        if interrupted or ones and time.monotonic() > until - 20 * o.minutes:
             found[name] = dict(error="not measured: ended by a signal" if interrupted else "not measured: out of time")
             continue
         try:
@@ -233,14 +239,21 @@ def in_turns(o, names, runner, timed, until, apart):
             found[name], interrupted = dict(error="not measured: ended by a signal"), True
             continue
         print(f"{name:<28} first step {found[name]['first_step_s']:6.1f} s", flush=True)
-        runs[name] = one.several
-        workers += [one] if apart else []
+        ones[name] = one
 
-    samples = measure.interleaved(runs, o.rounds, warmup=1, until=time.monotonic() + 5 if interrupted else until)
+    samples = measure.interleaved({name: one.several for name, one in ones.items()}, o.rounds, warmup=1,
+                                  until=time.monotonic() + 5 if interrupted else until)
     for name, values in samples.items():
         found[name] |= timed(values) if values else dict(error="not measured: out of time")
-    for worker in workers:
-        found[worker.name]["peak_memory"] = worker.close()
+    for name, one in ones.items():
+        if o.profile and samples.get(name):
+            try:
+                found[name] |= one.profiled()
+                show_profile(o, name, found[name])
+            except (Exception, measure.Interrupted) as error:   # a full disk, say: what was timed is still written
+                print(f"{name:<28} not profiled: {type(error).__name__}: {error}", flush=True)
+        if apart:
+            found[name]["peak_memory"] = one.close()
     return found
 
 
@@ -277,25 +290,17 @@ class Runner:
         return measure.interleaved({"": self.several}, 1, warmup=0)[""][0]
 
     def profiled(self):
-        """[[kernel, calls per step, microseconds per step], ...], the longest first, averaged over `o.profile` steps."""
-        from torch.profiler import ProfilerActivity, profile
-        steps = self.o.profile
-        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
-            for _ in range(steps):
-                self.trainer.step(*next(self.batches))
-            torch.cuda.synchronize(self.device)
-        kernels = {}
-        for event in found.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA and "#" not in event.name:     # Optimizer.step#AdamW.step spans kernels
-                total = kernels.setdefault(event.name, [0, 0.0])
-                total[0] += 1
-                total[1] += event.device_time_total
+        """{"kernels", "host"}: what `profiling.spent` finds in `o.profile` steps, of a GPU and of the host."""
+        with profiling.profiler(self.device) as found:
+            for i in range(self.o.profile):
+                with torch.profiler.record_function(f"ProfilerStep#{i}"):
+                    self.trainer.step(*next(self.batches))
+            profiling.wait(self.device)
         if self.o.traces:
             os.makedirs(self.o.traces, exist_ok=True)
             name = "".join(c if c.isalnum() else "-" for c in self.name)
-            found.export_chrome_trace(os.path.join(self.o.traces, f"{name}-{self.o.model}-{self.o.batch_size or 0}.json.gz"))
-        rows = [[name, calls / steps, micros / steps] for name, (calls, micros) in kernels.items()]
-        return sorted(rows, key=lambda row: -row[2])
+            profiling.write_trace(found, os.path.join(self.o.traces, f"{name}-{self.o.model}-{self.o.batch_size or 0}.json.gz"))
+        return dict(kernels=profiling.spent(found, self.o.profile, DeviceType.CUDA), host=profiling.spent(found, self.o.profile))
 
 
 class Worker:
@@ -398,13 +403,9 @@ def table(found):
     return "\n".join(lines) + "\n(times nanoGPT: relative to nanoGPT as shipped; its strongest: relative to its fastest row)"
 
 
-def kernel_table(kernels, step_s, most=30):
-    """The time of each kernel in a step, as text."""
-    total = sum(micros for _, _, micros in kernels)
-    lines = [f"  {total / 1e3:.2f} ms of kernels in a step of {1e3 * step_s:.2f} ms, {sum(calls for _, calls, _ in kernels):.0f} launches"]
-    lines += [f"  {micros:>9.1f} us {100 * micros / total:>5.1f} % {calls:>6.1f} x {micros / calls:>8.1f} us  {name[:110]}"
-              for name, calls, micros in kernels[:most]]
-    return "\n".join(lines)
+def show_profile(o, name, row):
+    print(f"{name}, profiled; {1e3 * statistics.median(row['samples']):.2f} ms a step without the profiler\n"
+          + profiling.report(row["kernels"], row["host"], o.profile), flush=True)
 
 
 def strongest_of(found):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from .. import backend as ops_backend, devices
 from ..options import option
 from ..text import prepare
+from . import profiling
 
 
 @dataclass
@@ -31,6 +32,8 @@ class TrainOptions:
     wandb_run_name: str = option("gpt2", "its name for the run")
     verbose: bool = option(True, "before the first step, print which implementation each op takes, and why")
     tensorboard: bool = option(False, "log to TensorBoard, in out_dir/tensorboard (pip install tensorboard)")
+    profile: int = option(0, "after a warm-up profile so many steps: prints where their time goes, by op and by GPU kernel, and writes "
+                          "out_dir/trace.json.gz for chrome://tracing; 0: off", minimum=0)
 
     dataset: str = option("openwebtext", "folder below data_dir, `embedded`, `shakespeare_char`, `shakespeare`, or a text: a file, "
                           "a folder, several with commas, a pattern", alias="data", section="Data")
@@ -87,6 +90,10 @@ class TrainOptions:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd is {self.n_embd}, not divisible by n_head, {self.n_head}; every head gets n_embd / n_head"
                              " channels")
+        if self.profile and self.eval_only:
+            raise ValueError(f"profile is {self.profile}, but with eval_only no step is taken; expected 0")
+        if self.profile:
+            profiling.first_step(self.profile, 0, self.max_iters, self.eval_interval)
         split_backend(self.backend)
 
 

@@ -13,7 +13,7 @@ from ..checkpoints import folder as run_folder, nanogpt as checkpoints, schema
 from ..options import is_given
 from .options import TrainOptions
 
-OF_THE_CALL = ("out_dir", "init_from", "eval_only", "verbose", "preset")  # they say what to do now, and are no settings of the run
+OF_THE_CALL = ("out_dir", "init_from", "eval_only", "verbose", "preset", "profile")  # they say what to do now, and are no settings of the run
 # In a file of nanoGPT's they name nanoGPT's means, such as device='cuda' and backend='nccl' on whatever machine.
 OF_THE_MACHINE = ("backend", "device", "dtype", "compile", "cuda_graph", "malloc", "recompute")
 SAID_LATER = ("block_size", "n_layer", "n_head", "n_embd", "bias", "activation", "weight_decay", "beta1", "beta2", "seed")  # by start.py

@@ -5,6 +5,7 @@ on a CPU the extension ends it in one pass over memory (cpu.py).
 """
 import torch
 from torch.optim import optimizer as optimizers
+from torch.profiler import record_function
 
 from .. import devices
 from . import captured, cpu, sharding
@@ -45,22 +46,26 @@ class TrainingStep:
         computes, usually drawing the next batch.
         """
         if self.graphs is not None:
-            for micro_step in range(self.accumulation):
-                self.graphs.micro_step(*next_batch(), first=micro_step == 0)
-                meanwhile()
-            self.graphs.update()
+            with record_function("forward and backward"):
+                for micro_step in range(self.accumulation):
+                    self.graphs.micro_step(*next_batch(), first=micro_step == 0)
+                    meanwhile()
+            with record_function("update"):
+                self.graphs.update()
             return self.graphs.loss
         loss = None
-        for micro_step in range(self.accumulation):
-            last = micro_step == self.accumulation - 1  # gradients are averaged over the ranks once, with the last micro-batch
-            if self.sharded:
-                self.model.set_requires_gradient_sync(last)
-            elif self.ranks > 1:
-                self.network.require_backward_grad_sync = last
-            share = self.forward_backward(*next_batch(), meanwhile)
-            loss = share if loss is None else loss + share
-        self.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        with record_function("forward and backward"):
+            for micro_step in range(self.accumulation):
+                last = micro_step == self.accumulation - 1  # gradients are averaged over the ranks once, with the last micro-batch
+                if self.sharded:
+                    self.model.set_requires_gradient_sync(last)
+                elif self.ranks > 1:
+                    self.network.require_backward_grad_sync = last
+                share = self.forward_backward(*next_batch(), meanwhile)
+                loss = share if loss is None else loss + share
+        with record_function("update"):
+            self.update()
+            self.optimizer.zero_grad(set_to_none=True)
         return loss
 
     def forward_backward(self, x, y, meanwhile=lambda: None):

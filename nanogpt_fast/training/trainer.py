@@ -6,7 +6,7 @@ Read `_train` from top to bottom: data, model, optimizer and step, then one loop
     start.py        data, model, resuming              evaluation.py   the loss of both splits, a sample
     presets.py      the command line                   resumed.py      a resumed run's settings
     progress.py     what a run shows and records       losses.py       the losses of steps, read late
-    sharding.py     --shard: FSDP2
+    sharding.py     --shard: FSDP2                     profiling.py    --profile: where a step's time goes
     ../checkpoints/folder.py: its folder, and resuming;  ../checkpoints/nanogpt.py: its files;  ../devices.py: devices and ranks
 
 A run is a function of its options: evaluation and the printed samples draw from generators of their own, so a run that was
@@ -30,7 +30,7 @@ from ..checkpoints.state import random_states
 from ..model import GPT
 from ..text.batches import Batches
 from ..text.tokens import TokenCheck
-from . import captured, cpu, presets, resumed, sharding, start
+from . import captured, cpu, presets, profiling, resumed, sharding, start
 from .banner import banner
 from .evaluation import estimate_loss, sample_text
 from .interrupt import StopOnSignal
@@ -156,6 +156,7 @@ def _train(o, ranks, device, ops, malloc):
     if checkpoint is not None:
         iter_num, best_val_loss, run = checkpoint["iter_num"], checkpoint["best_val_loss"], checkpoint.get("run", run)
         evaluated_at = start.continue_exactly(checkpoint, o, model, optimizer, step.scaler, train_batches, ranks)
+    profiled_from = profiling.first_step(o.profile, iter_num, o.max_iters, o.eval_interval) if o.profile else None
     if ranks.is_master and not o.eval_only:
         if checkpoint is not None:
             run_folder.finish(o.out_dir, checkpoint)
@@ -181,6 +182,8 @@ def _train(o, ranks, device, ops, malloc):
     progress = Progress(o, start=iter_num, total=o.max_iters, tokens=tokens, stop=stop, evaluated_at=evaluated_at, active=ranks.is_master,
                         forecast=accumulation if device.type == "cpu" and not o.eval_only and iter_num < o.max_iters else None)
     losses = Losses(o, ranks, train_batches, dtype, device)
+    run_profile = profiling.RunProfile(o.profile if ranks.is_master else 0, profiled_from, device,
+                                       Path(o.out_dir, "trace.json.gz"), progress)
 
     def report(at, loss, lr):
         progress.step(at, loss, lr, lambda seconds: model.estimate_hardware_mfu(o.batch_size * accumulation, seconds))
@@ -191,7 +194,8 @@ def _train(o, ranks, device, ops, malloc):
     # the loop
     stopping, measured = False, None
     train_batches.prefetch()
-    with contextlib.closing(progress), contextlib.closing(train_batches), contextlib.closing(token_check), stop:
+    with (contextlib.closing(progress), contextlib.closing(train_batches), contextlib.closing(token_check),
+          contextlib.closing(run_profile), stop):
         while True:
             token_check.wait(0)
             lr = learning_rate(iter_num, o)
@@ -226,7 +230,8 @@ def _train(o, ranks, device, ops, malloc):
                 windows.append(train_batches.drawn)
                 return train_batches.next()
             # The next batch is drawn after the forward pass, as in nanoGPT, and gathered while the GPU or the backward runs.
-            loss = step(next_batch, meanwhile=train_batches.prefetch)
+            with run_profile.step(iter_num):
+                loss = step(next_batch, meanwhile=train_batches.prefetch)
             losses.put(iter_num, lr, windows, loss, stop.signal is not None)
             iter_num += 1
             stopping = losses.read(report, late=losses.late) or told_to_stop()

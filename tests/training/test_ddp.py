@@ -87,6 +87,17 @@ def test_two_ranks_take_the_steps_of_one_process_with_both_batches(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_first_rank_alone_is_profiled_and_the_steps_stay_the_same(tmp_path):
+    tiny.data(tmp_path)
+    o = tiny.options(tmp_path, "plain", backend="gloo,reference", gradient_accumulation_steps=2, max_iters=14, eval_interval=14)
+    torchrun(tmp_path, "plain", o)
+    profiled = dataclasses.replace(o, out_dir=str(tmp_path / "profiled"), profile=2)
+    printed, _ = torchrun(tmp_path, "profiled", profiled)
+    assert tiny.losses(profiled) == tiny.losses(o)
+    assert printed.count("host, by op") == 1 and (tmp_path / "profiled/trace.json.gz").is_file()
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_and_the_resumed_run_is_exact(tmp_path):
     tiny.data(tmp_path)
     o = tiny.options(tmp_path, "straight", backend="gloo,reference", gradient_accumulation_steps=2, max_iters=14, dropout=0.1)
