@@ -19,6 +19,7 @@ from typing import Callable
 
 import torch
 
+from nanogpt_fast import tables
 from nanogpt_fast.bench import measure
 
 LIMIT = 1.5  # times the bare Function: the target for these ops
@@ -246,14 +247,15 @@ def main():
     parser.add_argument("--json", help="append the results to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'op':26} {'':18} {'bare us':>8} {'op us':>8} {'ratio':>6}   (limit {LIMIT})")
+    lines = tables.Lines(("op", "", "bare us", "op us", f"ratio, at most {LIMIT}"), align="llr", widths=(26, 18, 8, 8))
+    print("\n".join(lines.head), flush=True)
     worst = 0.0
     for name, make in ENTRIES.items():
         if args.op not in (None, name):
             continue
         measured = ratios(make(), args.repeats)
         for what, (bare, op, ratio) in measured.items():
-            print(f"{name:26} {what:18} {bare:8.1f} {op:8.1f} {ratio:6.2f}")
+            print(lines.row((name, what, f"{bare:.1f}", f"{op:.1f}", f"{ratio:.2f}")), flush=True)
             worst = max(worst, ratio)
         if args.json:
             measure.append(args.json, "overhead", op=name, microseconds={what: dict(zip(("bare", "op", "ratio"), row))

@@ -12,7 +12,7 @@ import statistics
 import torch
 
 from benchmarks import RESULTS
-from nanogpt_fast import devices, options
+from nanogpt_fast import devices, options, tables
 from nanogpt_fast.bench import common, loss, measure, train
 from nanogpt_fast.text import prepare
 from nanogpt_fast.text.batches import Batches
@@ -57,13 +57,14 @@ def main():
     config["block_size"], B = args.block_size or config["block_size"], args.batch_size or B
     if args.model != "gpt2":  # GPT-2's own padded vocabulary holds any text's ids
         config["vocab_size"] = prepare.load_tokenizer(folder).vocab_size
+    lines = tables.Lines(("seed", "", "first loss", "last loss", "from float32's, on average", "at most"), align="rlr", widths=(4, 4))
+    print("\n".join(lines.head), flush=True)
     curves = {}
     for seed in range(args.seeds):
         curves[seed] = {side: curve(variant, o, config, B, args.steps, seed, folder, device) for side, variant in SIDES.items()}
         for side in ("bf16", "ours"):
             mean, largest = distance(curves[seed][side], curves[seed]["float32"])
-            print(f"seed {seed}  {side:<8} loss {curves[seed][side][0]:.4f} to {curves[seed][side][-1]:.4f}; from float32's "
-                  f"{mean:.2e} on average, {largest:.2e} at most", flush=True)
+            print(lines.row((seed, side, *(f"{curves[seed][side][i]:.4f}" for i in (0, -1)), f"{mean:.2e}", f"{largest:.2e}")), flush=True)
     measure.append(args.json, "precision", model=args.model, steps=args.steps, shape=dict(config, batch_size=B), curves=curves)
 
 

@@ -12,10 +12,12 @@ import argparse
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
 
 from benchmarks import RESULTS, report_gpu, report_plots, swap_table
 from benchmarks.tables import GPU_KERNELS, MISSING, device_of, last, read, small, spread, table, where  # noqa: F401 (tests take them from here)
+from nanogpt_fast import cli, tables
 from nanogpt_fast.bench.common import MODELS
 from nanogpt_fast.bench.generate import percentiles
 from nanogpt_fast.bench.train import TRAIN_VARIANTS, rival_of, strongest_of
@@ -341,43 +343,40 @@ def fill(text, found):
 
 # ----------------------------------------------------------------------------------------------------------------- summary
 
-def summary(records):
-    """One screen of a run."""
-    lines = []
+def summary(records, format="text"):
+    """One screen of a run: a table of training, of generation, and of the first kernels."""
+    trained, generated, timed = [], [], []
     for model in MODELS:
         record = last(records, "train", model=model)
         if record:
-            rival = rival_of(record["variants"])
-            shape = record["shape"]
-            lines.append(f"train {model}, {shape['batch_size']} x {shape['block_size']} tokens, against {record['against']}")
+            rival, shape = rival_of(record["variants"]), record["shape"]
             for name, row in record["variants"].items():
-                if "tokens_per_s" in row:
-                    mfu = f"{100 * row['mfu']:5.1f} % MFU" if row["mfu"] else ""
-                    ratio = f"{row['tokens_per_s'] / rival['tokens_per_s']:5.2f} x nanoGPT" if rival else ""
-                    lines.append(f"  {name:<24} {row['tokens_per_s']:>10,.0f} tokens/s {mfu} {ratio}  "
-                                 f"first step {row['first_step_s']:.0f} s")
-                else:
-                    lines.append(f"  {name:<24} {row['error']}")
+                what = (f"{model}, {shape['batch_size']} x {shape['block_size']}, against {record['against']}", name)
+                trained.append((*what, row["error"], "", "", "") if "tokens_per_s" not in row else (
+                    *what, f"{row['tokens_per_s']:,.0f}", f"{100 * row['mfu']:.1f} %" if row["mfu"] else "",
+                    f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}" if rival else "", f"{row['first_step_s']:.0f} s"))
     for B in sorted({r["batch_size"] for r in records if r["benchmark"] == "generate"}):
-        record = last(records, "generate", batch_size=B)
-        lines.append(f"generate, batch {B}, tokens/s (share of the memory limit): " + ", ".join(
-            f"{name} {row['tokens_per_s']:,.0f} ({100 * row['of_limit']:.0f} %)" for name, row in record["variants"].items()))
+        for name, row in last(records, "generate", batch_size=B)["variants"].items():
+            generated.append((B, name, f"{row['tokens_per_s']:,.0f}", f"{100 * row['of_limit']:.0f} %"))
     for record in [r for r in records if r["benchmark"] == "kernel"][:20]:
         ours, share, _, compiled, best = kernel_row(record)
         shape = " ".join(f"{key}={value}" for key, value in record["shape"].items())
-        lines.append(f"{record['op']:<20} {record['direction']:<7} {shape:<28} ours {ours:>9} us ({share or '-'} of limit), "
-                     f"compile {compiled or '-'}, best peer {best or '-'}")
-    return "\n".join(lines) or "nothing was measured"
+        timed.append((record["op"], record["direction"], shape, ours, share, compiled, best))
+    parts = ((trained, ("train", "", "tokens/s", "MFU", "x nanoGPT", "first step"), "llr"),
+             (generated, ("generate, batch", "", "tokens/s", "of the memory limit"), "llr"),
+             (timed, ("op", "", "shape", "ours, us", "of limit", "compile, us", "best peer, us"), "lllr"))
+    return "\n\n".join(tables.table(head, rows, format, align) for rows, head, align in parts if rows) or "nothing was measured"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="write the documents' generated sections and the plots")
     parser.add_argument("--summary", metavar="FILE", help="one screen of this results file")
+    tables.add_format(parser)
     args = parser.parse_args(argv)
     if args.summary:
         path = Path(args.summary)
-        print(summary(read(path) if path.exists() else []))
+        print(summary(read(path) if path.exists() else [], args.format))
         return
     records = read()
     if args.write:
@@ -396,4 +395,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.until_nobody_reads(main))

@@ -15,6 +15,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
+from nanogpt_fast import tables
 from nanogpt_fast.bench import measure
 from nanogpt_fast.ops import extension, sampler
 
@@ -83,9 +84,8 @@ def compare(title, variants, rounds, path, calls=1):
     samples = {name: [seconds / calls for seconds in values] for name, values in measure.interleaved(variants, rounds).items()}
     median = measure.medians(samples)
     rival = list(variants)[-1]
-    for name in variants:
-        against = "" if name == rival else f"{median[rival] / median[name]:7.1f} times as fast as {rival}"
-        print(f"{title:30} {name:13} median {median[name] * 1e6:9.1f} us, fastest {min(samples[name]) * 1e6:9.1f} us {against}", flush=True)
+    rows = [(name, f"{median[name] * 1e6:.1f}", f"{min(samples[name]) * 1e6:.1f}", f"{median[rival] / median[name]:.1f}") for name in variants]
+    print(tables.table((title, "median us", "fastest us", f"times as fast as {rival}"), rows) + "\n", flush=True)
     if path:
         measure.append(path, "sampler", row=title, rival=rival, median=median, samples=samples, extension=extension._C.build_info(),
                        load=os.getloadavg()[0])

@@ -216,7 +216,7 @@ def sections(records=()):
         errors = ["<br>".join(f"{ours:.0e}/{theirs:.0e}" for ours, theirs in row.get("errors", {}).get(name, {}).values())
                   for name in ("float32", "bfloat16")]
         rows.append([f"{row['repository']} {row['commit'].split()[0]}", row["model"], swapped,
-                     f"{on_kernels} of {on_kernels + own}" if on_kernels + own else "", "; ".join(left).replace("|", "\\|"), *errors,
+                     f"{on_kernels} of {on_kernels + own}" if on_kernels + own else "", "; ".join(left), *errors,
                      "yes" if row["equal"] else "**no**: " + "; ".join(row["why"])])
     equal, some = sum(row[-1] == "yes" for row in rows), sum(row[2] != "nothing" for row in rows)
     e = results["environment"]

@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks import RESULTS
+from nanogpt_fast import tables
 
 MISSING = "not measured yet"
 # What GPT-2 124M's training step on a GPU is made of, (op, shape); each forward, and forward and backward.
@@ -33,8 +34,8 @@ def device_of(record):
 
 
 def table(head, rows):
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["--"] * len(head)) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+    """A table of a document."""
+    return tables.table(head, rows, "markdown", "l")
 
 
 def where(record, rows=()):

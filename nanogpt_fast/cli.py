@@ -10,6 +10,8 @@ import sys
 import traceback
 from importlib import import_module
 
+from nanogpt_fast import tables
+
 COMMANDS = {  # name: (module, function, what it does)
     "demo": ("commands.demo", "main", "train a small GPT on text that ships with Python, and complete a prompt"),
     "prepare": ("text.prepare", "main", "turn a text into token files: embedded, shakespeare, a file, a folder"),
@@ -32,22 +34,28 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     name = " ".join(["nanogpt-fast", *argv[:1]])
     try:
-        try:
-            return _run(argv)
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()  # here, because what Python's own flush raises at exit cannot be caught
+        return until_nobody_reads(lambda: _run(argv))
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `nanogpt-fast train --help | head`: the reader is done; keep Python's flush at exit from complaining
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError) as error:
         if os.environ.get("NANOGPT_FAST_TRACEBACK") or not is_for_the_user(error):
             raise
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 2
+
+
+def until_nobody_reads(command):
+    """A command's exit status; 0 if the reader of its output ends before it does (`nanogpt-fast train --help | head`)."""
+    try:
+        try:
+            return command()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, because what Python's own flush raises at exit cannot be caught
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # keeps Python's flush at exit from complaining
+        return 0
 
 
 def _run(argv):
@@ -73,10 +81,10 @@ def _run(argv):
 
 
 def usage():
-    lines = ["usage: nanogpt-fast COMMAND [...]        (COMMAND --help for its options)", ""]
-    lines += [f"  {name:<10}{about}" for name, (_, _, about) in COMMANDS.items()]
-    return "\n".join(lines + ["", "To start: nanogpt-fast train --dataset=embedded",
-                              "NANOGPT_FAST_TRACEBACK=1 shows where in the code an error was raised."])
+    commands = tables.table(None, [(f"  {name}", about) for name, (_, _, about) in COMMANDS.items()], align="l")
+    return "\n".join(["usage: nanogpt-fast COMMAND [...]        (COMMAND --help for its options)", "", commands, "",
+                      "To start: nanogpt-fast train --dataset=embedded",
+                      "NANOGPT_FAST_TRACEBACK=1 shows where in the code an error was raised."])
 
 
 LONGEST = 2000  # characters of an error; one that quotes a huge argument would fill the terminal

@@ -1,26 +1,69 @@
-"""One table for the screen, Markdown and CSV."""
+"""One table for the screen, Markdown and CSV: every command and report prints its tables with this.
+
+The text has no colour and is as wide as its cells, on a terminal and in a pipe. Standard library only, since `doctor` needs it where
+nothing else works.
+"""
 import csv
 import io
+import sys
+
+from nanogpt_fast.options import option
 
 FORMATS = ("text", "markdown", "csv")
 
 
-def table(head, rows, format="text", left=1):
-    """A table as text. head: names of the columns; rows: lists of what stands in them; the first `left` columns are aligned to the left.
+ABOUT = "of the table; with csv what else there is to say goes to stderr"
+
+
+def format_option(**more):
+    """The option --format of a command that prints a table, as a field of its options. more: as of `option`."""
+    return option("text", ABOUT, choices=FORMATS, **more)
+
+
+def add_format(parser):
+    """The same option for an argparse.ArgumentParser."""
+    parser.add_argument("--format", choices=FORMATS, default="text", help=ABOUT)
+
+
+def aside(format):
+    """The file for what a command prints beside its table: a CSV file holds nothing else."""
+    return sys.stderr if format == "csv" else sys.stdout
+
+
+def table(head, rows, format="text", align="lr"):
+    """A table as text. head: names of the columns, None for none; rows: lists of what stands in them. align: l or r for each column,
+    the last letter for all that follow.
 
     Raises ValueError for a format that is not one of FORMATS.
     """
-    cells = [[str(cell) for cell in row] for row in (head, *rows)]
-    if format == "csv":
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(cells)
-        return text.getvalue().rstrip("\n")
-    if format not in FORMATS:
-        raise ValueError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
-    if format == "markdown":
-        cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
-        cells.insert(1, ["--"] * left + ["--:"] * (len(head) - left))
-        return "\n".join("| " + " | ".join(row) + " |" for row in cells)
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ("  ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))) for row in cells)
-    return "\n".join(line.rstrip() for line in lines)
+    rows = [[str(cell) for cell in row] for row in rows]
+    lines = Lines(head, format, align, [max(map(len, column)) for column in zip(*rows)])
+    return "\n".join([*lines.head, *map(lines.row, rows)])
+
+
+class Lines:
+    """A table whose rows are printed one by one, as they become known: first `head`, a list of lines, then `row(cells)`, a line each.
+
+    widths: of the first columns in text, at least; a wider cell pushes the others of its line to the right. head, align: as of `table`.
+    """
+
+    def __init__(self, head, format="text", align="lr", widths=()):
+        if format not in FORMATS:
+            raise ValueError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
+        names = [""] * len(widths) if head is None else head
+        self.format, self.left = format, [letter == "l" for letter in align.ljust(len(names), align[-1])]
+        self.widths = [max(len(name), width) for name, width in zip(names, (*widths, *[0] * len(names)))]
+        self.head = [] if head is None and format != "markdown" else [self.row(names)]
+        if format == "markdown":
+            self.head.append("|" + "|".join("--" if left else "--:" for _, left in zip(names, self.left)) + "|")
+
+    def row(self, cells):
+        cells = [str(cell) for cell in cells]
+        if self.format == "csv":
+            text = io.StringIO()
+            csv.writer(text, lineterminator="").writerow(cells)
+            return text.getvalue()
+        if self.format == "markdown":
+            return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        padded = (cell.ljust(width) if left else cell.rjust(width) for cell, width, left in zip(cells, self.widths, self.left))
+        return "  ".join(padded).rstrip()

@@ -1,4 +1,5 @@
 """The command line itself: which commands there are, how fast help is, and that an error is one line and an exit status."""
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -134,13 +135,13 @@ def test_training_on_damaged_data_is_one_line(tmp_path, monkeypatch, capsys, nam
 OPTIONS = {  # the parser of every command that takes options
     "demo": "training.presets.TrainCommand", "train": "training.presets.TrainCommand", "prepare": "text.prepare.PrepareOptions",
     "sample": "commands.sampling.SampleOptions", "chat": "commands.sampling.ChatOptions", "ladder": "commands.ladder.LadderOptions",
-    "eval": "commands.evaluate.EvalOptions", "convert": "checkpoints.convert.ConvertOptions", "verify": "checks.verify.VerifyOptions",
+    "eval": "commands.evaluate.EvalOptions", "doctor": "checks.doctor.DoctorOptions", "convert": "checkpoints.convert.ConvertOptions", "verify": "checks.verify.VerifyOptions",
     "bench train": "bench.train.BenchTrainOptions", "bench generate": "bench.generate.BenchGenerateOptions",
     "bench loss": "bench.loss.BenchLossOptions", "tune": "tuning.command.TuneOptions", "bench op": "bench.op.BenchOpOptions"}
 
 
 def test_every_command_that_takes_options_is_listed():
-    assert {name.split()[0] for name in OPTIONS} == set(cli.COMMANDS) - {"run", "doctor"}
+    assert {name.split()[0] for name in OPTIONS} == set(cli.COMMANDS) - {"run"}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -225,6 +226,30 @@ def test_a_reader_that_leaves_early_is_no_error(argv):
     done = subprocess.run([sys.executable, "-m", "nanogpt_fast", *argv], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@contextlib.contextmanager
+def without_a_reader():
+    """Inside, stdout is a pipe whose reader has ended, as `| head -1` may have before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed, contextlib.redirect_stdout(closed):
+        yield
+
+
+@pytest.mark.parametrize("name", ["", *cli.COMMANDS, "bench train", "bench generate", "bench loss", "bench op"])
+def test_help_of_every_command_may_be_read_in_part(name, capsys):
+    with without_a_reader():
+        assert cli.main([*name.split(), "--help"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("module", ["nanogpt_fast.kernels.gate.__main__", "benchmarks.report"])
+def test_help_of_a_module_that_is_run_may_be_read_in_part(module, capsys):
+    main = pytest.importorskip(module, exc_type=ImportError).main     # the gate's needs Triton
+    with without_a_reader():
+        assert cli.until_nobody_reads(lambda: main(["--help"])) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")

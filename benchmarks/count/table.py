@@ -3,6 +3,7 @@ import json
 
 from benchmarks import RESULTS
 from benchmarks.report_gpu import kind_of
+from nanogpt_fast import tables
 
 # What a card reaches within a step: FLOP/s of matmuls and of attention, bytes/s of the rest; and by its data sheet, in bf16. H100: the
 # measured step of 64 x 1024 tokens (docs/gpu.md), where matmuls run at the power limit. An H200 differs in its memory.
@@ -42,11 +43,9 @@ def report(title, operations, card, found):
         if found is not None:
             profiled = [f"{sum(found[what][kind] for kind in kinds):.{digits}f}" for what, digits in (("ms", 2), ("launches", 0))]
         rows.append([name, *_figures([each for each in operations if each.kind in kinds], card), *profiled])
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [row[0].ljust(widths[0]) + "".join(cell.rjust(width + 2) for cell, width in zip(row[1:], widths[1:])) for row in [head, *rows]]
     total, profile = totals(operations), "Not measured yet" if found is None else f"Measured: a profile, commit {found['commit']}"
     return "\n".join([
-        title, "", *lines, "",
+        title, "", tables.table(head, rows), "",
         f"{total['launches']} launches, {total['bytes'] / 1e9:.1f} GB without the matmuls' own, {total['flops'] / 1e12:.1f} TFLOP.",
         "A library call counts as one launch; some are several kernels. At least: at the card's data sheet; expected: at the rates",
         f"that our step of 64 x 1024 tokens reached on an H100. {profile}."])
@@ -60,15 +59,16 @@ def _figures(operations, card):
 
 
 def listing(operations):
-    """Equal operations in one line: phase, name, how many launches, GB, TFLOP, the first shapes."""
+    """A table of the operations, equal ones in one line."""
     groups = {}
     for each in operations:
         group = groups.setdefault((each.phase, each.name, each.shapes), [0, 0, 0])
         for i, what in enumerate(("launches", "bytes", "flops")):
             group[i] += getattr(each, what)
-    return "\n".join(f"{phase:8}  {name:40}  x{launches:<4} {count / 1e9:8.3f} GB  {flops / 1e12:6.3f} TFLOP  "
-                     + " ".join(f"{'x'.join(map(str, shape))} {dtype}" for shape, dtype in shapes[:2])
-                     for (phase, name, shapes), (launches, count, flops) in groups.items())
+    return tables.table(("phase", "operation", "launches", "GB", "TFLOP", "the first shapes"), [
+        (phase, name, launches, f"{count / 1e9:.3f}", f"{flops / 1e12:.3f}",
+         " ".join(f"{'x'.join(map(str, shape))} {dtype}" for shape, dtype in shapes[:2]))
+        for (phase, name, shapes), (launches, count, flops) in groups.items()], align="llrrrl")
 
 
 def measured(card, model, batch_size, dropout, variant):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.gpu import ahead
 from benchmarks.gpu.lease import Lease, Stage
+from nanogpt_fast import tables
 
 PYTHON = sys.executable
 # For the first run: what trains and generates, one case a test, at most 150 kernels to compile (tests/benchmarks/test_gpu_kit.py counts them).
@@ -165,11 +166,12 @@ def main(argv=None):
     keep_code(more / "code")
     with tarfile.open(folder / "more.tar.gz", "w:gz", compresslevel=3) as archive:
         archive.add(more, arcname="more")
-    lines = [f"{carried} kernels compiled ahead were carried"] + [f"{name:<24} {how}" for name, how in ended.items()]
+    lines = [f"{carried} kernels compiled ahead were carried", tables.table(("stage", "how it ended"), ended.items(), align="l")]
     results = folder / "results.jsonl"
     if results.exists():
         checks = [record for record in map(json.loads, results.read_text().splitlines()) if record["benchmark"] == "smoke"]
-        lines += [f"{record['part']}: {record['check']:<40} {'FAILED' if record['failed'] else 'right'}" for record in checks]
+        lines.append(tables.table(("part", "check", ""), [
+            (record["part"], record["check"], "FAILED" if record["failed"] else "right") for record in checks], align="l"))
     (folder / "summary.txt").write_text("\n".join(lines) + "\n")
     print("\n== summary\n" + "\n".join(lines))
     return 0 if all(how == "passed" for how in ended.values()) else 1

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu import candidates
 from benchmarks.gpu.smoke import relative
-from nanogpt_fast import backend, reference
+from nanogpt_fast import backend, reference, tables
 from nanogpt_fast.bench import measure
 from nanogpt_fast.ops import attention as attention_op
 from nanogpt_fast.ops.hopper import attention as attention_hopper, mlp as mlp_hopper
@@ -337,13 +337,10 @@ def time_group(group, device, args):
             failed[name] = f"{type(error).__name__}: {error}"[:300]
     samples = measure.interleaved_on_gpu(runs, args.rounds, warmup=1)
     median = measure.medians(samples)
-    print(group.name)
-    for name, seconds in sorted(median.items(), key=lambda item: item[1]):
-        rate = f"{group.bytes / seconds / 1e9:>7,.0f} GB/s" + (f" {group.flops / seconds / 1e12:>6.0f} TFLOP/s" if group.flops else "")
-        print(f"  {1e6 * seconds:>9.1f} us {rate}  {name}")
-    for name, why in failed.items():
-        print(f"  {name}: {why}")
-    print(end="", flush=True)
+    rows = [(name, f"{1e6 * seconds:,.1f}", f"{group.bytes / seconds / 1e9:,.0f}",
+             f"{group.flops / seconds / 1e12:,.0f}" if group.flops else "", "") for name, seconds in sorted(median.items(), key=lambda item: item[1])]
+    rows += [(name, "", "", "", why) for name, why in failed.items()]
+    print(tables.table((group.name, "us", "GB/s", "TFLOP/s", ""), rows, align="lrrrl") + "\n", flush=True)
     measure.append(args.json, "sweep", device=device.type, group=group.name, bytes=group.bytes, flops=group.flops, samples=samples,
                    failed=failed)
 

@@ -1,11 +1,11 @@
 """The compile gate: every kernel, in every row of its tile table, compiled without a GPU and checked against limits.
 
-    python -m nanogpt_fast.kernels.gate [--arch 90] [--only NAME] [--json FILE]
+    python -m nanogpt_fast.kernels.gate [--arch 90] [--only NAME] [--all] [--format text|markdown|csv] [--json FILE]
 
 Tests find a wrong kernel; a slow one goes unnoticed on a machine that can't run it. But the compiler decides much of what makes
 a kernel slow, and the compiler needs no GPU: registers that spill, shared memory that leaves room for one block, a matmul that
 misses the tensor cores' fast instruction, loads of 2 bytes where 16 are possible. This command compiles each kernel ahead of
-time and prints
+time and prints the worst of each, or with --all every row:
 
     regs spill      registers and stack bytes (spills) of a thread, from the machine code
     shared  blocks  bytes of shared memory of a block; how many blocks fit a multiprocessor at once (limited by registers, shared
@@ -34,35 +34,49 @@ import time
 
 import triton
 
+from nanogpt_fast import tables
+from nanogpt_fast.cli import until_nobody_reads
+
 from .compiling import compile_all, cpu_seconds
 from .families import EVERY_FORM
 from .measure import ARCHITECTURES, H200_BYTES_PER_SECOND, H200_FLOPS_PER_SECOND, WIDE, failures
 
 
-def table(rows):
-    """The rows as text, one line each."""
-    width = max([len(row.name) for row in rows] + [6])
-    tile_width = max([len(row.tile_row) for row in rows] + [4])
-    lines = [f"{'kernel':{width}} {'tile':{tile_width}} {'sm':>3} {'warps':>5} {'regs':>4} {'spill':>5} {'shared':>7} "
-             f"{'blocks':>6} {'wgmma':>5} {'mma':>4} {'tc5':>3} {'load':>4} {'store':>5} {'narrow':>6} {'MB':>7} {'GFLOP':>7} "
-             f"{'floor us':>8} {'cpu s':>5}"]
+HEAD = ("kernel", "tile", "sm", "warps", "regs", "spill", "shared", "blocks", "wgmma", "mma", "tc5", "load", "store", "narrow", "MB",
+        "GFLOP", "floor us", "cpu s", "why it may spill")
+ALIGN = "ll" + "r" * (len(HEAD) - 3) + "l"
+
+
+def cells(row):
+    """The columns of HEAD: all of one row."""
+    wgmma = f"{row.wgmma}!" if row.serialised else row.wgmma
+    load = "tma" if row.tma and row.widest_load < WIDE else row.widest_load
+    counted = [("" if value is None else f"{value / unit:.1f}") for value, unit in ((row.bytes, 1e6), (row.flops, 1e9), (row.floor_us, 1))]
+    return (row.name, row.tile_row, row.arch, row.warps, row.registers, row.spill_bytes, row.shared, row.resident_blocks, wgmma, row.mma,
+            row.tcgen05, load, row.widest_store, row.narrow_loads, *counted, f"{row.compile_seconds:.1f}",
+            row.spill_reason if row.spill_bytes else "")
+
+
+SUMMARY = ("kernel", "variants", "sm", "most regs", "most spill", "most shared", "fewest blocks", "verdict")
+
+
+def summary(rows):
+    """A row for each kernel: the worst of its variants, and whether all of them keep the limits."""
+    kernels = {}
     for row in rows:
-        wgmma = f"{row.wgmma}!" if row.serialised else row.wgmma
-        load = "tma" if row.tma and row.widest_load < WIDE else row.widest_load
-        mb = "" if row.bytes is None else f"{row.bytes / 1e6:.1f}"
-        gflop = "" if row.flops is None else f"{row.flops / 1e9:.1f}"
-        floor = "" if row.floor_us is None else f"{row.floor_us:.1f}"
-        lines.append(f"{row.name:{width}} {row.tile_row:{tile_width}} {row.arch:>3} {row.warps:>5} {row.registers:>4} "
-                     f"{row.spill_bytes:>5} {row.shared:>7} {row.resident_blocks:>6} {wgmma:>5} {row.mma:>4} "
-                     f"{row.tcgen05:>3} {load:>4} {row.widest_store:>5} {row.narrow_loads:>6} {mb:>7} {gflop:>7} {floor:>8} "
-                     f"{row.compile_seconds:>5.1f}")
-        if row.spill_bytes and row.spill_reason:
-            lines.append(f"    spill: {row.spill_reason}")
+        kernels.setdefault(row.name.split()[0], []).append(row)
+    for kernel, of in kernels.items():
+        broken, spilling = sum(bool(failures(row)) for row in of), sum(row.spill_bytes > 0 for row in of)
+        verdict = f"{broken} of {len(of)} over a limit" if broken else "right" + f", {spilling} with a declared spill" * (spilling > 0)
+        yield (kernel, len(of), " ".join(str(arch) for arch in sorted({row.arch for row in of})), max(row.registers for row in of),
+               max(row.spill_bytes for row in of), max(row.shared for row in of), min(row.resident_blocks for row in of), verdict)
+
+
+def compile_times(rows):
+    """A line for each architecture: what a training step's kernels take to compile."""
     for arch in sorted({row.arch for row in rows if row.in_model}):
         model = [row.compile_seconds for row in rows if row.arch == arch and row.in_model]
-        lines.append(f"sm_{arch}: the {len(model)} kernels of a GPT-2 124M training step here take {sum(model):.1f} s of "
-                     "one core to compile")
-    return "\n".join(lines)
+        yield f"sm_{arch}: the {len(model)} kernels of a GPT-2 124M training step here take {sum(model):.1f} s of one core to compile"
 
 
 def main(argv=None):
@@ -74,17 +88,22 @@ def main(argv=None):
                         help=f"compile variants for every architecture, not for sm_{EVERY_FORM} alone")
     parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
     parser.add_argument("--workers", type=int, help="processes that compile; default: one per core")
+    parser.add_argument("--all", action="store_true", help="print every row; without it, one for each kernel: the worst of its variants")
+    tables.add_format(parser)
     args = parser.parse_args(argv)
+    aside = tables.aside(args.format)
     start = time.perf_counter()
     rows = compile_all(tuple(args.arch or ARCHITECTURES), args.only, workers=args.workers, every=args.every)
     seconds = time.perf_counter() - start
     core_seconds = cpu_seconds()                        # includes the workers', which have ended
     print(f"Triton {triton.__version__}; floors: H200 at {H200_BYTES_PER_SECOND / 1e12} TB/s and "
-          f"{H200_FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s")
-    print(table(rows))
+          f"{H200_FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s", file=aside)
+    print(tables.table(HEAD, map(cells, rows), args.format, ALIGN) if args.all else
+          tables.table(SUMMARY, summary(rows), args.format, "lrlrrrrl"))
+    print("\n".join(compile_times(rows)), file=aside)
     found = [line for row in rows for line in failures(row)]
-    print(f"{len(rows)} compiled in {seconds:.0f} s, {core_seconds:.0f} s of a core")
-    print("\n".join(found) if found else "all within the limits")
+    print(f"{len(rows)} compiled in {seconds:.0f} s, {core_seconds:.0f} s of a core", file=aside)
+    print("\n".join(found) if found else "all within the limits", file=aside)
     if args.json:
         lines = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows)       # one row per line
         pathlib.Path(args.json).write_text(f"[\n{lines}\n]\n")
@@ -92,4 +111,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_nobody_reads(main))

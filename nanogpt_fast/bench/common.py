@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .. import backend as ops_backend
+from .. import backend as ops_backend, tables
 from ..config import GPTConfig
 from ..model import GPT
 from ..options import option
@@ -39,6 +39,7 @@ class BenchOptions:
     only: str = option("", "only the variants whose name contains one of these words, separated by commas")
     rounds: int = option(10, "samples of each variant", minimum=1)
     minutes: float = option(60.0, "start nothing new after this time; building variants may take two thirds of it", above=0)
+    format: str = tables.format_option()
     json: str = option("", "append the result, with every sample, to this file")
 
     def __post_init__(self):
@@ -50,7 +51,7 @@ class BenchOptions:
 def record(o, benchmark, device, **found):
     """Append the results to the file that --json names, with the options that reproduce them."""
     if o.json:
-        asked = {key: value for key, value in asdict(o).items() if key not in ("json", "upstream", "data_dir", "traces")}
+        asked = {key: value for key, value in asdict(o).items() if key not in ("json", "format", "upstream", "data_dir", "traces")}
         measure.append(o.json, benchmark, device=device.type, options=asked,
                        against="nanoGPT checkout" if o.upstream else "GPT(backend='reference')", **found)
 

@@ -5,10 +5,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .. import devices, reference
+from .. import devices, reference, tables
 from ..options import option
 from . import measure
 from .common import MODELS, BenchOptions, build, record, wanted
+
+
+HEAD = ("batch", "", "prefill", "tokens/s", "times nanoGPT", "times plain", "times batch 1", "of the limit",
+        "ms a token: p50, p90, p99")
 
 
 @dataclass
@@ -138,10 +142,10 @@ def run(o, device, dtype):
     limits = measure.limits(device)
     matrix, vector = (torch.ones(1 << 15, 4096), torch.ones(4096)) if not gpu else (None, None)  # 0.5 GiB, larger than any cache
     until = time.monotonic() + 60 * o.minutes
+    aside, lines = tables.aside(o.format), tables.Lines(HEAD, o.format, "rlrrrrrrl", (0, 19, 11, 9))
     print(f"{o.model}: a prompt of {prompt} tokens, then {tokens} more, on {devices.describe(device)}; memory at "
-          f"{limits['memory'] / 1e9:,.0f} GB/s")
-    print(f"{'':>5} {'':<22} {'prefill':>10} {'tokens/s':>10} {'times nanoGPT':>14} {'times plain':>12} {'times batch 1':>14} "
-          f"{'of the limit':>13}  latency per token, ms: p50, p90, p99")
+          f"{limits['memory'] / 1e9:,.0f} GB/s", file=aside)
+    print("\n".join(lines.head), flush=True)
     alone = {}  # tokens a second at batch 1
     for B in (int(text) for text in o.batch_sizes.split(",")):
         idx = torch.randint(config["vocab_size"], (B, prompt), generator=torch.Generator().manual_seed(B)).to(device)
@@ -158,7 +162,7 @@ def run(o, device, dtype):
         median, found = measure.medians(samples), {}
         if not gpu:
             limits["memory"] = matrix.numel() * matrix.itemsize / median["memory"]
-            print(f"      memory at {limits['memory'] / 1e9:,.1f} GB/s", flush=True)
+            print(f"batch {B}: memory at {limits['memory'] / 1e9:,.1f} GB/s", file=aside, flush=True)
         for name, (side, side_dtype) in sides.items():
             n = counts[name]
             later = median[name, n] - median[name, 1]  # the time of all tokens after the first
@@ -171,8 +175,8 @@ def run(o, device, dtype):
             plain = "plain KV cache" if side_dtype == dtype else "plain KV cache bf16"  # the one in the same dtype
             rivals = [found[rival]["tokens_per_s"] if rival in found else None for rival in ("nanoGPT", plain)]
             ratios = [f"{rate / rival:.{digits}f}" if rival else "-" for rival, digits in zip((*rivals, alone.get(name)), (1, 2, 1))]
-            print(f"{B:>5} {name:<22} {1e3 * median[name, 1]:>7.1f} ms {rate:>10,.1f} {ratios[0]:>14} {ratios[1]:>12} "
-                  f"{ratios[2]:>14} {100 * rate / limit:>11.0f} %  " + percentiles(latency), flush=True)
+            print(lines.row((B, name, f"{1e3 * median[name, 1]:,.1f} ms", f"{rate:,.1f}", *ratios, f"{100 * rate / limit:.0f} %",
+                             percentiles(latency))), flush=True)
         record(o, "generate", device, shape=config, batch_size=B, prompt=prompt, limits=limits,
                dtype=str(dtype).removeprefix("torch."), variants=found)
 

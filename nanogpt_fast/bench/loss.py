@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import devices
+from .. import devices, tables
 from ..options import option
 from ..training.trainer import learning_rate
 from . import measure
@@ -56,18 +56,19 @@ def run(o, device, dtype):
 
     untimed = UNTIMED if device.type == "cuda" else 0
     sides = {name: Side(Trainer(o, variant, config, B, device, dtype), batches("train", 1), untimed) for name, variant in both.items()}
-    print(f"{o.model} on {o.data}, {o.steps} steps of {B} x {config['block_size']} tokens, on {devices.describe(device)}")
+    aside, lines = tables.aside(o.format), tables.Lines(("step", "", "s", "validation loss"), o.format, "rlr", (6, 7, 8))
+    print(f"{o.model} on {o.data}, {o.steps} steps of {B} x {config['block_size']} tokens, on {devices.describe(device)}", file=aside)
+    print("\n".join(lines.head), flush=True)
     interrupted = None
     try:
         for step in range(0, o.steps + 1, o.eval_interval):
             for name, side in sides.items():
                 with contextlib.closing(batches("val", 2)) as held_out:
                     row = side.evaluate(step, held_out, o.eval_iters)
-                print(f"step {row['step']:>6}  {name:<8} {row['seconds']:>8.1f} s  validation loss {row['val_loss']:.4f}",
-                      flush=True)
+                print(lines.row((row["step"], name, f"{row['seconds']:.1f}", f"{row['val_loss']:.4f}")), flush=True)
                 side.advance(step, min(o.eval_interval, o.steps - step), schedule, device)
         if untimed:
-            print("; ".join(f"{name}: {side.before:.1f} s more for the first {untimed} steps" for name, side in sides.items()))
+            print("; ".join(f"{name}: {side.before:.1f} s more for the first {untimed} steps" for name, side in sides.items()), file=aside)
     except measure.Interrupted as error:      # the rows so far are recorded below
         interrupted = error
     finally:

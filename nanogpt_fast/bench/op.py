@@ -25,7 +25,7 @@ from . import cases, measure
 CASES = {"attention": "attention", "layer_norm": "add + LayerNorm", "mlp": "GELU-MLP", "cross_entropy": "linear cross-entropy", "sample": "sampler",
          "decode": "decode attention"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HEAD = ("", "median", "spread", "x PyTorch", "memory", "share of the limit")
+HEAD = ("median", "spread", "x PyTorch", "memory", "share of the limit")     # after the case's name
 
 
 @dataclass
@@ -49,7 +49,7 @@ class BenchOpOptions:
     rounds: int = option(50, "samples of each implementation", minimum=1)
     minutes: float = option(60.0, "begin no case after so long", minimum=0.0)
     quick: bool = option(False, "tiny shapes and 5 rounds: tries the machinery, measures nothing")
-    format: str = option("text", "of the tables", choices=tables.FORMATS)
+    format: str = tables.format_option()
     json: str = option("", "append each case, with every sample, to this file")
     csv: str = option("", "write all rows to this file")
     png: str = option("", "draw the times to this file")
@@ -66,15 +66,16 @@ def run(o, device, dtype):
         mine = register(o.op, o.mine)
         if (wrong := check(o.op, mine, device)) is None:
             return 1
-        print(wrong, flush=True)
+        print(wrong, file=tables.aside(o.format), flush=True)
     until = time.monotonic() + 60 * o.minutes
     limits = None if o.quick else measure.limits(device)
     if limits:
-        print(f"{device}: copies at {limits['copy'] / 1e9:,.0f} GB/s, bf16 matmuls at {limits['matmul'] / 1e12:,.1f} TFLOP/s", flush=True)
+        print(f"{device}: copies at {limits['copy'] / 1e9:,.0f} GB/s, bf16 matmuls at {limits['matmul'] / 1e12:,.1f} TFLOP/s",
+              file=tables.aside(o.format), flush=True)
     rows, left = [], chosen(o, device, dtype)
     for done, case in enumerate(left):
         if time.monotonic() > until:
-            print(f"out of time: {len(left) - done} of {len(left)} cases were not started")
+            print(f"out of time: {len(left) - done} of {len(left)} cases were not started", file=tables.aside(o.format))
             break
         rows += time_case(case, device, limits, o, mine, until)
     if o.csv:
@@ -141,7 +142,7 @@ def check(op, name, device):
     wrong = [row for row in found if row.result == "FAIL"]
     if wrong:
         print(f"{name} is not right: of {len(found)} results {len(wrong)} differ from float64 by more than twice (gradients: three times) what plain "
-              f"PyTorch's do\n\n{verify.HEADER}\n" + "\n".join(map(str, wrong)))
+              f"PyTorch's do\n\n" + tables.table(verify.HEAD, [row.cells() for row in wrong], align=verify.ALIGN))
         return None
     checked = [row for row in found if row.result == "pass"]
     return f"{name}: {len(checked)} results and gradients are as near to float64 as plain PyTorch's" if checked else f"{name} was not checked: {found[0].why}"
@@ -160,9 +161,9 @@ def time_case(case, device, limits, o, mine, until):
         memory = peak_memory(runs[name], device)
         rows.append((case.name, name, seconds, spread(samples[name]), median["eager"] / seconds if "eager" in median else None, memory,
                      None if limits is None else rate(case, seconds) / limits[case.bound]))
-    print(case.name + "\n" + tables.table(HEAD, [shown(case, row) for row in rows], o.format))
+    print(tables.table((case.name, *HEAD), [shown(case, row) for row in rows], o.format))
     for name, why in absent.items():
-        print(f"{name} is not here: {why}")
+        print(f"{name} is not here: {why}", file=tables.aside(o.format))
     print(flush=True)
     if o.json:
         measure.append(o.json, "kernel", device=device.type, op=case.op, shape=case.shape, sweep=case.sweep, direction=case.direction,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import DeviceType
 
-from .. import devices
+from .. import devices, tables
 from ..checks.explanation import explain
 from ..config import GPTConfig
 from ..model import GPT
@@ -145,7 +145,8 @@ def run(o, device, dtype):
     until = time.monotonic() + 60 * o.minutes
     apart = o.apart and hasattr(os, "setsid")
 
-    print(f"{o.model}: {B} x {T} tokens a step, {str(dtype).removeprefix('torch.')}, on {devices.describe(device)}", flush=True)
+    print(f"{o.model}: {B} x {T} tokens a step, {str(dtype).removeprefix('torch.')}, on {devices.describe(device)}",
+          file=tables.aside(o.format), flush=True)
     with quiet():
         counter = GPT(GPTConfig(**config))  # counts the FLOPs of both sides
 
@@ -168,12 +169,12 @@ def run(o, device, dtype):
     else:
         found = in_turns(o, names, runner, timed, until, apart)
         write(found)
-    print(table(found))
+    print(table(found, o.format))
 
 
 def one_after_the_other(o, names, runner, timed, until, write):
     """{name: results}; writes the results so far after every variant."""
-    found = {}
+    found, aside = {}, tables.aside(o.format)
     order = names + ([names[0]] if o.again and len(names) > 2 else [])
     ready = [runner(name) for name in order[:1]]    # each process imports PyTorch while the one before it is timed
     for i, name in enumerate(order):
@@ -187,22 +188,22 @@ def one_after_the_other(o, names, runner, timed, until, write):
             worker = ready.pop(0) if ready else runner(name)
             ready += [runner(name) for name in order[i + 1:i + 2]]
             row |= worker.first()
-            print(f"{name:<28} first step {row['first_step_s']:6.1f} s", flush=True)
+            print(f"{name}: first step {row['first_step_s']:.1f} s", file=aside, flush=True)
             worker.several()            # a warm-up
             samples = []
             for _ in range(o.rounds):
                 samples.append(worker.timed())
                 row["clocks"].append(measure.nvidia_smi("clocks.sm,power.draw,temperature.gpu"))
             row |= timed(samples)
-            print(f"{name:<28} {1e3 * statistics.median(row['samples']):8.2f} ms a step, {row['tokens_per_s']:,.0f} tokens/s, "
-                  f"peak {row['peak_memory'] / 2**30:.1f} GiB, {row['clocks'][-1]}", flush=True)
+            print(f"{name}: {1e3 * statistics.median(row['samples']):.2f} ms a step, {row['tokens_per_s']:,.0f} tokens/s, "
+                  f"peak {row['peak_memory'] / 2**30:.1f} GiB, {row['clocks'][-1]}", file=aside, flush=True)
             if o.profile and name not in found:
                 write(found | {name: row})
                 row |= worker.profiled()
                 show_profile(o, name, row)
             worker.close()
         except Exception as error:      # such as out of memory, or a failed graph capture: the others can still be timed
-            print(f"{name:<28} {error}", flush=True)
+            print(f"{name}: {error}", file=aside, flush=True)
             row["error"] = str(error)[:3000]
         except BaseException:           # measure.Interrupted, KeyboardInterrupt
             for one in ready:
@@ -222,7 +223,7 @@ def one_after_the_other(o, names, runner, timed, until, write):
 
 def in_turns(o, names, runner, timed, until, apart):
     """{name: results}: builds every variant and takes its first step, then lets the variants take turns."""
-    ones, found, interrupted = {}, {}, False
+    ones, found, interrupted, aside = {}, {}, False, tables.aside(o.format)
     for name in names:
         if interrupted or ones and time.monotonic() > until - 20 * o.minutes:
             found[name] = dict(error="not measured: ended by a signal" if interrupted else "not measured: out of time")
@@ -232,13 +233,13 @@ def in_turns(o, names, runner, timed, until, apart):
             found[name] = one.first()
         except Exception as error:  # such as out of memory, or a failed graph capture: the others can still be timed
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
-            print(f"{name:<28} {type(error).__name__}: {error}", flush=True)
+            print(f"{name}: {type(error).__name__}: {error}", file=aside, flush=True)
             found[name] = dict(error="out of memory" if out_of_memory else f"{type(error).__name__}: {error}"[:300])
             continue
         except measure.Interrupted:  # in the middle of a compilation, say: the variants built so far can still be timed
             found[name], interrupted = dict(error="not measured: ended by a signal"), True
             continue
-        print(f"{name:<28} first step {found[name]['first_step_s']:6.1f} s", flush=True)
+        print(f"{name}: first step {found[name]['first_step_s']:.1f} s", file=aside, flush=True)
         ones[name] = one
 
     samples = measure.interleaved({name: one.several for name, one in ones.items()}, o.rounds, warmup=1,
@@ -251,7 +252,7 @@ def in_turns(o, names, runner, timed, until, apart):
                 found[name] |= one.profiled()
                 show_profile(o, name, found[name])
             except (Exception, measure.Interrupted) as error:   # a full disk, say: what was timed is still written
-                print(f"{name:<28} not profiled: {type(error).__name__}: {error}", flush=True)
+                print(f"{name}: not profiled: {type(error).__name__}: {error}", file=aside, flush=True)
         if apart:
             found[name]["peak_memory"] = one.close()
     return found
@@ -385,27 +386,24 @@ def _work(pipe, threads, o, name, variant, *rest):
                 pipe.send(RuntimeError(f"{type(error).__name__}: {error}"[:500] + where * (rest[-3].type == "cuda")))
 
 
-def table(found):
-    """The results as text."""
-    shipped, strongest = found.get("nanoGPT", {}), strongest_of(found)
-    lines = [f"{'':<28} {'tokens/s':>10} {'times nanoGPT':>14} {'its strongest':>14} {'MFU':>7} {'peak memory':>12} "
-             f"{'first step':>11}"]
+def table(found, format):
+    """The results: times nanoGPT, relative to nanoGPT as shipped; times its strongest, relative to its fastest row."""
+    shipped, strongest, rows = found.get("nanoGPT", {}), strongest_of(found), []
     for name, row in found.items():
         if "tokens_per_s" not in row:
-            lines.append(f"{name:<28} {row.get('error', 'not measured')}")
+            rows.append([name, row.get("error", "not measured"), "", "", "", "", ""])
             continue
         ratios = [f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}" if "tokens_per_s" in rival else ""
                   for rival in (shipped, strongest)]
         mfu = "" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %"
         memory = "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**30:.2f} GiB"
-        lines.append(f"{name:<28} {row['tokens_per_s']:>10,.0f} {ratios[0]:>14} {ratios[1]:>14} {mfu:>7} {memory:>12} "
-                     f"{row['first_step_s']:>9.1f} s")
-    return "\n".join(lines) + "\n(times nanoGPT: relative to nanoGPT as shipped; its strongest: relative to its fastest row)"
+        rows.append([name, f"{row['tokens_per_s']:,.0f}", *ratios, mfu, memory, f"{row['first_step_s']:.1f} s"])
+    return tables.table(("", "tokens/s", "times nanoGPT", "times its strongest", "MFU", "peak memory", "first step"), rows, format)
 
 
 def show_profile(o, name, row):
     print(f"{name}, profiled; {1e3 * statistics.median(row['samples']):.2f} ms a step without the profiler\n"
-          + profiling.report(row["kernels"], row["host"], o.profile), flush=True)
+          + profiling.report(row["kernels"], row["host"], o.profile), file=tables.aside(o.format), flush=True)
 
 
 def strongest_of(found):

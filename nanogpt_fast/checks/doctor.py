@@ -1,8 +1,8 @@
 """`nanogpt-fast doctor`: what is installed, what runs because of it, and how to fix what is missing.
 
-People run it when something is broken, so it assumes that nothing works: this file imports only the standard library (so does
-threads.py), each probe runs in `look`, which turns any exception into a finding, and PyTorch, Triton, the driver and the extension are
-probed in processes of their own, where even a crash (a library with another ABI) is a finding.
+People run it when something is broken, so it assumes that nothing works: this file imports only the standard library (so do threads.py,
+tables.py and options.py), each probe runs in `look`, which turns any exception into a finding, and PyTorch, Triton, the driver and the
+extension are probed in processes of their own, where even a crash (a library with another ABI) is a finding.
 """
 import json
 import os
@@ -13,8 +13,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
+from nanogpt_fast import options, tables
+from nanogpt_fast.options import option
 from nanogpt_fast.threads import about
 
 PACKAGE = Path(__file__).parents[1]
@@ -22,13 +25,19 @@ WHEELS = "https://download.pytorch.org/whl"
 SECONDS = 120  # for one probe: importing torch from a cold network disk takes a minute
 
 
+@dataclass
+class DoctorOptions:
+    """Says what is installed, what runs because of it, and how to fix what is missing. It assumes that nothing works: PyTorch, Triton, the
+    driver and the extension are probed in processes of their own, where even a crash is a finding."""
+    format: str = tables.format_option()
+    json: bool = option(False, "print the findings as one JSON object in place of the tables")
+
+
 def main(argv):
     """The command `nanogpt-fast doctor`: prints the findings. Exit status 0 whatever is missing; 1 if PyTorch does not import."""
-    if [word for word in argv if word != "--json"]:
-        print("usage: nanogpt-fast doctor [--json]\n\n" + __doc__.strip())
-        return 0 if {"-h", "--help"} & set(argv) else 2
+    o = options.parse(DoctorOptions, argv, "nanogpt-fast doctor")
     findings = examine()
-    print(json.dumps(findings, indent=1) if "--json" in argv else report(findings))
+    print(json.dumps(findings, indent=1) if o.json else report(findings, o.format))
     return 0 if "error" not in findings["torch"] else 1
 
 
@@ -222,21 +231,20 @@ OPS = """
 
 # ------------------------------------------------------------------------------------------------------------------- report
 
-def report(found):
-    """The findings as text."""
-    lines = [f"{name:<11}{text}" for name, text in (
+def report(found, format="text"):
+    """The findings as text: tables, with lines between them that a CSV file has not."""
+    parts = tables.table(("part", "found"), (
         ("Python", _machine(found["machine"])), ("PyTorch", _torch(found["torch"])),
         ("GPU", _gpu(found["driver"], found["torch"])), ("Triton", _triton(found["triton"])),
         ("threads", found["machine"].get("waiting", "unknown")),
-        ("compilers", _compilers(found["compilers"])), ("extension", _extension(found["extension"])))]
-    lines += ["", *_ops(found["ops"])]
+        ("compilers", _compilers(found["compilers"])), ("extension", _extension(found["extension"]))), format, "l")
+    about, ops = _ops(found["ops"])
     advice = remedies(found)
-    if advice:
-        width = max(len(what) for what, _ in advice)
-        lines += ["", "To fix:"] + [f"  {what:<{width}}  {command}" for what, command in advice]
-    else:
-        lines += ["", "Nothing is missing."]
-    return "\n".join(lines)
+    sections = [parts, "\n".join(about), tables.table(("op", "runs as", "why nothing faster"), ops, format, "l") if ops else "",
+                tables.table(("to fix", "do"), advice, format, "l") if advice else "Nothing is missing."]
+    if format == "csv":
+        sections = [parts, sections[2], sections[3] * bool(advice)]
+    return "\n\n".join(filter(None, sections))
 
 
 def _machine(m):
@@ -285,18 +293,19 @@ def _extension(e):
 
 
 def _ops(ops):
+    """(lines about what `auto` takes, the rows of the table of ops)."""
     if "error" in ops:
-        return [f"ops        unknown: {ops['error']}"]
+        return [f"Which ops run is unknown: {ops['error']}"], []
     asked = f"with NANOGPT_FAST_BACKEND={ops['asked']}" if ops["asked"] else "`auto`"
     lines = [f"On the {'GPU' if ops['device'] == 'cuda' else 'CPU'} {asked} takes:"]
     if "environment" in ops:
         lines.insert(0, f"NANOGPT_FAST_BACKEND is invalid, so importing nanogpt_fast fails: {ops['environment']}")
     if "training" in ops:
-        lines.append(f"  training in {ops['training']}")
+        lines.append(f"training in {ops['training']}")
     if ops.get("tuned"):
-        lines.append(f"  tuned: {ops['tuned']}")
+        lines.append(f"tuned: {ops['tuned']}")
     names = {"reference": "plain PyTorch", "triton": "Triton kernel", "cpp": "C++/CUDA extension", "error": "nothing: raises"}
-    return lines + [f"  {op:<14} {names.get(name, name):<19} {reason}".rstrip() for op, name, reason in ops["rows"]]
+    return lines, [(op, names.get(name, name), reason) for op, name, reason in ops["rows"]]
 
 
 def remedies(found):

@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import backend
+from .. import backend, tables
 from ..kernels import fastest
 from ..model import GPT, Block
 
@@ -17,11 +17,13 @@ class Row(NamedTuple):
 
 
 class Explanation(list):
-    """A list of rows; prints as a table."""
+    """A list of rows; prints as a table, in a notebook as one of Markdown."""
 
     def __str__(self):
-        width = max((len(row.op) for row in self), default=0)
-        return "\n".join(f"{row.op:<{width}}  {row.implementation:<9}  {row.reason}".rstrip() for row in self)
+        return tables.table(None, self, align="l")
+
+    def _repr_markdown_(self):
+        return tables.table(("op", "runs as", "why"), self, "markdown", "l")
 
 
 def explain(model, *, dtype=None, tokens=None, batch_size=1, return_logits=True):

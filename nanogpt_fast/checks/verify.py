@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from .. import backend as _backend, options
+from .. import backend as _backend, options, tables
 from ..config import GPTConfig
 from ..files import replacing
 from ..model import GPT
@@ -43,6 +43,7 @@ class VerifyOptions:
     any check fails."""
     quick: bool = option(False, "one shape per op: under a minute on two cores")
     only: str = option("", "check only these, separated by commas: attention, layer_norm, linear, mlp, cross_entropy, sample, gpt")
+    format: str = tables.format_option()
     json: str = option("", "also write the table to this file")
 
 
@@ -62,18 +63,20 @@ class Row:
     result: str = "pass"        # "pass", "FAIL", or "-": not run here
     why: str = ""
 
-    def __str__(self):
-        start = f"{self.op:<15} {self.implementation:<9} {self.dtype:<5} {self.shape:<28} {self.direction:<34}"
+    def cells(self):
+        """The columns of HEAD."""
+        start = (self.op, self.implementation, self.dtype, self.shape)
         if self.result == "-":
-            return f"{start.rstrip()}  not run here: {self.why}"
+            return *start, f"not run here: {self.why}", "", "", "", "", "", ""
+        result = self.result + (f": {self.why}" if self.why else "")
         if self.bound == 0.0:  # there are no numbers: tokens are equal or not, or the check raised
-            return f"{start}{'':51}{self.result}" + (f": {self.why}" if self.why else "")
-        numbers = f"{self.largest:>9.2e} {self.relative:>9.2e} {self.plain:>9.2e} {self.bound:>9.2e} {self.bias:>6.1f}"
-        return f"{start} {numbers}  {self.result}" + (f": {self.why}" if self.why else "")
+            return *start, self.direction, "", "", "", "", "", result
+        numbers = [f"{value:.2e}" for value in (self.largest, self.relative, self.plain, self.bound)]
+        return *start, self.direction, *numbers, f"{self.bias:.1f}", result
 
 
-HEADER = (f"{'op':<15} {'runs as':<9} {'dtype':<5} {'shape':<28} {'what':<34} "
-          f"{'largest':>9} {'relative':>9} {'PyTorch':>9} {'bound':>9} {'bias':>6}")
+HEAD, ALIGN = ("op", "runs as", "dtype", "shape", "what", "largest", "relative", "PyTorch", "bound", "bias", "result"), "lllllrrrrrl"
+WIDTHS = (13, 9, 5, 25, 28, 8, 8, 8, 8, 4, 4)       # of what comes; a row is printed as soon as it is known
 
 
 def main(argv):
@@ -92,15 +95,17 @@ def main(argv):
     about = {"python": platform.python_version(), "torch": torch.__version__, "triton": _triton_version(),
              "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
              "interpreted": _backend.interpreted(), "quick": o.quick}
+    aside, lines = tables.aside(o.format), tables.Lines(HEAD, o.format, ALIGN, WIDTHS)
     print(f"PyTorch {about['torch']}, Triton {about['triton']}, {about['device']}"
-          + (", Triton kernels in the interpreter" if _backend.interpreted() else "") + "\n\n" + HEADER)
+          + (", Triton kernels in the interpreter" if _backend.interpreted() else "") + "\n", file=aside)
+    print("\n".join(lines.head), flush=True)
     start, rows = time.perf_counter(), []
     for row in check(device, o.quick, only):
-        print(row, flush=True)
+        print(lines.row(row.cells()), flush=True)
         rows.append(row)
     failed, skipped = (sum(row.result == result for row in rows) for result in ("FAIL", "-"))
     print(f"\n{len(rows) - skipped} checks in {time.perf_counter() - start:.0f} s, {failed} failed, "
-          f"{skipped} could not run here")
+          f"{skipped} could not run here", file=aside)
     if o.json:
         with replacing(o.json) as f:
             f.write(json.dumps({**about, "failed": failed, "rows": [asdict(row) for row in rows]}, indent=1).encode() + b"\n")

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from .. import devices, options
+from .. import devices, options, tables
 from ..text import prepare
 from ..training import presets
 from ..training.presets import TrainCommand
@@ -34,11 +34,11 @@ def main(argv):
     print(tokenizer.decode(model.generate(prompt, 300, temperature=0.7, top_k=40)[0].tolist()))
 
     out = shlex.quote(str(result.out_dir))
-    here = [f"nanogpt-fast chat --out_dir={out}", f'nanogpt-fast sample --out_dir={out} --start="A class "',
-            "nanogpt-fast train --data=my.txt --out_dir=out-mine"]
+    here = [(f"  nanogpt-fast chat --out_dir={out}", "type a prompt, watch it continue"),
+            (f'  nanogpt-fast sample --out_dir={out} --start="A class "', "one completion"),
+            ("  nanogpt-fast train --data=my.txt --out_dir=out-mine", "train on a text of your own (--help lists every key)")]
     if result.stopped is not None:
         print(f"\nStopped at step {result.iter_num}. To continue exactly there:\n    nanogpt-fast train --out_dir={out} --init_from=resume")
-    width = max(map(len, here))
     print(f"""
 {time.monotonic() - started:.0f} seconds, {result.iter_num} steps. Written to {result.out_dir}/:
   loss.png        the loss curve                 metrics.jsonl   all of its numbers
@@ -46,8 +46,6 @@ def main(argv):
   last.pt         everything an exact resume needs
 
 To try next:
-  {here[0]:<{width}}  type a prompt, watch it continue
-  {here[1]:<{width}}  one completion
-  {here[2]:<{width}}  train on a text of your own (--help lists every key)
+{tables.table(None, here, align="l")}
 """)
     return 0 if result.stopped is None else 128 + result.stopped

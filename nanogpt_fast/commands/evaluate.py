@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .. import backend as ops_backend, devices, options
+from .. import backend as ops_backend, devices, options, tables
 from ..checkpoints.huggingface import SIZES
 from ..options import option
 from ..text import corpora, prepare, tokenizers
@@ -52,7 +52,8 @@ class EvalOptions:
     init_from: str = option("resume", "resume (the checkpoint in out_dir) | gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a "
                             "folder with such weights", section="Model")
     out_dir: str = option("out", "where the checkpoint is (ckpt.pt), or a checkpoint file itself")
-    json: bool = option(False, "print one JSON object in place of the table", section="Output")
+    format: str = tables.format_option(section="Output")
+    json: bool = option(False, "print one JSON object in place of the table")
     batch_size: int | None = option(None, "windows at a time (None: 8,192 tokens)", minimum=1, section="Machine")
     device: str = option("auto", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
     dtype: str = option("float32", "of the forward pass; the others are faster on GPUs, and less exact",
@@ -85,7 +86,12 @@ def main(argv):
             found = {"data": str(where), **measure(model, tokens, tokenizer, o.stride, o.batch_size, device, where)}
     found = {"model": str(about.get("path", o.init_from)), **found, "device": devices.describe(device), "dtype": o.dtype,
              "seconds": round(time.perf_counter() - began, 3)}
-    print(json.dumps(found) if o.json else table(found))
+    if o.json:
+        print(json.dumps(found))
+        return
+    print(f"{found['model']} on {found['data']} ({found['device']}, {found['dtype']}, {found['seconds']:.1f} s)",
+          file=tables.aside(o.format))
+    print(table(found, o.format))
 
 
 # ------------------------------------------------------------------------------------------------------------ a text
@@ -252,9 +258,8 @@ def log_likelihoods(model, tokenizer, context, endings, device="cpu"):
 
 # ------------------------------------------------------------------------------------------------------------ the table
 
-def table(found):
-    """The result as lines of text."""
-    lines = [f"{found['model']} on {found['data']} ({found['device']}, {found['dtype']}, {found['seconds']:.1f} s)"]
+def table(found, format):
+    """The result as text."""
     if "questions" in found:
         rows = [("questions", f"{found['questions']:,}", "")]
         for name, key in (("accuracy, sum", ""), ("accuracy, per character", "_per_character")):
@@ -267,5 +272,4 @@ def table(found):
                 ("perplexity", "over e^700" if found["perplexity"] is None else f"{found['perplexity']:.2f}", ""),
                 ("bits per byte", "unknown" if found["bits_per_byte"] is None else f"{found['bits_per_byte']:.4f}", ""),
                 ("window", f"{found['block_size']:,}", f"tokens, moved by {found['stride']:,}")]
-    width, figures = (max(len(row[i]) for row in rows) for i in (0, 1))
-    return "\n".join(lines + [f"  {name:<{width}}  {figure:>{figures}}  {what}".rstrip() for name, figure, what in rows])
+    return tables.table(("figure", "value", ""), rows, format, "lrl")

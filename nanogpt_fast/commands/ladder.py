@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .. import classic, devices, options
+from .. import classic, devices, options, tables
 from ..checkpoints import convert
 from ..files import replacing
 from ..options import option
@@ -47,6 +47,7 @@ class LadderOptions:
     sample_tokens: int = option(200, "length of each sample", minimum=0)
     seed: int = option(1337, "of weights, batches and samples: the same for every model")
     device: str = option("auto", "auto, cpu, cuda, mps, ...")
+    format: str = tables.format_option()
 
 
 def main(argv):
@@ -67,9 +68,10 @@ def main(argv):
         dropout=o.dropout, tied=True)  # tied, so that the GPT fits nanoGPT's layout as it is
     out_dir = Path(o.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    aside = tables.aside(o.format)
     print(f"{len(train_data):,} tokens of {o.data} to train on, {len(val_data):,} to validate on, a vocabulary of "
           f"{tokenizer.vocab_size}; {o.steps:,} steps of {o.batch_size} x {o.block_size} tokens for each model, "
-          f"on {devices.describe(device)}\n")
+          f"on {devices.describe(device)}\n", file=aside)
 
     rows = []
     for name, build in classic.LADDER.items():
@@ -78,7 +80,7 @@ def main(argv):
         row = climb(name, model, train_data, val_data, tokenizer, o)
         rows.append(row)
         print(f"{name}: validation loss {row['val_loss']:.3f} after {row['seconds']:.0f} s\n{_indented(row['sample'])}\n",
-              flush=True)
+              file=aside, flush=True)
     report = {"settings": asdict(o) | {"out_dir": out_dir.name}, "device": devices.describe(device), "torch": torch.__version__,
               "python": platform.python_version(), "vocab_size": tokenizer.vocab_size, "models": rows}
     with replacing(out_dir / "ladder.json") as f:
@@ -88,9 +90,9 @@ def main(argv):
     draw(report, out_dir / "ladder.png")
     convert.save_gpt(out_dir / "ckpt.pt", convert.to_gpt(model), tokenizer, iter_num=o.steps, best_val_loss=row["val_loss"],
                      config={"dataset": folder.name})
-    print(table(rows))
+    print(table(rows, o.format))
     print(f"\nWritten to {out_dir}/: ladder.md, ladder.png, ladder.json, and the GPT as ckpt.pt.\n"
-          f"For more of its text: nanogpt-fast chat --out_dir={out_dir}")
+          f"For more of its text: nanogpt-fast chat --out_dir={out_dir}", file=aside)
 
 
 def climb(name, model, train_data, val_data, tokenizer, o):
@@ -114,13 +116,9 @@ COLUMNS = (("model", "{name}"), ("parameters", "{parameters:,}"), ("steps", "{st
            ("time", "{seconds:.0f} s"), ("training loss", "{train_loss:.3f}"), ("validation loss", "{val_loss:.3f}"))
 
 
-def table(rows):
-    """The comparison as a Markdown table with aligned columns, so that it can be read in a terminal, too."""
-    cells = [[title for title, _ in COLUMNS], *([form.format(**row) for _, form in COLUMNS] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join("| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |"
-                     for line in [cells[0], rule, *cells[1:]])
+def table(rows, format):
+    """The comparison of the models."""
+    return tables.table([title for title, _ in COLUMNS], [[form.format(**row) for _, form in COLUMNS] for row in rows], format)
 
 
 def markdown(report):
@@ -129,7 +127,7 @@ def markdown(report):
     parts = [f"Each model on {o['data']} for {o['steps']:,} steps of {o['batch_size']} x {o['block_size']} tokens. Losses in "
              f"nats per token; a uniform guess has a loss of {math.log(report['vocab_size']):.2f}. "
              f"{report['device']}, torch {report['torch']}.",
-             table(report["models"])]
+             table(report["models"], "markdown")]
     parts += [f"**{row['name']}** writes:\n\n{_indented(row['sample'])}" for row in report["models"]]
     return "\n\n".join(parts) + "\n"
 

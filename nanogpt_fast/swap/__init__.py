@@ -40,7 +40,7 @@ from typing import NamedTuple
 
 import torch.nn as nn
 
-from .. import backend as _backend, model as nano
+from .. import backend as _backend, model as nano, tables
 from . import parts, recognise, trial
 from .swapped import State, Swapped, unswap
 
@@ -99,12 +99,12 @@ class Report:
 
     def __str__(self):
         counts = collections.Counter((row.part, row.cls) for row in self.swapped)
-        lines = [f"swapped      {n:>3} x {part} ({cls}), {self._on_kernels(part)}" for (part, cls), n in counts.items()]
-        lines = lines or ["swapped      nothing"]
-        lines += [f"not swapped  {row.path or 'the model'} ({row.cls}): {row.reason}" for row in self.left]
-        lines += [f"steps aside  {path}: {reason}" for path, reason in self.unfused]
-        lines += [f"calls        {n:>6} x {part}, {where}" for (part, where), n in sorted(self.calls.items())]
-        return "\n".join(lines)
+        rows = [("swapped", f"{n} x {part} ({cls}), {self._on_kernels(part)}") for (part, cls), n in counts.items()]
+        rows = rows or [("swapped", "nothing")]
+        rows += [("not swapped", f"{row.path or 'the model'} ({row.cls}): {row.reason}") for row in self.left]
+        rows += [("steps aside", f"{path}: {reason}") for path, reason in self.unfused]
+        rows += [("calls", f"{n} x {part}, {where}") for (part, where), n in sorted(self.calls.items())]
+        return tables.table(None, rows, align="l")
 
 
 def accelerate(model, backend=None):

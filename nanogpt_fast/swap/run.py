@@ -20,7 +20,7 @@ show it.
 
 --compare N runs the script twice, each time in its own process: with the checkout's model, then with ours. The tensor on which
 the script calls `backward` is the loss; after N optimizer steps the script is stopped. Nothing is patched that a compiled graph
-could see.
+could see. --format, before the script, is that of the table of losses; with csv what else there is to say goes to stderr.
 """
 import contextlib
 import dataclasses
@@ -39,13 +39,13 @@ from pathlib import Path
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .. import backend as _backend, model as nano
+from .. import backend as _backend, model as nano, tables
 from ..config import GPTConfig
 from . import accelerate, stage, trial
 
 CLASSES = ("LayerNorm", "CausalSelfAttention", "MLP", "Block", "GPTConfig", "GPT")
-USAGE = ("usage: nanogpt-fast run [--backend=auto|fused|reference] [--module NAME] [--compare N] SCRIPT.py [arguments of the "
-         "script ...]")
+USAGE = ("usage: nanogpt-fast run [--backend=auto|fused|reference] [--module NAME] [--compare N] [--format=text|markdown|csv] SCRIPT.py "
+         "[arguments of the script ...]")
 
 
 def main(argv):
@@ -53,15 +53,15 @@ def main(argv):
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE + "\n\n" + __doc__.split("\n\n", 1)[1].rstrip())
         return 0
-    script, words, backend, name, compare = _parse(argv)
+    script, words, backend, name, compare, format = _parse(argv)
     if compare is not None:
-        return _compare(script, words, backend, name, compare)
+        return _compare(script, words, backend, name, compare, format)
     return _run(script, words, backend, name)
 
 
 def _parse(argv):
-    """(script, its arguments, our backend or None, name of the module with the classes, number of steps to compare or None)."""
-    script, words, backend, name, compare = None, [], None, "model", None
+    """(script, its arguments, our backend or None, name of the module with the classes, number of steps to compare or None, --format)."""
+    script, words, backend, name, compare, format = None, [], None, "model", None, "text"
     rest = list(argv)
     while rest:
         word = rest.pop(0)
@@ -78,6 +78,10 @@ def _parse(argv):
             name = value if equals else rest.pop(0) if rest else ""
             if not all(map(str.isidentifier, name.split("."))):
                 raise ValueError(f"--module takes the name that the script imports, such as models.gpt; got {name!r}")
+        elif key == "--format" and script is None:
+            format = value if equals else rest.pop(0) if rest else ""
+            if format not in tables.FORMATS:
+                raise ValueError(f"--format is {format!r}; expected one of {', '.join(tables.FORMATS)}")
         elif script is None:
             if word.startswith("-"):
                 raise ValueError(f"{word} stands before the script but is not an option of run; {USAGE}")
@@ -88,7 +92,7 @@ def _parse(argv):
         raise ValueError(f"no script is given; {USAGE}")
     if not script.is_file():
         raise FileNotFoundError(f"there is no script {script}; run this in a nanoGPT checkout")
-    return script, words, backend, name, compare
+    return script, words, backend, name, compare, format
 
 
 def _is_ours(value):
@@ -273,25 +277,25 @@ class _Done(BaseException):
     """All steps are recorded. Not an Exception, so that no `except Exception` of the script catches it."""
 
 
-def _compare(script, words, backend, name, steps):
+def _compare(script, words, backend, name, steps, format):
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--compare runs the script twice, in one process each time; start it without torchrun")
-    runs = {}
+    runs, aside = {}, tables.aside(format)
     for which in ("checkout", "ours"):
         model = "its own model.py" if which == "checkout" else "nanogpt_fast"
-        print(f"nanogpt-fast: {steps} steps of {script} with {model} ...", flush=True)
+        print(f"nanogpt-fast: {steps} steps of {script} with {model} ...", file=aside, flush=True)
         runs[which] = _record_in_a_process(script, words, backend, name, steps, which)
     theirs, ours = runs["checkout"], runs["ours"]
-    print(f"nanogpt-fast: {ours['what']}\n\n{'step':>5}  {'model.py':>14}  {'nanogpt_fast':>14}  {'difference':>10}")
-    for i, (a, b) in enumerate(zip(theirs["losses"], ours["losses"])):
-        print(f"{i:>5}  {a:>14.8f}  {b:>14.8f}  {b - a:>10.1e}")
+    print(f"nanogpt-fast: {ours['what']}\n", file=aside)
+    print(tables.table(("step", "model.py", "nanogpt_fast", "difference"), [
+        (i, f"{a:.8f}", f"{b:.8f}", f"{b - a:.1e}") for i, (a, b) in enumerate(zip(theirs["losses"], ours["losses"]))], format, "r"))
     largest = max((abs(a - b) for a, b in zip(theirs["losses"], ours["losses"])), default=0.0)
     relative = largest / max(map(abs, theirs["losses"]))
     verdict = ("equal, bit for bit" if largest == 0 else f"largest difference {largest:.1e}"
                + (", float32's rounding (AdamW fused into one loop adds in another order)" if relative < ROUNDING else ""))
     rates = [_rate(run) for run in (theirs, ours)]
-    print(f"\nlosses       {verdict}\nmodel.py     {rates[0][1]}\n"
-          f"nanogpt_fast {rates[1][1]}   ({rates[1][0] / rates[0][0]:.2f} times)")
+    print("\n" + tables.table(None, [("losses", verdict), ("model.py", rates[0][1]),
+                                     ("nanogpt_fast", f"{rates[1][1]} ({rates[1][0] / rates[0][0]:.2f} times)")], align="l"), file=aside)
     return 0
 
 
@@ -299,8 +303,8 @@ def _rate(run):
     """(tokens or steps a second, the same as text), from the median step: the first steps also compile and evaluate."""
     seconds = statistics.median(run["seconds"][1:] or run["seconds"])
     if run["tokens"]:
-        return run["tokens"] / seconds, f"{run['tokens'] / seconds:>12,.0f} tokens/s"
-    return 1 / seconds, f"{1 / seconds:>12,.2f} steps/s"
+        return run["tokens"] / seconds, f"{run['tokens'] / seconds:,.0f} tokens/s"
+    return 1 / seconds, f"{1 / seconds:,.2f} steps/s"
 
 
 def _record_in_a_process(script, words, backend, name, steps, which):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .. import backend, devices, options
+from .. import backend, devices, options, tables
 from ..bench import common, measure, train
 from ..kernels import fastest
 from ..options import option
@@ -41,6 +41,7 @@ class TuneOptions:
     minutes: float = option(2.0, "how long it may take, about", above=0)
     workers: int = option(0, "processes that compile; 0: one for each core, at most 8; 1 on a CPU", minimum=0)
     steps: bool = option(True, "at the end compare whole training steps, untuned and tuned")
+    format: str = tables.format_option()
     out: str = option("", "the file; empty: what NANOGPT_FAST_TUNED names, or tuned.json in the cache folder")
 
 
@@ -57,19 +58,21 @@ def main(argv):
     config, dtype, shape = shape_of(o, device)
     if shape.cuda:
         torch.cuda.set_device(shape.number)     # whose clock is read
-    print(f"{device_name(shape)}, {describe(shape)}; about {o.minutes:g} minutes", flush=True)
+    aside = tables.aside(o.format)
+    print(f"{device_name(shape)}, {describe(shape)}; about {o.minutes:g} minutes", file=aside, flush=True)
     listed = [contest for contest in contests(shape) if contest.choice]
     start, seconds = time.monotonic(), 60 * o.minutes
     if not shape.cuda and hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > measure.cores() / 4:
-        print(f"Other programs keep this machine busy (load {load:.1f} on {measure.cores()} cores): times are rough, and less will be decided", flush=True)
+        print(f"Other programs keep this machine busy (load {load:.1f} on {measure.cores()} cores): times are rough, and less will be decided",
+              file=aside, flush=True)
     decided, steps = [], {}
     if not listed:
-        print("Nothing to choose: each op has one implementation that can run here (`nanogpt-fast doctor` says why)")
+        print("Nothing to choose: each op has one implementation that can run here (`nanogpt-fast doctor` says why)", file=aside)
         return 0
     measured_steps = o.steps and not shape.rows
     end = start + seconds * (1 - STEPS * measured_steps)
     try:
-        with screen.Screen(listed, "") as shown, cpu.keep_freed_memory(not shape.cuda):
+        with screen.Screen(listed, "", o.format) as shown, cpu.keep_freed_memory(not shape.cuda):
             workers = o.workers or (min(8, os.cpu_count() or 1) if shape.cuda else 1)
             tried = trying.try_all(shape, listed, workers, start + max(TRYING * seconds, 30), shown.tried_one)
             decide(listed, tried, shape, end, decided, shown)
@@ -83,7 +86,10 @@ def main(argv):
             arch, card = fastest.place(shape.number)
             rows = [row for contest in decided for row in contest.rows()]
             saved.save(file, card, shape.cuda, rows, [contest.record() for contest in decided])
-    print(summary(shown, listed, decided, steps, file, read == Path(file)))
+    print(flush=True, file=aside)
+    if shown.live is None or o.format != "text":
+        print(shown.text(o.format), flush=True)
+    print(summary(listed, decided, steps, file, read == Path(file)), file=aside)
     return 0
 
 
@@ -112,7 +118,8 @@ def decide(listed, tried, shape, until, decided, shown):
         right = [label for label in contest.entries if label not in contest.failed]
         if (why := contest.failed.get(rules.UNTUNED)) is not None:
             if why != LATE:
-                print(f"{contest.title}: what runs untuned cannot be timed here: {why}" + "; run `nanogpt-fast verify`" * why.startswith("wrong"), flush=True)
+                print(f"{contest.title}: what runs untuned cannot be timed here: {why}" + "; run `nanogpt-fast verify`" * why.startswith("wrong"),
+                      file=shown.aside, flush=True)
         elif len(right) > 1:
             timing.time_contest(contest, right, shape.cuda, time.monotonic() + left / (len(listed) - number))
             if contest.decided:     # else what is known of it from before stays
@@ -129,12 +136,9 @@ def step_of(config, shape, device):
     return lambda: trainer.step(x, y)
 
 
-def summary(shown, listed, decided, steps, file, is_read):
+def summary(listed, decided, steps, file, is_read):
     """What was found, as text. is_read: whether processes with this environment read the file."""
-    with shown.console.capture() as text:
-        if shown.live is None:
-            shown.console.print(shown.table())
-    lines = ["", text.get().rstrip()] if text.get() else [""]
+    lines = []
     failed = [f"  {contest.title}: {label}: {why}" for contest in decided for label, why in contest.failed.items()]
     lines += ["Not timed:", *failed] if failed else []
     late = [contest.title for contest in listed if contest not in decided and contest.failed.get(rules.UNTUNED, LATE) == LATE]

@@ -5,21 +5,21 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from .. import tables
 from . import contest as rules
 from .contests import PYTORCH
 
 COLUMNS = ("what", "tried", "runs", "time", "it was", "gain", "next best", "PyTorch")
+NUMBERS = ("time", "gain", "PyTorch")
 DISPENSABLE = ("tried", "PyTorch", "next best", "it was")       # in a narrow terminal, in this order
 
 
 class Screen:
     """The contests as a table: live on a terminal, else a line for each that is decided."""
 
-    def __init__(self, contests, title):
-        self.contests, self.title = contests, title
+    def __init__(self, contests, title, format="text"):
+        self.contests, self.title, self.aside = contests, title, tables.aside(format)
         self.console = Console(highlight=False)
-        if not self.console.is_terminal:
-            self.console.width = 160
         self.tried, self.entries = {contest.name: 0 for contest in contests}, {contest.name: len(contest.entries) for contest in contests}
         self.live = Live(console=self.console, get_renderable=self.table, refresh_per_second=4) if self.console.is_terminal else None
 
@@ -36,23 +36,30 @@ class Screen:
         """Of trying.py: an entry is compiled and right, or `why` it is neither."""
         self.tried[contest.name] += 1
         if why is not None and self.live is None:
-            self.console.print(f"  {contest.title}: {label}: {why}")
+            print(f"  {contest.title}: {label}: {why}", file=self.aside, flush=True)
 
     def decided(self, contest):
         if self.live is None:
-            self.console.print("  " + "  ".join(filter(None, cells(contest))))
+            print("  " + "  ".join(filter(None, cells(contest))), file=self.aside, flush=True)
+
+    def lines(self):
+        return [(what, f"{self.tried[contest.name]}/{self.entries[contest.name]}", *rest)
+                for contest in self.contests for what, *rest in (cells(contest),)]
+
+    def text(self, format):
+        """The table whole, in a file or a pipe."""
+        return tables.table(COLUMNS, self.lines(), format, "".join("r" if name in NUMBERS else "l" for name in COLUMNS))
 
     def table(self):
         """Of the columns, those that the terminal has room for."""
-        lines = [(what, f"{self.tried[contest.name]}/{self.entries[contest.name]}", *rest)
-                 for contest in self.contests for what, *rest in (cells(contest),)]
+        lines = self.lines()
         widths = {name: max(map(len, texts)) for name, texts in zip(COLUMNS, zip(COLUMNS, *lines))}
         for name in DISPENSABLE:
             if sum(widths.values()) + 2 * (len(widths) - 1) > self.console.width:
                 del widths[name]
         table = Table(title=self.title, box=None, pad_edge=False, title_justify="left")
         for name in widths:
-            table.add_column(name, justify="right" if name in ("time", "gain", "PyTorch") else "left", no_wrap=True)
+            table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=True)
         for line in lines:
             table.add_row(*(text for name, text in zip(COLUMNS, line) if name in widths))
         return table

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from nanogpt_fast import backend, cli, ops, tables
+from nanogpt_fast import backend, cli, ops
 from nanogpt_fast.bench import cases, op
 
 MINE = """
@@ -88,12 +88,3 @@ def test_a_shape_of_ones_own(name, given, shape):
 
 def test_every_op_of_the_list_has_a_name():
     assert {case.op for device in ("cpu", "cuda") for case in cases.cases(device)} - {"attention of separate q, k, v"} == set(op.CASES.values())
-
-
-def test_a_table_in_each_format():
-    head, rows = ("name", "time"), [("a|b", "1 us"), ("c", "20,000 us")]
-    assert tables.table(head, rows) == "name       time\na|b        1 us\nc     20,000 us"
-    assert tables.table(head, rows, "markdown").splitlines() == ["| name | time |", "| -- | --: |", "| a\\|b | 1 us |", "| c | 20,000 us |"]
-    assert tables.table(head, rows, "csv") == 'name,time\na|b,1 us\nc,"20,000 us"'
-    with pytest.raises(ValueError, match="'html'; expected one of text, markdown, csv"):
-        tables.table(head, rows, "html")

@@ -1,4 +1,5 @@
 """`nanogpt-fast verify` from the outside: what it refuses, what it says where nothing can run."""
+import csv
 import json
 
 import pytest
@@ -30,6 +31,9 @@ def test_what_cannot_run_here_says_why_and_is_no_failure(monkeypatch, capsys):
     assert verify.main(["--quick", "--only=mlp,gpt"]) == 0
     printed = capsys.readouterr().out
     assert "not run here: triton: Triton kernels need a CUDA tensor" in printed and "0 checks" in printed
+    assert verify.main(["--quick", "--only=mlp", "--format=csv"]) == 0
+    out, err = capsys.readouterr()
+    assert {row["op"] for row in csv.DictReader(out.splitlines())} == {"mlp"} and "0 checks" in err
 
 
 def test_an_op_that_does_not_exist_is_named():

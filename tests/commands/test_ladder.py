@@ -47,7 +47,9 @@ def test_the_table_shows_every_model_with_its_figures(run, report):
     text = (run / "out/ladder.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert lines[0].replace(" ", "") == "|model|parameters|steps|tokens|time|trainingloss|validationloss|"
-    assert len({len(line) for line in lines}) == 1 and len(lines) == 7  # aligned, for a terminal too
+    assert len(lines) == 7 and lines[1] == "|--|--:|--:|--:|--:|--:|--:|"
+    shown = ladder.table(report["models"], "text").splitlines()
+    assert len({len(line) for line in shown}) == 1 and len(shown) == 6  # aligned, for a terminal
     gpt = report["models"][-1]
     assert [cell.strip() for cell in lines[-1].split("|")[1:-1]] == [
         "GPT", f"{gpt['parameters']:,}", "12", "384", f"{gpt['seconds']:.0f} s",

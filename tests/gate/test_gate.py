@@ -3,6 +3,7 @@
 `make test` compiles what GPT-2 124M launches for sm_90, `make test-all` everything for every architecture. No GPU is needed.
 Triton must not be interpreting.
 """
+import csv
 import dataclasses
 import importlib
 import json
@@ -294,7 +295,22 @@ def test_the_command_prints_a_line_per_kernel_and_writes_json(tmp_path, monkeypa
     assert command.main(["--arch", "90", "--json", str(tmp_path / "rows.json")]) == 0
     out = capsys.readouterr().out
     assert "copy" in out and "1 compiled" in out and "all within the limits" in out and "the 1 kernels of a GPT-2" in out
+    assert f"copy 1 90 {row.registers} 0 {row.shared} {row.resident_blocks} right".split() in map(str.split, out.splitlines())
+    assert command.main(["--all", "--format=csv"]) == 0
+    out, err = capsys.readouterr()
+    every, = csv.DictReader(out.splitlines())
+    assert every["kernel"] == "copy" and every["floor us"] == "1.0" and "all within the limits" in err and "all within" not in out
     written = (tmp_path / "rows.json").read_text()
     assert [each["floor_us"] for each in json.loads(written)] == [1.0] and written.count("\n") == 3    # a row a line
     monkeypatch.setattr(command, "compile_all", lambda *args, **kwargs: [compiling.compile_case(copy_case(divisible=()), 90)])
     assert command.main(["--arch", "90"]) == 1
+    assert "1 of 1 over a limit" in capsys.readouterr().out
+
+
+def test_the_summary_has_the_worst_of_a_kernels_variants():
+    good = compiling.compile_case(copy_case(name="copy one"), 90)
+    worse = dict(registers=200, spill_bytes=8, allowed_spill_bytes=8, shared=5000, resident_blocks=1)
+    spilling = dataclasses.replace(good, name="copy two", arch=80, **worse)
+    found, = command.summary([spilling, good])
+    assert found == ("copy", 2, "80 90", 200, 8, 5000, 1, "right, 1 with a declared spill")
+    assert len(command.cells(spilling)) == len(command.HEAD)

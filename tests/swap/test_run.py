@@ -1,4 +1,5 @@
 """`nanogpt-fast run`: a checkout's scripts unedited. The checkout is tests/checkout, copied; the one that NANOGPT_DIR names as well."""
+import csv
 import os
 import re
 import runpy
@@ -158,7 +159,7 @@ def test_a_fork_keeps_its_classes_and_is_accelerated(checkout, capfd):
     assert status_of(["train.py"]) == 0
     out = capfd.readouterr().out
     assert "its own classes, accelerated (its logits differ from nanoGPT's)" in out
-    assert "swapped        2 x attention (CausalSelfAttention)" in out and "mlp (MLP): its activation is a SiLU" in out
+    assert "swapped      2 x attention (CausalSelfAttention)" in out and "mlp (MLP): its activation is a SiLU" in out
     assert losses(out) == expected
 
 
@@ -203,6 +204,11 @@ def test_compare_prints_equal_losses_and_both_speeds(checkout, capfd):
     rows = re.findall(r"^ +(\d) +(\d\.\d{8}) +(\d\.\d{8}) +(\S+)$", out, re.M)
     assert [row[0] for row in rows] == ["0", "1", "2"] and all(row[1] == row[2] for row in rows)
     assert re.search(r"losses +equal, bit for bit", out) and out.count("tokens/s") == 2
+    assert status_of(["--format=csv", "train.py", "--compare", "2", "--max_iters=9"]) == 0
+    out, err = capfd.readouterr()
+    assert list(csv.DictReader(out.splitlines()))[1].keys() == {"step", "model.py", "nanogpt_fast", "difference"} and "bit for bit" in err
+    assert status_of(["--format=html", "train.py"]) == 2
+    assert "--format is 'html'; expected one of text, markdown, csv" in capfd.readouterr().err
 
 
 def test_compare_of_a_fork_counts_the_scripts_backwards_alone(checkout, capfd):

@@ -86,7 +86,7 @@ def test_an_entry_that_cannot_run_or_was_not_reached_is_not_called_wrong(capsys)
         contest = contests.Contest("c", "c", None, None, None, {"a": ()}, torch.float32)
         with screen.Screen([contest], "") as shown:
             command.decide([contest], {("c", UNTUNED): why} if why else {}, None, time.monotonic() + 60, [], shown)
-            late = command.summary(shown, [contest], [], {}, "file.json", True)
+            late = command.summary([contest], [], {}, "file.json", True)
         out = capsys.readouterr().out
         assert said in out and ("verify" in out) == (why == "wrong: a")
         assert ("Not decided, the time was too short (--minutes): c" in late) == (why is None)
@@ -95,8 +95,7 @@ def test_an_entry_that_cannot_run_or_was_not_reached_is_not_called_wrong(capsys)
 def test_the_summary_says_who_reads_the_file():
     contest = contests.Contest("c", "c", None, None, None, {"a": ()}, torch.float32, samples={UNTUNED: [1.0] * 5, "a": [0.5] * 5})
     contest.again = contest.samples
-    with screen.Screen([contest], "") as shown:
-        texts = [command.summary(shown, [contest], [contest], {}, "file.json", is_read) for is_read in (True, False)]
+    texts = [command.summary([contest], [contest], {}, "file.json", is_read) for is_read in (True, False)]
     assert "1 of 1 choices were changed, in file.json; `auto` takes them from now on" in texts[0]
     assert "`auto` takes them where NANOGPT_FAST_TUNED=file.json is set" in texts[1]
 
