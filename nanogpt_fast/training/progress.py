@@ -56,8 +56,8 @@ class Progress:
         self.failed = set()     # what failed and was said to
         self.trackers = _trackers(options)
         self.bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
+        if sys.stderr.isatty() or in_a_notebook():
+            from tqdm.auto import tqdm
             self.bar = tqdm(total=total, initial=start, dynamic_ncols=True, smoothing=0.1, leave=False, postfix="",
                             bar_format="step {n_fmt}/{total_fmt} |{bar}| {postfix} ETA {remaining}")
         self.since = (time.perf_counter(), start)  # of the last row
@@ -251,6 +251,12 @@ class Thinned:
 
     def rows(self):
         return self.kept if not self.kept or self.kept[-1] is self.last else [*self.kept, self.last]
+
+
+def in_a_notebook():
+    """Whether this process is a kernel of Jupyter or Colab, which shows a bar although its stderr is no terminal."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
 
 
 def _line(row):

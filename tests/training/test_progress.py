@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import signal
+import sys
 import tracemalloc
+import types
 
 import kills
 import pytest
@@ -31,6 +33,15 @@ def test_the_checkpoint_is_written_before_the_picture(folder, monkeypatch):
     monkeypatch.setattr(progress, "draw", lambda rows, path: drawn.append([step_of(path.parent / name) for name in ("ckpt.pt", "last.pt")]))
     train(tiny.options(folder))
     assert drawn[:3] == [[None, None], [10, 10], [20, 20]]
+
+
+@pytest.mark.parametrize("where", ["a notebook", "IPython in a pipe", "a pipe"])
+def test_a_notebook_shows_a_bar_although_its_stderr_is_no_terminal(where, folder, monkeypatch, capsys):
+    shell = types.SimpleNamespace(**{"a notebook": {"kernel": object()}}.get(where, {}))
+    monkeypatch.setitem(sys.modules, "IPython", None if where == "a pipe" else types.SimpleNamespace(get_ipython=lambda: shell))
+    train(tiny.options(folder, max_iters=3))
+    out, err = capsys.readouterr()
+    assert ("step 3/3 |" in err) == (where == "a notebook") == ("iter 0: loss" not in out) and "step 3: train loss" in out
 
 
 def test_a_picture_that_fails_is_said_once_and_ends_nothing(folder, monkeypatch, capsys):
