@@ -14,14 +14,16 @@ from .common import MODELS, BenchOptions, build, record, wanted
 HEAD = ("batch", "", "prefill", "tokens/s", "times nanoGPT", "times plain", "times batch 1", "of the limit",
         "ms a token: p50, p90, p99")
 
+FEWEST = 4      # tokens: a rate needs some after the first
+
 
 @dataclass
 class BenchGenerateOptions(BenchOptions):
     """Times generation: prefill of a prompt, then one token at a time."""
     model: str = option("gpt2", "the model's shape (weights are random)", choices=tuple(MODELS))
     batch_sizes: str = option("1,8,64", "prompts at a time, separated by commas")
-    prompt: int | None = option(None, "tokens of a prompt; None: 512 on a GPU, 128 on a CPU", minimum=1)
-    tokens: int | None = option(None, "tokens to draw; None: 256 on a GPU, 32 on a CPU; nanoGPT's loop draws an eighth", minimum=2)
+    prompt: int | None = option(None, "tokens of a prompt; None: 512 on a GPU, 128 on a CPU, at most half of the context", minimum=1)
+    tokens: int | None = option(None, "tokens to draw; None: 256 on a GPU, 32 on a CPU; nanoGPT's loop draws an eighth", minimum=FEWEST)
     rounds: int = option(5, "samples of each variant", minimum=1)
 
 
@@ -131,8 +133,12 @@ def run(o, device, dtype):
     """The command `bench generate`."""
     gpu = device.type == "cuda"
     config = {**MODELS[o.model][0], "dropout": 0.0}  # with its whole context, on a CPU too
-    prompt = min(o.prompt or (512 if gpu else 128), config["block_size"] - 2)
-    tokens = min(o.tokens or (256 if gpu else 32), config["block_size"] - prompt)  # within the context, where a cache works
+    prompt = o.prompt or min(512 if gpu else 128, config["block_size"] // 2)
+    room = config["block_size"] - prompt        # within the context, where a cache works
+    if room < FEWEST:
+        raise ValueError(f"prompt is {prompt}, and the context of {o.model} is {config['block_size']} tokens; expected at most "
+                         f"{config['block_size'] - FEWEST}, so that {FEWEST} can be generated")
+    tokens = min(o.tokens or (256 if gpu else 32), room)
     sides = {"nanoGPT": (UpstreamLoop if o.upstream else NanoGPTLoop, dtype), "plain KV cache": (PlainCache, dtype),
              "ours": (Ours, dtype)}
     if not gpu and dtype == torch.float32:
@@ -149,7 +155,7 @@ def run(o, device, dtype):
     alone = {}  # tokens a second at batch 1
     for B in (int(text) for text in o.batch_sizes.split(",")):
         idx = torch.randint(config["vocab_size"], (B, prompt), generator=torch.Generator().manual_seed(B)).to(device)
-        counts = {name: max(4, tokens // side.tokens_share) for name, (side, _) in sides.items()}
+        counts = {name: max(FEWEST, tokens // side.tokens_share) for name, (side, _) in sides.items()}
         runs = {}
         for name, (side, _) in sides.items():
             runs[name, 1] = lambda side=side: side.all(idx, 1)

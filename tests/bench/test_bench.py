@@ -96,8 +96,7 @@ def test_a_variant_that_runs_out_of_memory_leaves_the_others_to_be_timed(tmp_pat
 # -------------------------------------------------------------------------------------------------------------- generation
 
 def test_generation_is_timed_against_nanogpts_loop_and_a_plain_cache(tmp_path, capsys):
-    record = run(tmp_path, "generate", "--model=tiny", "--batch_sizes=1,2", "--prompt=4", "--tokens=9", "--rounds=2",
-                 "--dtype=float32")
+    record = run(tmp_path, "generate", "--model=tiny", "--batch_sizes=1,2", "--tokens=9", "--rounds=2", "--dtype=float32")
     assert record["benchmark"] == "generate" and record["batch_size"] == 2
     assert {"nanoGPT", "plain KV cache", "ours"} <= record["variants"].keys()
     row = record["variants"]["ours"]
@@ -181,6 +180,7 @@ def test_the_clock_of_a_loss_curve_begins_behind_its_untimed_steps_and_what_was_
     (["train", "--only=fast", "--device=cpu"], "leaves none of: nanoGPT compiled; one import"),
     (["train", "--upstream=/nowhere"], "there is no model.py"),
     (["train", "--model=gpt5"], "gpt5"),
+    (["generate", "--model=tiny", "--prompt=30", "--device=cpu"], "context of tiny is 32 tokens; expected at most 28"),
 ])
 def test_what_cannot_be_is_named(words, text):
     with pytest.raises(ValueError, match=text):
