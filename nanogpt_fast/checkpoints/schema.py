@@ -2,7 +2,7 @@
 
     check(found, path)          the weights and what describes them: before a model is built
     check_run(found, path)      optimizer and resume state: before a run goes on
-    moments(state, parameters)  AdamW's state as these parameters need it
+    moments(state, optimizer)   AdamW's state, or Muon's and AdamW's, as these parameters need it
     check_weights(...)          names, shapes, dtypes and values of any state dict, a folder's or a classic GPT's too
 
 The sizes are compared with the weights by arithmetic, and each weight lies in the file whole (`flaw`). So whatever a config says, a model
@@ -227,11 +227,22 @@ OPTIONS = {     # of an AdamW group: whether the trainer can go on with a value
     "lr": at_least_0, "eps": at_least_0, "weight_decay": at_least_0,
     "betas": lambda both: type(both) in (tuple, list) and len(both) == 2 and all(type(beta) is float and 0 <= beta < 1 for beta in both),
     "amsgrad": lambda on: on is False, "maximize": lambda on: on is False, "decoupled_weight_decay": lambda on: on is True}
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS, MOMENTUM = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)    # of a parameter: AdamW's, Muon's
+
+
+def _kept(group):
+    """The names of what the optimizer of this group keeps of a parameter."""
+    return MOMENTUM if "momentum" in group else MOMENTS
+
+
+def _optimizer(groups):
+    """What --optimizer was, by the groups of its state."""
+    return "muon" if any("momentum" in group for group in groups) else "adamw"
 
 
 def check_optimizer(state, path):
-    """Raise CheckpointError unless this is the state dict of an AdamW, its tensors' shapes aside (`moments`)."""
+    """Raise CheckpointError unless this is the state dict of an AdamW, or of Muon and AdamW (training/muon.py), its tensors' shapes aside
+    (`moments`)."""
     groups, tensors = (state.get("param_groups"), state.get("state")) if isinstance(state, dict) else (None, None)
     if type(groups) is not list or not groups or not isinstance(tensors, dict) or not all(
             isinstance(group, dict) and type(group.get("params")) is list and all(whole(i) for i in group["params"]) for group in groups):
@@ -239,42 +250,50 @@ def check_optimizer(state, path):
     problems = [f"{name} is {shown(group[name])}" for group in groups for name, accepted in OPTIONS.items()
                 if name in group and not accepted(number(group[name]) if name == "lr" else group[name])]
     numbers = [i for group in groups for i in group["params"]]
-    known = set(numbers)
+    known = {i: _kept(group) for group in groups for i in group["params"]}
     if len(known) < len(numbers):
         problems += ["a parameter is in it twice"]
     if any(type(i) is not int or i not in known for i in tensors):
         problems += ["it has moments of a parameter that no group has"]
-    if any(not isinstance(one, dict) or set(one) not in (set(), set(MOMENTS)) for one in tensors.values()):
-        problems += [f"expected {', '.join(MOMENTS)} of every parameter"]
-    _refuse(path, "its optimizer state is not one of an AdamW that this trainer has", problems)
+    wrong = {known[i] for i, one in tensors.items() if i in known and not (isinstance(one, dict) and set(one) in (set(), set(known[i])))}
+    problems += [f"expected {', '.join(kept)} of every parameter of {'Muon' if kept == MOMENTUM else 'AdamW'}" for kept in sorted(wrong)]
+    _refuse(path, "its optimizer state is not one that this trainer can go on from", problems)
 
 
 def moments(state, optimizer, path):
-    """The state dict for `optimizer.load_state_dict`, after checking that it belongs to this AdamW's parameters. Raises CheckpointError.
+    """The state dict for `optimizer.load_state_dict`, after checking that it belongs to its parameters. Raises CheckpointError.
 
-    From the file come the moments, learning rate, weight decay, betas and eps. How AdamW computes (fused, capturable, ...) is this
-    optimizer's. Each moment is a contiguous tensor of its own, as the fused kernels require.
+    From the file come the moments, and AdamW's weight decay, betas and eps. How AdamW computes (fused, capturable, ...) is this
+    optimizer's, and so are all options of Muon. Each moment is a contiguous tensor of its own, as the fused kernels require.
     """
     check_optimizer(state, path)
     groups = optimizer.param_groups
-    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in state["param_groups"]]:
+    was, wanted = _optimizer(state["param_groups"]), _optimizer(groups)
+    if was != wanted:
+        raise CheckpointError(f"{path} has the optimizer state of --optimizer={was}, which --optimizer={wanted} cannot go on from. Resume "
+                              f"with --optimizer={was}")
+    theirs, ours = ([(_kept(group), len(group["params"])) for group in both] for both in (state["param_groups"], groups))
+    if theirs != ours:
         _refuse(path, "its optimizer state does not fit the model", [
             f"groups of {', '.join(str(len(group['params'])) for group in state['param_groups'])} tensors, and the model's have "
             f"{', '.join(str(len(group['params'])) for group in groups)}"])
     options = [{**{key: value for key, value in ours.items() if key != "params"}, "params": theirs["params"],
-                **{key: theirs[key] for key in ("weight_decay", "betas", "eps") if key in theirs}}
+                **{key: theirs[key] for key in ("weight_decay", "betas", "eps") if key in theirs and _kept(ours) == MOMENTS}}
                for ours, theirs in zip(groups, state["param_groups"])]
     found, problems, taken = {}, [], set()
     for p, i in zip((p for group in groups for p in group["params"]), (i for group in options for i in group["params"])):
         saved = state["state"].get(i)
         if not saved:
             continue
-        step = number(saved["step"])
-        if step is None or not 0 <= step <= LARGEST or step != int(step):
-            problems.append(f"step of tensor {i} is {shown(saved['step'])}; expected a count of steps")
-            continue
-        found[i] = {"step": torch.tensor(float(step), dtype=torch.float32)}
-        for name in ("exp_avg", "exp_avg_sq"):
+        found[i] = {}
+        for name in saved:
+            if name == "step":
+                step = number(saved["step"])
+                if step is None or not 0 <= step <= LARGEST or step != int(step):
+                    problems.append(f"step of tensor {i} is {shown(saved['step'])}; expected a count of steps")
+                else:
+                    found[i]["step"] = torch.tensor(float(step), dtype=torch.float32)
+                continue
             tensor, why = saved[name], flaw(saved[name], finite=False)
             if why is None and tensor.shape != p.shape:
                 why = f"has shape {tuple(tensor.shape)}, and its parameter {tuple(p.shape)}"

@@ -3,6 +3,7 @@ import torch
 
 from .. import devices, threads
 from ..checks.explanation import explain
+from ..ops.cpu import adamw as adamw_cpu
 from ..tuning import saved
 from . import captured
 
@@ -39,6 +40,10 @@ def _how(o, step, dtype, not_captured, malloc, ranks):
     if step.sharded:
         print(f"shards  weights, gradients and moments are divided among {ranks.size} rank{'s' * (ranks.size > 1)} (FSDP2)"
               + (f"; blocks are gathered in {str(dtype).removeprefix('torch.')}" if dtype != torch.float32 else ""))
+    if o.optimizer == "muon":
+        reason = adamw_cpu.why_not(step.optimizer) if device.type == "cpu" and any(weights.own) else None
+        print("optim   Muon for the matrices of the blocks, AdamW for the rest"
+              + (f"; not in one pass over memory: {reason}" if reason else ""))
     print("graphs  " + (f"none: {not_captured}" if not_captured else
                         f"the step is captured in CUDA graphs after {captured.WARM_UP_STEPS} ordinary ones"))
     if dtype != torch.float32 and not step.sharded:

@@ -54,12 +54,16 @@ class TrainOptions:
     activation: str = option("auto", "of the MLP: GELU's erf form, or the tanh form with which OpenAI trained GPT-2 (auto: a folder's "
                              "config.json says it; else erf, as in nanoGPT)", choices=("auto", "gelu", "gelu_tanh"))
 
-    learning_rate: float = option(6e-4, "the highest learning rate", minimum=0, alias="lr", section="AdamW")
+    optimizer: str = option("adamw", "adamw; or muon for the matrices of the blocks and AdamW for embeddings, head and vectors: fewer steps "
+                            "to the same loss, each a little slower (docs/measured.md)", choices=("adamw", "muon"), section="Optimizer")
+    learning_rate: float = option(6e-4, "AdamW's highest learning rate", minimum=0, alias="lr")
     max_iters: int = option(600_000, "steps", minimum=0)
     weight_decay: float = option(1e-1, "for matrices and embeddings; biases and LayerNorms have none", minimum=0)
     beta1: float = option(0.9, "decay of the gradient's running mean", minimum=0, below=1)
     beta2: float = option(0.95, "decay of the running mean of its square", minimum=0, below=1)
     grad_clip: float = option(1.0, "the gradient's norm is clipped to this; 0 for no clipping", minimum=0)
+    muon_lr: float = option(0.025, "Muon's highest learning rate; warm-up and decay are AdamW's", minimum=0)
+    muon_weight_decay: float = option(0.05, "of the matrices that Muon trains; weight_decay is of the others", minimum=0)
 
     decay_lr: bool = option(True, "warm-up and cosine decay; False for a constant learning rate", section="Learning rate")
     warmup_iters: int | float = option(2000, "steps of linear warm-up", minimum=0)
@@ -94,6 +98,9 @@ class TrainOptions:
             raise ValueError(f"profile is {self.profile}, but with eval_only no step is taken; expected 0")
         if self.profile:
             profiling.first_step(self.profile, 0, self.max_iters, self.eval_interval)
+        if self.optimizer == "muon" and self.learning_rate == 0:
+            raise ValueError("learning_rate is 0 with optimizer='muon', whose rate is a multiple of it (muon_lr / learning_rate); give a "
+                             "learning_rate above 0")
         split_backend(self.backend)
 
 

@@ -16,7 +16,8 @@ from .options import TrainOptions
 OF_THE_CALL = ("out_dir", "init_from", "eval_only", "verbose", "preset", "profile")  # they say what to do now, and are no settings of the run
 # In a file of nanoGPT's they name nanoGPT's means, such as device='cuda' and backend='nccl' on whatever machine.
 OF_THE_MACHINE = ("backend", "device", "dtype", "compile", "cuda_graph", "malloc", "recompute")
-SAID_LATER = ("block_size", "n_layer", "n_head", "n_embd", "bias", "activation", "weight_decay", "beta1", "beta2", "seed")  # by start.py
+SAID_LATER = ("block_size", "n_layer", "n_head", "n_embd", "bias", "activation", "weight_decay", "beta1", "beta2", "seed",
+              "optimizer")  # by start.py and, of the optimizer, by schema.py
 
 
 def with_the_runs_settings(o):

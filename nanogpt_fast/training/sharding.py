@@ -27,6 +27,9 @@ def refuse(o, device, dtype):
         chosen = " (auto's choice for this GPU)" * (o.dtype == "auto")
         raise ValueError(f"--shard with dtype float16{chosen}: the ranks would have to agree on the scale of the loss at every step, which "
                          "they do not. Use --dtype=bfloat16 or --dtype=float32")
+    if o.optimizer == "muon":
+        raise ValueError("--shard with --optimizer=muon: Muon orthogonalises whole matrices, and with --shard a rank has rows of each. Train "
+                         "without --shard, or with --optimizer=adamw")
     if o.cuda_graph == "on":
         raise ValueError(f"cuda_graph is 'on', but {NO_GRAPHS}. cuda_graph=auto trains without graphs")
 

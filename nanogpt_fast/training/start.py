@@ -91,6 +91,9 @@ def what_runs(o, model, checkpoint):
         if value != getattr(o, name) and is_given(o, name) and o.init_from != "scratch":
             print(f"{name} is {value}, as in the weights of {o.init_from if checkpoint is None else checkpoint['path']}; "
                   f"{getattr(o, name)} has no effect")
+    for name in ("muon_lr", "muon_weight_decay"):
+        if o.optimizer != "muon" and is_given(o, name):
+            print(f"{name} has no effect: the optimizer is {o.optimizer}")
     if checkpoint is not None:
         group = checkpoint.get("optimizer", {}).get("param_groups", [{}])[0]
         betas = group.get("betas", (None, None))

@@ -7,6 +7,7 @@ Read `_train` from top to bottom: data, model, optimizer and step, then one loop
     presets.py      the command line                   resumed.py      a resumed run's settings
     progress.py     what a run shows and records       losses.py       the losses of steps, read late
     sharding.py     --shard: FSDP2                     profiling.py    --profile: where a step's time goes
+    muon.py         --optimizer=muon
     ../checkpoints/folder.py: its folder, and resuming;  ../checkpoints/nanogpt.py: its files;  ../devices.py: devices and ranks
 
 A run is a function of its options: evaluation and the printed samples draw from generators of their own, so a run that was
@@ -30,7 +31,7 @@ from ..checkpoints.state import random_states
 from ..model import GPT
 from ..text.batches import Batches
 from ..text.tokens import TokenCheck
-from . import captured, cpu, presets, profiling, resumed, sharding, start
+from . import captured, cpu, muon, presets, profiling, resumed, sharding, start
 from .banner import banner
 from .evaluation import estimate_loss, sample_text
 from .interrupt import StopOnSignal
@@ -136,7 +137,10 @@ def _train(o, ranks, device, ops, malloc):
     train_batches = batches("train")  # from torch's global generator, as in nanoGPT: the same seed gives the same batches
 
     # optimizer and step
-    optimizer = model.configure_optimizers(o.weight_decay, o.learning_rate, (o.beta1, o.beta2), device.type)
+    if o.optimizer == "muon":
+        optimizer = muon.muon_and_adamw(model, o, device.type)
+    else:
+        optimizer = model.configure_optimizers(o.weight_decay, o.learning_rate, (o.beta1, o.beta2), device.type)
     not_captured = "cuda_graph=off" if o.cuda_graph == "off" else sharding.NO_GRAPHS if o.shard else captured.why_not(
         model, optimizer, device, ranks=ranks.size, scaled=dtype == torch.float16)
     if o.cuda_graph == "on" and not_captured is not None:
@@ -200,7 +204,7 @@ def _train(o, ranks, device, ops, malloc):
             token_check.wait(0)
             lr = learning_rate(iter_num, o)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_share", 1)
 
             # measure both splits, write checkpoints, show a sample
             due = (iter_num % o.eval_interval == 0 or iter_num == o.max_iters) and iter_num != evaluated_at
