@@ -15,7 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmarks import RESULTS, report_gpu, report_plots, swap_table
+from benchmarks import RESULTS, optimizers, report_gpu, report_plots, swap_table
 from benchmarks.tables import GPU_KERNELS, MISSING, device_of, last, read, small, spread, table, where  # noqa: F401 (tests take them from here)
 from nanogpt_fast import cli, tables
 from nanogpt_fast.bench.common import MODELS
@@ -254,6 +254,7 @@ def measured(records):
         "sampler": sampler(records, "cpu"),
         "drop-in": drop_in(records),
         "loss against time": loss(records, "cuda") + "\n\n" + loss(records, "cpu") + image("loss"),
+        "optimizers": optimizers.section(records),
         "recipes": recipes(records),
         "ladder": ladder(),
         "compile gate": gate(),

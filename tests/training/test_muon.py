@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from nanogpt_fast import GPT, GPTConfig
+from nanogpt_fast import GPT, GPTConfig, devices
 from nanogpt_fast.checkpoints import nanogpt as checkpoints
 from nanogpt_fast.checkpoints.state import CheckpointError
 from nanogpt_fast.training import captured
@@ -144,6 +144,13 @@ def test_a_step_with_muon_is_not_captured():
 def test_what_muon_cannot_do_is_refused(given, words, folder):
     with pytest.raises(ValueError, match=words):
         train(tiny.options(folder, optimizer="muon", **given))
+
+
+def test_a_cpu_that_is_slow_in_bfloat16_is_warned_of(monkeypatch, capsys):
+    for fast, words in (("AMX", 0), (None, 1)):
+        monkeypatch.setattr(devices, "fast_bfloat16", lambda fast=fast: fast)
+        trained(steps=0)
+        assert capsys.readouterr().out.count("this CPU has no fast bf16 matmul") == words
 
 
 def test_muons_options_without_muon_are_said_to_have_no_effect(folder, capsys):
