@@ -42,8 +42,9 @@ class Muon(torch.optim.Muon):
     """torch's Muon, which steps each parameter of a group as `parts` matrices, one below the other.
 
     c_attn (3C, C) holds three maps, q's, k's and v's. Orthogonalised as one, its columns would be, across the three, and the largest
-    gradient of them would decide how far the others move. Jordan's post advises to split it, and modded-nanogpt does. The momentum is kept
-    whole, so a checkpoint has one tensor for each parameter.
+    gradient of them would decide how far the others move. modded-nanogpt steps the three apart, too. (At 1,000 steps of --preset=laptop,
+    one seed, it hardly matters: a validation loss of 1.731, and 1.740 as one.) The momentum is kept whole, so a checkpoint has one tensor
+    for each parameter.
     """
 
     def _init_group(self, group, params, grads, buffers):
