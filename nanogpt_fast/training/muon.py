@@ -7,8 +7,8 @@ An optimizer for hidden layers in neural networks", https://kellerjordan.github.
 The defaults of muon_lr (0.025) and muon_weight_decay (0.05) are those published for a GPT of GPT-2 124M's size: modded-nanogpt,
 records/track_3_optimization, result 36, 3,250 steps to a validation loss of 3.28. They belong to the scale sqrt(max(1, rows / columns)) of
 that code, torch's adjust_lr_fn="original", under which a learning rate keeps its meaning as a model gets wider. Momentum 0.95 with
-Nesterov's step is torch's default and theirs. Their rates of AdamW belong to a model with an untied head and RMSNorm, so AdamW keeps
-nanoGPT's.
+Nesterov's step is torch's default and theirs; their Newton-Schulz takes 12 iterations and ends nearer 1. Their rates of AdamW belong to a
+model with an untied head and RMSNorm, so AdamW keeps nanoGPT's.
 
 Both follow one schedule: Muon's learning rate is always the same multiple of AdamW's. With DDP every rank orthogonalises the same mean
 gradients. The step cannot be captured in CUDA graphs, because torch's Muon reads the learning rate on the host, and on a CPU PyTorch ends

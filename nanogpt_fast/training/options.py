@@ -55,7 +55,7 @@ class TrainOptions:
                              "config.json says it; else erf, as in nanoGPT)", choices=("auto", "gelu", "gelu_tanh"))
 
     optimizer: str = option("adamw", "adamw; or muon for the matrices of the blocks and AdamW for embeddings, head and vectors: fewer steps "
-                            "to the same loss, each a little slower (docs/measured.md)", choices=("adamw", "muon"), section="Optimizer")
+                            "to the same loss, each of them slower (docs/measured.md)", choices=("adamw", "muon"), section="Optimizer")
     learning_rate: float = option(6e-4, "AdamW's highest learning rate", minimum=0, alias="lr")
     max_iters: int = option(600_000, "steps", minimum=0)
     weight_decay: float = option(1e-1, "for matrices and embeddings; biases and LayerNorms have none", minimum=0)
