@@ -4,8 +4,8 @@
     python -m benchmarks.optimizers --cost=baby            # what of a step's time is Muon's, on random tokens
 
 Each run is the command that a user would type, in a process of its own; the sides take turns, seed by seed, so that a slow minute of the
-machine falls on all. The loss to reach is the one that the better AdamW reaches at its end with every seed. Seconds are those of the steps;
-evaluations are not in them. Below is also the table in docs/measured.md.
+machine falls on all. The loss to reach is the one that the better AdamW has at its end with the same seed, which also chooses the
+batches of the evaluations. Seconds are those of the steps; evaluations are not in them. Below is also the table in docs/measured.md.
 """
 import argparse
 import json
@@ -124,8 +124,7 @@ def _compared(records, run):
         return f"{what}: {MISSING}"
     ends = {name: [curve[-1][2] for curve in curves] for name, curves in record["curves"].items()}
     rival = min((name for name in ends if name.startswith("AdamW")), key=lambda name: statistics.median(ends[name]))
-    loss = max(ends[rival])
-    found = {name: [reached(curve, loss) for curve in curves] for name, curves in record["curves"].items()}
+    found = {name: [reached(curve, loss) for curve, loss in zip(curves, ends[rival])] for name, curves in record["curves"].items()}
     per_step = {name: statistics.median(curve[-1][1] / curve[-1][0] for curve in curves) for name, curves in record["curves"].items()}
     steps, seconds = (statistics.median(pair[i] for pair in found[rival]) for i in (0, 1))
     rows = []
@@ -135,10 +134,10 @@ def _compared(records, run):
                      f"{statistics.median(pair[0] for pair in pairs) / steps:.2f}" if there else "",
                      f"{per_step[name] / per_step[rival]:.2f}",
                      f"{statistics.median(pair[1] for pair in pairs) / seconds:.2f}" if there else ""])
-    head = ["", "validation loss at the end", f"steps to {loss:.3f}", "steps", "time of a step", "time to it"]
+    head = ["", "validation loss at the end", "steps to the better AdamW's", "steps", "time of a step", "time to it"]
     commands = "\n\n".join(f"`{command}`" for name, command in record["commands"].items() if name == "Muon")
     small = where(record).replace("<sub>", f"<sub>seeds {', '.join(map(str, record['seeds']))}, in turns; the last three columns are ratios of "
-                                           f"medians to the better AdamW's. ")
+                                           "medians to the better AdamW's. ")
     return f"**{what}**\n\n" + table(head, rows) + f"\n\n{commands}\n\n{small}"
 
 
