@@ -92,7 +92,7 @@ def test_another_optimizer_than_the_checkpoints_is_refused(was, wanted, folder):
     (lambda state: state["state"][5]["momentum_buffer"].fill_(torch.nan), "holds nan or infinity"),
     (lambda state: state["state"][5].clear(), "moments of 8 of 9 tensors"),
     (lambda state: state["state"].update({5: state["state"][0]}), "expected momentum_buffer of every parameter of Muon"),
-    (lambda state: state["param_groups"].reverse(), "its optimizer state does not fit the model")])
+    (lambda state: state.update(param_groups=[state["param_groups"][i] for i in (0, 3, 2, 1)]), "does not fit the model: groups of")])
 def test_a_damaged_momentum_is_refused_before_it_is_used(change, message):
     _, step = trained(n_layer=1)
     state = step.optimizer.state_dict()     # tensor 5 is c_attn.weight
