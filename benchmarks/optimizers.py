@@ -142,10 +142,10 @@ def _compared(records, run):
 
 
 def _cost(records):
-    rows, newest = [], None
+    rows, shown = [], []
     for model in ("cpu", "baby", "gpt2"):
         record = last(records, "muon's part", model=model)
-        newest = record or newest
+        shown += [record] if record else []
         if record is None:
             rows.append([model, "", MISSING, "", ""])
             continue
@@ -153,7 +153,7 @@ def _cost(records):
         rows.append([model, f"{record['batch_size']} x {record['block_size']}", f"{1e3 * step:,.1f} ms", f"{1e3 * part:,.1f} ms",
                      f"{100 * part / step:.0f} %"])
     return table(["model", "tokens a step", "a step with Muon, CPU time on one thread", "of it Newton-Schulz and the update", ""], rows) + (
-        "\n\n" + where(newest) if newest else "")
+        "\n\n" + where(shown[-1], shown) if shown else "")
 
 
 def main():
