@@ -170,8 +170,8 @@ def main(argv=None):
     results = folder / "results.jsonl"
     if results.exists():
         checks = [record for record in map(json.loads, results.read_text().splitlines()) if record["benchmark"] == "smoke"]
-        lines.append(tables.table(("part", "check", ""), [
-            (record["part"], record["check"], "FAILED" if record["failed"] else "right") for record in checks], align="l"))
+        rows = [(record["part"], record["check"], "FAILED" if record["failed"] else "right") for record in checks]
+        lines += [tables.table(("part", "check", ""), rows, align="l")] if rows else []
     (folder / "summary.txt").write_text("\n".join(lines) + "\n")
     print("\n== summary\n" + "\n".join(lines))
     return 0 if all(how == "passed" for how in ended.values()) else 1
