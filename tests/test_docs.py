@@ -28,6 +28,8 @@ def prose(path):
 def test_what_a_document_links_to_is_there(path):
     links = re.findall(r"\]\(([^)#\s:]+)(?:#[^)\s]*)?\)", prose(path))
     assert [link for link in links if not (path.parent / link).exists()] == []
+    folders = [path.parent / link for link in links if (path.parent / link).is_dir()]      # the site shows a folder as one of these
+    assert [folder for folder in folders if not ((folder / "README.md").exists() or (folder / "__init__.py").exists())] == []
 
 
 def test_every_snippet_of_hacking_runs_in_one_session():
