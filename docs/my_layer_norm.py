@@ -4,10 +4,13 @@
     NANOGPT_FAST_KERNELS=docs/my_layer_norm.py nanogpt-fast tune                         let it compete
     python docs/my_layer_norm.py                                                         time it beside ours and PyTorch's
 """
+import sys
+
 import torch
 import triton
 import triton.language as tl
 
+from nanogpt_fast import backend
 from nanogpt_fast.ops import register
 
 
@@ -47,18 +50,21 @@ def backward(saved, dy, eps):
 
 
 def why_not(x, weight, bias, eps):
-    return None if x.dtype == torch.float32 else f"x is {x.dtype}; mine takes float32, as the residual stream is"
+    if x.dtype != torch.float32:
+        return f"x is {x.dtype}; mine takes float32, as the residual stream is"
+    return backend.triton_why_not(x)        # on a CPU only Triton's interpreter runs it
 
 
 register("layer_norm", "mine", forward, backward, why_not)
 
 if __name__ == "__main__":
-    from nanogpt_fast import backend
     from nanogpt_fast.bench import measure
     from nanogpt_fast.ops.norm import layer_norm
     gpu = torch.cuda.is_available()
     x = torch.randn(32768 if gpu else 64, 768, device="cuda" if gpu else "cpu")
     w, b = torch.ones(768, device=x.device), torch.zeros(768, device=x.device)
+    if reason := why_not(x, w, b, 1e-5):
+        sys.exit(f"nothing to time: {reason}")
     runs = {name: lambda choice=backend.parse(f"layer_norm={name}"): layer_norm(x, w, b, backend=choice) for name in ("mine", "triton", "reference")}
     for name, seconds in measure.medians((measure.interleaved_on_gpu if gpu else measure.interleaved)(runs, rounds=20)).items():
         print(f"{name:<10} {1e6 * seconds:10.1f} us")

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import cards
 import pytest
@@ -160,6 +161,16 @@ def test_a_file_of_kernels_is_loaded_at_the_first_choice(tmp_path, monkeypatch):
             other.write_text(text)
         with pytest.raises(ValueError, match=reason):
             registered.load(other)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs")
+def test_the_documents_example_says_why_it_cannot_run_on_a_cpu():
+    registered.load(Path(__file__).parents[2] / "docs" / "my_layer_norm.py")
+    try:
+        with pytest.raises(RuntimeError, match="mine: Triton kernels need a CUDA tensor, this one is on cpu"):
+            norm.layer_norm(torch.randn(4, 32), torch.ones(32), None, backend=backend.parse("layer_norm=mine"))
+    finally:
+        ops.unregister("layer_norm", "mine")
 
 
 def test_a_files_own_errors_are_one_line_and_come_back_at_each_choice(tmp_path, monkeypatch):
