@@ -63,7 +63,9 @@ def read(path, weights=True):
     """
     path = Path(path)
     if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
+        if not path.parent.is_dir():
+            raise CheckpointError(f"there is no checkpoint {path}: there is no folder {path.parent}")
+        beside = sorted(p.name for p in path.parent.glob("*.pt"))
         raise CheckpointError(f"there is no checkpoint {path}; the folder has {', '.join(beside) or 'no *.pt file'}")
     found = schema.check(archive.load(path), path)
     if "shards" in found:

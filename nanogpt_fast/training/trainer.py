@@ -64,6 +64,9 @@ def run(argv):
     if result.stopped is None:
         if devices.is_master() and not o.eval_only and result.iter_num == 0:
             print(f"Done: max_iters is {o.max_iters}, so no step was taken and no weights are written. metrics.jsonl is in {result.out_dir}")
+        elif devices.is_master() and not o.eval_only and result.val_loss is None:    # any step would have ended in an evaluation
+            print(f"No step was taken: {result.out_dir} is at step {result.iter_num:,} already, and max_iters is not more. --max_iters=N "
+                  "trains on until step N")
         elif devices.is_master() and not o.eval_only:
             print(f"Done: best validation loss {result.best_val_loss:.4f}. Weights, metrics.jsonl and loss.png are in "
                   f"{result.out_dir}. Try: nanogpt-fast sample --out_dir={shlex.quote(str(result.out_dir))}")

@@ -133,6 +133,16 @@ def test_a_finished_run_resumed_does_nothing_more(folder):
     assert torch.equal(first.model.lm_head.weight, again.model.lm_head.weight)
 
 
+@pytest.mark.parametrize("more", [(), ("--max_iters=3",)])
+def test_the_command_says_that_a_finished_run_takes_no_step_and_what_goes_on(more, folder, capsys):
+    o = tiny.options(folder, max_iters=5)
+    train(o)
+    capsys.readouterr()
+    assert run([f"--out_dir={o.out_dir}", "--init_from=resume", *more]) == 0
+    out = capsys.readouterr().out
+    assert f"No step was taken: {o.out_dir} is at step 5 already" in out and "--max_iters=N" in out and "Done" not in out
+
+
 def test_another_batch_size_is_allowed_and_said_not_to_be_the_same_run(folder, capsys):
     o = tiny.options(folder, max_iters=5)
     train(o)
@@ -241,7 +251,7 @@ def test_resuming_on_a_text_with_another_vocabulary_is_refused(folder):
 
 def test_resuming_without_or_with_a_damaged_checkpoint_is_a_clear_error(folder):
     o = tiny.options(folder, init_from="resume")
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+    with pytest.raises(CheckpointError, match="there is no checkpoint .*ckpt.pt: there is no folder .*out"):
         train(o)
     (folder / "out").mkdir()
     (folder / "out" / "last.pt").write_bytes(b"PK\3\4 and no more")
