@@ -4,6 +4,7 @@ Nothing heavy is imported before a subcommand is chosen. Every subcommand is a f
 and returns an exit status or None. Exit status: 0 success, 2 an error in the arguments or the environment (one line says which),
 130 interrupted, 1 a bug (with its traceback).
 """
+import difflib
 import io
 import os
 import sys
@@ -20,7 +21,7 @@ COMMANDS = {  # name: (module, function, what it does)
     "chat": ("commands.sampling", "chat", "complete the prompts that you type"),
     "eval": ("commands.evaluate", "main", "measure a GPT on a text: loss, perplexity, bits per byte; or on HellaSwag"),
     "ladder": ("commands.ladder", "main", "train the small models from bigram to GPT and compare them"),
-    "convert": ("checkpoints.convert", "main", "convert a step-by-step GPT's checkpoint to nanoGPT's layout, and back"),
+    "convert": ("checkpoints.convert", "main", "convert a checkpoint between the layouts of nanoGPT, transformers and the ladder's GPT"),
     "run": ("swap.run", "main", "run a nanoGPT script unedited on the fused kernels"),
     "doctor": ("checks.doctor", "main", "what runs here, what does not, and why"),
     "verify": ("checks.verify", "main", "check every op against float64, on this machine"),
@@ -67,9 +68,9 @@ def _run(argv):
         print(f"nanogpt-fast {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        from nanogpt_fast.options import nearest
-        print(f"nanogpt-fast: no command {argv[0]!r}; the nearest is {nearest(argv[0], COMMANDS)} "
-              "(`nanogpt-fast --help` lists them all)", file=sys.stderr)
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)     # none, where all names are far from it
+        print(f"nanogpt-fast: no command {argv[0]!r}{f'; the nearest is {near[0]}' if near else ''} (`nanogpt-fast --help` lists them all)",
+              file=sys.stderr)
         return 2
     if argv[0] != "bench":  # which compares with nanoGPT, as PyTorch runs it
         from nanogpt_fast.threads import sleep_while_waiting

@@ -72,6 +72,18 @@ def test_an_unknown_command_names_the_nearest():
     assert done.stderr == "nanogpt-fast: no command 'trian'; the nearest is train (`nanogpt-fast --help` lists them all)\n"
 
 
+def test_a_word_that_is_far_from_every_command_gets_no_guess(capsys):
+    assert cli.main(["explain"]) == 2
+    assert capsys.readouterr().err == "nanogpt-fast: no command 'explain' (`nanogpt-fast --help` lists them all)\n"
+
+
+def test_the_demos_help_is_its_own_and_names_what_it_trains(capsys):
+    assert cli.main(["demo", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: nanogpt-fast demo") and "--out_dir=out-demo" in text and "--max_iters=2000" in text
+    assert max(map(len, text.splitlines())) <= 140
+
+
 def test_a_mistake_is_one_line_and_status_2():
     done = command("prepare", "--tokenzier=char")
     assert (done.returncode, done.stdout) == (2, "")

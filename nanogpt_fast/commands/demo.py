@@ -11,15 +11,26 @@ from ..training.presets import TrainCommand
 from ..training.trainer import train
 
 PROMPT = "The value of "
+HELP = """usage: nanogpt-fast demo [--key=value | --key value ...]
+
+Train a character-level GPT on Python's language reference and complete a prompt: under 3 minutes on 2 CPU cores. It is
+
+    nanogpt-fast train --preset=laptop {settings}
+
+or, on a CUDA GPU, the same with --preset=baby. Every key of `nanogpt-fast train --help` changes it; --verbose shows the whole banner.
+"""
+
 
 def main(argv):
     """`nanogpt-fast demo [--key=value ...]`: any key of `nanogpt-fast train` changes the demo; --verbose shows the whole banner."""
+    settings = ["--max_iters=2000", "--compile=False", "--out_dir=out-demo", "--sample_tokens=120", "--verbose=False"]
+    if "-h" in argv or "--help" in argv:
+        print(HELP.format(settings=" ".join(settings)))
+        return 0
     wanted = options.parse(TrainCommand, argv, "nanogpt-fast demo")
     # The baby GPT takes minutes on any recent GPU; the laptop's model about two on two CPU cores, its validation loss still falling.
     preset = "baby" if devices.choose_device(wanted.device).type == "cuda" else "laptop"
-    settings = [f"--preset={preset}", "--max_iters=2000", "--eval_iters=50" if preset == "baby" else "--eval_iters=20", "--compile=False",
-                "--out_dir=out-demo", "--sample_tokens=120", "--verbose=False"]
-    o = presets.parse(settings + argv, "nanogpt-fast demo")
+    o = presets.parse([f"--preset={preset}", *(["--eval_iters=50"] if preset == "baby" else []), *settings, *argv], "nanogpt-fast demo")
     print("A character-level GPT learns Python's language reference. Ctrl-C stops it and keeps what it has learnt.\n")
     started = time.monotonic()
     result = train(o)
