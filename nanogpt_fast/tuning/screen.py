@@ -40,7 +40,8 @@ class Screen:
 
     def decided(self, contest):
         if self.live is None:
-            print("  " + "  ".join(filter(None, cells(contest))), file=self.aside, flush=True)
+            what, winner, time, _, gain, *_ = cells(contest)
+            print(f"  {what}: {' '.join(filter(None, (winner, time, gain))) or 'not decided'}", file=self.aside, flush=True)
 
     def lines(self):
         return [(what, f"{self.tried[contest.name]}/{self.entries[contest.name]}", *rest)

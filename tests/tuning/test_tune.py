@@ -80,6 +80,15 @@ def test_a_narrow_terminal_gets_whole_numbers_in_fewer_columns(width, without):
     assert {name for name in screen.COLUMNS if name not in header} == set(without)
 
 
+def test_in_a_pipe_each_decided_op_is_a_line_of_what_runs_and_how_long_it_takes(capsys):
+    contest = contests.Contest("c", "loss", None, None, None, {"cpp": (), "PyTorch": ()}, torch.float32, now="triton")
+    with screen.Screen([contest], "") as shown:
+        shown.decided(contest)
+        contest.samples = contest.again = {UNTUNED: [13e-3] * 5, "cpp": [11e-3] * 5, "PyTorch": [12e-3] * 5}
+        shown.decided(contest)
+    assert capsys.readouterr().out == "  loss: not decided\n  loss: cpp 11,000 us 1.18 x\n"
+
+
 def test_an_entry_that_cannot_run_or_was_not_reached_is_not_called_wrong(capsys):
     """Nor is the advice to run verify."""
     for why, said in (("its process ended with status 1", "cannot be timed here: its process ended with status 1\n"), (None, ""), ("wrong: a", "wrong: a; run `nanogpt-fast verify`")):
