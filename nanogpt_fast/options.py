@@ -314,7 +314,7 @@ def _accepts(field, kinds):
     """The values that a field accepts, in words: "int, at least 1"."""
     limits = field.metadata
     if limits.get("choices"):
-        return " | ".join(str(choice) for choice in limits["choices"])
+        return " | ".join(str(choice) or "''" for choice in limits["choices"])
     words = [_names(kinds)]
     for name, word in (("minimum", "at least"), ("above", "above"), ("maximum", "at most"), ("below", "below")):
         if limits.get(name) is not None:

@@ -63,6 +63,14 @@ def test_a_bool_may_have_a_third_value(argv, expected):
         options.parse(Third, ["--compile=atuo"], "prog")
 
 
+def test_an_empty_choice_is_shown():
+    @dataclass
+    class Choice:
+        preset: str = option("", "settings by name", choices=("", "laptop"))
+
+    assert "('' | laptop)" in options.help_text(Choice, "prog")
+
+
 @pytest.mark.parametrize("text, expected", [("a=b", "a=b"), ("123", "123"), ("'quoted'", "quoted"), ("", ""), ("True", "True")])
 def test_a_string_stays_what_was_typed(text, expected):
     assert parse(f"--out_dir={text}").out_dir == expected

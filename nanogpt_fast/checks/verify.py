@@ -42,7 +42,7 @@ class VerifyOptions:
     """Checks every op, in every implementation that this machine can run, against float64; then the whole GPT. Exit status 1 if
     any check fails."""
     quick: bool = option(False, "one shape per op: under a minute on two cores")
-    only: str = option("", "check only these, separated by commas: attention, layer_norm, linear, mlp, cross_entropy, sample, gpt")
+    only: str = option("", "check only these, separated by commas: attention, layer_norm, linear, mlp, cross_entropy, sample, decode, gpt")
     format: str = tables.format_option()
     json: str = option("", "also write the table to this file")
 

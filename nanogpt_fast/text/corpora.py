@@ -100,7 +100,7 @@ class Text:
         self.source, self.field, self.between = source, field, between
         self.paths = paths_of(source)
         if not self.paths:
-            raise FileNotFoundError(f"{source} is neither a file nor a folder, nor are these several, or a pattern of files")
+            raise FileNotFoundError(f"{source} is neither a file nor a folder, and no pattern or list (a.txt,b.txt) of files that exist")
 
     def __iter__(self):
         end, begins = "", False     # the last character so far; whether a document begins

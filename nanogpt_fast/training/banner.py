@@ -18,7 +18,7 @@ def banner(o, step, dtype, compiled, not_captured, malloc, ranks, folder, tokens
     print(f"device  {where}, {str(dtype).removeprefix('torch.')}{why}, {how}")
     if device.type == "cpu" and torch.get_num_threads() > 1:
         print(f"threads {threads.about()}")
-    print(f"model   {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, vocabulary {c.vocab_size}: "
+    print(f"model   {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, vocabulary {c.vocab_size:,}: "
           f"{model.get_num_params():,} parameters")
     print(f"step    {o.gradient_accumulation_steps} x {o.batch_size} x {c.block_size} = {tokens:,} tokens; {o.max_iters:,}"
           f" steps on {folder}")

@@ -117,7 +117,7 @@ def table(rows, title, steps):
     total, rest = sum(micros for _, _, micros in rows), rows[ROWS:]
     shown = rows[:ROWS] + ([[f"{len(rest)} others", *(sum(row[i] for row in rest) for i in (1, 2))]] if rest else [])
     shown.append(["all", *(sum(row[i] for row in rows) for i in (1, 2))])
-    head = [f"{title}, a step of {steps}", "ms", "share", "calls", "us a call"]
+    head = [f"{title}, mean of {steps} steps", "ms", "share", "calls", "us a call"]
     return tables.table(head, [[name[:100], f"{micros / 1e3:.3f}", f"{100 * micros / max(total, 1e-9):.1f} %", f"{calls:,.1f}",
                                 f"{micros / calls:,.1f}"] for name, calls, micros in shown])
 

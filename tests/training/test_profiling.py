@@ -43,7 +43,7 @@ def test_the_table_has_the_longest_ops_of_a_step_and_the_sum_of_the_others():
     assert [line.split() for line in lines[1:4]] == [
         ["kernel", "0.600", "75.0", "%", "3.0", "200.0"], ["rest", "0.200", "25.0", "%", "1.0", "200.0"],
         ["all", "0.800", "100.0", "%", "4.0", "200.0"]]
-    assert lines[0].startswith("GPU, by kernel, a step of 7 ") and lines[4].startswith("host, by op: self time, a step of 7 ")
+    assert lines[0].startswith("GPU, by kernel, mean of 7 steps ") and lines[4].startswith("host, by op: self time, mean of 7 steps ")
     assert lines[5].split()[:3] == ["op", "0", "1.000"] and lines[-2].split() == ["2", "others", "0.050", "0.3", "%", "5.0", "10.0"]
     assert len(lines) == 4 + 1 + profiling.ROWS + 2
 
