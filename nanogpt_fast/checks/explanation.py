@@ -35,7 +35,8 @@ def explain(model, *, dtype=None, tokens=None, batch_size=1, return_logits=True)
     """
     gpt = next((module for module in model.modules() if isinstance(module, GPT)), None)
     if gpt is None:
-        raise TypeError(f"explain takes a model that is or contains a nanogpt_fast.GPT; this is a {type(model).__name__}")
+        raise TypeError(f"explain takes a model that is or contains a nanogpt_fast.GPT; this is a "
+                        f"{type(model).__module__}.{type(model).__qualname__}. What accelerate(model) returns says it of other models")
     device = next(gpt.parameters()).device
     tokens = gpt.config.block_size if tokens is None else tokens
     idx = torch.zeros(1, min(tokens, SMALL), dtype=torch.long, device=device)

@@ -100,7 +100,7 @@ class Report:
     def __str__(self):
         counts = collections.Counter((row.part, row.cls) for row in self.swapped)
         rows = [("swapped", f"{n} x {part} ({cls}), {self._on_kernels(part)}") for (part, cls), n in counts.items()]
-        rows = rows or [("swapped", "nothing")]
+        rows = rows or [("swapped", "nothing" if self.left else "nothing: its classes are nanogpt_fast's already")]
         rows += [("not swapped", f"{row.path or 'the model'} ({row.cls}): {row.reason}") for row in self.left]
         rows += [("steps aside", f"{path}: {reason}") for path, reason in self.unfused]
         rows += [("calls", f"{n} x {part}, {where}") for (part, where), n in sorted(self.calls.items())]

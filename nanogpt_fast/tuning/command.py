@@ -59,7 +59,7 @@ def main(argv):
     if shape.cuda:
         torch.cuda.set_device(shape.number)     # whose clock is read
     aside = tables.aside(o.format)
-    print(f"{device_name(shape)}; about {o.minutes:g} minutes\n{describe(shape)}", file=aside, flush=True)
+    print(f"{device_name(shape)}; at most about {o.minutes:g} minutes\n{describe(shape)}", file=aside, flush=True)
     listed = [contest for contest in contests(shape) if contest.choice]
     start, seconds = time.monotonic(), 60 * o.minutes
     if not shape.cuda and hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > measure.cores() / 4:
