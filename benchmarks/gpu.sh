@@ -6,7 +6,7 @@
 # nvcc, setuptools, pybind11 and ninja. benchmarks/gpu/__main__.py lists the stages. What is in .triton-ahead (benchmarks/gpu/ahead.py)
 # is not compiled again.
 set -u
-if [ $# -lt 1 ]; then sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; fi
+case "${1:--h}" in -h|--help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2;; esac
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 shift
 cd "$(dirname "$0")/.." || exit 2

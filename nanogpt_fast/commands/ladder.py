@@ -79,8 +79,9 @@ def main(argv):
         model = build(config).to(device)
         row = climb(name, model, train_data, val_data, tokenizer, o)
         rows.append(row)
-        print(f"{name}: validation loss {row['val_loss']:.3f} after {row['seconds']:.0f} s\n{_indented(row['sample'])}\n",
-              file=aside, flush=True)
+        print(f"{name}: validation loss {row['val_loss']:.3f} after {row['seconds']:.0f} s", file=aside, flush=True)
+        if row["sample"]:
+            print(f"{_indented(row['sample'])}\n", file=aside, flush=True)
     report = {"settings": asdict(o) | {"out_dir": out_dir.name}, "device": devices.describe(device), "torch": torch.__version__,
               "python": platform.python_version(), "vocab_size": tokenizer.vocab_size, "models": rows}
     with replacing(out_dir / "ladder.json") as f:
@@ -128,7 +129,7 @@ def markdown(report):
              f"nats per token; a uniform guess has a loss of {math.log(report['vocab_size']):.2f}. "
              f"{report['device']}, torch {report['torch']}.",
              table(report["models"], "markdown")]
-    parts += [f"**{row['name']}** writes:\n\n{_indented(row['sample'])}" for row in report["models"]]
+    parts += [f"**{row['name']}** writes:\n\n{_indented(row['sample'])}" for row in report["models"] if row["sample"]]
     return "\n\n".join(parts) + "\n"
 
 

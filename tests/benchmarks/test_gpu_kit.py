@@ -196,6 +196,12 @@ def test_the_first_calls_tests_compile_at_most_150_kernels(tmp_path):
     assert 50 < len(keys) <= 150, done.stdout[-1000:]
 
 
+@pytest.mark.parametrize("words", ((), ("--help",)))
+def test_the_kits_script_shows_its_usage(words):
+    done = subprocess.run(["bash", str(ROOT / "benchmarks" / "gpu.sh"), *words], capture_output=True, text=True)
+    assert done.returncode == 2 and "benchmarks/gpu.sh DIR [all|first|second|rest]" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ("first", "second", "rest"))
 def test_the_whole_kit_runs_dry_on_a_cpu(part, tmp_path):

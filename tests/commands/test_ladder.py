@@ -36,9 +36,10 @@ def test_every_model_is_trained_on_as_many_tokens_of_the_same_text(report):
     assert [row["parameters"] for row in report["models"]] == sorted(row["parameters"] for row in report["models"])
 
 
-def test_the_same_seed_gives_the_same_losses(run, report, monkeypatch):
+def test_the_same_seed_gives_the_same_losses_also_without_samples(run, report, monkeypatch, capsys):
     monkeypatch.chdir(run)
-    ladder.main(["play.txt", "--out_dir=again", *TINY])
+    ladder.main(["play.txt", "--out_dir=again", *TINY, "--sample_tokens=0"])
+    assert "\n    " not in capsys.readouterr().out and "writes:" not in (run / "again/ladder.md").read_text()
     again = json.loads((run / "again/ladder.json").read_text())
     assert [row["val_loss"] for row in again["models"]] == [row["val_loss"] for row in report["models"]]
 
