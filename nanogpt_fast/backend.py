@@ -116,8 +116,7 @@ def choose(op, candidates, model_choices=None, args=(), fastest=None, by_name=Tr
     (kernels/fastest.py) whose implementation `auto` tries first, or None. by_name=False: a name counts as "auto", for a call that few of the
     op's implementations know. Raises RuntimeError under "fused" if none can run, and where the named one can't.
     """
-    if not _tuned:
-        load_local()
+    load_local()        # not behind `if not _tuned`: Dynamo may trace twice, and has to find the same calls again
     choices = _local.choices or model_choices or _environment
     wanted = (choices if type(choices) is dict else _parsed(choices))[op]
     if not by_name and wanted not in CHOICES:
@@ -176,6 +175,8 @@ def load_local():
     """Register the kernels of one's own that are named, and put what was measured on this machine into force: once per process, before the
     first choice. An error of such a file is raised again at the next choice; other threads wait."""
     global _tuned, _loading
+    if _tuned:
+        return
     with _lock:
         if _tuned or _loading:      # such a file may call ops itself
             return

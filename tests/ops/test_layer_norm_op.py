@@ -57,3 +57,17 @@ def test_a_wrong_argument_is_named(change, message, choice):
     given = dict(zip(("x", "branch", "weight", "bias"), arguments(2))) | change
     with pytest.raises(ValueError, match=message):
         add_layer_norm(**given, backend=backend.parse(choice))
+
+
+def test_a_compiled_program_may_break_its_graph_after_the_first_op_of_the_process(monkeypatch):
+    """Dynamo then traces again, and fails if it does not find the same calls: the first choice loads what was measured here."""
+    monkeypatch.setattr(backend, "_tuned", False)
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager")
+    def program(x, weight):
+        y = layer_norm(x, weight, None)
+        torch._dynamo.graph_break()
+        return layer_norm(y, weight, None)
+    x, weight = torch.randn(2, 8), torch.rand(8)
+    torch.testing.assert_close(program(x, weight), layer_norm(layer_norm(x, weight, None), weight, None))
