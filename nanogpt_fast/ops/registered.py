@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import backend, reference
-from .common import autocast_dtype, no_second_derivative
+from .common import autocast_dtype, no_second_derivative, resolved
 
 OPS = ("attention", "layer_norm", "mlp", "cross_entropy")
 _kernels = {}           # {(op, name): Kernel}
@@ -141,6 +141,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         no_second_derivative(f"{ctx.kernel.op}={ctx.kernel.name}")
+        gradient, = resolved(gradient)
         gradients = ctx.kernel.backward(ctx.saved_tensors, gradient.contiguous(), **ctx.options)
         kernel, shapes = ctx.kernel, ctx.shapes
         if not isinstance(gradients, (tuple, list)) or len(gradients) != len(shapes):

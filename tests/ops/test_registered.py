@@ -77,6 +77,19 @@ def test_a_backward_of_ones_own_is_called(mine):
     assert seen == [(3, 8)] and (x.grad == 0).all() and torch.allclose(weight.grad, F.layer_norm(x, (8,)).sum(0), atol=1e-5)
 
 
+def test_a_backward_of_ones_own_gets_a_gradient_whose_memory_holds_its_values(mine):
+    """A kernel reads memory by address, and does not see that a view is negative lazily."""
+    seen = []
+
+    def backward(saved, gradient, eps):
+        seen.append(gradient)
+        return gradient, None, None
+    mine("layer_norm", lambda x, weight, bias, eps: (x * 1, ()), backward=backward)
+    x, expected = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
+    norm.layer_norm(x, torch.ones(8), None, backend=backend.parse("layer_norm=mine")).backward(torch._neg_view(-expected))
+    assert not seen[0].is_neg() and torch.equal(seen[0], expected)
+
+
 def test_auto_and_fused_never_take_it_unless_it_was_measured(mine, monkeypatch):
     calls = mine("layer_norm")
     x, weight = torch.randn(4, 32), torch.ones(32)
