@@ -61,9 +61,10 @@ class Lines:
         cells = [str(cell) for cell in cells]
         if self.format == "csv":
             text = io.StringIO()
-            csv.writer(text, lineterminator="").writerow(cells)
-            return text.getvalue()
+            csv.writer(text, lineterminator="\r\n").writerow(cells)     # Python 3.11 quotes only the ends of line that this names
+            return text.getvalue().removesuffix("\r\n")
+        cells = [" ".join(cell.splitlines()) for cell in cells]
         if self.format == "markdown":
-            return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
         padded = (cell.ljust(width) if left else cell.rjust(width) for cell, width, left in zip(cells, self.widths, self.left))
         return "  ".join(padded).rstrip()

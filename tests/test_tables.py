@@ -46,8 +46,11 @@ def test_a_table_in_a_pipe_is_as_wide_as_its_cells():
     assert "word last  " in printed and "\x1b" not in printed and len(printed.splitlines()) == 2
 
 
-def test_a_cell_of_several_lines_stays_in_its_row_of_markdown():
-    assert tables.table(HEAD, [("a\nb", 1)], "markdown").splitlines()[-1] == "| a b | 1 |"
+def test_a_cell_of_several_lines_stays_in_its_row():
+    rows = [("a\nb", "1"), ("c\r\nd", "2"), ("e\rf", "3")]
+    assert tables.table(HEAD, rows, "markdown").splitlines()[2:] == ["| a b | 1 |", "| c d | 2 |", "| e f | 3 |"]
+    assert tables.table(HEAD, rows).split("\n") == ["name  time", "a b      1", "c d      2", "e f      3"]
+    assert list(csv.reader(io.StringIO(tables.table(None, rows, "csv"), newline=""))) == [list(row) for row in rows]
 
 
 def test_an_explanation_is_a_table_for_a_terminal_and_for_a_notebook():
