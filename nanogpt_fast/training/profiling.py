@@ -71,10 +71,12 @@ class RunProfile:
                     self.progress.say(f"profile: steps {self.first} to {iter_num}; the trace is {self.path} (chrome://tracing, ui.perfetto.dev)")
                 except OSError as error:
                     self.progress.say(f"WARNING: profile: the trace was not written, and the run goes on without it ({error})")
+                self.steps = 0      # none is left
 
     def close(self):
         if self.found is not None:
             self._stop()
+        if self.steps:
             self.progress.say(f"profile: the run ended before {self.steps} steps were profiled; there is no table and no trace")
 
     def _stop(self):
@@ -126,6 +128,8 @@ def write_trace(found, path):
     """Write a finished profile as a Chrome trace, .json.gz."""
     with tempfile.TemporaryDirectory() as folder, replacing(path) as packed:
         plain = Path(folder, "trace.json")      # the profiler writes to a path only
-        found.export_chrome_trace(str(plain))
+        found.export_chrome_trace(str(plain))       # raises nothing, on a full disk neither
+        if not plain.exists():
+            raise OSError(f"PyTorch could not write it to {folder}; TMPDIR names another folder for it, on a disk with more room")
         with open(plain, "rb") as source, gzip.open(packed, "wb") as f:
             shutil.copyfileobj(source, f)

@@ -77,12 +77,13 @@ def test_a_resumed_run_does_not_profile_again_and_says_if_too_few_steps_are_left
     assert not Path(tmp_path, "out/trace.json.gz").exists() and len(tiny.losses(tmp_path / "out")) == 22
 
 
-def test_a_run_that_is_stopped_while_it_is_profiled_says_that_there_is_no_trace(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("step", [2, 11])
+def test_a_run_that_is_stopped_before_or_while_it_is_profiled_says_that_there_is_no_trace(step, tmp_path, capsys, monkeypatch):
     tiny.data(tmp_path)
     real = training.learning_rate
 
     def learning_rate(it, o):
-        if it == 11:
+        if it == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(it, o)
 
@@ -100,7 +101,18 @@ def test_a_trace_that_cannot_be_written_is_said_and_the_run_goes_on(tmp_path, ca
 
     monkeypatch.setattr(profiling, "write_trace", full)
     assert train(tiny.options(tmp_path, profile=1)).iter_num == 20
-    assert "WARNING: profile: the trace was not written" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "WARNING: profile: the trace was not written" in said and "the run ended" not in said
+
+
+def test_a_trace_that_the_profiler_silently_did_not_write_is_an_error_that_names_its_folder(tmp_path):
+    class Full:
+        def export_chrome_trace(self, path):
+            pass
+
+    with pytest.raises(OSError, match="PyTorch could not write it to .*; TMPDIR names another folder"):
+        profiling.write_trace(Full(), tmp_path / "trace.json.gz")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_benchmark_of_training_profiles_each_variant(tmp_path, capsys):
