@@ -73,7 +73,7 @@ def causal_attention_qkvpacked(qkv: Tensor, n_head: int, *, dropout_p: float = 0
     if name == "cudnn":
         return raw.attention_qkvpacked_cudnn(qkv, n_head, scale)[0] if is_compiling() else _cudnn_packed(qkv, n_head, scale, False)[0]
     run = raw.attention_qkvpacked if is_compiling() else _kernels().forward.launch_forward_qkvpacked
-    return run(qkv, dropout_seed(qkv, dropout_p) if seed is None else seed, n_head, scale, dropout_p)[0]
+    return run(qkv, dropout_seed(qkv, dropout_p, seed), n_head, scale, dropout_p)[0]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, scale: float | None = None, backend: Backend = None) -> Tensor:
@@ -229,10 +229,7 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, seed, options, by_cudnn):     # options is a tuple, since each argument of a Function costs 0.2 us
-        if options[2] == 0:
-            seed = None
-        elif seed is None:
-            seed = dropout_seed(qkv, options[2])
+        seed = dropout_seed(qkv, options[2], seed) if options[2] > 0 else None
         if by_cudnn:
             out, lse = (raw.attention_qkvpacked_cudnn if is_compiling() else _cudnn_packed)(qkv, options[0], options[1])
         else:

@@ -21,13 +21,21 @@ def no_autocast(device_type):
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else contextlib.nullcontext()
 
 
-def dropout_seed(x, dropout_p):
-    """A random seed as an int64 tensor (1,) on x's device, drawn from that device's generator; None without dropout.
+def dropout_seed(x, dropout_p, given=None):
+    """A random seed as an int64 tensor (1,) on x's device, drawn from that device's generator, or the one that was given; None
+    without dropout.
 
     It is a tensor so that a captured graph draws a new seed at each replay and a recomputed forward reuses the same one.
-    It has 31 bits because Inductor writes the bound as an int32 constant.
+    It has 31 bits because Inductor writes the bound as an int32 constant. Raises ValueError for a given one that a kernel cannot read.
     """
-    return torch.randint(2**31 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_p > 0 else None
+    if dropout_p == 0:
+        return None
+    if given is None:
+        return torch.randint(2**31 - 1, (1,), dtype=torch.int64, device=x.device)
+    if not isinstance(given, torch.Tensor) or given.dtype != torch.int64 or given.numel() != 1 or given.device != x.device:
+        about = f"{given.dtype} {tuple(given.shape)} on {given.device}" if isinstance(given, torch.Tensor) else repr(given)
+        raise ValueError(f"seed is {about}; expected a tensor, int64 (1,) on {x.device}, or None to draw one")
+    return given
 
 
 def dropout_seeds(x, count):

@@ -79,7 +79,7 @@ def add_layer_norm(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tenso
         dropout_p = 0.0     # there is nothing to drop
     elif name == "cpp" and dropout_p > 0:   # draws nanoGPT's random numbers
         branch, dropout_p = F.dropout(branch, dropout_p), 0.0
-    seed = None if dropout_p == 0.0 else dropout_seed(x, dropout_p) if seed is None else seed
+    seed = dropout_seed(x, dropout_p, seed) if dropout_p > 0 else None
     return _AddLayerNorm.apply(x, branch, weight, bias, seed, (name, dropout_p, eps, out_dtype, last))
 
 

@@ -1,9 +1,12 @@
 """layer_norm and add_layer_norm without a kernel: the reference path and argument errors."""
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from nanogpt_fast import backend
+from nanogpt_fast.ops.common import dropout_seed
 from nanogpt_fast.ops.norm import add_layer_norm, implementation, layer_norm
 
 REFERENCE = backend.parse("reference")
@@ -71,3 +74,13 @@ def test_a_compiled_program_may_break_its_graph_after_the_first_op_of_the_proces
         return layer_norm(y, weight, None)
     x, weight = torch.randn(2, 8), torch.rand(8)
     torch.testing.assert_close(program(x, weight), layer_norm(layer_norm(x, weight, None), weight, None))
+
+
+@pytest.mark.parametrize("seed, about", [
+    (7, "7"), (torch.tensor([7.0]), "torch.float32 (1,)"), (torch.tensor([7], dtype=torch.int32), "torch.int32 (1,)"),
+    (torch.empty(0, dtype=torch.int64), "torch.int64 (0,)"),
+    (torch.empty(1, dtype=torch.int64, device="meta"), "torch.int64 (1,) on meta")])
+def test_a_seed_that_a_kernel_would_read_beyond_or_as_something_else_is_refused(seed, about):
+    with pytest.raises(ValueError, match=f"seed is {re.escape(about)}.*; expected a tensor, int64 .1,. on cpu, or None"):
+        dropout_seed(torch.zeros(2, 8), 0.5, seed)
+    assert dropout_seed(torch.zeros(2, 8), 0.0, seed) is None
