@@ -58,7 +58,7 @@ def look(probe):
 
 
 def ask(code):
-    """Run Python code in its own process; returns what it prints as JSON, or {"error": the last line of stderr}."""
+    """Run Python code in its own process; returns what it prints as JSON, or {"error": the exception's first line}."""
     # A value of NANOGPT_FAST_BACKEND that this package rejects would hide everything else; only OPS looks at it.
     environment = {key: value for key, value in os.environ.items() if key != "NANOGPT_FAST_BACKEND"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PACKAGE.parent), environment.get("PYTHONPATH"))))
@@ -77,8 +77,9 @@ def ask(code):
             return {"error": f"unexpected output: {done.stdout[-200:]!r}"}
     if done.returncode < 0:
         return {"error": f"the process was killed: {signal.Signals(-done.returncode).name}"}
-    lines = done.stderr.strip().splitlines()
-    return {"error": lines[-1] if lines else f"exit status {done.returncode}"}
+    last_traceback = done.stderr.rpartition("Traceback (most recent call last):\n")[2].rstrip().splitlines()
+    lines = [line for line in last_traceback if not line.startswith(" ")]       # the exception, of which a message may have several
+    return {"error": lines[0] if lines else f"exit status {done.returncode}"}
 
 
 def first_line(error):

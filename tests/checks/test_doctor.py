@@ -112,6 +112,14 @@ def test_a_library_that_crashes_the_process_is_a_finding():
     assert doctor.ask("import os; os.abort()") == {"error": "the process was killed: SIGABRT"}
 
 
+def test_an_error_of_several_lines_is_told_by_its_first():
+    """As PyTorch and NumPy raise them. The first one names the exception and the library."""
+    raised = "raise ImportError('libfirst.so: cannot open\\n  indented\\nlast line')"
+    assert doctor.ask(f"try:\n    1 / 0\nexcept ZeroDivisionError as error:\n    {raised} from error") == {
+        "error": "ImportError: libfirst.so: cannot open"}
+    assert doctor.ask("x =") == {"error": "SyntaxError: invalid syntax"}
+
+
 def test_an_answer_that_does_not_come_is_a_finding(monkeypatch):
     monkeypatch.setattr(doctor, "SECONDS", 0.5)
     assert doctor.ask("import time; time.sleep(60)") == {"error": "no answer within 0.5 s"}
