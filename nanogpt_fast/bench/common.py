@@ -36,9 +36,6 @@ class BenchOptions:
     device: str = option("auto", "auto (CUDA, else CPU), cpu, cuda, cuda:1")
     dtype: str = option("auto", "of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU",
                         choices=("auto", "float32", "bfloat16", "float16"))
-    only: str = option("", "only the variants whose name contains one of these words, separated by commas")
-    rounds: int = option(10, "samples of each variant", minimum=1)
-    minutes: float = option(60.0, "start nothing new after this time; building variants may take two thirds of it", above=0)
     format: str = tables.format_option()
     json: str = option("", "append the result, with every sample, to this file")
 
@@ -46,6 +43,14 @@ class BenchOptions:
         ops_backend.parse(self.backend)
         if self.upstream and not Path(self.upstream, "model.py").is_file():
             raise ValueError(f"upstream is {self.upstream!r}, but there is no model.py in it; name a nanoGPT checkout")
+
+
+@dataclass
+class TimedOptions(BenchOptions):
+    """And those of the two that time variants in rounds."""
+    only: str = option("", "only the variants whose name contains one of these words, separated by commas")
+    rounds: int = option(10, "samples of each variant", minimum=1)
+    minutes: float = option(60.0, "start nothing new after this time; building variants may take two thirds of it", above=0)
 
 
 def record(o, benchmark, device, **found):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from .. import devices, reference, tables
 from ..options import option
 from . import measure
-from .common import MODELS, BenchOptions, build, record, wanted
+from .common import MODELS, TimedOptions, build, record, wanted
 
 
 HEAD = ("batch", "", "prefill", "tokens/s", "times nanoGPT", "times plain", "times batch 1", "of the limit",
@@ -18,7 +18,7 @@ FEWEST = 4      # tokens: a rate needs some after the first
 
 
 @dataclass
-class BenchGenerateOptions(BenchOptions):
+class BenchGenerateOptions(TimedOptions):
     """Times generation: prefill of a prompt, then one token at a time."""
     model: str = option("gpt2", "the model's shape (weights are random)", choices=tuple(MODELS))
     batch_sizes: str = option("1,8,64", "prompts at a time, separated by commas")

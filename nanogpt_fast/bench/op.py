@@ -97,8 +97,13 @@ def chosen(o, device, dtype):
         listed = cases.cases(device.type, o.quick)
     words = [word for word in o.only.split(",") if word]
     names = [name for name in o.implementations.split(",") if name]
-    return [case for case in listed if (not o.op or case.op == CASES[o.op]) and (not words or any(word in case.name for word in words))
-            and (not o.direction or case.direction == o.direction) and (not names or names & case.implementations.keys())]
+    found = [case for case in listed if (not o.op or case.op == CASES[o.op]) and (not words or any(word in case.name for word in words))
+             and (not o.direction or case.direction == o.direction) and (not names or names & case.implementations.keys())]
+    if not found:
+        given = " ".join(f"--{name}={getattr(o, name)}" for name in ("op", "only", "direction", "implementations") if getattr(o, name))
+        raise ValueError(f"{given} leaves none of the {len(listed)} cases, whose names are like {listed[0].name!r} "
+                         "and whose implementations are " + ", ".join(sorted({name for case in listed for name in case.implementations})))
+    return found
 
 
 def own_shape(op, dtype, given):

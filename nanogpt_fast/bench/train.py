@@ -28,11 +28,11 @@ from ..options import option
 from ..training import captured, cpu, profiling
 from ..training.step import TrainingStep
 from . import measure
-from .common import BenchOptions, build, quiet, record, shape_of, wanted
+from .common import TimedOptions, build, quiet, record, shape_of, wanted
 
 
 @dataclass
-class BenchTrainOptions(BenchOptions):
+class BenchTrainOptions(TimedOptions):
     """Times a training step: forward under autocast, backward, clip, AdamW. Ours appears twice: as the drop-in, with one import
     changed and the logits returned, and as our trainer calls it, without them. Each eager and compiled."""
     batch_size: int | None = option(None, "sequences per step; None: the model's own (32 for gpt2 on a GPU)", minimum=1)

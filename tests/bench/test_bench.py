@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tiny import data
 
-from nanogpt_fast import bench, options
+from nanogpt_fast import bench, cli, options
 from nanogpt_fast.bench import common, generate, loss as bench_loss, measure, train
 
 CPU = torch.device("cpu")
@@ -232,3 +232,9 @@ def test_the_trainers_variations_are_asked_for_by_name():
     assert not any("," in name for name in every)
     o = options.parse(train.BenchTrainOptions, ["--only=our trainer,trainer with"], "test")
     assert common.wanted(o, train.TRAIN_VARIANTS | train.TRAIN_VARIANTS_GPU) == ["our trainer", *train.TRAIN_VARIANTS_GPU]
+
+
+@pytest.mark.parametrize("name", ["only", "rounds", "minutes"])
+def test_bench_loss_refuses_what_only_the_timing_benchmarks_obey(name, capsys):
+    assert cli.main(["bench", "loss", f"--{name}=1"]) == 2
+    assert f"unknown option --{name}" in capsys.readouterr().err

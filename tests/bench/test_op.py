@@ -68,7 +68,9 @@ def test_a_wrong_function_is_shown_and_not_timed(mine, capsys):
     (("--mine=my.py:f",), "say of which op"), (("sample", "--mine=my.py:f"), "op is sample; a function of yours can stand beside attention"),
     (("layer_norm", "--mine=my.py"), "expected FILE.py:FUNCTION"), (("layer_norm", "--mine=none.py:f"), "there is no file none.py"),
     (("layer_norm", "--mine={mine}:f"), "has no function f; it has good, triton, wrong"), (("--n_embd=64",), "a shape of your own is one op's"),
-    (("attention", "--n_embd=65"), "n_embd is 65 and n_head 12"), (("norm",), "op")))
+    (("attention", "--n_embd=65"), "n_embd is 65 and n_head 12"), (("norm",), "op"),
+    (("--only=mine",), "--only=mine leaves none of"),
+    (("layer_norm", "--implementations=our"), "--op=layer_norm --implementations=our leaves none of")))
 def test_what_cannot_be_is_one_line(mine, capsys, words, reason):
     assert bench(*(word.format(mine=mine) for word in words)) == 2
     err = capsys.readouterr().err
