@@ -5,11 +5,13 @@ nothing else works.
 """
 import csv
 import io
+import re
 import sys
 
 from nanogpt_fast.options import option
 
 FORMATS = ("text", "markdown", "csv")
+THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
 
 
 ABOUT = "of the table; with csv what else there is to say goes to stderr"
@@ -61,6 +63,7 @@ class Lines:
         cells = [str(cell) for cell in cells]
         if self.format == "csv":
             text = io.StringIO()
+            cells = [cell.replace(",", "") if THOUSANDS.fullmatch(cell) else cell for cell in cells]    # a number, to what reads the file
             csv.writer(text, lineterminator="\r\n").writerow(cells)     # Python 3.11 quotes only the ends of line that this names
             return text.getvalue().removesuffix("\r\n")
         cells = [" ".join(cell.splitlines()) for cell in cells]

@@ -21,6 +21,7 @@ def test_a_table_in_each_format():
     assert tables.table(HEAD, ROWS) == "name       time\na|b        1 us\nc     20,000 us"
     assert tables.table(HEAD, ROWS, "markdown").splitlines() == ["| name | time |", "|--|--:|", "| a\\|b | 1 us |", "| c | 20,000 us |"]
     assert tables.table(HEAD, ROWS, "csv") == 'name,time\na|b,1 us\nc,"20,000 us"'
+    assert tables.table(HEAD, [("48,442", "-1,234.5"), ("1,5", "1,2345")], "csv") == 'name,time\n48442,-1234.5\n"1,5","1,2345"'     # numbers
     with pytest.raises(ValueError, match="'html'; expected one of text, markdown, csv"):
         tables.table(HEAD, ROWS, "html")
 
