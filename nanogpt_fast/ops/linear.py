@@ -24,7 +24,9 @@ def linear(x, weight, bias, *, copy=None, backend=None):
     x, weight, bias, copy = resolved(x, weight, bias, copy)
     name = _backend.choose("linear", CANDIDATES, backend, (weight, copy), row_for)
     if name == "reference":
-        return F.linear(x, weight if copy is None else cast(weight, copy), bias)
+        if copy is None:
+            return F.linear(x, weight, bias)
+        return F.linear(x.to(copy.dtype), cast(weight, copy), None if bias is None else bias.to(copy.dtype))     # as autocast does
     return _Linear.apply(x, weight, copy, bias)     # by position: an autograd.Function takes no keywords
 
 
