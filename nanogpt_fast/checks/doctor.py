@@ -38,6 +38,8 @@ def main(argv):
     o = options.parse(DoctorOptions, argv, "nanogpt-fast doctor")
     findings = examine()
     print(json.dumps(findings, indent=1) if o.json else report(findings, o.format))
+    if o.format == "csv" and not o.json:
+        print("\n".join(_ops(findings["ops"])[0]), file=tables.aside(o.format))
     return 0 if "error" not in findings["torch"] else 1
 
 

@@ -58,6 +58,13 @@ def test_where_all_is_well_there_is_nothing_to_fix():
     assert "| attention | Triton kernel |  |" in doctor.report(findings(), "markdown")
 
 
+def test_a_csv_file_has_the_tables_and_stderr_the_rest(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "examine", lambda: findings(ops=dict(training="in bfloat16: this CPU has AMX")))
+    assert doctor.main(["--format=csv"]) == 0
+    printed = capsys.readouterr()
+    assert "in bfloat16" in printed.err and "in bfloat16" not in printed.out and "part,found" in printed.out
+
+
 def test_without_triton_and_with_an_extension_of_another_abi_both_are_named(tmp_path):
     package = shutil.copytree(doctor.PACKAGE, tmp_path / "nanogpt_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (package / f"_C{SUFFIX}").write_bytes(b"\x7fELF of another machine")
