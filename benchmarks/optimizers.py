@@ -37,9 +37,8 @@ COMMON = "train --dataset=shakespeare_char --out_dir=out --sample_tokens=0 --log
 RUNS = {
     "laptop": ("--preset=laptop: 2,000 steps of 12 x 64 tokens, 0.8M parameters",
                f"{COMMON} --preset=laptop --eval_interval=100", "4e-3"),
-    "baby": ("--preset=baby at half its width, without dropout, in 200 steps of 4 x 256 tokens: 2.7M parameters",
-             f"{COMMON} --preset=baby --n_embd=192 --batch_size=4 --dropout=0 --max_iters=200 --warmup_iters=20 --eval_interval=10 "
-             "--eval_iters=10", "3e-3"),
+    "baby": ("--preset=baby without dropout, in 200 steps: 64 x 256 tokens, 10.7M parameters",
+             f"{COMMON} --preset=baby --dropout=0 --max_iters=200 --warmup_iters=20 --eval_interval=10 --eval_iters=5", "3e-3"),
 }
 
 
