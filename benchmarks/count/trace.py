@@ -116,7 +116,8 @@ class Trace(TorchDispatchMode):
                 module = importlib.import_module(f"nanogpt_fast.kernels.{name}")
                 kernels = [key for key, kernel in vars(module).items() if isinstance(kernel, JITFunction) and key.endswith("_kernel")]
                 stack.enter_context(overridden(module, **{key: _Stub(self, f"{name}.{key}") for key in kernels}))
-            stack.enter_context(overridden(extension, _C=_Extension(self), cuda_why_not=lambda _: None))
+            stack.enter_context(overridden(extension, _C=_Extension(self), cuda_why_not=lambda _: None, plain=lambda _: True))
+            stack.enter_context(overridden(importlib.import_module("nanogpt_fast.kernels.adamw"), Table=lambda: _AdamW(self)))
             for name, module in list(sys.modules.items()):      # a parameter that is a fake tensor is no nn.Parameter
                 if name.startswith("nanogpt_fast.") and name != "nanogpt_fast.touched" and hasattr(module, "touched"):
                     stack.enter_context(overridden(module, touched=lambda *_: None))
@@ -173,6 +174,23 @@ class _Stub:
 
     def __getitem__(self, grid):
         return lambda *args, **options: self.trace.triton(self.name, [a for a in args if isinstance(a, torch.Tensor)], options)
+
+
+class _AdamW:
+    """Stands for kernels/adamw.py's Table."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def write(self, tensors, groups, options):
+        self.tensors = tensors
+
+    def step(self, rates, factor):
+        weights, gradients, exp_avgs, exp_avg_sqs, _, copies = zip(*self.tensors)
+        twice = weights + exp_avgs + exp_avg_sqs
+        self.trace.add("adamw._adamw_numbers_kernel", "memory", [], 0)
+        self.trace.add("adamw._adamw_kernel", "memory", twice,
+                       2 * _bytes(twice) + _bytes(gradients) + _bytes(copy for copy in copies if copy is not None))
 
 
 class _Extension(SimpleNamespace):

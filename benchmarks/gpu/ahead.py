@@ -241,6 +241,7 @@ def training():
     from nanogpt_fast import GPT, GPTConfig
     from nanogpt_fast.bench.common import GPT2
     from nanogpt_fast.training.half_weights import HalfWeights
+    updates()
     baby = dict(block_size=256, vocab_size=65, n_head=6, n_embd=384, dropout=0.2, bias=False)
     verified = dict(block_size=256, vocab_size=1000, n_head=4, n_embd=256)
     half = (torch.bfloat16,)
@@ -257,6 +258,16 @@ def training():
                     loss.backward()
             with around(), torch.no_grad(), autocast:
                 model(*tokens, return_logits=logits)
+
+
+def updates():
+    """The end of a step: AdamW, with and without clipping."""
+    import torch
+    from nanogpt_fast.kernels.adamw import Table
+    table, numbers = Table(), [torch.empty(100) for _ in range(4)]
+    table.write([(*numbers, torch.empty(()), torch.empty(100, dtype=torch.bfloat16))], [0], [(0.9, 0.95, 1e-8, 0.1)])
+    for factor in (torch.ones(()), None):
+        table.step([1e-3], factor)
 
 
 def generation():

@@ -23,9 +23,9 @@ from nanogpt_fast import GPT, GPTConfig, backend
 from nanogpt_fast.bench import measure
 from nanogpt_fast.bench.common import GPT2
 from nanogpt_fast.ops import attention, cross_entropy, mlp, norm as norm_op
+from nanogpt_fast.ops.adamw import OnePass
 from nanogpt_fast.ops.hopper import attention as attention_hopper, mlp as mlp_hopper
-from nanogpt_fast.training import captured
-from nanogpt_fast.training.half_weights import HalfWeights
+from nanogpt_fast.training.step import TrainingStep
 
 BF16 = torch.bfloat16
 
@@ -253,33 +253,39 @@ def steps(model, device, B, T, V, take, capture, dtype=BF16, network=None, accum
     """The losses of `take` training steps as bench train runs them for our trainer, captured or not."""
     with contextlib.redirect_stdout(io.StringIO()):
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
-    weights = HalfWeights(model, dtype, compiled=network is not None)
     x, y = torch.randint(V, (2, B, T), device=device, generator=torch.Generator(device).manual_seed(5))
+    step = TrainingStep(model, optimizer, network, dtype=dtype, batch_shape=(B, T), not_captured=None if capture else "for comparison",
+                        compiled=network is not None, accumulation=accumulation)
+    return [step(lambda: (x, y)).item() for _ in range(take)]
 
-    def forward_backward(x, y):
-        with weights.in_use():
-            with torch.autocast(device.type, dtype):
-                found = (model if network is None else network)(x, y, return_logits=False)[1] / accumulation
-            found.backward()
-        return found.detach()
 
-    def update():
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        weights.refresh()
-
-    step = captured.CapturedStep(forward_backward, update, optimizer, (B, T), device)
-    if not capture:
-        step.recorder = None
-    losses = []
-    for _ in range(take):
-        for i in range(accumulation):
-            step.micro_step(x, y, first=i == 0)
-        step.update()
-        losses.append(step.loss.item())
-        if not capture:
-            optimizer.zero_grad(set_to_none=True)
-    return losses
+def adamw(device):
+    """Three steps in one pass, with clipping, and PyTorch's: weights and moments beside fp64, the copies and the counts exact."""
+    sizes, sides = ((1, ), (768, ), (300, 257), (4097, 8192 if device.type == "cuda" else 3)), []
+    for dtype in (torch.float32, torch.float32, torch.float64):
+        generator = torch.Generator(device).manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(size, device=device, generator=generator).to(dtype)) for size in sizes]
+        groups = [dict(params=weights[::2], weight_decay=0.1), dict(params=weights[1::2], weight_decay=0.0)]
+        optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
+        copies = {p: p.detach().to(BF16) for p in weights[2:]}
+        one_pass = OnePass(quiet_gpt(device, "fused", **SMALL), optimizer, copies) if not sides else None
+        for seed in range(3):
+            generator = torch.Generator(device).manual_seed(1 + seed)
+            for p in weights:
+                p.grad = torch.randn(p.shape, device=device, generator=generator).to(dtype)
+            if one_pass is None:
+                torch.nn.utils.clip_grad_norm_(weights, 1.0)
+                optimizer.step()
+            elif (reason := one_pass.why_not()) is not None:
+                return f"not run: {reason}"
+            else:
+                norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
+                one_pass.step((1.0 / (norm + 1e-6)).clamp(max=1.0))
+        assert one_pass is None or all(torch.equal(copied, p.to(BF16)) for p, copied in copies.items())
+        assert all(optimizer.state[p]["step"].item() == 3 for p in weights)
+        sides.append({f"{name} {i}": tensor.detach() for i, p in enumerate(weights)
+                      for name, tensor in dict(weight=p, **optimizer.state[p]).items()})
+    return compared(*sides)
 
 
 def captured_steps(device):
@@ -372,7 +378,7 @@ CHECKS = {
             "attention, auto, one token": attention_of(4, 1, 12, 64, by="auto"),
             "attention, head size 128": attention_of(2, 300, 4, 128), "attention, dropout": attention_of(40, 256, 4, 64, 0.2),
             "add + LayerNorm": norm, "MLP, pointwise": mlp_form("pointwise"), "MLP, epilogue": mlp_form("epilogue"), "MLP, hopper": mlp_form("hopper"),
-            "loss": loss(False), "loss with logits": loss(True), "captured steps": captured_steps,
+            "loss": loss(False), "loss with logits": loss(True), "AdamW": adamw, "captured steps": captured_steps,
             "greedy text": greedy_text, "prefills": prefills, "early launches": early_launches, "compiled steps": compiled_steps},
     "model": {"GPT-2 124M, B=2": whole_model(2), "GPT-2 124M, B=12": whole_model(12), "GPT-2 124M steps, B=12": whole_steps(12)},
 }

@@ -3,7 +3,6 @@ import torch
 
 from .. import devices, threads
 from ..checks.explanation import explain
-from ..ops.cpu import adamw as adamw_cpu
 from ..tuning import saved
 from . import captured
 
@@ -41,9 +40,9 @@ def _how(o, step, dtype, not_captured, malloc, ranks):
         print(f"shards  weights, gradients and moments are divided among {ranks.size} rank{'s' * (ranks.size > 1)} (FSDP2)"
               + (f"; blocks are gathered in {str(dtype).removeprefix('torch.')}" if dtype != torch.float32 else ""))
     if o.optimizer == "muon":
-        reason = adamw_cpu.why_not(step.optimizer) if device.type == "cpu" and any(weights.own) else None
-        print("optim   Muon for the matrices of the blocks, AdamW for the rest"
-              + (f"; not in one pass over memory: {reason}" if reason else ""))
+        print("optim   Muon for the matrices of the blocks, AdamW for the rest")
+    reason = step.why_not_in_one_pass()
+    print("update  " + ("clipping, AdamW and casts are one pass over memory" if reason is None else f"PyTorch's own calls: {reason}"))
     print("graphs  " + (f"none: {not_captured}" if not_captured else
                         f"the step is captured in CUDA graphs after {captured.WARM_UP_STEPS} ordinary ones"))
     if dtype != torch.float32 and not step.sharded:

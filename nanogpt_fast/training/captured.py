@@ -63,15 +63,16 @@ class CapturedStep:
     """A step in parts: `micro_step(x, y, first=True)`, `micro_step(x, y, first=False)` for every further micro-batch, `update()`.
 
     forward_backward(x, y): runs both passes and returns the micro-batch's detached loss, 0-d, without waiting for the GPU.
-    update(): clips, steps the optimizer and does whatever else ends a step; it must not clear gradients.
+    update(): clips, steps the optimizer and does whatever else ends a step; it must not clear gradients. prepare(): called before
+    `update` is captured, when the gradients are where every replay will find them.
     batch_shape: (B, T) of every x and y, int64.
 
     `loss` is the sum of forward_backward's results since the first micro-step, 0-d on the device; the next step overwrites
     it. A learning rate set in optimizer.param_groups takes effect at the next `update()`.
     """
 
-    def __init__(self, forward_backward, update, optimizer, batch_shape, device):
-        self._forward_backward, self._optimizer_step = forward_backward, update
+    def __init__(self, forward_backward, update, optimizer, batch_shape, device, prepare=lambda: None):
+        self._forward_backward, self._optimizer_step, self._prepare = forward_backward, update, prepare
         self.optimizer, self.device = optimizer, device
         self.x, self.y = torch.zeros(2, *batch_shape, dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)
@@ -92,6 +93,8 @@ class CapturedStep:
         """The optimizer's step, with the current learning rates of its groups."""
         for rate, group in zip(self.learning_rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
+        if self.steps == WARM_UP_STEPS:
+            self._prepare()
         self._run(self._update)
         self.steps += 1
         if not self.replays:                # after capture, gradients live in the graphs' memory

@@ -54,13 +54,12 @@ def _glibc():
 def update(optimizer, weights, max_norm):
     """The end of a step: clip the gradients to max_norm (0: no clipping), update the weights, refresh their half-precision copies.
 
-    weights: HalfWeights. If the extension computes some of their gradients, so that they do not match PyTorch's bit for bit anyway,
-    adamw_cpu does it in one pass over memory where it can; it leaves the gradients unclipped.
+    weights: HalfWeights. In one pass over memory where it can be, which leaves the gradients unclipped.
     """
-    parameters, exact = list(weights.model.parameters()), not any(weights.own)
-    if exact or adamw_cpu.why_not(optimizer) is not None:
+    parameters = list(weights.model.parameters())
+    if why_not_in_one_pass(optimizer, weights) is not None:
         if max_norm != 0.0:
-            clip_grad_norm(parameters, max_norm, exact)
+            clip_grad_norm(parameters, max_norm, exact=not any(weights.own))
         optimizer.step()
         weights.refresh()
         return
@@ -69,6 +68,12 @@ def update(optimizer, weights, max_norm):
         norm = adamw_cpu.norm([p.grad for p in parameters if p.grad is not None])
         factor = min((max_norm / (norm + 1e-6)).item(), 1.0)    # in this order, min returns nan for a nan norm
     adamw_cpu.step(optimizer, dict(zip(weights.weights, weights.copies, strict=bool(weights.copies))), factor)
+
+
+def why_not_in_one_pass(optimizer, weights):
+    """None if adamw_cpu ends the step, else the reason. It does where the extension computes some of the gradients, so that they do not match
+    PyTorch's bit for bit anyway."""
+    return adamw_cpu.why_not(optimizer) if any(weights.own) else "the gradients are PyTorch's, and so is the update, bit for bit"
 
 
 def clip_grad_norm(parameters, max_norm, exact=True):

@@ -7,7 +7,7 @@ Autocast casts every fp32 weight in every forward pass: 4 bytes read and 2 writt
         loss = model(x, y)[1]
         loss.backward()          gradients go to the fp32 weights
     optimizer.step()             updates the fp32 weights
-    weights.refresh()            the only cast
+    weights.refresh()            the only cast; a step in one pass over memory (ops/adamw.py) makes it itself
 
 The results are autocast's: it casts the same weight to the same bits, and its gradient back to fp32. Where a kernel or the extension
 computes the gradient, or cuBLAS in fp32, it is never even rounded to half precision: all of them on a GPU and on a CPU with AMX

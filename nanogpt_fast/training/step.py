@@ -1,13 +1,13 @@
 """The training step: forward and backward of its micro-batches, clipping, AdamW, and refreshing the weights' copies.
 
-`nanogpt-fast train` runs it, and `nanogpt-fast bench train` times it. On a GPU it is replayed as CUDA graphs if possible (captured.py);
-on a CPU the extension ends it in one pass over memory (cpu.py).
+`nanogpt-fast train` runs it, and `nanogpt-fast bench train` times it. On a GPU it is replayed as CUDA graphs if possible (captured.py).
+Clipping, AdamW and the copies are one pass over memory: a kernel's (ops/adamw.py), or on a CPU the extension's (cpu.py).
 """
 import torch
-from torch.optim import optimizer as optimizers
 from torch.profiler import record_function
 
 from .. import devices
+from ..ops import adamw
 from . import captured, cpu, sharding
 from .half_weights import HalfWeights
 
@@ -36,8 +36,9 @@ class TrainingStep:
         self.weights = HalfWeights(model, dtype, leave, compiled=compiled)
         self._on_cpu = self.device.type == "cpu"
         self._by_row = self._on_cpu and ranks == 1 and not compiled and not sharded
+        self.one_pass = adamw.OnePass(model, optimizer, dict(zip(self.weights.weights, self.weights.copies)))
         self.graphs = None if not_captured is not None else captured.CapturedStep(
-            self.forward_backward, self.update, optimizer, batch_shape, self.device)
+            self.forward_backward, self.update, optimizer, batch_shape, self.device, self.prepare)
 
     def __call__(self, next_batch, meanwhile=lambda: None):
         """Train on `accumulation` micro-batches; returns their mean loss, 0-d on the device, which the next step may overwrite.
@@ -79,6 +80,19 @@ class TrainingStep:
             self.scaler.scale(loss).backward()
         return loss.detach()
 
+    def why_not_in_one_pass(self):
+        """None if a kernel or the extension ends the step in one pass over memory, else the reason."""
+        if self.sharded:
+            return "the norm of a divided model is a sum over the ranks"
+        if self.scaler.is_enabled():
+            return "float16's GradScaler looks for infinities first"
+        return cpu.why_not_in_one_pass(self.optimizer, self.weights) if self._on_cpu else self.one_pass.why_not()
+
+    def prepare(self):
+        """What has to be done before `update` is captured."""
+        if not self._on_cpu and self.why_not_in_one_pass() is None:
+            self.one_pass.prepare()
+
     def update(self):
         """Clip the gradients, step the optimizer, and refresh the weights' copies."""
         if self.sharded:    # the norm is a sum over all ranks' parts, which PyTorch's own calls know
@@ -89,35 +103,16 @@ class TrainingStep:
         if self._on_cpu and not self.scaler.is_enabled():
             cpu.update(self.optimizer, self.weights, self.grad_clip)
             return
-        if self.grad_clip != 0.0 and not self.scaler.is_enabled() and clips_itself(self.optimizer):
-            clip_and_step(self.optimizer, self.model.parameters(), self.grad_clip)
-        else:
+        if self.why_not_in_one_pass() is None:
+            factor = None
             if self.grad_clip != 0.0:
-                self.scaler.unscale_(self.optimizer)
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+                factor = (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)       # clip_grad_norm_'s
+            self.one_pass.step(factor)
+            return
+        if self.grad_clip != 0.0:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.weights.refresh()
-
-
-def clips_itself(optimizer):
-    """Whether `clip_and_step` can end a step of this optimizer: a fused AdamW on CUDA whose step has no hooks, which would see unclipped
-    gradients."""
-    hooks = (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-             or optimizers._global_optimizer_pre_hooks or optimizers._global_optimizer_post_hooks)
-    return type(optimizer) is torch.optim.AdamW and "step" not in vars(optimizer) and not hooks and all(
-        group["fused"] and all(p.is_cuda for p in group["params"]) for group in optimizer.param_groups)
-
-
-def clip_and_step(optimizer, parameters, max_norm):
-    """clip_grad_norm_ to `max_norm` and optimizer.step() in one pass over the gradients: the fused AdamW divides them as it reads them.
-
-    PyTorch's AdamW has the attribute `grad_scale` for this, which GradScaler sets, too. Like clip_grad_norm_ it leaves the clipped
-    gradients; they are divided by norm / max_norm instead of multiplied by max_norm / norm, a difference of a unit in the last place.
-    """
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)
-    try:
-        optimizer.step()
-    finally:
-        del optimizer.grad_scale

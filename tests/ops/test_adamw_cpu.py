@@ -5,8 +5,10 @@ import warnings
 
 import gpts
 import pytest
+import stepped
 import tiny
 import torch
+from stepped import SIZES, same
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from nanogpt_fast.checks.error_rule import measure
@@ -17,35 +19,9 @@ from nanogpt_fast.training.half_weights import HalfWeights
 
 pytestmark = pytest.mark.skipif(adamw_cpu.MISSING is not None, reason=f"not here: {adamw_cpu.MISSING}")
 ISAS = extension._C.build_info()["cpu_isas"].split() if adamw_cpu.MISSING is None else []
-SIZES = ((1,), (15,), (17,), (40, 33), (1000003,))   # less than a vector, more, several pieces and a bit
 
 
-class Side:
-    """Weights that decay, weights that don't, and their AdamW."""
-
-    def __init__(self, sizes=SIZES, dtype=torch.float32, **options):
-        generator = torch.Generator().manual_seed(0)
-        self.weights = [torch.nn.Parameter((0.5 * torch.randn(size, generator=generator)).to(dtype)) for size in sizes]
-        groups = [dict(params=self.weights[1::2], weight_decay=0.3), dict(params=self.weights[::2], weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, **{**dict(lr=1e-2, betas=(0.9, 0.95), fused=True), **options})
-        self.copies = {p: p.detach().bfloat16() for p in self.weights}
-
-    def draw(self, seed, scale=1e-2):
-        generator = torch.Generator().manual_seed(seed)
-        for p in self.weights:
-            p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p.dtype)
-        return [p.grad for p in self.weights]
-
-    def multiply(self, factor):
-        for p in self.weights:
-            p.grad.mul_(factor)
-
-    def tensors(self):
-        """{name: tensor}: weights, moments and counts."""
-        states = [self.optimizer.state[p] for p in self.weights]
-        return {f"{name} {i}": tensor.detach() for i, (p, state) in enumerate(zip(self.weights, states))
-                for name, tensor in dict(weight=p, **state).items()}
-
+class Side(stepped.Side):
     def steps(self, seeds, **options):
         """Take our steps, one for each seed of gradients."""
         for seed in seeds:
@@ -53,11 +29,6 @@ class Side:
             assert adamw_cpu.why_not(self.optimizer) is None
             adamw_cpu.step(self.optimizer, self.copies, **options)
         return self
-
-
-def same(a, b):
-    a, b = a.tensors(), b.tensors()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("options", (dict(), dict(betas=(0.3, 0.5), eps=1e-3)), ids=("nanoGPT's", "short memory, large eps"))

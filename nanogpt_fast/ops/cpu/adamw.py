@@ -7,9 +7,8 @@ optimizer.step() see no difference.
 import math
 
 import torch
-from torch.optim import optimizer as optimizers
 
-from .. import extension
+from .. import adamw, extension
 from ..extension import address
 
 MISSING = extension.lacks("gradient_squares_cpu")
@@ -17,39 +16,7 @@ MISSING = extension.lacks("gradient_squares_cpu")
 
 def why_not(optimizer):
     """None if `step` does what optimizer.step() would do with the current gradients, else the reason."""
-    if MISSING is not None:
-        return MISSING
-    if type(optimizer) is not torch.optim.AdamW:
-        return f"the optimizer is {type(optimizer).__name__}, not AdamW"
-    if "step" in vars(optimizer):
-        return "AdamW.step was replaced on the instance, as PyTorch's learning rate schedulers do"
-    if (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-            or optimizers._global_optimizer_pre_hooks or optimizers._global_optimizer_post_hooks):
-        return "AdamW.step has a hook"
-    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
-        return "a GradScaler relies on AdamW.step to unscale the gradients"
-    for group in optimizer.param_groups:
-        for option in ("amsgrad", "maximize", "capturable", "differentiable"):
-            if group[option]:
-                return f"AdamW has {option}={group[option]}"
-        if any(isinstance(group[option], torch.Tensor) for option in ("lr", "eps", "weight_decay")) or any(
-                isinstance(beta, torch.Tensor) for beta in group["betas"]):
-            return "an option of AdamW is a tensor"
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            state = optimizer.state.get(p, {})
-            for name, tensor in (("weight", p), ("gradient", p.grad), *state.items()):
-                if not _plain(tensor):
-                    return f"a {name} is not a contiguous float32 tensor on a CPU"
-                if tensor.shape != p.shape and name != "step":
-                    return f"a {name} does not have its weight's shape"
-    return None
-
-
-def _plain(tensor):
-    return (extension.plain(tensor) and tensor.dtype == torch.float32 and tensor.is_cpu
-            and tensor.layout == torch.strided and tensor.is_contiguous() and not tensor.is_neg())
+    return MISSING or adamw.why_not(optimizer, "cpu")
 
 
 def norm(gradients, isa=""):
@@ -58,7 +25,7 @@ def norm(gradients, isa=""):
     PyTorch computes it unless all gradients are fp32 on a CPU. isa: the instruction set, as for `_C.sample_cpu`; "" is the best.
     """
     gradients = [gradient.contiguous() for gradient in gradients]
-    if MISSING is not None or not all(_plain(gradient) for gradient in gradients):
+    if MISSING is not None or not all(adamw.plain(gradient, "cpu") for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)
     addresses, sizes = [gradient.data_ptr() for gradient in gradients], [gradient.numel() for gradient in gradients]
     squares = extension._C.gradient_squares_cpu(addresses, sizes, torch.get_num_threads(), isa)

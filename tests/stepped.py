@@ -1,0 +1,36 @@
+"""Weights and their AdamW, to take its steps in several ways. Both halves of the suite import this."""
+import torch
+
+SIZES = ((1,), (15,), (17,), (40, 33), (1000003,))   # less than a vector, more, several pieces and a bit
+
+
+class Side:
+    """Weights that decay, weights that don't, and their AdamW."""
+
+    def __init__(self, sizes=SIZES, dtype=torch.float32, device="cpu", half=torch.bfloat16, **options):
+        generator = torch.Generator().manual_seed(0)
+        self.weights = [torch.nn.Parameter((0.5 * torch.randn(size, generator=generator)).to(device, dtype)) for size in sizes]
+        groups = [dict(params=self.weights[1::2], weight_decay=0.3), dict(params=self.weights[::2], weight_decay=0.0)]
+        self.optimizer = torch.optim.AdamW(groups, **{**dict(lr=1e-2, betas=(0.9, 0.95), fused=True), **options})
+        self.copies = {p: p.detach().to(half) for p in self.weights}
+
+    def draw(self, seed, scale=1e-2):
+        generator = torch.Generator().manual_seed(seed)
+        for p in self.weights:
+            p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p)
+        return [p.grad for p in self.weights]
+
+    def multiply(self, factor):
+        for p in self.weights:
+            p.grad.mul_(factor)
+
+    def tensors(self):
+        """{name: tensor}: weights, moments and counts."""
+        states = [self.optimizer.state[p] for p in self.weights]
+        return {f"{name} {i}": tensor.detach() for i, (p, state) in enumerate(zip(self.weights, states))
+                for name, tensor in dict(weight=p, **state).items()}
+
+
+def same(a, b):
+    a, b = a.tensors(), b.tensors()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
