@@ -256,6 +256,11 @@ def test_a_short_run_says_its_time_once_and_nothing_else(folder, monkeypatch):
     assert said == ["time    about 64 seconds on this CPU: 2,000 steps of 30 ms"]
 
 
+def test_what_dropout_adds_is_not_in_an_evaluations_time_and_is_said(folder, monkeypatch):
+    said = evaluated(folder, monkeypatch, 0.01, max_iters=2000, eval_interval=250, dropout=0.2)
+    assert said == ["time    at least 64 seconds on this CPU: 2,000 steps of 30 ms, which dropout=0.2 makes longer"]
+
+
 def test_a_resumed_run_that_began_with_a_step_is_told_no_time_by_a_later_evaluation(folder, monkeypatch):
     said, clock = [], Clock()
     monkeypatch.setattr(progress, "time", clock)
