@@ -16,7 +16,7 @@ import math
 import torch
 import torch.nn as nn
 
-from . import backend as _backend, devices, reference
+from . import apart, backend as _backend, devices, reference
 from .config import ACTIVATIONS, GPTConfig, whole
 from .ops import attention, cross_entropy, linear, mlp, norm
 from .ops.common import dropout_seeds
@@ -218,14 +218,20 @@ class GPT(nn.Module):
         and None. return_logits=False: with targets, logits are None, and a fused loss then never materialises them.
         Raises ValueError if T > block_size, IndexError (on a CPU) for a token id or target outside the vocabulary.
         """
+        return self.loss(self.hidden(idx), targets, return_logits)
+
+    def hidden(self, idx):
+        """The rows that the vocabulary head reads: idx (B, T) -> (B, T, C)."""
         b, t = idx.size()
         if t > self.config.block_size:
             raise ValueError(f"Cannot forward sequence of length {t}, block size is only {self.config.block_size}")
-        x = self._final_norm(self._blocks(self.embed(idx)))                         # (B, T, C)
+        return self._final_norm(self._blocks(self.embed(idx)))
 
+    def loss(self, x, targets=None, return_logits=True):
+        """What `forward` returns, of `hidden`'s rows x (B, T, C)."""
         if targets is None:  # only the last position predicts anything new; the list keeps the T dimension
             return self.lm_head(x[:, [-1], :]), None
-        reason = touched(self.lm_head, nn.Linear) or (None if self.lm_head.bias is None else "lm_head has a bias")
+        reason = self._why_not_fused_loss()
         if reason is not None:
             _backend.notice_unfused(f"the vocabulary head's own module is called instead of the fused loss: {reason}")
             logits = self.lm_head(x)                                                # (B, T, V)
@@ -236,6 +242,16 @@ class GPT(nn.Module):
                                                           return_logits=return_logits, backend=self.backend,
                                                           copy=None if copies is None else copies[0])
         return logits, loss
+
+    __call__ = apart.call
+
+    def _why_not_fused_loss(self):
+        return touched(self.lm_head, nn.Linear) or (None if self.lm_head.bias is None else "lm_head has a bias")
+
+    def why_not_apart(self):
+        """None if calling this model is `loss` of `hidden` (apart.py), else the reason why not."""
+        return (touched(self, GPT) or self._why_not_fused_loss()
+                or (None if self._compiled_call_impl is None else "the model compiles itself (`Module.compile`)"))
 
     def embed(self, idx, start=0):
         """Token plus position embeddings with dropout: idx (B, T) at positions start .. start + T - 1 -> (B, T, C)."""
