@@ -25,13 +25,16 @@ def call(self, *args, **kwargs):
 def _apart(model, args, kwargs):
     """Whether this is `model(idx, targets)` in training, of an untouched GPT whose loss a kernel computes: PyTorch's own loss is better off
     inside a graph, where Inductor fuses it."""
-    if not (torch.is_grad_enabled() and len(args) + len(kwargs) == 2 and kwargs.keys() <= {"targets"}):
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and len(args) + len(kwargs) == 2 and kwargs.keys() <= {"targets"}):
         return False
     targets = kwargs["targets"] if kwargs else args[1]
     if not isinstance(targets, torch.Tensor) or model.why_not_apart() is not None:
         return False
     weight = model.lm_head.weight
-    return cross_entropy.implementation(weight, weight, targets, backend=model.backend) != "reference"
+    try:
+        return cross_entropy.implementation(weight, weight, targets, backend=model.backend) != "reference"
+    except RuntimeError:        # no kernel can run, and one was asked for: the first op says so
+        return False
 
 
 def _after(model, hidden, targets):

@@ -313,7 +313,7 @@ def checks():
         for around in (hopper, contextlib.nullcontext):
             with around():
                 for name, check in {**smoke.CHECKS["small"], **smoke.CHECKS["ops"]}.items():
-                    if not any(word in name for word in ("sampler", "steps", "greedy", "early", "prefills")):       # `generation` has them
+                    if not any(word in name for word in ("sampler", "steps", "import", "AdamW", "greedy", "early", "prefills")):       # `generation` has them
                         with attempted(name):
                             check(cpu)
                 for case in verify.cases(on_gpu, True):

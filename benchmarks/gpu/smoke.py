@@ -305,6 +305,27 @@ def compiled_steps(device):
     return dict(ordinary=plain, compiled=found)
 
 
+def compiled_import(device):
+    """nanoGPT's loop over the compiled model, which returns logits that nobody uses: the losses of the model as it is."""
+    found = []
+    for compiled in (False, True):
+        model = quiet_gpt(device, "auto", **SMALL)
+        network = torch.compile(model) if compiled else model
+        with contextlib.redirect_stdout(io.StringIO()):
+            optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
+        x, y = torch.randint(1024, (2, 8, 256), device=device, generator=torch.Generator(device).manual_seed(5))
+        found.append([])
+        for _ in range(6):
+            with torch.autocast(device.type, BF16):
+                _, loss = network(x, y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            found[-1].append(loss.item())
+    assert max(abs(a - b) for a, b in zip(*found)) < 5e-3 and found[1][-1] < found[1][0] - 0.1, found
+    return dict(ordinary=found[0], compiled=found[1], loss=type(loss.grad_fn).__name__)
+
+
 # ------------------------------------------------------------------------------------------------------------------- model
 
 
@@ -379,7 +400,8 @@ CHECKS = {
             "attention, head size 128": attention_of(2, 300, 4, 128), "attention, dropout": attention_of(40, 256, 4, 64, 0.2),
             "add + LayerNorm": norm, "MLP, pointwise": mlp_form("pointwise"), "MLP, epilogue": mlp_form("epilogue"), "MLP, hopper": mlp_form("hopper"),
             "loss": loss(False), "loss with logits": loss(True), "AdamW": adamw, "captured steps": captured_steps,
-            "greedy text": greedy_text, "prefills": prefills, "early launches": early_launches, "compiled steps": compiled_steps},
+            "greedy text": greedy_text, "prefills": prefills, "early launches": early_launches, "compiled steps": compiled_steps,
+            "compiled import": compiled_import},
     "model": {"GPT-2 124M, B=2": whole_model(2), "GPT-2 124M, B=12": whole_model(12), "GPT-2 124M steps, B=12": whole_steps(12)},
 }
 
