@@ -4,18 +4,23 @@ import torch
 SIZES = ((1,), (15,), (17,), (40, 33), (1000003,))   # less than a vector, more, several pieces and a bit
 
 
+def numbers(seed):
+    """A generator: other numbers for each seed, and for each seed of torch's own generator (pytest's --seeds)."""
+    return torch.Generator().manual_seed((torch.initial_seed() + seed) % 2**63)
+
+
 class Side:
     """Weights that decay, weights that don't, and their AdamW."""
 
     def __init__(self, sizes=SIZES, dtype=torch.float32, device="cpu", half=torch.bfloat16, **options):
-        generator = torch.Generator().manual_seed(0)
+        generator = numbers(0)
         self.weights = [torch.nn.Parameter((0.5 * torch.randn(size, generator=generator)).to(device, dtype)) for size in sizes]
         groups = [dict(params=self.weights[1::2], weight_decay=0.3), dict(params=self.weights[::2], weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW(groups, **{**dict(lr=1e-2, betas=(0.9, 0.95), fused=True), **options})
         self.copies = {p: p.detach().to(half) for p in self.weights}
 
     def draw(self, seed, scale=1e-2):
-        generator = torch.Generator().manual_seed(seed)
+        generator = numbers(1 + seed)
         for p in self.weights:
             p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p)
         return [p.grad for p in self.weights]

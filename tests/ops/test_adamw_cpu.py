@@ -32,9 +32,10 @@ class Side(stepped.Side):
 
 
 @pytest.mark.parametrize("options", (dict(), dict(betas=(0.3, 0.5), eps=1e-3)), ids=("nanoGPT's", "short memory, large eps"))
+@pytest.mark.parametrize("sizes", (SIZES[:4], SIZES[4:]), ids=("short", "long"))
 @pytest.mark.parametrize("isa", ISAS)
-def test_steps_are_as_near_to_fp64_as_pytorchs_and_copies_are_their_rounding(isa, options):
-    ours, theirs, exact = Side(**options), Side(**options), Side(dtype=torch.float64, **options)
+def test_steps_are_as_near_to_fp64_as_pytorchs_and_copies_are_their_rounding(isa, sizes, options):
+    ours, theirs, exact = Side(sizes, **options), Side(sizes, **options), Side(sizes, dtype=torch.float64, **options)
     for seed, factor in enumerate((1.0, 0.25, 1.0, 0.7, 1.0)):
         for side in (ours, theirs, exact):
             side.draw(seed)
