@@ -93,19 +93,19 @@ def current():
 
 def choice(op, model_choices=None):
     """"auto", "fused", "reference" or an implementation's name for `op`; `model_choices` is the model's choice, a text or parsed, or None."""
-    return (_local.choices or _parsed(model_choices) or _environment)[op]
+    return _of(op, _local.choices or model_choices or _environment)
 
 
 _texts = {}
 
 
-def _parsed(choices):
-    """A text parsed, once; anything else as it is."""
-    if not isinstance(choices, str):
-        return choices
-    if choices not in _texts:
-        _texts[choices] = parse(choices)
-    return _texts[choices]
+def _of(op, choices):
+    """The choice for `op` in a text, or in a dict: one that names every op, as `parse` makes it, or some."""
+    if type(choices) is not dict:
+        if choices not in _texts:       # parsed once
+            _texts[choices] = parse(choices)
+        return _texts[choices][op]
+    return choices[op] if op in choices else parse(choices)[op]
 
 
 def choose(op, candidates, model_choices=None, args=(), fastest=None, by_name=True):
@@ -118,7 +118,7 @@ def choose(op, candidates, model_choices=None, args=(), fastest=None, by_name=Tr
     """
     load_local()        # not behind `if not _tuned`: Dynamo may trace twice, and has to find the same calls again
     choices = _local.choices or model_choices or _environment
-    wanted = (choices if type(choices) is dict else _parsed(choices))[op]
+    wanted = _of(op, choices)
     if not by_name and wanted not in CHOICES:
         wanted = "auto"
     reasons, row = [], None

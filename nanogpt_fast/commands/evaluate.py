@@ -272,4 +272,4 @@ def table(found, format):
                 ("perplexity", "over e^700" if found["perplexity"] is None else f"{found['perplexity']:.2f}", ""),
                 ("bits per byte", "unknown" if found["bits_per_byte"] is None else f"{found['bits_per_byte']:.4f}", ""),
                 ("window", f"{found['block_size']:,}", f"tokens, moved by {found['stride']:,}")]
-    return tables.table(("figure", "value", ""), rows, format, "lrl")
+    return tables.table(("figure", "value", "note"), rows, format, "lrl")

@@ -103,10 +103,10 @@ def test_a_text_a_data_set_and_its_token_file_give_the_same_figures(capsys):
     assert cli.main(["eval", "--device=cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("out/ckpt.pt on elsewhere/sums/val.bin (cpu") and f"{expected['tokens'] - 1:,} scored: all but the first" in lines[2]
-    assert lines[1].split() == ["figure", "value"] and lines[4].split()[:2] == ["loss", f"{expected['loss']:.4f}"] and "moved by 12" in lines[7]
+    assert lines[1].split() == ["figure", "value", "note"] and lines[4].split()[:2] == ["loss", f"{expected['loss']:.4f}"] and "moved by 12" in lines[7]
     assert cli.main(["eval", "--device=cpu", "--format=csv"]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[0] == "figure,value," and out.splitlines()[3].startswith("loss,") and "\nout/ckpt.pt on " in err
+    assert out.splitlines()[0] == "figure,value,note" and out.splitlines()[3].startswith("loss,") and "\nout/ckpt.pt on " in err
 
 
 def test_a_model_trained_on_a_text_finds_the_token_files_that_were_made_of_it(capsys):

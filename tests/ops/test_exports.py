@@ -52,3 +52,11 @@ def test_readmes_example_runs():
     session = {}
     exec(compile(example, str(README), "exec"), session)
     assert session["x"].grad is not None and session["token"].shape == (2,)
+
+
+def test_a_dict_may_name_some_of_the_ops():
+    x, weight = torch.randn(2, 16), torch.ones(16)
+    for choice in ({"layer_norm": "reference"}, {"attention": "reference"}):
+        assert torch.allclose(ops.layer_norm(x, weight, None, backend=choice), torch.nn.functional.layer_norm(x, (16,)), atol=1e-5)
+    with pytest.raises(ValueError, match="no op is called 'layernorm'"):
+        ops.layer_norm(x, weight, None, backend={"layernorm": "reference"})
