@@ -9,7 +9,7 @@ from nanogpt_fast import cli
 ROOT = Path(cli.__file__).parents[1]
 ROOMS = {"bench", "checkpoints", "checks", "commands", "generation", "ops", "swap", "text", "training", "tuning"}
 AT_THE_TOP = {"__init__", "__main__", "cli", "config", "backend", "reference", "model", "touched", "classic", "options", "devices", "files",
-              "tables", "threads"}
+              "tables", "threads", "apart"}
 LONGEST = 500
 
 
