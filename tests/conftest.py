@@ -29,6 +29,8 @@ def pytest_report_header(config):
 def pytest_addoption(parser):
     parser.addoption("--seeds", type=int, default=0, metavar="N", help="run each test that uses error_rule.py with N seeds, and report "
                      "how many runs fail and how close the others come to their bounds")
+    parser.addoption("--spread", action="store_true", help="spread the N seeds over the cases of a parametrised test: N calls in all")
+    parser.addoption("--seconds", type=float, default=float("inf"), metavar="S", help="with --seeds: begin no call of a test after S seconds of it")
     parser.addoption("--all", action="store_true", help="also run the tests marked slow (`make test-all`)")
 
 
@@ -42,4 +44,4 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     if times := config.getoption("--seeds"):
-        config.pluginmanager.register(seeds.Seeds(times))
+        config.pluginmanager.register(seeds.Seeds(times, config.getoption("--spread"), config.getoption("--seconds")))
