@@ -18,7 +18,7 @@ def call(self, *args, **kwargs):
     """GPT.__call__."""
     if _apart(self, args, kwargs):
         idx, targets = *args, *kwargs.values()
-        return _after(self, self.hidden(idx), targets)
+        return _after(self, self._hidden(idx), targets)
     return nn.Module.__call__(self, *args, **kwargs)
 
 
@@ -28,7 +28,7 @@ def _apart(model, args, kwargs):
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and len(args) + len(kwargs) == 2 and kwargs.keys() <= {"targets"}):
         return False
     targets = kwargs["targets"] if kwargs else args[1]
-    if not isinstance(targets, torch.Tensor) or model.why_not_apart() is not None:
+    if not isinstance(targets, torch.Tensor) or model._why_not_apart() is not None:
         return False
     weight = model.lm_head.weight
     try:
@@ -38,7 +38,7 @@ def _apart(model, args, kwargs):
 
 
 def _after(model, hidden, targets):
-    return model.loss(hidden, targets)
+    return model._logits_and_loss(hidden, targets)
 
 
 def _skip(function, callees):

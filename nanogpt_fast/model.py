@@ -218,17 +218,17 @@ class GPT(nn.Module):
         and None. return_logits=False: with targets, logits are None, and a fused loss then never materialises them.
         Raises ValueError if T > block_size, IndexError (on a CPU) for a token id or target outside the vocabulary.
         """
-        return self.loss(self.hidden(idx), targets, return_logits)
+        return self._logits_and_loss(self._hidden(idx), targets, return_logits)
 
-    def hidden(self, idx):
+    def _hidden(self, idx):
         """The rows that the vocabulary head reads: idx (B, T) -> (B, T, C)."""
         b, t = idx.size()
         if t > self.config.block_size:
             raise ValueError(f"Cannot forward sequence of length {t}, block size is only {self.config.block_size}")
         return self._final_norm(self._blocks(self.embed(idx)))
 
-    def loss(self, x, targets=None, return_logits=True):
-        """What `forward` returns, of `hidden`'s rows x (B, T, C)."""
+    def _logits_and_loss(self, x, targets=None, return_logits=True):
+        """What `forward` returns, of `_hidden`'s rows x (B, T, C)."""
         if targets is None:  # only the last position predicts anything new; the list keeps the T dimension
             return self.lm_head(x[:, [-1], :]), None
         reason = self._why_not_fused_loss()
@@ -248,8 +248,8 @@ class GPT(nn.Module):
     def _why_not_fused_loss(self):
         return touched(self.lm_head, nn.Linear) or (None if self.lm_head.bias is None else "lm_head has a bias")
 
-    def why_not_apart(self):
-        """None if calling this model is `loss` of `hidden` (apart.py), else the reason why not."""
+    def _why_not_apart(self):
+        """None if calling this model is `_logits_and_loss` of `_hidden` (apart.py), else the reason why not."""
         return (touched(self, GPT) or self._why_not_fused_loss()
                 or (None if self._compiled_call_impl is None else "the model compiles itself (`Module.compile`)"))
 

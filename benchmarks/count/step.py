@@ -47,8 +47,8 @@ def count(model="gpt2", batch_size=64, dropout=None, who="trainer", compiled=Fal
         if who == "import":         # its loss runs after the graph (nanogpt_fast/apart.py)
             before = len(trace.operations)
             with fake_mode, trainer.context:
-                hidden = trainer.model.hidden(x).detach().requires_grad_()
+                hidden = trainer.model._hidden(x).detach().requires_grad_()
                 with trace:
-                    trainer.model.loss(hidden, x)[1].backward()
+                    trainer.model._logits_and_loss(hidden, x)[1].backward()
             rest += trace.operations[before:]
         return inductor.operations(call, weights, fake_mode, trace) + rest

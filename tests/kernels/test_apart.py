@@ -98,7 +98,7 @@ def an_instances_forward(model):
 @pytest.mark.parametrize("change", [a_hook, a_forward_of_its_own, a_head_of_its_own, an_instances_forward], ids=lambda f: f.__name__)
 def test_what_was_changed_is_called_compiled_or_not(change, model, x):
     change(model)
-    assert model.why_not_apart() is not None
+    assert model._why_not_apart() is not None
     for call in (model, compiled(model)[0]):
         with contextlib.suppress(RuntimeWarning):
             logits, loss = call(x, x)
