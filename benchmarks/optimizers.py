@@ -5,7 +5,8 @@
 
 Each run is the command that a user would type, in a process of its own; the sides take turns, seed by seed, so that a slow minute of the
 machine falls on all. The loss to reach is the one that the better AdamW has at its end with the same seed, which also chooses the
-batches of the evaluations. Seconds are those of the steps; evaluations are not in them. Below is also the table in docs/measured.md.
+batches of the evaluations. A step's time is that of the fastest steps between two evaluations: other load only ever adds time.
+Below is also the table in docs/measured.md.
 """
 import argparse
 import json
@@ -107,8 +108,13 @@ def cost(model, json_file, rounds=7):
 # ------------------------------------------------------------------------------------------------------------------- table
 
 def reached(curve, loss):
-    """(step, seconds) of the first evaluation at or below this loss, or None."""
-    return next(((step, seconds) for step, seconds, found in curve if found <= loss), None)
+    """The step of the first evaluation at or below this loss, or None."""
+    return next((step for step, _, found in curve if found <= loss), None)
+
+
+def seconds_a_step(curves):
+    """Of the fastest steps between two evaluations, in any of the runs."""
+    return min((after[1] - before[1]) / (after[0] - before[0]) for curve in curves for before, after in zip(curve, curve[1:]))
 
 
 def section(records):
@@ -124,19 +130,17 @@ def _compared(records, run):
     ends = {name: [curve[-1][2] for curve in curves] for name, curves in record["curves"].items()}
     rival = min((name for name in ends if name.startswith("AdamW")), key=lambda name: statistics.median(ends[name]))
     found = {name: [reached(curve, loss) for curve, loss in zip(curves, ends[rival])] for name, curves in record["curves"].items()}
-    per_step = {name: statistics.median(curve[-1][1] / curve[-1][0] for curve in curves) for name, curves in record["curves"].items()}
-    steps, seconds = (statistics.median(pair[i] for pair in found[rival]) for i in (0, 1))
+    seconds = {name: seconds_a_step(curves) for name, curves in record["curves"].items()}
     rows = []
-    for name, pairs in found.items():
-        there = None not in pairs
-        rows.append([name, ", ".join(f"{end:.3f}" for end in ends[name]), ", ".join(f"{pair[0]:,}" if pair else "never" for pair in pairs),
-                     f"{statistics.median(pair[0] for pair in pairs) / steps:.2f}" if there else "",
-                     f"{per_step[name] / per_step[rival]:.2f}",
-                     f"{statistics.median(pair[1] for pair in pairs) / seconds:.2f}" if there else ""])
+    for name, steps in found.items():
+        share = None if None in steps else statistics.median(steps) / statistics.median(found[rival])
+        times = seconds[name] / seconds[rival]
+        rows.append([name, ", ".join(f"{end:.3f}" for end in ends[name]), ", ".join(f"{step:,}" if step else "never" for step in steps),
+                     "" if share is None else f"{share:.2f}", f"{times:.2f}", "" if share is None else f"{share * times:.2f}"])
     head = ["", "validation loss at the end", "steps to the better AdamW's", "steps", "time of a step", "time to it"]
     commands = "\n\n".join(f"`{command}`" for name, command in record["commands"].items() if name == "Muon")
-    small = where(record).replace("<sub>", f"<sub>seeds {', '.join(map(str, record['seeds']))}, in turns; the last three columns are ratios of "
-                                           "medians to the better AdamW's. ")
+    small = where(record).replace("<sub>", f"<sub>seeds {', '.join(map(str, record['seeds']))}, in turns; the last three columns are ratios to the "
+                                           "better AdamW's: of medians, and of the times of each one's fastest steps. ")
     return f"**{what}**\n\n" + table(head, rows) + f"\n\n{commands}\n\n{small}"
 
 
