@@ -198,7 +198,7 @@ def swapped_class(own, mixin, lacking=()):
         if base in TAKEN:
             namespace["stands_for"] = base
             for name in vars(base).keys() - TAKEN[base] - namespace.keys():
-                if hasattr(own, name) and not hasattr(nn.Module, name) or name == "__init__":
+                if hasattr(own, name) and not hasattr(nn.Module, name) or name in ("__init__", "__call__"):
                     namespace[name] = inspect.getattr_static(own, name)
     signature = list(inspect.signature(own.forward).parameters.values())      # here and not per call: torch.compile cannot trace inspect
     namespace["_names"] = tuple(p.name for p in signature if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
@@ -217,7 +217,7 @@ def swapped_class(own, mixin, lacking=()):
 
 # What a forward needs from each class of model.py. A fork that uses one of these names for something else is not swapped.
 TAKEN = {
-    nano.GPT: {"forward", "embed", "_blocks", "_fused_by", "_final_norm"},
+    nano.GPT: {"forward", "_hidden", "embed", "_blocks", "_fused_by", "_final_norm", "_logits_and_loss", "_why_not_fused_loss"},
     nano.Block: {"forward", "fused", "drops", "why_not_fused"},
     nano.CausalSelfAttention: {"forward", "branch", "backend"},
     nano.MLP: {"forward", "branch", "backend"},

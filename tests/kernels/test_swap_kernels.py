@@ -86,6 +86,21 @@ def test_a_fork_with_a_forward_of_its_own_still_has_fused_blocks(device):
     assert report.calls == {("block", "kernels"): 2, ("layer_norm", "kernels"): 1}
 
 
+def test_a_forks_own_call_is_called(device):
+    def own(module):
+        module.GPT.__call__ = lambda self, *args: [*nn.Module.__call__(self, *args), "its own"]
+    model = stirred(fork(change=own, dropout=0.0), device)
+    x = torch.randint(65, (1, 9), device=device)
+    report = nanogpt_fast.accelerate(model, backend="fused")
+    assert report.left == [] and model(x, x)[2] == "its own" and report.calls == {("model", "kernels"): 1}
+
+
+@pytest.mark.parametrize("name", ["_hidden", "_logits_and_loss"])
+def test_a_fork_whose_name_for_something_else_our_forward_needs_is_named(name, device):
+    model = stirred(fork(change=lambda module: setattr(module.GPT, name, None)), device)
+    assert nanogpt_fast.accelerate(model, backend="fused").left[0].reason == f"it has a {name} of its own"
+
+
 def test_what_a_user_changed_afterwards_is_honoured(device):
     model = stirred(nano(), device)
     twin = copy.deepcopy(model)
