@@ -251,6 +251,7 @@ class GPT(nn.Module):
     def _why_not_apart(self):
         """None if calling this model is `_logits_and_loss` of `_hidden` (apart.py), else the reason why not."""
         return (touched(self, GPT) or self._why_not_fused_loss()
+                or (None if GPT.forward is _forward else "GPT.forward was replaced")
                 or (None if self._compiled_call_impl is None else "the model compiles itself (`Module.compile`)"))
 
     def embed(self, idx, start=0):
@@ -397,6 +398,9 @@ class GPT(nn.Module):
         """
         from .generation import generate
         return generate(self, idx, max_new_tokens, temperature=temperature, top_k=top_k, **more)
+
+
+_forward = GPT.forward
 
 
 def same_matrix(a, b):

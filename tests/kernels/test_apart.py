@@ -105,6 +105,14 @@ def test_what_was_changed_is_called_compiled_or_not(change, model, x):
         assert not logits.any() and loss.requires_grad
 
 
+def test_a_forward_set_on_the_class_is_called_compiled_or_not(model, x, monkeypatch):
+    network, forward = compiled(model)[0], type(model).forward
+    assert network(x, x)[0].any()
+    monkeypatch.setattr(type(model), "forward", lambda self, *args: (forward(self, *args)[0] * 0, args))
+    for call in (model, network):
+        assert not call(x, x)[0].any()
+
+
 def test_on_the_reference_path_the_loss_stays_in_the_graph(x):
     network, counter = compiled(gpts.small(backend="reference").to(x.device), fullgraph=True)
     assert type(network(x, x)[1].grad_fn).__name__ == INSIDE and counter.frame_count == 1
