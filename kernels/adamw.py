@@ -183,13 +183,14 @@ class Table:
             self._options = options
 
     def step(self, rates, factor=None):
-        """Take the step of the tensors that were written. rates: the learning rate of each group, numbers, or tensors () on the GPU. factor:
-        what the gradients are multiplied with, fp32 () on the GPU, or None."""
+        """Take the step of the tensors that were written. rates: the learning rate of each group, a number or a tensor (); all on the GPU,
+        nobody waits for them. factor: what the gradients are multiplied with, fp32 () on the GPU, or None."""
         if elsewhere(self._like):
             with torch.cuda.device_of(self._like):
                 return self.step(rates, factor)
         # In fp32 in any case: a captured step reads its learning rate from such a tensor, and is to give an ordinary one's bits.
-        rates = torch.stack(rates).float() if isinstance(rates[0], torch.Tensor) else _sent(rates, torch.float32, self._device)
+        there = all(isinstance(rate, torch.Tensor) and rate.device == self._device for rate in rates)
+        rates = torch.stack(rates).float() if there else _sent([float(rate) for rate in rates], torch.float32, self._device)
         _adamw_numbers_kernel[(-(-len(self._rows) // TENSORS), )](self._table, self._groups, rates, self._numbers, len(self._rows), TENSORS=TENSORS,
                                                             num_warps=TENSORS // 32)
         if (pieces := self._pieces.size(0)) > 0:

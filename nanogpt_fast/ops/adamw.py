@@ -34,6 +34,8 @@ def _of_the_optimizer(optimizer, kernel):
         for option in ("amsgrad", "maximize", "differentiable", *(() if kernel else ("capturable",))):
             if group[option]:
                 return f"AdamW has {option}={group[option]}"
+        if not group.get("decoupled_weight_decay", True):       # an option since PyTorch 2.7
+            return "AdamW has decoupled_weight_decay=False"
         numbers = group["eps"], group["weight_decay"], *group["betas"], *(() if kernel else (group["lr"],))
         if any(isinstance(number, torch.Tensor) for number in numbers):
             return "an option of AdamW is a tensor"

@@ -122,6 +122,14 @@ def test_a_learning_rate_may_be_a_tensor_and_change_as_may_the_options(model, de
     assert not same(numbers, Side(model).steps(range(3)))
 
 
+@pytest.mark.parametrize("lrs", [(torch.tensor(1e-2), torch.tensor(1e-2)), (torch.tensor(1e-2), 1e-2)], ids=["on the host", "mixed"])
+def test_a_learning_rate_may_be_a_tensor_on_the_host_or_in_one_group_alone(lrs, model, device):
+    numbers, tensors = Side(model), Side(model)
+    for group, lr in zip(tensors.optimizer.param_groups, lrs):
+        group["lr"] = lr
+    assert same(numbers.steps([0]), tensors.steps([0]))
+
+
 def test_it_goes_on_from_a_state_that_was_saved_and_pytorch_goes_on_from_ours(model):
     straight, first, second, theirs = (Side(model) for _ in range(4))
     straight.steps(range(4))
@@ -180,6 +188,10 @@ def scheduled(side):
     torch.optim.lr_scheduler.LambdaLR(side.optimizer, lambda step: 1.0)
 
 
+def coupled(side):
+    side.optimizer.param_groups[1]["decoupled_weight_decay"] = False
+
+
 def on_the_host(side):
     side.step(0)
     side.optimizer.state[side.weights[2]]["step"] = torch.zeros((), device="meta")
@@ -187,7 +199,8 @@ def on_the_host(side):
 
 @pytest.mark.parametrize("change, reason", [
     (misaligned, "the address of a gradient is no multiple of 16 bytes"), (halved, "a weight is not a contiguous float32 tensor"),
-    (scheduled, "replaced on the instance"), (on_the_host, "a step is not a contiguous float32 tensor")], ids=lambda value: getattr(value, "__name__", ""))
+    (scheduled, "replaced on the instance"), (coupled, "decoupled_weight_decay=False"),
+    (on_the_host, "a step is not a contiguous float32 tensor")], ids=lambda value: getattr(value, "__name__", ""))
 def test_what_it_leaves_to_pytorch_is_named(change, reason, model):
     side = Side(model, SIZES[:4])
     side.draw(0)
