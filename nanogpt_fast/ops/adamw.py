@@ -84,6 +84,8 @@ class OnePass:
         places = self._where() if reason is None else None
         if reason is None and (places is None or places != self._places):
             reason = _of_its_tensors(self.optimizer, "cpu" if backend.interpreted() else "cuda", kernel=True)
+            if any(copy.shape != weight.shape for weight, copy in self.copies.items()):
+                reason = reason or "a weight has another shape than its copy"
             self._places = places if reason is None else None
         return reason
 

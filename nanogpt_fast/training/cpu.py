@@ -68,6 +68,7 @@ def update(optimizer, weights, max_norm):
         norm = adamw_cpu.norm([p.grad for p in parameters if p.grad is not None])
         factor = min((max_norm / (norm + 1e-6)).item(), 1.0)    # in this order, min returns nan for a nan norm
     adamw_cpu.step(optimizer, dict(zip(weights.weights, weights.copies, strict=bool(weights.copies))), factor)
+    weights.refresh(left_out=True)
 
 
 def why_not_in_one_pass(optimizer, weights):

@@ -64,10 +64,12 @@ class HalfWeights:
                 module.__dict__.pop("copies", None)
 
     @torch.no_grad()
-    def refresh(self):
-        """Cast the current weights. Calling it between a forward and its backward makes the backward raise."""
-        if self.copies:
-            torch._foreach_copy_(self.copies, self.weights)
+    def refresh(self, left_out=False):
+        """Cast the current weights; left_out: only those without a gradient, which a step in one pass over memory leaves as they are.
+        Calling it between a forward and its backward makes the backward raise."""
+        pairs = [(copy, weight) for copy, weight in zip(self.copies, self.weights) if not left_out or weight.grad is None]
+        if pairs:
+            torch._foreach_copy_(*map(list, zip(*pairs)))
 
 
 def _is_reference(op, module):

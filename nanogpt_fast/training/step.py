@@ -109,6 +109,7 @@ class TrainingStep:
                 norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
                 factor = (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)       # clip_grad_norm_'s
             self.one_pass.step(factor)
+            self.weights.refresh(left_out=True)
             return
         if self.grad_clip != 0.0:
             self.scaler.unscale_(self.optimizer)

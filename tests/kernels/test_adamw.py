@@ -192,6 +192,12 @@ def coupled(side):
     side.optimizer.param_groups[1]["decoupled_weight_decay"] = False
 
 
+def grown(side):
+    p = side.weights[2]
+    p.data = torch.zeros(2 * p.shape[0], *p.shape[1:], device=p.device)
+    p.grad = torch.zeros_like(p)
+
+
 def on_the_host(side):
     side.step(0)
     side.optimizer.state[side.weights[2]]["step"] = torch.zeros((), device="meta")
@@ -199,7 +205,7 @@ def on_the_host(side):
 
 @pytest.mark.parametrize("change, reason", [
     (misaligned, "the address of a gradient is no multiple of 16 bytes"), (halved, "a weight is not a contiguous float32 tensor"),
-    (scheduled, "replaced on the instance"), (coupled, "decoupled_weight_decay=False"),
+    (scheduled, "replaced on the instance"), (grown, "a weight has another shape than its copy"), (coupled, "decoupled_weight_decay=False"),
     (on_the_host, "a step is not a contiguous float32 tensor")], ids=lambda value: getattr(value, "__name__", ""))
 def test_what_it_leaves_to_pytorch_is_named(change, reason, model):
     side = Side(model, SIZES[:4])
@@ -247,6 +253,17 @@ def test_an_update_in_one_pass_is_the_update_in_three(grad_clip, device, monkeyp
         models.append(step.model)
     for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
+
+
+def test_a_weight_that_is_frozen_and_changed_by_hand_has_its_copy_cast(device, monkeypatch):
+    step, taken = training_step(device, "fused", monkeypatch)
+    frozen = step.weights.weights[0].requires_grad_(False)
+    for p in step.model.parameters():
+        p.grad = None if p is frozen else torch.ones_like(p)
+    with torch.no_grad():
+        frozen.mul_(2)
+    step.update()
+    assert taken == [float] and torch.equal(step.weights.copies[0], frozen.bfloat16())
 
 
 def test_a_captured_step_finds_its_table_written(device, monkeypatch):

@@ -304,6 +304,15 @@ def test_an_update_in_one_pass_is_the_update_in_three(max_norm, monkeypatch):
     assert all(torch.equal(copied, weight.bfloat16()) for copied, weight in zip(ours.copies, ours.weights, strict=True))
 
 
+def test_a_weight_that_is_frozen_and_changed_by_hand_has_its_copy_cast(monkeypatch):
+    weights, optimizer = trained(True, 1.0, monkeypatch)
+    weights.weights[0].grad = None
+    with torch.no_grad():
+        weights.weights[0].mul_(2)
+    cpu.update(optimizer, weights, 1.0)
+    assert torch.equal(weights.copies[0], weights.weights[0].bfloat16())
+
+
 @pytest.mark.parametrize("last", (float("nan"), float("inf")))
 def test_a_norm_that_is_no_number_reaches_the_weights_as_pytorchs_does(last, monkeypatch):
     ours, plain = (trained(own, 1.0, monkeypatch, [0], last)[0].model for own in (True, False))
