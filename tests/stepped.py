@@ -1,4 +1,6 @@
 """Weights and their AdamW, to take its steps in several ways. Both halves of the suite import this."""
+import copy
+
 import torch
 
 SIZES = ((1,), (15,), (17,), (40, 33), (1000003,))   # less than a vector, more, several pieces and a bit
@@ -39,3 +41,20 @@ class Side:
 def same(a, b):
     a, b = a.tensors(), b.tensors()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def check_states(make):
+    """Our steps go on from a state that was saved, and PyTorch goes on from ours. make(): a Side with `steps`, which takes ours."""
+    straight, first, second, theirs = (make() for _ in range(4))
+    straight.steps(range(4))
+    saved = first.steps(range(2)).optimizer.state_dict()
+    for side in (second, theirs):
+        side.optimizer.load_state_dict(copy.deepcopy(saved))
+        for p, q in zip(side.weights, first.weights):
+            p.data.copy_(q.data)
+    assert same(second.steps((2, 3)), straight)
+    for seed in (2, 3):
+        theirs.draw(seed)
+        theirs.optimizer.step()
+    for (name, a), b in zip(theirs.tensors().items(), straight.tensors().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)

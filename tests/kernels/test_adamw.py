@@ -131,19 +131,7 @@ def test_a_learning_rate_may_be_a_tensor_on_the_host_or_in_one_group_alone(lrs, 
 
 
 def test_it_goes_on_from_a_state_that_was_saved_and_pytorch_goes_on_from_ours(model):
-    straight, first, second, theirs = (Side(model) for _ in range(4))
-    straight.steps(range(4))
-    saved = first.steps(range(2)).optimizer.state_dict()
-    for side in (second, theirs):
-        side.optimizer.load_state_dict(copy.deepcopy(saved))
-        for p, q in zip(side.weights, first.weights):
-            p.data.copy_(q.data)
-    assert same(second.steps((2, 3)), straight)
-    for seed in (2, 3):
-        theirs.draw(seed)
-        theirs.optimizer.step()
-    for (name, a), b in zip(theirs.tensors().items(), straight.tensors().values(), strict=True):
-        torch.testing.assert_close(a, b, msg=name)
+    stepped.check_states(lambda: Side(model))
 
 
 def test_whoever_saved_what_is_written_is_told(model):

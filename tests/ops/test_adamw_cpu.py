@@ -1,5 +1,4 @@
 """The end of a step on a CPU (ops/cpu/adamw.py, csrc/rows/adamw.h): PyTorch's AdamW, its state, its cast and norm; what is left to it."""
-import copy
 import dataclasses
 import warnings
 
@@ -110,19 +109,7 @@ def test_a_default_device_of_the_users_is_not_where_steps_and_norms_are_kept(mon
 
 
 def test_it_goes_on_from_a_state_that_was_saved_and_pytorch_goes_on_from_ours():
-    straight, first, second, theirs = (Side() for _ in range(4))
-    straight.steps(range(4))
-    saved = first.steps(range(2)).optimizer.state_dict()
-    for side in (second, theirs):
-        side.optimizer.load_state_dict(copy.deepcopy(saved))
-        for p, q in zip(side.weights, first.weights):
-            p.data.copy_(q.data)
-    assert same(second.steps((2, 3)), straight)
-    for seed in (2, 3):
-        theirs.draw(seed)
-        theirs.optimizer.step()
-    for (name, a), b in zip(theirs.tensors().items(), straight.tensors().values(), strict=True):
-        torch.testing.assert_close(a, b, msg=name)
+    stepped.check_states(Side)
 
 
 @pytest.mark.parametrize("copies", (True, False))
