@@ -110,6 +110,7 @@ KINDS = (("attention", ("cudnn", "backward_head", "backward_dq", "backward_dkdv"
          ("matmuls", ("nvjet", "gemm", "cublasLt", "splitKreduce")), ("MLP's products with GELU in them", ("linear_dact", "linear_act")),
          ("loss", ("_loss_kernel", "_dlogits", "log_softmax", "nll_loss")), ("GELU", ("_act_kernel", "_dact_kernel", "gelu")),
          ("residual add and LayerNorm", ("native_layer_norm", "_backward_kernel", "_forward_kernel", "_sum_partials")),
+         ("embeddings", ("_embed_kernel", "runs_kernel", "embedding", "RadixSort")),
          ("gradient norm, AdamW, half-precision copies", ("multi_tensor_apply", "_adamw_")))
 
 

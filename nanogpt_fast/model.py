@@ -163,7 +163,7 @@ class GPT(nn.Module):
     """nanoGPT's GPT. backend: "auto" (default), "fused", "reference", or e.g. "auto,attention=reference"; see backend.py."""
 
     copies = None   # ((lm_head.weight,), (copy,)) while the trainer keeps copies (training/half_weights.py)
-    lookup = None   # called instead of wte while the trainer keeps its gradient as rows (training/cpu.py)
+    lookup = None   # called instead of wte and wpe while the trainer keeps wte's gradient as rows (training/embedding.py)
 
     def __init__(self, config, backend=None):
         super().__init__()
@@ -256,12 +256,14 @@ class GPT(nn.Module):
 
     def embed(self, idx, start=0):
         """Token plus position embeddings with dropout: idx (B, T) at positions start .. start + T - 1 -> (B, T, C)."""
-        pos = torch.arange(start, start + idx.size(1), dtype=torch.long, device=idx.device)
         try:
-            tok_emb = (self.lookup or self.transformer.wte)(idx)                                     # (B, T, C)
+            if self.lookup is not None:
+                return self.transformer.drop(self.lookup(idx, start))
+            tok_emb = self.transformer.wte(idx)                                                     # (B, T, C)
         except IndexError:
             self.check_ids(idx)
             raise
+        pos = torch.arange(start, start + idx.size(1), dtype=torch.long, device=idx.device)
         return self.transformer.drop(tok_emb + self.transformer.wpe(pos))
 
     def check_ids(self, idx):

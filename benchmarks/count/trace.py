@@ -28,11 +28,14 @@ FREE = set("""_record_function_enter_new _record_function_exit _reshape_alias _u
     empty_like empty_strided expand is_same_size lift_fresh new_empty new_empty_strided permute promote_types record_stream reshape resize_
     select set_ slice split split_with_sizes squeeze t transpose unbind unsqueeze view _local_scalar_dense""".split())
 OVERWRITING = {"copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_"}     # they write an argument that they don't read
-IN_PLACE = {"cross_entropy._loss_kernel": "GRADIENT"}   # {kernel: the option with which it overwrites its first tensor}
+# {kernel: the option with which it overwrites its first tensor}
+IN_PLACE = {"cross_entropy._loss_kernel": "GRADIENT", "embedding._add_runs_kernel": "PIECE", "embedding._add_long_runs_kernel": "PIECE"}
+# {operation: the place of a tensor with a row for each word, and of one that says how many words or rows it is about}
+BY_WORD = {"embedding": (0, 1), "embedding._embed_kernel": (2, 1), "embedding._add_runs_kernel": (0, 1), "embedding._add_long_runs_kernel": (0, 2)}
 # PyTorch's multi_tensor_apply: chunks per launch, elements per chunk, and tensors per launch by how many lists there are.
 BLOCKS, CHUNK, TENSORS = 320, 65536, (0, 110, 64, 48, 36, 30)
 EXTENSION = ("linear_act_sm90", "attention_backward_heads_sm90")        # the CUDA kernels of a training step
-KERNEL_MODULES = ("attention_forward", "attention_backward", "cross_entropy", "layer_norm", "mlp")
+KERNEL_MODULES = ("attention_forward", "attention_backward", "cross_entropy", "embedding", "layer_norm", "mlp")
 
 
 @dataclass
@@ -99,7 +102,7 @@ class Trace(TorchDispatchMode):
             q = read[1] if backward else read[0]
             kind, flops = "attention", self.attention_flops(q.shape[:3], 5 if backward else 2)
         overload = f".{schema.overload_name}" if "out" in schema.overload_name or "dtype" in schema.overload_name else ""
-        self.add(name + overload, kind, read or written, _bytes(read) + _bytes(written), flops, _launches(name, args))
+        self.add(name + overload, kind, read or written, _bytes(_met(name, read)) + _bytes(written), flops, _launches(name, args))
         return out
 
     def attention_flops(self, batch_heads_tokens, matmuls):
@@ -150,8 +153,9 @@ class Trace(TorchDispatchMode):
         elif "_linear_" in name:
             a, b = tensors[:2]
             kind, flops = "matmul", 2 * a.shape[0] * a.shape[1] * max(b.shape)      # the wider side is the MLP's inner one
-        twice = tensors[:1] if options.get(IN_PLACE.get(name)) else []
-        self.add(name, kind, tensors, _bytes(tensors) + _bytes(twice), flops)
+        met = _met(name, tensors)
+        twice = met[:1] if options.get(IN_PLACE.get(name)) else []
+        self.add(name, kind, tensors, _bytes(met) + _bytes(twice), flops)
 
     def extension(self, name, args):
         """A CUDA kernel of the extension, one of `EXTENSION`. args: numbers, among them addresses; tuples of an address and strides."""
@@ -228,6 +232,15 @@ def _tensors(value):
 
 def _bytes(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _met(name, tensors):
+    """The tensors, but of one with a row for each word only as many rows as there can be different words."""
+    if name not in BY_WORD:
+        return tensors
+    table, words = BY_WORD[name]
+    rows = tensors[words].numel() // (tensors[table].size(1) if tensors[words].is_floating_point() else 1)
+    return [tensor[:rows] if i == table else tensor for i, tensor in enumerate(tensors)]
 
 
 def _launches(name, args):

@@ -241,9 +241,10 @@ def training():
     from nanogpt_fast import GPT, GPTConfig
     from nanogpt_fast.bench.common import GPT2
     from nanogpt_fast.training.half_weights import HalfWeights
-    updates()
     baby = dict(block_size=256, vocab_size=65, n_head=6, n_embd=384, dropout=0.2, bias=False)
     verified = dict(block_size=256, vocab_size=1000, n_head=4, n_embd=256)
+    updates()
+    embeddings(GPT2, baby, SMALL)
     half = (torch.bfloat16,)
     for shape, batches, dtypes in ((GPT2, (64, 12, 2), half), (baby, (64,), half), (SMALL, (40, 8), half),
                                    (verified, (8,), (torch.bfloat16, torch.float16, torch.float32))):
@@ -268,6 +269,18 @@ def updates():
     table.write([(*numbers, torch.empty(()), torch.empty(100, dtype=torch.bfloat16))], [0], [(0.9, 0.95, 1e-8, 0.1)])
     for factor in (torch.ones(()), None):
         table.step([1e-3], factor)
+
+
+def embeddings(*shapes):
+    """What the trainer runs in place of nn.Embedding, forward and backward."""
+    import torch
+
+    from nanogpt_fast.kernels import embedding
+    for shape in shapes:
+        V, T, C = shape["vocab_size"], shape["block_size"], shape["n_embd"]
+        index = torch.zeros(2, T, dtype=torch.int64)
+        embedding.embed(index, torch.empty(V, C), torch.empty(T, C))
+        embedding.add_rows(torch.empty(V, C), index, torch.empty(2, T, C))
 
 
 def generation():

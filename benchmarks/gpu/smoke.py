@@ -10,6 +10,7 @@ if it failed; the exit status is 1 if any failed.
 import argparse
 import contextlib
 import faulthandler
+import importlib
 import io
 import os
 import sys
@@ -288,6 +289,21 @@ def adamw(device):
     return compared(*sides)
 
 
+def embeddings(device):
+    """PyTorch's bits forward; whole numbers added to a gradient, exactly: tokens that occur once, often, and in most places."""
+    kernels = importlib.import_module("nanogpt_fast.kernels.embedding")
+    V, C, B, T = (50304, 768, 12, 1024) if device.type == "cuda" else (300, 40, 3, 50)
+    wte, wpe, index = torch.randn(V, C, device=device), torch.randn(T, C, device=device), torch.randint(V, (B, T), device=device)
+    assert torch.equal(kernels.embed(index, wte, wpe), torch.nn.functional.embedding(index, wte) + wpe)
+    for common in (0.0, 0.3, 1.0):
+        index[torch.rand(B, T, device=device) < common] = 7
+        dx, gradient = (torch.randint(-8, 9, shape, device=device).float() for shape in ((B, T, C), (V, C)))
+        exact = gradient.double().index_add(0, index.flatten(), dx.view(-1, C).double())
+        kernels.add_rows(gradient, index, dx)
+        assert torch.equal(gradient.double(), exact), common
+    return "the exact sums"
+
+
 def captured_steps(device):
     found = []
     for capture in (False, True):
@@ -399,7 +415,7 @@ CHECKS = {
             "attention, auto, one token": attention_of(4, 1, 12, 64, by="auto"),
             "attention, head size 128": attention_of(2, 300, 4, 128), "attention, dropout": attention_of(40, 256, 4, 64, 0.2),
             "add + LayerNorm": norm, "MLP, pointwise": mlp_form("pointwise"), "MLP, epilogue": mlp_form("epilogue"), "MLP, hopper": mlp_form("hopper"),
-            "loss": loss(False), "loss with logits": loss(True), "AdamW": adamw, "captured steps": captured_steps,
+            "loss": loss(False), "loss with logits": loss(True), "AdamW": adamw, "embeddings": embeddings, "captured steps": captured_steps,
             "greedy text": greedy_text, "prefills": prefills, "early launches": early_launches, "compiled steps": compiled_steps,
             "compiled import": compiled_import},
     "model": {"GPT-2 124M, B=2": whole_model(2), "GPT-2 124M, B=12": whole_model(12), "GPT-2 124M steps, B=12": whole_steps(12)},

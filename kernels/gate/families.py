@@ -2,9 +2,9 @@
 import functools
 import os
 
-from . import adamw, attention, cross_entropy, decode, layer_norm, mlp
+from . import adamw, attention, cross_entropy, decode, embedding, layer_norm, mlp
 
-FAMILIES = (adamw, attention, cross_entropy, decode, layer_norm, mlp)
+FAMILIES = (adamw, attention, cross_entropy, decode, embedding, layer_norm, mlp)
 EVERY_FORM = 90                 # variants are compiled for this architecture too: the one whose floors are printed
 
 

@@ -8,6 +8,7 @@ from torch.optim import optimizer as optimizers
 
 from .. import backend
 from . import extension
+from .common import why_no_kernel
 
 ALIGNMENT = 16      # bytes: kernels load four fp32 at once
 
@@ -76,7 +77,7 @@ class OnePass:
 
     def __init__(self, model, optimizer, copies=None):
         self.optimizer, self.copies = optimizer, copies or {}
-        self._never, self._table, self._places = _never(model), None, None
+        self._never, self._table, self._places = why_no_kernel(model), None, None
 
     def why_not(self):
         """None if `step` does now what optimizer.step() would do, else the reason."""
@@ -131,14 +132,3 @@ class OnePass:
             self._table.step([group["lr"] for group in self.optimizer.param_groups], factor)
             # As PyTorch's own writes do: a backward that saved one of these raises.
             torch.autograd.graph.increment_version([each[i] for each in tensors for i in (0, 2, 3, 4, 5) if each[i] is not None])
-
-
-def _never(model):
-    """Why the kernel takes no step of this model, whatever its gradients are, or None."""
-    choices = {backend.choice(op, model.backend) for op in backend.OPS}
-    if choices == {"reference"}:
-        return "asked for the reference"
-    reason = backend.triton_why_not(next(model.parameters()))
-    if reason is None and backend.interpreted() and "fused" not in choices:
-        reason = "Triton's interpreter is for checking kernels and is slow"
-    return reason

@@ -1,8 +1,11 @@
-"""Helpers that every op shares: the compute dtype, the dropout seed, and the error for second derivatives, which no kernel has."""
+"""Helpers that ops share: the compute dtype, whether a model wants kernels, the dropout seed, and the error for second derivatives, which no
+kernel has."""
 import contextlib
 
 import torch
 from torch.compiler import is_compiling
+
+from .. import backend
 
 Backend = str | dict | None       # see ops/__init__.py
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -19,6 +22,17 @@ def autocast_dtype(x):
 def no_autocast(device_type):
     """Context for a backward: it may be called under autocast but must compute in the forward's dtypes."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else contextlib.nullcontext()
+
+
+def why_no_kernel(model):
+    """Why no Triton kernel takes part of a step of this model whose op has no choice of its own, or None."""
+    choices = {backend.choice(op, model.backend) for op in backend.OPS}
+    if choices == {"reference"}:
+        return "asked for the reference"
+    reason = backend.triton_why_not(next(model.parameters()))
+    if reason is None and backend.interpreted() and "fused" not in choices:
+        reason = "Triton's interpreter is for checking kernels and is slow"
+    return reason
 
 
 def dropout_seed(x, dropout_p, given=None):

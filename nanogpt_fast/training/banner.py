@@ -41,6 +41,8 @@ def _how(o, step, dtype, not_captured, malloc, ranks):
               + (f"; blocks are gathered in {str(dtype).removeprefix('torch.')}" if dtype != torch.float32 else ""))
     if o.optimizer == "muon":
         print("optim   Muon for the matrices of the blocks, AdamW for the rest")
+    reason = step.why_not_by_row()
+    print("embed   " + ("one operation; its gradient is added to the head's by row" if reason is None else f"PyTorch's own calls: {reason}"))
     reason = step.why_not_in_one_pass()
     print("update  " + ("clipping, AdamW and casts are one pass over memory" if reason is None else f"PyTorch's own calls: {reason}"))
     print("graphs  " + (f"none: {not_captured}" if not_captured else

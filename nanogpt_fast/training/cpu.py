@@ -1,4 +1,4 @@
-"""What the trainer does only on a CPU: keep freed memory, keep the embedding's gradient small, and end a step in one pass.
+"""What the trainer does only on a CPU: keep freed memory, and end a step in one pass over memory.
 
 Nothing here changes the process unless a function is called; importing the file has no effect.
 """
@@ -6,12 +6,8 @@ import contextlib
 import ctypes
 
 import torch
-import torch.nn as nn
 
-from .. import backend
-from ..model import GPT
 from ..ops.cpu import adamw as adamw_cpu
-from ..touched import touched
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # mallopt's parameters, from malloc.h
 
@@ -88,54 +84,3 @@ def clip_grad_norm(parameters, max_norm, exact=True):
     if not max_norm / (norm + 1e-6) >= 1:  # clip_grad_norm_'s factor; it also multiplies by nan
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
-
-
-@contextlib.contextmanager
-def embedding_gradient_by_row(model, wanted=True):
-    """Inside, the token embedding's gradient consists of the rows it looked up, not of a whole (V, C) tensor that is zero elsewhere.
-
-    The rows are added in place to the dense gradient that the tied vocabulary head sends to the same weight, once that has arrived:
-    1 ms instead of 42 for GPT-2 124M, and 154 MB less. (A sparse gradient would be as small, but autograd copies the dense one to
-    add it.) Done only where a dense gradient is certain to arrive: the weight is tied, and neither module was touched. Yields
-    whether it is done.
-    """
-    wte, head = model.transformer.wte, model.lm_head
-    # Rows of repeated tokens are added in another order than nanoGPT's, so the reference path does not do this.
-    wanted = (wanted and wte.weight is head.weight and backend.choice("cross_entropy", model.backend) != "reference"
-              and not (touched(model, GPT) or touched(wte, nn.Embedding) or touched(head, nn.Linear) or head.bias is not None)
-              and wte.max_norm is None and not wte.scale_grad_by_freq and wte.padding_idx is None)
-    if not wanted:
-        yield False
-        return
-    pending = []
-
-    def add(weight):
-        for index, rows in pending:
-            weight.grad.index_add_(0, index, rows)
-        pending.clear()
-
-    # The hook runs once autograd has accumulated everything for this weight, including None from the lookup.
-    hook = wte.weight.register_post_accumulate_grad_hook(add) if wte.weight.requires_grad else None
-    model.__dict__["lookup"] = lambda index: _Lookup.apply(wte.weight, index, pending)
-    try:
-        yield True
-    finally:
-        del model.__dict__["lookup"]
-        if hook is not None:
-            hook.remove()
-
-
-class _Lookup(torch.autograd.Function):
-    """weight[index]; the rows of its gradient go to `pending`, with their index, instead of the weight."""
-
-    @staticmethod
-    def forward(ctx, weight, index, pending):
-        ctx.save_for_backward(index)
-        ctx.pending = pending
-        return nn.functional.embedding(index, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        index, = ctx.saved_tensors
-        ctx.pending.append((index.flatten(), grad.reshape(-1, grad.size(-1))))
-        return None, None, None

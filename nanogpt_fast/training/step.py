@@ -8,7 +8,7 @@ from torch.profiler import record_function
 
 from .. import devices
 from ..ops import adamw
-from . import captured, cpu, sharding
+from . import captured, cpu, embedding, sharding
 from .half_weights import HalfWeights
 
 
@@ -35,7 +35,8 @@ class TrainingStep:
         leave = sharding.NO_COPIES if sharded else "DDP splits a compiled graph by its parameters" if compiled and ranks > 1 else None
         self.weights = HalfWeights(model, dtype, leave, compiled=compiled)
         self._on_cpu = self.device.type == "cpu"
-        self._by_row = self._on_cpu and ranks == 1 and not compiled and not sharded
+        self._not_by_row = ("torch.compile fuses them itself" if compiled else "FSDP divides their gradients" if sharded
+                            else "DDP sends a gradient as soon as autograd has it" if ranks > 1 else None)
         self.one_pass = adamw.OnePass(model, optimizer, dict(zip(self.weights.weights, self.weights.copies)))
         self.graphs = None if not_captured is not None else captured.CapturedStep(
             self.forward_backward, self.update, optimizer, batch_shape, self.device, self.prepare)
@@ -72,13 +73,17 @@ class TrainingStep:
     def forward_backward(self, x, y, meanwhile=lambda: None):
         """Add the gradients of one micro-batch; returns its share of the step's loss. `meanwhile` runs between the passes."""
         # By row only inside the step: between steps, `generate` and the user's code find the embedding untouched.
-        with cpu.embedding_gradient_by_row(self.model, wanted=self._by_row), self.weights.in_use():
+        with embedding.gradient_by_row(self.model, wanted=self._not_by_row is None), self.weights.in_use():
             with self.context:
                 _, loss = self.network(x, y, return_logits=False)
                 loss = loss / self.accumulation if self.accumulation > 1 else loss
             meanwhile()
             self.scaler.scale(loss).backward()
         return loss.detach()
+
+    def why_not_by_row(self):
+        """None if the embeddings are one operation, and the token embedding's gradient only its rows (embedding.py), else the reason."""
+        return self._not_by_row or embedding.why_not_by_row(self.model)
 
     def why_not_in_one_pass(self):
         """None if a kernel or the extension ends the step in one pass over memory, else the reason."""

@@ -12,7 +12,7 @@ from nanogpt_fast.checks.error_rule import in_order, measure
 from nanogpt_fast.ops import extension
 from nanogpt_fast.ops.cpu import layer_norm as layer_norm_cpu
 from nanogpt_fast.ops.norm import CANDIDATES, add_layer_norm, implementation, layer_norm
-from nanogpt_fast.training import cpu
+from nanogpt_fast.training import embedding
 from nanogpt_fast.training.half_weights import HalfWeights
 
 pytestmark = pytest.mark.skipif(layer_norm_cpu.MISSING is not None, reason=f"not here: {layer_norm_cpu.MISSING}")
@@ -439,7 +439,7 @@ def train(choice, autocast, batches, trainer=False):
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.01), []
     weights = HalfWeights(model, bf16) if trainer else HalfWeights(model, f32)
     for ids in batches:
-        with cpu.embedding_gradient_by_row(model, wanted=trainer), weights.in_use():
+        with embedding.gradient_by_row(model, wanted=trainer), weights.in_use():
             loss = loss_of(model, ids, autocast)
             loss.backward()
         optimizer.step()

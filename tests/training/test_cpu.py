@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 
-from nanogpt_fast import GPT, GPTConfig, devices
-from nanogpt_fast.training import cpu, trainer as training
+from nanogpt_fast import devices
+from nanogpt_fast.training import cpu, embedding, trainer as training
 
 CPU = torch.device("cpu")
 
@@ -115,37 +115,6 @@ def test_gradients_within_the_norm_are_not_touched():
     assert p.grad._version == version
 
 
-def model_of(backend="auto"):
-    torch.manual_seed(1)
-    return GPT(GPTConfig(block_size=16, vocab_size=61, n_layer=1, n_head=2, n_embd=32), backend=backend)
-
-
-def test_the_embeddings_rows_are_added_to_the_heads_gradient_and_make_the_dense_one():
-    model, gradients = model_of(), []
-    x, y = torch.randint(7, (3, 16)), torch.randint(61, (3, 16))     # 7 words: each is met several times
-    for wanted in (True, False):
-        with cpu.embedding_gradient_by_row(model, wanted) as by_row:
-            assert by_row == wanted
-            for _ in range(2):                                       # accumulation
-                model(x, y, return_logits=False)[1].backward()
-        gradients.append(model.transformer.wte.weight.grad)
-        model.zero_grad()
-    assert "forward" not in vars(model.transformer.wte) and not model.transformer.wte.weight._post_accumulate_grad_hooks
-    torch.testing.assert_close(*gradients)
-
-
-def test_the_embedding_stays_dense_where_nothing_dense_is_sure_to_come():
-    untied, reference, hooked, frozen = model_of(), model_of("reference"), model_of(), model_of()
-    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
-    hooked.lm_head.register_forward_hook(lambda module, args, out: out.detach())
-    for model in (untied, reference, hooked):
-        with cpu.embedding_gradient_by_row(model) as by_row:
-            assert not by_row
-    frozen.requires_grad_(False)
-    with cpu.embedding_gradient_by_row(frozen):
-        frozen(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))
-
-
 def test_a_run_on_the_cpus_own_ops_lies_on_the_reference_path(tmp_path):
     tiny.data(tmp_path)
     curves = []
@@ -164,7 +133,7 @@ def test_between_its_steps_a_run_generates_with_the_cache(tmp_path, monkeypatch)
         model.train()
 
     monkeypatch.setattr(training, "sample_text", sample_text)
-    inside = cpu.embedding_gradient_by_row
-    monkeypatch.setattr(cpu, "embedding_gradient_by_row", lambda model, wanted: by_row.append(wanted) or inside(model, wanted))
+    inside = embedding.gradient_by_row
+    monkeypatch.setattr(embedding, "gradient_by_row", lambda model, wanted: by_row.append(wanted) or inside(model, wanted))
     training.train(tiny.options(tmp_path, max_iters=2, eval_interval=1))
     assert reasons == [None] * 3 and by_row == [True] * 2
