@@ -4,18 +4,17 @@
 unused output with zeros, and the graph's backward reads them (pytorch#131794), 13 GB in a step of GPT-2 124M with 64 x 1024 tokens. Outside
 of a graph our loss asks autograd for None instead (ops/cross_entropy.py).
 
-Dynamo compiles frame by frame. It is told to skip two: that of `GPT.__call__`, and that of the loss with all that it calls. The frame
-between them, from the embedding to the last LayerNorm, becomes one graph, as before; nothing breaks it. A graph that holds a call of the model
-(a compiled training step, a module around it) is traced whole, since only frames are skipped.
+Dynamo compiles frame by frame. It is told to skip two: that of `call`, which is GPT's `__call__` and that of an accelerated fork, and that
+of the loss with all that it calls. The frame between them, from the embedding to the last LayerNorm, becomes one graph, as before; nothing
+breaks it. A graph that holds a call of the model (a compiled training step, a module around it) is traced whole, since only frames are
+skipped.
 """
 import torch
 import torch.nn as nn
 
-from .ops import cross_entropy
-
 
 def call(self, *args, **kwargs):
-    """GPT.__call__."""
+    """GPT.__call__, and that of nanoGPT's class on our ops (swap/parts.py)."""
     if _apart(self, args, kwargs):
         idx, targets = *args, *kwargs.values()
         return _after(self, self._hidden(idx), targets)
@@ -27,12 +26,9 @@ def _apart(model, args, kwargs):
     inside a graph, where Inductor fuses it."""
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and len(args) + len(kwargs) == 2 and kwargs.keys() <= {"targets"}):
         return False
-    targets = kwargs["targets"] if kwargs else args[1]
-    if not isinstance(targets, torch.Tensor) or model._why_not_apart() is not None:
-        return False
-    weight = model.lm_head.weight
+    idx, targets = *args, *kwargs.values()
     try:
-        return cross_entropy.implementation(weight, weight, targets, backend=model.backend) != "reference"
+        return isinstance(targets, torch.Tensor) and model._why_not_apart(idx, targets) is None
     except RuntimeError:        # no kernel can run, and one was asked for: the first op says so
         return False
 

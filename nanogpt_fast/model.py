@@ -248,11 +248,17 @@ class GPT(nn.Module):
     def _why_not_fused_loss(self):
         return touched(self.lm_head, nn.Linear) or (None if self.lm_head.bias is None else "lm_head has a bias")
 
-    def _why_not_apart(self):
-        """None if calling this model is `_logits_and_loss` of `_hidden` (apart.py), else the reason why not."""
-        return (touched(self, GPT) or self._why_not_fused_loss()
-                or (None if GPT.forward is _forward else "GPT.forward was replaced")
-                or (None if self._compiled_call_impl is None else "the model compiles itself (`Module.compile`)"))
+    def _why_not_apart(self, idx, targets):
+        """None if this call of the model is `_logits_and_loss` of `_hidden`, and a kernel computes the loss (apart.py); else the reason."""
+        reason = touched(self, GPT) or self._why_not_fused_loss()
+        if reason is not None:
+            return reason
+        if GPT.forward is not _forward:
+            return "GPT.forward was replaced"
+        if self._compiled_call_impl is not None:
+            return "the model compiles itself (`Module.compile`)"
+        weight = self.lm_head.weight
+        return "PyTorch computes the loss" * (cross_entropy.implementation(weight, weight, targets, backend=self.backend) == "reference") or None
 
     def embed(self, idx, start=0):
         """Token plus position embeddings with dropout: idx (B, T) at positions start .. start + T - 1 -> (B, T, C)."""

@@ -7,7 +7,7 @@ B batch, T sequence, C = n_embd, H = n_head, D = C / H head size.
 """
 import torch.nn as nn
 
-from .. import backend as _backend, model as nano, reference
+from .. import apart, backend as _backend, model as nano, reference
 from ..ops import attention, cross_entropy, mlp, norm
 from ..ops.common import autocast_dtype
 from ..touched import touched
@@ -274,6 +274,13 @@ class NanoGPT(Swapped, nano.GPT):
     part = "model"
     tensors, rank = 2, 2
     obeyed = ("config.block_size",)
+    __call__ = apart.call
+
+    def _why_not_apart(self, idx, targets):
+        reason = self.why_not_bound((idx, targets), {}) or self.why_not(idx, targets) or nano.GPT._why_not_apart(self, idx, targets)
+        if reason is None:
+            self._swap_state.calls[self.part, "kernels"] += 1      # by `forward`, which is not called
+        return reason
 
     def why_not(self, idx, targets=None):
         head, scale = self.lm_head.weight, self.transformer.ln_f.weight              # they stand for the residual stream

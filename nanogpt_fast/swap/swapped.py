@@ -200,6 +200,8 @@ def swapped_class(own, mixin, lacking=()):
             for name in vars(base).keys() - TAKEN[base] - namespace.keys():
                 if hasattr(own, name) and not hasattr(nn.Module, name) or name in ("__init__", "__call__"):
                     namespace[name] = inspect.getattr_static(own, name)
+    if "__call__" in vars(mixin) and own.__call__ is nn.Module.__call__:
+        namespace["__call__"] = mixin.__call__
     signature = list(inspect.signature(own.forward).parameters.values())      # here and not per call: torch.compile cannot trace inspect
     namespace["_names"] = tuple(p.name for p in signature if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
     namespace["_open"] = any(p.kind is p.VAR_KEYWORD for p in signature)
@@ -217,7 +219,8 @@ def swapped_class(own, mixin, lacking=()):
 
 # What a forward needs from each class of model.py. A fork that uses one of these names for something else is not swapped.
 TAKEN = {
-    nano.GPT: {"forward", "_hidden", "embed", "_blocks", "_fused_by", "_final_norm", "_logits_and_loss", "_why_not_fused_loss"},
+    nano.GPT: {"forward", "_hidden", "embed", "_blocks", "_fused_by", "_final_norm", "_logits_and_loss", "_why_not_fused_loss",
+               "_why_not_apart"},
     nano.Block: {"forward", "fused", "drops", "why_not_fused"},
     nano.CausalSelfAttention: {"forward", "branch", "backend"},
     nano.MLP: {"forward", "branch", "backend"},

@@ -7,8 +7,10 @@ import gpts
 import pytest
 import torch
 import torch.distributed as dist
+from forks import fork
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import nanogpt_fast
 from nanogpt_fast import apart
 from nanogpt_fast.ops import cross_entropy
 
@@ -98,7 +100,7 @@ def an_instances_forward(model):
 @pytest.mark.parametrize("change", [a_hook, a_forward_of_its_own, a_head_of_its_own, an_instances_forward], ids=lambda f: f.__name__)
 def test_what_was_changed_is_called_compiled_or_not(change, model, x):
     change(model)
-    assert model._why_not_apart() is not None
+    assert model._why_not_apart(x, x) is not None
     for call in (model, compiled(model)[0]):
         with contextlib.suppress(RuntimeWarning):
             logits, loss = call(x, x)
@@ -111,6 +113,53 @@ def test_a_forward_set_on_the_class_is_called_compiled_or_not(model, x, monkeypa
     monkeypatch.setattr(type(model), "forward", lambda self, *args: (forward(self, *args)[0] * 0, args))
     for call in (model, network):
         assert not call(x, x)[0].any()
+
+
+@pytest.fixture
+def accelerated(device):
+    torch._dynamo.reset()
+    model = fork(dropout=0.0, n_layer=1).to(device)
+    return model, nanogpt_fast.accelerate(model, backend="fused")
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_an_accelerated_forks_loss_runs_after_the_graph_too(used, accelerated, x, monkeypatch):
+    (model, report), seen = accelerated, []
+    original = cross_entropy._LossAndLogits.backward
+    monkeypatch.setattr(cross_entropy._LossAndLogits, "backward", staticmethod(
+        lambda ctx, loss, logits: seen.append(logits is not None) or original(ctx, loss, logits)))
+    network, counter = compiled(model, fullgraph=True)
+    found = []
+    for call in (network, model, network):
+        model.zero_grad()
+        logits, loss = call(x, targets=x)
+        (loss + logits.float().square().mean() if used else loss).backward()
+        found.append((logits, gradients(model)))
+    assert counter.frame_count == 1 and type(loss.grad_fn).__name__ == APART and seen == [used] * 3
+    assert report.calls["model", "kernels"] == 3 and {where for _, where in report.calls} == {"kernels"}
+    for logits, grads in found[1:]:
+        torch.testing.assert_close(logits, found[0][0])
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, found[0][1][name], msg=name)
+    with torch.no_grad():
+        assert torch.equal(network(x)[0], model(x)[0])
+    assert "more than the" in model._why_not_apart(*torch.zeros(2, 1, 1 + model.config.block_size, dtype=torch.int64, device=x.device))
+
+
+def an_attribute(model):
+    model.lm_head.bias = torch.nn.Parameter(torch.full((65,), 3.0, device=model.lm_head.weight.device))
+
+
+@pytest.mark.parametrize("change", [a_hook, a_forward_of_its_own, a_head_of_its_own, an_instances_forward, an_attribute],
+                         ids=lambda f: f.__name__)
+def test_an_accelerated_fork_that_was_changed_is_called(change, accelerated, x):
+    model, _ = accelerated
+    before = model(x, x)[0]
+    change(model)
+    assert model._why_not_apart(x, x) is not None
+    for call in (model, compiled(model)[0]):
+        logits, loss = call(x, x)
+        assert (torch.allclose(logits, before + 3, atol=1e-5) if change is an_attribute else not logits.any()) and loss.requires_grad
 
 
 def test_on_the_reference_path_the_loss_stays_in_the_graph(x):

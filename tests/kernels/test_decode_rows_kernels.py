@@ -27,6 +27,11 @@ class Rows(Problem):
         self.decoder.y.fill_(float("nan"))
         self.leave_statistics()
 
+    def stored(self, x, norm, linear):
+        """The exact product of the exact norm, rounded once as the kernels store it. With few rows and 16 channels these roundings are few,
+        and those of one row shift all of its results."""
+        return self.linear(self.norm(x, norm, torch.float64).to(self.dtype).double(), linear, torch.float64)
+
     def leave_statistics(self):
         """What `linear_add` leaves of x for the norm."""
         d = self.decoder
@@ -50,10 +55,12 @@ def test_embed_and_norm_qkv_give_the_query_and_write_key_and_value(B, H, D, dtyp
     before = [layer.keys.clone(), layer.values.clone()]
     d.norm_qkv(layer)
     oracle, plain = (p.linear(p.norm(d.x, layer.ln_1, dt), layer.c_attn, dt).split(p.C, 1) for dt in (torch.float64, dtype))
-    harness.assert_close_to_oracle(d.q, oracle[0], plain[0], "forward", what="q")
+    stored = p.stored(d.x, layer.ln_1, layer.c_attn).split(p.C, 1)
+    harness.assert_close_to_oracle(d.q, oracle[0], plain[0], "forward", what="q", stored=stored[0])
     rows = torch.arange(B, device=harness.DEVICE)
     for i, (name, cache) in enumerate((("keys", layer.keys), ("values", layer.values))):
-        harness.assert_close_to_oracle(cache[rows, :, p.position].flatten(1), oracle[i + 1], plain[i + 1], "forward", what=name)
+        harness.assert_close_to_oracle(cache[rows, :, p.position].flatten(1), oracle[i + 1], plain[i + 1], "forward", what=name,
+                                       stored=stored[i + 1])
         before[i][rows, :, p.position] = cache[rows, :, p.position]
         assert harness.same_bits(cache, before[i]), f"{name} changed at another position"
 
@@ -103,7 +110,7 @@ def test_norm_act_normalises_by_the_statistics_alone(B, H, D, dtype, bias, activ
     d.norm_act(layer)
     act = lambda h: F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
     oracle, plain = (act(p.linear(p.norm(d.x, layer.ln_2, dt), layer.c_fc, dt)) for dt in (torch.float64, dtype))
-    harness.assert_close_to_oracle(d.h, oracle, plain, "forward", what="h")
+    harness.assert_close_to_oracle(d.h, oracle, plain, "forward", what="h", stored=act(p.stored(d.x, layer.ln_2, layer.c_fc)))
 
 
 @pytest.mark.parametrize("B,V,dtype,bias", [(5, 37, bf16, False), (16, 64, f16, True), (9, 5, bf16, False)])
@@ -114,7 +121,7 @@ def test_head_normalises_once_and_walks_the_vocabulary(B, V, dtype, bias):
         out = torch.empty(B, V, device=harness.DEVICE)
         d.logits(out)
     oracle, plain = (p.linear(p.norm(d.x, d.ln_f, dt), d.head, dt) for dt in (torch.float64, dtype))
-    harness.assert_close_to_oracle(out, oracle, plain, "forward")
+    harness.assert_close_to_oracle(out, oracle, plain, "forward", stored=p.stored(d.x, d.ln_f, d.head))
 
 
 def test_the_order_of_programs_changes_nothing_and_no_two_store_to_one_address():
