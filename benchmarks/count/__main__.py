@@ -24,6 +24,7 @@ def options(arguments=None):
     parser.add_argument("--model", choices=("gpt2", "gpt2-medium", "baby"), default="gpt2", help="(default: gpt2)")
     parser.add_argument("--batch_size", type=int, default=64, help="sequences per step (default: 64)")
     parser.add_argument("--dropout", type=float, help="default: the model's own")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step, of our trainer uncompiled (default: 1)")
     parser.add_argument("--who", choices=("trainer", "import", "nanogpt"), default="trainer",
                         help="our trainer; nanoGPT's loop with our GPT; nanoGPT (default: trainer)")
     parser.add_argument("--compiled", action="store_true", help="the model under torch.compile")
@@ -35,6 +36,8 @@ def options(arguments=None):
     o = parser.parse_args(arguments)
     if o.batch_size < 1 or o.dropout is not None and not 0 <= o.dropout <= 1:
         parser.error(f"--batch_size is {o.batch_size}, --dropout {o.dropout}; expected at least 1, and 0 to 1")
+    if o.accumulation < 1 or o.accumulation > 1 and (o.who != "trainer" or o.compiled):
+        parser.error(f"--accumulation is {o.accumulation}; expected at least 1, and 1 with --who={o.who}{' --compiled' * o.compiled}")
     return o
 
 
@@ -45,10 +48,11 @@ def main():
     except RuntimeError as error:
         sys.exit(f"benchmarks.count: {error}")
     from . import step      # imports torch, which must come after the above
-    operations = step.count(o.model, o.batch_size, o.dropout, o.who, o.compiled, o.upstream)
-    variant = VARIANTS[o.who, o.compiled]
-    title = f"{variant}, {o.model}, {o.batch_size} sequences a step, bfloat16"
-    print(report(title, operations, o.card, measured(o.card, o.model, o.batch_size, o.dropout, variant)))
+    operations = step.count(o.model, o.batch_size, o.dropout, o.who, o.compiled, o.upstream, o.accumulation)
+    variant, times = VARIANTS[o.who, o.compiled], f"{o.accumulation} x " if o.accumulation > 1 else ""
+    title = f"{variant}, {o.model}, {times}{o.batch_size} sequences a step, bfloat16"
+    known = measured(o.card, o.model, o.batch_size, o.dropout, variant) if o.accumulation == 1 else None
+    print(report(title, operations, o.card, known))
     if o.operations:
         print(listing(operations))
     if o.json:

@@ -15,11 +15,11 @@ from .trace import Trace, overridden
 VARIANTS = {"trainer": "our trainer", "import": "one import", "nanogpt": "nanoGPT"}     # names in bench.train
 
 
-def count(model="gpt2", batch_size=64, dropout=None, who="trainer", compiled=False, upstream=""):
+def count(model="gpt2", batch_size=64, dropout=None, who="trainer", compiled=False, upstream="", accumulation=1):
     """[Operation] of one training step after the first, in bfloat16.
 
     model: a name of `bench train`. dropout: None is the model's own. who: "trainer", "import" or "nanogpt". upstream: a nanoGPT checkout;
-    without it nanoGPT is GPT(backend="reference").
+    without it nanoGPT is GPT(backend="reference"). accumulation: micro-batches per step, of our trainer.
     """
     device = torch.device("cuda")
     config, _ = shape_of(model, device, **({} if dropout is None else dict(dropout=dropout)))
@@ -31,6 +31,13 @@ def count(model="gpt2", batch_size=64, dropout=None, who="trainer", compiled=Fal
         with fake_mode, torch.device("cuda"):
             trainer = train.Trainer(train.BenchTrainOptions(model=model, upstream=upstream), train.TRAIN_VARIANTS[VARIANTS[who]], config,
                                     batch_size, device, torch.bfloat16)
+            if accumulation > 1:
+                ours, forward_backward = trainer.ours, trainer.ours.forward_backward
+
+                def micro_batch(*args):
+                    trace.phase = "forward"
+                    return forward_backward(*args)
+                ours.accumulation, ours.forward_backward = accumulation, micro_batch
             x = torch.zeros(batch_size, config["block_size"], dtype=torch.int64)
             trainer.step(x, x)
             with trace:

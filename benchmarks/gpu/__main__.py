@@ -22,9 +22,9 @@ from nanogpt_fast import tables
 PYTHON = sys.executable
 # For the first run: what trains and generates, one case a test, at most 150 kernels to compile (tests/benchmarks/test_gpu_kit.py counts them).
 CORE_TESTS = [f"tests/kernels/test_{name}.py" for name in (
-    "training_kernels", "model", "adamw", "embedding", "apart", "decode_kernels", "attention_autograd", "cross_entropy_autograd", "mlp_autograd")]
+    "training_kernels", "model", "adamw", "sums_in_place", "apart", "decode_kernels", "attention_autograd", "cross_entropy_autograd", "mlp_autograd")]
 KERNEL_TESTS = CORE_TESTS + [f"tests/kernels/test_{name}.py" for name in (
-    "decode_rows_kernels", "layer_norm_autograd", "dropout", "cross_entropy", "layer_norm", "attention", "attention_decode", "mlp",
+    "embedding", "decode_rows_kernels", "layer_norm_autograd", "dropout", "cross_entropy", "layer_norm", "attention", "attention_decode", "mlp",
     "memory", "swap_kernels")] + ["tests/ops/test_attention_hopper.py", "tests/ops/test_mlp_hopper.py"]
 
 

@@ -125,7 +125,7 @@ class _Loss(torch.autograd.Function):
         losses, dx, dw = run(rows, weight.to(dtype) if copy is None else copy, targets, ignore_index, need_dx, need_dw)
         loss, count = _reduce(losses, targets, ignore_index, reduction, _loss_dtype(x))
         ctx.save_for_backward(dx, dw, count)
-        ctx.x_shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype)
+        ctx.x_shape, ctx.dtypes, ctx.weight = x.shape, (x.dtype, weight.dtype), linear.in_place(weight, copy)
         return loss
 
     @staticmethod
@@ -135,6 +135,9 @@ class _Loss(torch.autograd.Function):
         scale = grad_loss.to(torch.float32) / count
         need_dx, need_dw = ctx.needs_input_grad[:2]
         dx = _scaled(dx, scale, ctx.dtypes[0]).view(ctx.x_shape) if need_dx else None
+        if need_dw and ctx.weight is not None and linear.takes_a_sum(ctx.weight):
+            ctx.weight.grad.addcmul_(dw, scale)
+            return dx, *(None,) * 8
         dw = _scaled(dw, scale, ctx.dtypes[1]) if need_dw else None
         return dx, dw, None, None, None, None, None, None, None
 

@@ -183,20 +183,21 @@ class _GeluMLP(torch.autograd.Function):
                               h if keep_h else None, post if keep_post else None, seed)
         dtypes = (x.dtype, w_fc.dtype, None if b_fc is None else b_fc.dtype,
                   w_proj.dtype, None if b_proj is None else b_proj.dtype)
-        ctx.call = x.shape, dtypes, (activation, dropout_p, *forms), needs
+        weights = () if copies is None or is_compiling() else tuple(linear.in_place(w, copy) for w, copy in zip((w_fc, w_proj), copies))
+        ctx.call = x.shape, dtypes, (activation, dropout_p, *forms), needs, weights
         return y if x.dim() == 2 else y.view(x.shape)
 
     @staticmethod
     def backward(ctx, dy):
         no_second_derivative("gelu_mlp")
         rows, fc, b_fc, proj, h, post, seed = ctx.saved_tensors
-        shape, dtypes, options, needs = ctx.call
+        shape, dtypes, options, needs, weights = ctx.call
         dy, = resolved(dy)
         dy = dy.reshape(-1, dy.size(-1)).contiguous()       # the kernels need contiguous rows, but dy may be expanded or transposed
         run = raw.mlp_backward if is_compiling() else _backward
         with no_autocast(dy.device.type):
-            gradients = run(dy, rows, fc, b_fc, proj, h, post, seed, *options, *needs)
-            dx, *others = (gradient.to(dtype) if need else None
+            gradients = run(dy, rows, fc, b_fc, proj, h, post, seed, *options, *needs, *weights)
+            dx, *others = (gradient.to(dtype) if need and gradient is not None else None
                            for gradient, dtype, need in zip(gradients, dtypes, needs, strict=True))
         return dx if dx is None else dx.view(shape), *others, None
 
@@ -243,10 +244,11 @@ def _h_has_bias(form, activation):
 
 
 def _backward(dy, x, w_fc, b_fc, w_proj, h, post, seed, activation, dropout_p, forward_form, backward_form,
-              need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj):
+              need_x, need_w_fc, need_b_fc, need_w_proj, need_b_proj, sum_fc=None, sum_proj=None):
     """Gradients of x (M, C) and of the parameters, the latter in fp32. Empty (0,) where not needed.
 
     x is needed for w_fc's gradient, post or h for w_proj's, the rest for those of x, w_fc and b_fc; otherwise they may be None.
+    sum_fc, sum_proj: as `linear.weight_gradient`'s weight; None for a gradient that was added in place.
     """
     kernels = _kernels()
     dx, dw_fc, db_fc, dw_proj, db_proj = (dy.new_empty(0) for _ in range(5))
@@ -272,11 +274,11 @@ def _backward(dy, x, w_fc, b_fc, w_proj, h, post, seed, activation, dropout_p, f
         if need_x:
             dx = dh @ w_fc
         if need_w_fc:
-            dw_fc = linear.weight_gradient(dh, x)
+            dw_fc = linear.weight_gradient(dh, x, sum_fc)
     elif need_post:
         post = kernels.act(h, bias, activation=activation)
     if need_w_proj:
-        dw_proj = linear.weight_gradient(dy, post)
+        dw_proj = linear.weight_gradient(dy, post, sum_proj)
     return dx, dw_fc, db_fc, dw_proj, db_proj
 
 

@@ -12,6 +12,7 @@ import torch.nn as nn
 
 from .. import backend
 from ..model import GPT
+from ..ops import linear
 from ..ops.common import resolved, why_no_kernel
 from ..touched import touched
 
@@ -33,6 +34,8 @@ def why_not_by_row(model):
         weight = module.weight
         if not (weight.dtype == torch.float32 and weight.device == wte.weight.device and weight.is_contiguous() and not weight.is_neg()):
             return "an embedding's matrix is not contiguous float32 on one device"
+    if wte.weight._backward_hooks or wte.weight._post_accumulate_grad_hooks:
+        return "a hook waits for the token embedding's gradient"
     return why_no_kernel(model) if wte.weight.is_cuda else None
 
 
@@ -48,20 +51,31 @@ def gradient_by_row(model, wanted=True):
     if why_no_kernel(model) is None:
         from ..kernels import embedding as kernels      # Triton takes 0.2 s to import
 
-    def add(weight):
+    def add(weight, index, rows):
         gradient = weight.grad
-        for index, rows in pending:
-            if kernels is not None and gradient.dtype == torch.float32 and gradient.is_contiguous() and not gradient.is_neg():
-                kernels.add_rows(gradient, index, rows)
-            elif gradient.is_cuda:      # index_add_ would add in an order that changes
-                gradient.add_(torch.ops.aten.embedding_dense_backward(rows, index, len(weight), -1, False))
-            else:
-                gradient.index_add_(0, index, rows.to(gradient.dtype))
+        if kernels is not None and gradient.dtype == torch.float32 and gradient.is_contiguous() and not gradient.is_neg():
+            kernels.add_rows(gradient, index, rows)
+        elif gradient.is_cuda:      # index_add_ would add in an order that changes
+            gradient.add_(torch.ops.aten.embedding_dense_backward(rows, index, len(weight), -1, False))
+        else:
+            gradient.index_add_(0, index, rows.to(gradient.dtype))
+
+    def add_pending(weight):
+        for each in pending:
+            add(weight, *each)
         pending.clear()
 
+    def arrived(index, rows):
+        if linear.takes_a_sum(wte):     # the head adds to it in place, too, so that autograd may accumulate nothing more
+            add(wte, index, rows)
+        else:
+            pending.append((index, rows))
+
+    add_pending.adds_rows = True        # so the head may
+
     # The hook runs once autograd has accumulated everything for this weight, including None from the lookup.
-    hook = wte.register_post_accumulate_grad_hook(add) if wte.requires_grad else None
-    model.__dict__["lookup"] = lambda index, start: _Embed.apply(wte, wpe, index, start, pending, kernels)
+    hook = wte.register_post_accumulate_grad_hook(add_pending) if wte.requires_grad else None
+    model.__dict__["lookup"] = lambda index, start: _Embed.apply(wte, wpe, index, start, arrived, kernels)
     try:
         yield True
     finally:
@@ -71,13 +85,13 @@ def gradient_by_row(model, wanted=True):
 
 
 class _Embed(torch.autograd.Function):
-    """wte[index] + wpe[start : start + T]. The rows of wte's gradient go to `pending`, with their index, instead of to wte."""
+    """wte[index] + wpe[start : start + T]. `arrived(index, rows)` gets wte's gradient."""
 
     @staticmethod
-    def forward(ctx, wte, wpe, index, start, pending, kernels):
+    def forward(ctx, wte, wpe, index, start, arrived, kernels):
         index = index.contiguous()
         ctx.save_for_backward(index)
-        ctx.start, ctx.positions, ctx.pending = start, wpe.size(0), pending
+        ctx.start, ctx.positions, ctx.arrived = start, wpe.size(0), arrived
         if kernels is not None:
             return kernels.embed(index, wte, wpe, start)
         return nn.functional.embedding(index, wte).add_(wpe[start:start + index.size(-1)])
@@ -88,7 +102,7 @@ class _Embed(torch.autograd.Function):
         dx, = resolved(dx)
         dx, dwpe = dx.contiguous(), None
         if ctx.needs_input_grad[0]:
-            ctx.pending.append((index.flatten(), dx.view(-1, dx.size(-1))))
+            ctx.arrived(index.flatten(), dx.view(-1, dx.size(-1)))
         if ctx.needs_input_grad[1]:
             dwpe = dx.sum(0)
             if (left := ctx.positions - dx.size(1)) > 0:

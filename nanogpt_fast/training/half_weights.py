@@ -28,14 +28,15 @@ from ..touched import touched
 class HalfWeights:
     """The copies of a GPT's matmul weights in `dtype`; none if dtype is float32, or if `leave` gives a reason not to make any.
 
-    compiled: the forward is compiled, and torch.compile generates the matmuls itself.
+    compiled: the forward is compiled, and torch.compile generates the matmuls itself. in_place: a backward may add to a weight's gradient
+    instead of handing autograd one to add (ops/linear.py): only `loss.backward()` finds it.
 
     weights, copies: each matmul weight, and its copy. own: the Linears whose weight gradients come from the extension, which do not match
     PyTorch's bit for bit. why_not: why weights were left to autocast, one text per block or head: a replaced or hooked module may read
     its weight while it computes.
     """
 
-    def __init__(self, model, dtype, leave=None, compiled=False):
+    def __init__(self, model, dtype, leave=None, compiled=False, in_place=False):
         groups, self.why_not = ([], [leave]) if leave else _untouched_linears(model)
         cast = dtype != torch.float32
         self.model, self.groups, self.own = model, [], []
@@ -50,6 +51,8 @@ class HalfWeights:
             self.own += linears if own else ()
         self.weights = [weight for _, weights in self.groups for weight in weights]
         self.copies = [weight.detach().to(dtype) for weight in self.weights] if cast else []
+        for copy, weight in zip(self.copies, self.weights):
+            copy.in_place = in_place and weight.is_leaf
 
     @contextlib.contextmanager
     def in_use(self):

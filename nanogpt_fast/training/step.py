@@ -33,7 +33,7 @@ class TrainingStep:
         # DDP splits a compiled graph into buckets by parameter, so that some gradients are sent while others are computed. The copies are
         # not parameters: with them all gradients would be sent at the end.
         leave = sharding.NO_COPIES if sharded else "DDP splits a compiled graph by its parameters" if compiled and ranks > 1 else None
-        self.weights = HalfWeights(model, dtype, leave, compiled=compiled)
+        self.weights = HalfWeights(model, dtype, leave, compiled=compiled, in_place=ranks == 1 and not compiled and not sharded)
         self._on_cpu = self.device.type == "cpu"
         self._not_by_row = ("torch.compile fuses them itself" if compiled else "FSDP divides their gradients" if sharded
                             else "DDP sends a gradient as soon as autograd has it" if ranks > 1 else None)

@@ -16,6 +16,7 @@ COUNTS = {
     "--who trainer": (315, 68.69, 52.92),
     "--who import": (405, 77.85, 52.92),
     "--who trainer --model baby": (158, 3.93, 1.11),
+    "--who trainer --batch_size 12 --accumulation 2": (638, 29.39, 19.84),
     "--who trainer --compiled": (332, 68.93, 52.92),
     "--who import --compiled": (402, 77.11, 52.92),
     "--who nanogpt --compiled": (442, 107.4, 52.92),
@@ -42,6 +43,7 @@ def test_a_step_moves_no_more_than_it_did(arguments, tmp_path):
 
 @pytest.mark.parametrize("arguments, environment, words", [
     (["--batch_size", "0"], {}, "expected at least 1"),
+    (["--accumulation", "2", "--who", "import"], {}, "--accumulation is 2; expected at least 1, and 1 with --who=import"),
     ([], {"CXX": "no-such-compiler"}, "needs a C++ compiler, and there is no no-such-compiler; set CXX"),
 ])
 def test_what_is_missing_is_said_in_one_line(arguments, environment, words, monkeypatch):
