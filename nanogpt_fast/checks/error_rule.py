@@ -200,7 +200,8 @@ def _standard_error(signed, distinct):
     Let an error be the sum of three independent parts, of its row, of its column and of its own, with variances r, c and e. The
     mean over R rows and C columns has the variance r/R + c/C + e/RC. The variance of the row means, divided by R, is r/R + e/RC;
     that of the column means, divided by C, is c/C + e/RC; that of all elements, divided by RC, is (r + c + e)/RC, or nearly
-    e/RC. So the estimate is the last, plus the excess of each of the others over it. Fewer than 8 means give no useful variance. The
+    e/RC. So the estimate is the last, plus the excess of each of the others over it. Fewer than 8 means give no useful variance: where
+    the roundings of an intermediate shift whole rows, and rows are fewer, the caller passes `stored`. The
     degrees of freedom of a sum of variances are those of Welch and Satterthwaite.
     """
     grid = signed.reshape(-1, signed.size(-1))
