@@ -56,7 +56,8 @@ explanation would; a mean error beyond all of them is still found.
 
 fp32's own unit (1.2e-7) is always allowed. Errors are correlated within a row (one rstd, one softmax denominator) and within a
 column (h in half precision plus a bias with more digits: the same digits of the bias are rounded off in every row), so the
-standard error counts rows and columns as observations, too.
+standard error counts rows and columns as observations, too. Fewer than 8 rows of a matrix give no such estimate: a row of dq is a sum
+over few keys, whose roundings shift all of it. There a mean error is looked at only if the caller passes `stored`.
 
 Where the oracle rounds to inf or nan in the result's dtype, the result must equal it; elsewhere it must be finite.
 """
@@ -72,6 +73,7 @@ TAILS = 1e-8           # probability that chance puts one of n errors above the 
 FEWEST_OBSERVATIONS = 8.0   # with fewer, the plain error has no reliable size, and the ratio to it no meaningful bound
 BY_CHANCE = 2.0  # standard errors of the plain path's mean error that count as chance and excuse no bias
 FEWEST_FOR_BIAS = 64  # distinct values; below that a mean has no reliable standard error
+FEWEST_ROWS_FOR_BIAS = 8    # of a matrix, for the same reason: few roundings shift whole rows
 
 
 @dataclass
@@ -161,7 +163,8 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
     found.largest = norms["largest"](error)
     found.relative, found.plain_relative, found.bound = (
         absolute / unit for absolute in (norms["rms"](error), norms["rms"](plain_error), bounds["rms"]))
-    if check_bias and n >= FEWEST_FOR_BIAS:
+    few_rows = out.dim() > 1 and out.numel() < FEWEST_ROWS_FOR_BIAS * out.size(-1)
+    if check_bias and n >= FEWEST_FOR_BIAS and not (few_rows and stored is None):
         stored = () if stored is None else stored if isinstance(stored, tuple) else (stored,)
         of_stored = [torch.where(finite, each.to(where).double() - oracle, 0.0) for each in stored]
         found.bias, found.used["bias"], biased = _bias(error, exact, torch.where(finite, expected - oracle, 0.0), of_stored, plain_error,
@@ -200,8 +203,7 @@ def _standard_error(signed, distinct):
     Let an error be the sum of three independent parts, of its row, of its column and of its own, with variances r, c and e. The
     mean over R rows and C columns has the variance r/R + c/C + e/RC. The variance of the row means, divided by R, is r/R + e/RC;
     that of the column means, divided by C, is c/C + e/RC; that of all elements, divided by RC, is (r + c + e)/RC, or nearly
-    e/RC. So the estimate is the last, plus the excess of each of the others over it. Fewer than 8 means give no useful variance: where
-    the roundings of an intermediate shift whole rows, and rows are fewer, the caller passes `stored`. The
+    e/RC. So the estimate is the last, plus the excess of each of the others over it. Fewer than 8 means give no useful variance. The
     degrees of freedom of a sum of variances are those of Welch and Satterthwaite.
     """
     grid = signed.reshape(-1, signed.size(-1))
