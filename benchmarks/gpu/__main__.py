@@ -24,7 +24,7 @@ PYTHON = sys.executable
 CORE_TESTS = [f"tests/kernels/test_{name}.py" for name in (
     "training_kernels", "model", "adamw", "sums_in_place", "apart", "decode_kernels", "attention_autograd", "cross_entropy_autograd", "mlp_autograd")]
 KERNEL_TESTS = CORE_TESTS + [f"tests/kernels/test_{name}.py" for name in (
-    "embedding", "decode_rows_kernels", "layer_norm_autograd", "dropout", "cross_entropy", "layer_norm", "attention", "attention_decode", "mlp",
+    "embedding_kernels", "decode_rows_kernels", "layer_norm_autograd", "dropout", "cross_entropy", "layer_norm", "attention", "attention_decode", "mlp",
     "memory", "swap_kernels")] + ["tests/ops/test_attention_hopper.py", "tests/ops/test_mlp_hopper.py"]
 
 
