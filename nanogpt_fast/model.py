@@ -258,7 +258,8 @@ class GPT(nn.Module):
         if self._compiled_call_impl is not None:
             return "the model compiles itself (`Module.compile`)"
         weight = self.lm_head.weight
-        return "PyTorch computes the loss" * (cross_entropy.implementation(weight, weight, targets, backend=self.backend) == "reference") or None
+        name = cross_entropy.implementation(weight, weight, targets, backend=self.backend)
+        return "PyTorch computes the loss" if name == "reference" else None
 
     def embed(self, idx, start=0):
         """Token plus position embeddings with dropout: idx (B, T) at positions start .. start + T - 1 -> (B, T, C)."""

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
-from nanogpt_fast.ops import extension, linear
+from nanogpt_fast.ops import extension
 
 DATA_PTR, BACKWARD = torch.Tensor.data_ptr, torch.Tensor.backward
 
@@ -121,7 +121,6 @@ class Trace(TorchDispatchMode):
                 stack.enter_context(overridden(module, **{key: _Stub(self, f"{name}.{key}") for key in kernels}))
             stack.enter_context(overridden(extension, _C=_Extension(self), cuda_why_not=lambda _: None, plain=lambda _: True))
             stack.enter_context(overridden(importlib.import_module("nanogpt_fast.kernels.adamw"), Table=lambda: _AdamW(self)))
-            stack.enter_context(overridden(linear, takes_a_sum=lambda weight: weight.grad is not None))     # no fake tensor is an ordinary one
             for name, module in list(sys.modules.items()):      # a parameter that is a fake tensor is no nn.Parameter
                 if name.startswith("nanogpt_fast.") and name != "nanogpt_fast.touched" and hasattr(module, "touched"):
                     stack.enter_context(overridden(module, touched=lambda *_: None))

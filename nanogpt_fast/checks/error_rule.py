@@ -56,8 +56,9 @@ explanation would; a mean error beyond all of them is still found.
 
 fp32's own unit (1.2e-7) is always allowed. Errors are correlated within a row (one rstd, one softmax denominator) and within a
 column (h in half precision plus a bias with more digits: the same digits of the bias are rounded off in every row), so the
-standard error counts rows and columns as observations, too. Fewer than 8 rows of a matrix give no such estimate: a row of dq is a sum
-over few keys, whose roundings shift all of it. There a mean error is looked at only if the caller passes `stored`.
+standard error counts rows and columns as observations, too. Few rows are few observations: a row of dq is a sum over keys, whose
+roundings shift all of it. So the bias of a matrix of 2 to 7 rows must also exceed what Student's distribution allows the mean of so few
+row means, and that of one row is not looked at. Where the caller passes `stored`, the shifts are explained, and neither applies.
 
 Where the oracle rounds to inf or nan in the result's dtype, the result must equal it; elsewhere it must be finite.
 """
@@ -73,7 +74,7 @@ TAILS = 1e-8           # probability that chance puts one of n errors above the 
 FEWEST_OBSERVATIONS = 8.0   # with fewer, the plain error has no reliable size, and the ratio to it no meaningful bound
 BY_CHANCE = 2.0  # standard errors of the plain path's mean error that count as chance and excuse no bias
 FEWEST_FOR_BIAS = 64  # distinct values; below that a mean has no reliable standard error
-FEWEST_ROWS_FOR_BIAS = 8    # of a matrix, for the same reason: few roundings shift whole rows
+FEWEST_MEANS = 8    # of rows or columns; the scatter of fewer is too uncertain to be one part of a sum
 
 
 @dataclass
@@ -163,8 +164,7 @@ def measure(out, oracle, plain, direction, *, check_bias=True, factor=None, dtyp
     found.largest = norms["largest"](error)
     found.relative, found.plain_relative, found.bound = (
         absolute / unit for absolute in (norms["rms"](error), norms["rms"](plain_error), bounds["rms"]))
-    few_rows = out.dim() > 1 and out.numel() < FEWEST_ROWS_FOR_BIAS * out.size(-1)
-    if check_bias and n >= FEWEST_FOR_BIAS and not (few_rows and stored is None):
+    if check_bias and n >= FEWEST_FOR_BIAS:
         stored = () if stored is None else stored if isinstance(stored, tuple) else (stored,)
         of_stored = [torch.where(finite, each.to(where).double() - oracle, 0.0) for each in stored]
         found.bias, found.used["bias"], biased = _bias(error, exact, torch.where(finite, expected - oracle, 0.0), of_stored, plain_error,
@@ -180,6 +180,9 @@ def _bias(error, exact, rounding, stored, plain, factor):
     if distinct < FEWEST_FOR_BIAS:
         return 0.0, 0.0, None
     allowed = torch.finfo(torch.float32).eps * float(exact.square().mean().sqrt())
+    rows = error.numel() // error.size(-1)
+    if error.dim() > 1 and rows == 1 and not stored:
+        return 0.0, 0.0, None
     worst, used, problem = 0.0, 0.0, None
     for name, signs in (("mean error", 1.0), ("mean error along the sign of the exact value", exact.sign())):
         mean, shared, *explaining = (float((t * signs).mean()) for t in (error, plain, rounding, *stored))
@@ -188,6 +191,9 @@ def _bias(error, exact, rounding, stored, plain, factor):
         explained = min(max(mean, min(0.0, shared, *explaining)), max(0.0, shared, *explaining))
         beyond = mean - explained
         bound = _student(STANDARD_ERRORS, freedom) * standard + allowed
+        if error.dim() > 1 and rows < FEWEST_MEANS and not stored:
+            means = (error * signs).reshape(rows, -1).mean(1)
+            bound = max(bound, _student(STANDARD_ERRORS, rows - 1) * float(means.var() / rows)**0.5 + allowed)
         used = max(used, abs(beyond) / max(bound, 1e-300))
         worst = max(worst, beyond / max(standard, 1e-300), key=abs)
         if abs(beyond) > bound and problem is None:
@@ -210,7 +216,7 @@ def _standard_error(signed, distinct):
     elements = float(grid.var()) / grid.numel()
     parts = [(float(grid.var()) / distinct, distinct - 1)]
     parts += [(max(0.0, float(means.var()) / means.numel() - elements), means.numel() - 1)
-              for means in (grid.mean(1), grid.mean(0)) if means.numel() >= 8]
+              for means in (grid.mean(1), grid.mean(0)) if means.numel() >= FEWEST_MEANS]
     variance = sum(part for part, _ in parts)
     return math.sqrt(variance), variance**2 / max(sum(part**2 / freedom for part, freedom in parts), 1e-300)
 

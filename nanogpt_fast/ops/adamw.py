@@ -51,7 +51,7 @@ def _of_its_tensors(optimizer, device_type, kernel):
                 continue
             device = device or p.device
             for name, tensor in (("weight", p), ("gradient", p.grad), *optimizer.state.get(p, {}).items()):
-                if not plain(tensor, device_type):
+                if not extension.plain_fp32(tensor, device_type):
                     return f"a {name} is not a contiguous float32 tensor on a {'CPU' if device_type == 'cpu' else 'GPU'}"
                 if tensor.shape != p.shape and name != "step":
                     return f"a {name} does not have its weight's shape"
@@ -60,12 +60,6 @@ def _of_its_tensors(optimizer, device_type, kernel):
                 if kernel and name != "step" and tensor.data_ptr() % ALIGNMENT:
                     return f"the address of a {name} is no multiple of {ALIGNMENT} bytes"
     return None
-
-
-def plain(tensor, device_type):
-    """True for an ordinary, contiguous fp32 tensor on such a device."""
-    return (extension.plain(tensor) and tensor.dtype == torch.float32 and tensor.device.type == device_type
-            and tensor.layout == torch.strided and tensor.is_contiguous() and not tensor.is_neg())
 
 
 class OnePass:

@@ -58,3 +58,9 @@ def address(tensor):
 def plain(tensor):
     """True for a tensor that can be passed by address. A subclass may have no memory of its own, or wrap another tensor."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter)
+
+
+def plain_fp32(tensor, device_type):
+    """True for a contiguous fp32 tensor on such a device that can be passed by address."""
+    return (plain(tensor) and tensor.dtype == torch.float32 and tensor.device.type == device_type
+            and tensor.layout == torch.strided and tensor.is_contiguous() and not tensor.is_neg())

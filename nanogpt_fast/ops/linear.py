@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from .. import backend as _backend
 from ..kernels import fastest
+from . import extension
 from .common import no_autocast, no_second_derivative, resolved
 from .cpu import linear as _cpu
 
@@ -128,7 +129,5 @@ def in_place(weight, copy):
 
 def takes_a_sum(weight):
     """Whether a backward may add to weight.grad itself: there is one, an ordinary fp32 tensor, and no hook waits for what comes."""
-    grad = weight.grad
-    return (type(grad) is torch.Tensor and grad.dtype == torch.float32 and grad.layout is torch.strided and grad.is_contiguous()
-            and grad.device == weight.device and not (grad.is_neg() or grad.requires_grad or weight._backward_hooks)
+    return (extension.plain_fp32(weight.grad, weight.device.type) and not (weight.grad.requires_grad or weight._backward_hooks)
             and all(getattr(hook, "adds_rows", False) for hook in (weight._post_accumulate_grad_hooks or {}).values()))

@@ -12,7 +12,7 @@ import torch.nn as nn
 
 from .. import backend
 from ..model import GPT
-from ..ops import linear
+from ..ops import extension, linear
 from ..ops.common import resolved, why_no_kernel
 from ..touched import touched
 
@@ -48,12 +48,12 @@ def gradient_by_row(model, wanted=True):
         return
     wte, wpe = model.transformer.wte.weight, model.transformer.wpe.weight
     kernels, pending = None, []
-    if why_no_kernel(model) is None:
+    if wte.is_cuda or why_no_kernel(model) is None:
         from ..kernels import embedding as kernels      # Triton takes 0.2 s to import
 
     def add(weight, index, rows):
         gradient = weight.grad
-        if kernels is not None and gradient.dtype == torch.float32 and gradient.is_contiguous() and not gradient.is_neg():
+        if kernels is not None and extension.plain_fp32(gradient, gradient.device.type):
             kernels.add_rows(gradient, index, rows)
         elif gradient.is_cuda:      # index_add_ would add in an order that changes
             gradient.add_(torch.ops.aten.embedding_dense_backward(rows, index, len(weight), -1, False))

@@ -30,13 +30,13 @@ class TrainingStep:
         self.device = next(model.parameters()).device
         self.context = devices.autocast(self.device, dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self._not_by_row = ("torch.compile fuses them itself" if compiled else "FSDP divides their gradients" if sharded
+                            else "DDP sends a gradient as soon as autograd has it" if ranks > 1 else None)
         # DDP splits a compiled graph into buckets by parameter, so that some gradients are sent while others are computed. The copies are
         # not parameters: with them all gradients would be sent at the end.
         leave = sharding.NO_COPIES if sharded else "DDP splits a compiled graph by its parameters" if compiled and ranks > 1 else None
-        self.weights = HalfWeights(model, dtype, leave, compiled=compiled, in_place=ranks == 1 and not compiled and not sharded)
+        self.weights = HalfWeights(model, dtype, leave, compiled=compiled, in_place=self._not_by_row is None)
         self._on_cpu = self.device.type == "cpu"
-        self._not_by_row = ("torch.compile fuses them itself" if compiled else "FSDP divides their gradients" if sharded
-                            else "DDP sends a gradient as soon as autograd has it" if ranks > 1 else None)
         self.one_pass = adamw.OnePass(model, optimizer, dict(zip(self.weights.weights, self.weights.copies)))
         self.graphs = None if not_captured is not None else captured.CapturedStep(
             self.forward_backward, self.update, optimizer, batch_shape, self.device, self.prepare)

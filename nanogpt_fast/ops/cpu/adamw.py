@@ -25,7 +25,7 @@ def norm(gradients, isa=""):
     PyTorch computes it unless all gradients are fp32 on a CPU. isa: the instruction set, as for `_C.sample_cpu`; "" is the best.
     """
     gradients = [gradient.contiguous() for gradient in gradients]
-    if MISSING is not None or not all(adamw.plain(gradient, "cpu") for gradient in gradients):
+    if MISSING is not None or not all(extension.plain_fp32(gradient, "cpu") for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)
     addresses, sizes = [gradient.data_ptr() for gradient in gradients], [gradient.numel() for gradient in gradients]
     squares = extension._C.gradient_squares_cpu(addresses, sizes, torch.get_num_threads(), isa)
