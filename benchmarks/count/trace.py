@@ -119,7 +119,7 @@ class Trace(TorchDispatchMode):
                 module = importlib.import_module(f"nanogpt_fast.kernels.{name}")
                 kernels = [key for key, kernel in vars(module).items() if isinstance(kernel, JITFunction) and key.endswith("_kernel")]
                 stack.enter_context(overridden(module, **{key: _Stub(self, f"{name}.{key}") for key in kernels}))
-            stack.enter_context(overridden(extension, _C=_Extension(self), cuda_why_not=lambda _: None, plain=lambda _: True))
+            stack.enter_context(overridden(extension, _C=_Extension(self), cuda_why_not=lambda _: None, plain=lambda tensor: tensor is not None))
             stack.enter_context(overridden(importlib.import_module("nanogpt_fast.kernels.adamw"), Table=lambda: _AdamW(self)))
             for name, module in list(sys.modules.items()):      # a parameter that is a fake tensor is no nn.Parameter
                 if name.startswith("nanogpt_fast.") and name != "nanogpt_fast.touched" and hasattr(module, "touched"):
