@@ -135,7 +135,7 @@ def add_rows(gradient, index, dx):
     N, (V, C) = index.numel(), gradient.shape
     if N * C == 0:
         return
-    tokens, places = index.view(-1).clamp(-1, V).to(torch.int32).sort(stable=True)     # radix sort takes half the time of int64's
+    tokens, places = index.view(-1).clamp(-1, V).to(torch.int32).sort(stable=True)     # half of int64's digits to sort by
     pieces, blocks, warps = -(-N // PIECE), -(-C // BLOCK), BLOCK // 128
     partials = gradient.new_empty(pieces, 2, C)
     _add_runs_kernel[(pieces, blocks)](gradient, tokens, places, dx, partials, N, V, C, PIECE=PIECE, BLOCK=BLOCK, num_warps=warps)

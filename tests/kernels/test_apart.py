@@ -2,6 +2,8 @@
 same numbers; what the model then is not called for, and graphs of the user's own, are whole."""
 import contextlib
 import copy
+import gc
+import weakref
 
 import gpts
 import pytest
@@ -174,16 +176,26 @@ def test_a_pytorch_that_cannot_skip_frames_compiles_the_whole_call(model, x, mon
     apart._skip(apart.call, callees=False)      # says nothing
 
 
+def backward_under_ddp(outside, model, x):
+    """A weak reference to the DDP."""
+    wrapped = torch.nn.parallel.DistributedDataParallel
+    ddp = wrapped(model if outside else compiled(model)[0])
+    network = compiled(ddp)[0] if outside else ddp
+    network(x, x)[1].backward()
+    return weakref.ref(ddp)
+
+
 @pytest.mark.parametrize("outside", [False, True], ids=["DDP of the compiled", "compiled DDP"])
 def test_ddp_gets_every_gradient(outside, model, x, tmp_path):
     plain = copy.deepcopy(model)
     plain(x, x)[1].backward()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/ddp", rank=0, world_size=1)
     try:
-        wrapped = torch.nn.parallel.DistributedDataParallel
-        network = compiled(wrapped(model))[0] if outside else wrapped(compiled(model)[0])
-        network(x, x)[1].backward()
+        ddp = backward_under_ddp(outside, model, x)
     finally:
+        torch._dynamo.reset()
+        gc.collect()        # a DDP freed after its group waits, holding the GIL, for a thread of gloo's that waits for the GIL (PyTorch 2.13)
         dist.destroy_process_group()
+    assert ddp() is None
     for (name, a), b in zip(gradients(model).items(), gradients(plain).values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)

@@ -445,6 +445,7 @@ def _rank(rank, port, folder):
             curve.append(loss.item())
         curves.append((curve, model.transformer.h[0].attn.c_attn.weight.detach().clone()))
     torch.save(curves, f"{folder}/{rank}.pt")
+    del ddp, loss       # freed after its group, DDP may wait for gloo's thread for ever (PyTorch 2.13)
     torch.distributed.destroy_process_group()
 
 
