@@ -5,8 +5,8 @@ kernel if one can run and otherwise exactly nanoGPT's PyTorch calls (`backend.py
 
 A kernel also fuses the residual add, its dropout and the LayerNorm that follows them. A block then passes on the residual stream
 and the branch still to be added to it (`Block.fused`) instead of their sum. This path bypasses the calls of a few submodules, so each
-block takes it only if `why_not_fused` finds them untouched: with a hook, a subclass, a replaced or parametrized submodule, the block
-runs the ordinary two lines of `Block.forward`.
+block takes it only if `why_not_fused` finds them untouched: with a hook, a subclass, a replaced or parametrized submodule, or a forward that
+was set on a class, the block runs the ordinary two lines of `Block.forward`.
 
 B batch, T sequence, C = n_embd, H = n_head, D = C / H head size, V = vocab_size.
 """
@@ -20,9 +20,10 @@ from . import apart, backend as _backend, devices, reference
 from .config import ACTIVATIONS, GPTConfig, whole
 from .ops import attention, cross_entropy, linear, mlp, norm
 from .ops.common import dropout_seeds
-from .touched import touched
+from .touched import FORWARDS, altered, known, touched
 
 
+@known
 class LayerNorm(nn.Module):
     """LayerNorm with an optional bias, eps 1e-5."""
 
@@ -37,6 +38,7 @@ class LayerNorm(nn.Module):
         return norm.layer_norm(input, self.weight, self.bias, backend=self.backend)
 
 
+@known
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention with one packed projection: c_attn's rows are q, k, v."""
 
@@ -72,6 +74,7 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.branch(x))
 
 
+@known
 class MLP(nn.Module):
     """Linear to 4C, GELU, Linear back to C, dropout."""
 
@@ -103,6 +106,7 @@ class MLP(nn.Module):
         return self.dropout(self.branch(x))
 
 
+@known
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
@@ -159,6 +163,7 @@ def _p(dropout):
     return dropout.p if dropout.training else 0.0
 
 
+@known
 class GPT(nn.Module):
     """nanoGPT's GPT. backend: "auto" (default), "fused", "reference", or e.g. "auto,attention=reference"; see backend.py."""
 
@@ -253,13 +258,15 @@ class GPT(nn.Module):
         reason = touched(self, GPT) or self._why_not_fused_loss()
         if reason is not None:
             return reason
-        if GPT.forward is not _forward:
-            return "GPT.forward was replaced"
         if self._compiled_call_impl is not None:
             return "the model compiles itself (`Module.compile`)"
         weight = self.lm_head.weight
         name = cross_entropy.implementation(weight, weight, targets, backend=self.backend)
         return "PyTorch computes the loss" if name == "reference" else None
+
+    def _computes_gpt(self):
+        """Whether this model's forward is GPT's as it stands above: a subclass may keep it."""
+        return type(self).forward is FORWARDS.get(GPT)
 
     def embed(self, idx, start=0):
         """Token plus position embeddings with dropout: idx (B, T) at positions start .. start + T - 1 -> (B, T, C)."""
@@ -277,7 +284,7 @@ class GPT(nn.Module):
         """Raise IndexError if a token id lies outside the vocabulary. Waits for the device. A model that embeds in a way of its own (a
         `forward` of its own, a replaced or hooked wte) says itself which ids it takes."""
         wte = self.transformer.wte
-        if type(self).forward is not GPT.forward or touched(wte, nn.Embedding) is not None:
+        if not self._computes_gpt() or touched(wte, nn.Embedding) is not None:
             return
         lowest, highest = torch.stack(idx.aminmax()).tolist()
         if lowest < 0 or highest >= len(wte.weight):
@@ -381,7 +388,7 @@ class GPT(nn.Module):
 
     def why_not_cached(self):
         """None if generation with a key-value cache computes what calling this model would, else the reason why not."""
-        if type(self).forward is not GPT.forward or touched(self, type(self)) is not None:
+        if not self._computes_gpt() or altered(self) is not None:
             return touched(self, GPT)
         t = self.transformer
         reason = touched(t.wte, nn.Embedding) or touched(t.wpe, nn.Embedding) or touched(t.drop, nn.Dropout) \
@@ -407,9 +414,6 @@ class GPT(nn.Module):
         """
         from .generation import generate
         return generate(self, idx, max_new_tokens, temperature=temperature, top_k=top_k, **more)
-
-
-_forward = GPT.forward
 
 
 def same_matrix(a, b):

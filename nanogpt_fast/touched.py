@@ -3,14 +3,27 @@ import torch
 import torch.nn as nn
 from torch.nn.modules import module as _nn_module
 
+# {class: its forward, as the class was defined}. A program may set another one on the class, or bind the class's name in model.py to one of
+# its own.
+FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.Embedding, nn.Dropout, nn.GELU, nn.ModuleDict, nn.ModuleList)}
+
+
+def known(cls):
+    """Class decorator: `touched` may be asked about this class, and its forward is the one that the fused paths compute."""
+    FORWARDS.setdefault(cls, cls.forward)
+    return cls
+
 
 def touched(module, cls):
-    """None if calling `module` is exactly cls.forward on plain parameters, else what was changed, as text.
+    """None if calling `module` is exactly the known class's forward on plain parameters, else what was changed, as text.
 
-    Detected are: another class (a replacement, a subclass, nn.utils.parametrize), a hook of any kind, a `forward` set on the
-    instance, a parameter that is a tensor subclass (DTensor, a quantized weight).
+    Detected are: another class (a replacement, a subclass, nn.utils.parametrize), a `forward` set on the class, and what `altered` detects.
     """
     own = type(module)
+    if cls not in FORWARDS:
+        return f"{cls.__name__} is no class of nanogpt_fast or PyTorch"
+    if cls.forward is not FORWARDS[cls]:
+        return f"{cls.__name__}.forward was replaced"
     if own is not cls:
         # nanogpt_fast.swap creates classes that stand for ours; `itself` tells such a class from a subclass of it (vars(class) would,
         # too, but torch.compile cannot trace it).
@@ -18,12 +31,19 @@ def touched(module, cls):
             return f"{own.__name__} replaces {cls.__name__}"
         if (reason := module.changed()) is not None:
             return reason
+    return altered(module)
+
+
+def altered(module):
+    """None if calling `module` is its class's forward on plain parameters: no hook of any kind, no `forward` set on the instance, no parameter
+    that is a tensor subclass (DTensor, a quantized weight). Else which of them, as text."""
+    name = type(module).__name__
     if (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
             or _nn_module._has_any_global_hook()):
-        return f"{cls.__name__} has a hook"
+        return f"{name} has a hook"
     if "forward" in module.__dict__:
-        return f"{cls.__name__}.forward was replaced on the instance"
-    for name, parameter in module._parameters.items():
+        return f"{name}.forward was replaced on the instance"
+    for key, parameter in module._parameters.items():
         if parameter is not None and type(parameter) not in (nn.Parameter, torch.Tensor):
-            return f"{cls.__name__}.{name} is a {type(parameter).__name__}"
+            return f"{name}.{key} is a {type(parameter).__name__}"
     return None

@@ -30,7 +30,7 @@ import torch.nn as nn
 
 from .. import model as nano, reference
 from ..ops import attention, mlp, norm
-from ..touched import touched
+from ..touched import altered, known, touched
 from . import parts
 from .swapped import Swapped
 
@@ -144,7 +144,7 @@ class GPT2Mlp(parts.Mlp):
 
     def why_not_fused(self):
         conv = _conv1d()
-        return (touched(self.c_fc, conv) or touched(self.c_proj, conv) or touched(self.act, type(self.act))
+        return (touched(self.c_fc, conv) or touched(self.c_proj, conv) or altered(self.act)
                 or touched(self.dropout, nn.Dropout))
 
     def weights(self):
@@ -157,7 +157,7 @@ class GPT2Mlp(parts.Mlp):
 
 def _conv1d():
     from transformers.pytorch_utils import Conv1D
-    return Conv1D
+    return known(Conv1D)
 
 
 _conv1d._dynamo_marked_constant = True      # torch.compile keeps the result instead of tracing the import

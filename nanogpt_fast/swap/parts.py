@@ -10,7 +10,7 @@ import torch.nn as nn
 from .. import apart, backend as _backend, model as nano, reference
 from ..ops import attention, cross_entropy, mlp, norm
 from ..ops.common import autocast_dtype
-from ..touched import touched
+from ..touched import altered, touched
 from .swapped import Swapped
 
 
@@ -134,7 +134,7 @@ class NanoMlp(Mlp, nano.MLP):
     def _branch_why_not(self):
         _, act = self._act()
         return (touched(self.c_fc, nn.Linear) or touched(self.c_proj, nn.Linear)
-                or (None if act is None else touched(act, type(act))))
+                or (None if act is None else altered(act)))
 
     def why_not_fused(self):
         return self._branch_why_not() or touched(self.dropout, nn.Dropout)
@@ -168,7 +168,7 @@ class SequentialMlp(Mlp):
         return activation_name(self[1])
 
     def why_not_fused(self):
-        return (touched(self[0], nn.Linear) or touched(self[1], type(self[1])) or touched(self[2], nn.Linear)
+        return (touched(self[0], nn.Linear) or altered(self[1]) or touched(self[2], nn.Linear)
                 or (touched(self[3], nn.Dropout) if len(self) > 3 else None))
 
     def weights(self):
@@ -263,7 +263,7 @@ def _norm_why_not_fused(module):
     """None if a LayerNorm is a swapped one and calling it does nothing else; else what was done to it."""
     if not (isinstance(module, Norm) and type(module).itself is type(module)):
         return f"{type(module).__name__} replaces a swapped LayerNorm"
-    return touched(module, type(module)) or module.changed()
+    return altered(module) or module.changed()
 
 
 # The model: the loop over blocks that carries a residual and a branch, and the fused loss

@@ -74,7 +74,9 @@ class Swapped:
         return None
 
     def changed(self):
-        """None, or what differs from the trial: an attribute that the own forward may read and the formula does not."""
+        """None, or what differs from the trial: the own forward, or an attribute that it may read and the formula does not."""
+        if self._own.forward is not type(self)._own_forward:
+            return f"{self._own.__name__}.forward was replaced since the swap"
         for owner, name, value in self._swap_tried:
             there = self if owner is None else getattr(self, owner, None)
             if not _equal(getattr(there, name, MISSING), value):
@@ -118,7 +120,6 @@ def _equal(a, b):
 # --------------------------------------------------------------------------------------------------- watched attributes
 
 
-@functools.cache
 def mentioned(cls):
     """The attributes that the code of a class could read: all names in it, and all strings, which could be arguments of getattr."""
     names = set()
@@ -186,14 +187,18 @@ def _remake(own, mixin, lacking=()):
     return cls.__new__(cls)
 
 
-@functools.cache
 def swapped_class(own, mixin, lacking=()):
     """The subclass of `own` that replaces it: mixin's methods come first; the name and all else are own's.
 
     lacking: names of dropouts that mixin's formula calls and own does not have.
     """
-    namespace = {"_own": own, "_mixin": mixin, "_lacking": lacking, "__module__": own.__module__, "__qualname__": own.__qualname__,
-                 "__doc__": own.__doc__, **{name: nn.Dropout(0.0) for name in lacking}}
+    return _swapped_class(own, own.forward, mixin, lacking)
+
+
+@functools.cache
+def _swapped_class(own, forward, mixin, lacking):
+    namespace = {"_own": own, "_own_forward": forward, "_mixin": mixin, "_lacking": lacking, "__module__": own.__module__,
+                 "__qualname__": own.__qualname__, "__doc__": own.__doc__, **{name: nn.Dropout(0.0) for name in lacking}}
     for base in mixin.__mro__:  # take only what a forward needs from model.py's classes; a fork's other methods stay the fork's
         if base in TAKEN:
             namespace["stands_for"] = base
@@ -202,7 +207,7 @@ def swapped_class(own, mixin, lacking=()):
                     namespace[name] = inspect.getattr_static(own, name)
     if "__call__" in vars(mixin) and own.__call__ is nn.Module.__call__:
         namespace["__call__"] = mixin.__call__
-    signature = list(inspect.signature(own.forward).parameters.values())      # here and not per call: torch.compile cannot trace inspect
+    signature = list(inspect.signature(forward).parameters.values())      # here and not per call: torch.compile cannot trace inspect
     namespace["_names"] = tuple(p.name for p in signature if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
     namespace["_open"] = any(p.kind is p.VAR_KEYWORD for p in signature)
     # The trial passes None for arguments without a default, so None is the one value that they may have.

@@ -18,7 +18,7 @@ import torch.nn as nn
 
 from .. import backend as _backend
 from . import gpt2, parts, stage
-from .swapped import State, Swapped, mentioned, swapped_class, watch
+from .swapped import State, Swapped, swapped_class, watch
 
 # Allowed difference between our result and the module's own, relative to the largest value. Erf GELU instead of tanh differs by 1e-4.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5}
@@ -49,7 +49,7 @@ def swap(module, mixins, state, tried):
     for mixin in mixins:
         lacking = tuple(name for name in getattr(mixin, "dropouts", ()) if name not in module._modules)
         cls = swapped_class(own, mixin, lacking)
-        if used := sorted(set(lacking) & mentioned(own)):
+        if used := sorted(set(lacking) & cls._mentioned):
             return f"its code uses {', '.join(used)}, which it lacks"
         key = _key(module, mixin, lacking)
         if key not in tried:

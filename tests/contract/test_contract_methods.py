@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 from sides import batch, ours, theirs
 
-from nanogpt_fast import GPT, CausalSelfAttention, GPTConfig
+import nanogpt_fast.model
+from nanogpt_fast import GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm
 from nanogpt_fast.kernels import fastest
 
 
@@ -104,6 +105,31 @@ def test_c21_a_replaced_linear_a_custom_mlp_and_a_hooked_head_are_honoured():
     model = ours()
     model.lm_head.register_forward_hook(lambda module, args, out: out * 0)
     assert model(x, y)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("cls", [GPT, Block, LayerNorm, CausalSelfAttention, MLP, nn.Linear, nn.GELU, nn.Dropout, nn.Embedding])
+def test_c21_a_forward_set_on_a_class_is_called(cls, monkeypatch):
+    model, calls, forward = ours().eval(), [], cls.forward
+    assert model.why_not_cached() is None
+    monkeypatch.setattr(cls, "forward", lambda self, *args: (calls.append(self), forward(self, *args))[1])
+    assert model.why_not_cached() == f"{cls.__name__}.forward was replaced"
+    model.generate(batch(2, 5)[0], 2)
+    of_model = [module for module in model.modules() if type(module) is cls and module is not model.transformer.h[0].attn.attn_dropout
+                and module is not model.transformer.h[1].attn.attn_dropout]            # nanoGPT calls it in its slow path alone
+    assert set(calls) == set(of_model) and len(calls) == 2 * len(of_model)
+
+
+@pytest.mark.parametrize("base", [Block, LayerNorm, CausalSelfAttention, MLP])
+def test_c21_a_class_bound_to_one_of_ours_names_is_used(base, monkeypatch):
+    class Own(base):
+        def forward(self, x):
+            return 2 * super().forward(x)
+    monkeypatch.setattr(nanogpt_fast.model, base.__name__, Own)
+    model, x = ours().eval(), batch(2, 5)[0]
+    assert model.why_not_cached() == "Own is no class of nanogpt_fast or PyTorch"
+    assert model.transformer.h[0].why_not_fused() == "Own is no class of nanogpt_fast or PyTorch"
+    tokens = model.generate(x, 3, temperature=0)
+    assert torch.equal(tokens[:, -1], model(tokens[:, :-1])[0][:, -1].argmax(-1))
 
 
 def test_c22_optimizer_groups_and_state_round_trip(capsys):

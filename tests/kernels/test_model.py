@@ -11,7 +11,7 @@ from made import Made
 
 import nanogpt_fast
 from nanogpt_fast import GPT, GPTConfig, backend
-from nanogpt_fast.model import Block
+from nanogpt_fast.model import MLP, Block
 from nanogpt_fast.ops import attention, norm
 
 SMALL = dict(block_size=48, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
@@ -235,6 +235,20 @@ def test_c21_a_touched_block_steps_aside_and_the_other_stays_fused(device, touch
         logits, loss, grads = run(model, x, y, torch.float32, device)
     assert fused_blocks == list(model.transformer.h)[0 if touch is final_norm_hook else 1:]
     assert error(logits, expected[0]) < 1e-5 and error(loss, expected[1]) < 1e-6
+    for name in grads:
+        assert error(key_biases(name, grads[name]), key_biases(name, expected[2][name])) < 1e-4, name
+
+
+def test_c21_a_forward_set_on_a_class_takes_every_block_off_the_fused_path(device, monkeypatch):
+    model, (x, y) = model_of(device), batch(device, B=1, T=9)
+    plain, forward = run(model, x, y, torch.float32, device)[1], MLP.forward
+    monkeypatch.setattr(MLP, "forward", lambda self, x: 3 * forward(self, x))
+    with nanogpt_fast.use("reference"):
+        expected = run(model, x, y, torch.float32, device)
+    backend._noticed.clear()
+    with pytest.warns(RuntimeWarning, match="unfused: MLP.forward was replaced"):
+        logits, loss, grads = run(model, x, y, torch.float32, device)
+    assert error(logits, expected[0]) < 1e-5 and error(loss, expected[1]) < 1e-6 < error(loss, plain)
     for name in grads:
         assert error(key_biases(name, grads[name]), key_biases(name, expected[2][name])) < 1e-4, name
 

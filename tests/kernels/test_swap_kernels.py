@@ -166,6 +166,17 @@ def test_an_attribute_that_is_set_later_takes_its_block_off_the_fused_path(devic
     assert report.calls["attention", "own path: causal has changed since the swap"] == 1
 
 
+def test_a_forward_set_on_the_forks_class_after_the_swap_is_called(device, monkeypatch):
+    model = stirred(fork(dropout=0.0), device)
+    twin, x, own = copy.deepcopy(model), torch.randint(65, (1, 9), device=device), type(model.transformer.h[0].mlp)
+    report, forward = nanogpt_fast.accelerate(model, backend="fused"), own.forward
+    monkeypatch.setattr(own, "forward", lambda self, x: 3 * forward(self, x))
+    assert_close(model(x, x)[0], twin(x, x)[0])
+    assert [reason for _, reason in report.unfused] == ["MLP.forward was replaced since the swap"] * len(model.transformer.h)
+    again = nanogpt_fast.accelerate(copy.deepcopy(twin), backend="fused")
+    assert {row.reason == "" for row in again.rows if row.part == "mlp"} == {False}         # tried anew, with the new forward
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_attention_that_writes_its_weights_out_does_so(when, device):
     model = stirred(nano(), device)
