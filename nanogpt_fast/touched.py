@@ -10,7 +10,7 @@ FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.Embedding, nn.Dropout, nn
 
 def known(cls):
     """Class decorator: `touched` may be asked about this class, and its forward is the one that the fused paths compute."""
-    FORWARDS.setdefault(cls, cls.forward)
+    FORWARDS[cls] = cls.forward
     return cls
 
 

@@ -30,7 +30,7 @@ import torch.nn as nn
 
 from .. import model as nano, reference
 from ..ops import attention, mlp, norm
-from ..touched import altered, known, touched
+from ..touched import altered, touched
 from . import parts
 from .swapped import Swapped
 
@@ -143,9 +143,7 @@ class GPT2Mlp(parts.Mlp):
     """GPT2MLP. A Conv1D's weight is (in, out), the op takes (out, in): a transposed view, which the cast makes contiguous."""
 
     def why_not_fused(self):
-        conv = _conv1d()
-        return (touched(self.c_fc, conv) or touched(self.c_proj, conv) or altered(self.act)
-                or touched(self.dropout, nn.Dropout))
+        return _conv_touched(self.c_fc) or _conv_touched(self.c_proj) or altered(self.act) or touched(self.dropout, nn.Dropout)
 
     def weights(self):
         return self.c_fc.weight.t(), self.c_fc.bias, self.c_proj.weight.t(), self.c_proj.bias
@@ -157,10 +155,15 @@ class GPT2Mlp(parts.Mlp):
 
 def _conv1d():
     from transformers.pytorch_utils import Conv1D
-    return known(Conv1D)
+    return Conv1D
 
 
 _conv1d._dynamo_marked_constant = True      # torch.compile keeps the result instead of tracing the import
+
+
+def _conv_touched(module):
+    """`touched` for transformers' class, whose forward PyTorch 2.11 cannot trace from there."""
+    return altered(module) if type(module) is _conv1d() else f"{type(module).__name__} replaces Conv1D"
 
 
 class GPT2Block(FromTransformers, parts.Block):
