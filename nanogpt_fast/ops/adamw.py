@@ -21,6 +21,17 @@ def why_not(optimizer, device_type, kernel=False):
     return _of_the_optimizer(optimizer, kernel) or _of_its_tensors(optimizer, device_type, kernel)
 
 
+def why_not_clipped(model, optimizer):
+    """None if the gradients of the model, whose norm is clipped, are those that the optimizer's step reads, else the reason: a step in one pass
+    multiplies only what it reads, and PyTorch's clipping all that the model has."""
+    clipped = {p for p in model.parameters() if p.grad is not None}
+    stepped = {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+    if clipped == stepped:
+        return None
+    return (f"{len(clipped - stepped)} of the model's gradients are not in the optimizer, "
+            f"and {len(stepped - clipped)} of the optimizer's not in the model")
+
+
 def _of_the_optimizer(optimizer, kernel):
     if type(optimizer) is not torch.optim.AdamW:
         return f"the optimizer is {type(optimizer).__name__}, not AdamW"

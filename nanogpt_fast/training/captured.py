@@ -24,6 +24,7 @@ import contextlib
 import torch
 import torch.nn as nn
 
+from .. import backend
 from ..model import GPT, MLP, Block, CausalSelfAttention, LayerNorm
 from ..ops.graphs import Recorder
 from ..touched import touched
@@ -65,26 +66,46 @@ class CapturedStep:
     forward_backward(x, y): runs both passes and returns the micro-batch's detached loss, 0-d, without waiting for the GPU.
     update(): clips, steps the optimizer and does whatever else ends a step; it must not clear gradients. prepare(): called before
     `update` is captured, when the gradients are where every replay will find them.
-    batch_shape: (B, T) of every x and y, int64.
+    batch_shape: (B, T) of every x and y, int64. fixed(): what forward_backward reads on the host, and a replay would not see change.
 
     `loss` is the sum of forward_backward's results since the first micro-step, 0-d on the device; the next step overwrites
-    it. A learning rate set in optimizer.param_groups takes effect at the next `update()`.
+    it. A learning rate set in optimizer.param_groups takes effect at the next `update()`. Where fixed(), another option of the optimizer, its
+    parameters or its state has changed since the capture, the step is run as at first, and captured again.
     """
 
-    def __init__(self, forward_backward, update, optimizer, batch_shape, device, prepare=lambda: None):
-        self._forward_backward, self._optimizer_step, self._prepare = forward_backward, update, prepare
+    def __init__(self, forward_backward, update, optimizer, batch_shape, device, prepare=lambda: None, fixed=tuple):
+        self._forward_backward, self._optimizer_step, self._prepare, self._of_model = forward_backward, update, prepare, fixed
         self.optimizer, self.device = optimizer, device
         self.x, self.y = torch.zeros(2, *batch_shape, dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)
-        # Fused AdamW reads the learning rate as fp32 on a GPU and as fp64 on a CPU, where fp32 would round it.
-        dtype = torch.float64 if device.type == "cpu" else torch.float32
-        self.learning_rates = [torch.zeros((), dtype=dtype, device=device) for _ in optimizer.param_groups]
-        self.steps = 0                      # completed
-        self.replays = {}                   # {name of a part: the function that replays it}
         self.recorder = Recorder(device, "the training step", "--cuda_graph=off trains without graphs") if device.type == "cuda" else None
+        self._begin()
+
+    def _begin(self):
+        # Fused AdamW reads the learning rate as fp32 on a GPU and as fp64 on a CPU, where fp32 would round it.
+        dtype = torch.float64 if self.device.type == "cpu" else torch.float32
+        self.learning_rates = [torch.zeros((), dtype=dtype, device=self.device) for _ in self.optimizer.param_groups]
+        self.steps = 0                      # completed since
+        self.replays = {}                   # {name of a part: the function that replays it}
+        self._captured_with = None          # `_fixed` then
+        if self.recorder is not None:
+            self.recorder.pool = None       # the old graphs' memory goes with them
+
+    def _fixed(self):
+        optimizer, tensors = [], []
+        for group in self.optimizer.param_groups:
+            optimizer.append({key: value for key, value in group.items() if key not in ("params", "lr", "capturable")})
+            for p in group["params"]:
+                tensors += [p.data_ptr(), *(value.data_ptr() for value in self.optimizer.state.get(p, {}).values() if torch.is_tensor(value))]
+        return self._of_model(), optimizer, tensors
 
     def micro_step(self, x, y, first):
         """Forward and backward on x and y (B, T) int64."""
+        if first and self.replays and self._captured_with != self._fixed():
+            backend.notice("the model or the optimizer has changed since the training step was captured in CUDA graphs: it is captured again")
+            self._begin()
+        elif first and len(self.learning_rates) != len(self.optimizer.param_groups):
+            self._begin()
         self.x.copy_(x)
         self.y.copy_(y)
         self._run(self._first if first else self._more)
@@ -118,6 +139,7 @@ class CapturedStep:
         if self.steps < WARM_UP_STEPS:
             return self.recorder.run(part)
         if name not in self.replays:
+            self._captured_with = self._captured_with or self._fixed()
             self.replays[name] = self.recorder.record(part)
         self.replays[name]()
 

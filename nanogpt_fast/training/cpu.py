@@ -7,6 +7,7 @@ import ctypes
 
 import torch
 
+from ..ops import adamw
 from ..ops.cpu import adamw as adamw_cpu
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # mallopt's parameters, from malloc.h
@@ -53,7 +54,7 @@ def update(optimizer, weights, max_norm):
     weights: HalfWeights. In one pass over memory where it can be, which leaves the gradients unclipped.
     """
     parameters = list(weights.model.parameters())
-    if why_not_in_one_pass(optimizer, weights) is not None:
+    if why_not_in_one_pass(optimizer, weights, max_norm) is not None:
         if max_norm != 0.0:
             clip_grad_norm(parameters, max_norm, exact=not any(weights.own))
         optimizer.step()
@@ -67,10 +68,12 @@ def update(optimizer, weights, max_norm):
     weights.refresh(left_out=True)
 
 
-def why_not_in_one_pass(optimizer, weights):
+def why_not_in_one_pass(optimizer, weights, max_norm):
     """None if adamw_cpu ends the step, else the reason. It does where the extension computes some of the gradients, so that they do not match
     PyTorch's bit for bit anyway."""
-    return adamw_cpu.why_not(optimizer) if any(weights.own) else "the gradients are PyTorch's, and so is the update, bit for bit"
+    if not any(weights.own):
+        return "the gradients are PyTorch's, and so is the update, bit for bit"
+    return (adamw.why_not_clipped(weights.model, optimizer) if max_norm != 0.0 else None) or adamw_cpu.why_not(optimizer)
 
 
 def clip_grad_norm(parameters, max_norm, exact=True):

@@ -50,13 +50,16 @@ class HalfWeights:
                 self.groups.append((module, tuple(linear.weight for linear in linears)))
             self.own += linears if own else ()
         self.weights = [weight for _, weights in self.groups for weight in weights]
-        self.copies = [weight.detach().to(dtype) for weight in self.weights] if cast else []
+        shared = {weight: weight.detach().to(dtype) for weight in self.weights} if cast else {}     # two modules may have one weight
+        self.copies = [shared[weight] for weight in self.weights] if cast else []
+        self._cast_from = self._states()
         for copy, weight in zip(self.copies, self.weights):
             copy.in_place = in_place and weight.is_leaf
 
     @contextlib.contextmanager
     def in_use(self):
         """Inside, forward and backward passes use the copies."""
+        self.follow()
         copies = iter(self.copies or [weight.detach() for weight in self.weights])
         for module, weights in self.groups:     # bypass nn.Module.__setattr__
             module.__dict__["copies"] = weights, tuple(next(copies) for _ in weights)
@@ -66,6 +69,19 @@ class HalfWeights:
             for module, _ in self.groups:
                 module.__dict__.pop("copies", None)
 
+    def follow(self):
+        """Refresh the copies if weights changed since they were cast: a checkpoint was loaded, or an average swapped in. What PyTorch does not
+        count as a change, `weight.data.copy_(...)`, needs `refresh()`. Raises RuntimeError if the model has a third dtype since."""
+        if self._states() != self._cast_from:
+            for copy, weight in zip(self.copies, self.weights):
+                if weight.dtype not in (torch.float32, copy.dtype):
+                    raise RuntimeError(f"the model became {weight.dtype} after the training step was made, whose copies are {copy.dtype} of "
+                                       "float32 weights: make a new step, or call model.float()")
+            self.refresh()
+
+    def _states(self):
+        return [(weight._version, weight.data_ptr(), weight.dtype) for weight in self.weights] if self.copies else []
+
     @torch.no_grad()
     def refresh(self, left_out=False):
         """Cast the current weights; left_out: only those without a gradient, which a step in one pass over memory leaves as they are.
@@ -73,6 +89,7 @@ class HalfWeights:
         pairs = [(copy, weight) for copy, weight in zip(self.copies, self.weights) if not left_out or weight.grad is None]
         if pairs:
             torch._foreach_copy_(*map(list, zip(*pairs)))
+        self._cast_from = self._states()
 
 
 def _is_reference(op, module):

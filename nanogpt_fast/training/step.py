@@ -39,7 +39,7 @@ class TrainingStep:
         self._on_cpu = self.device.type == "cpu"
         self.one_pass = adamw.OnePass(model, optimizer, dict(zip(self.weights.weights, self.weights.copies)))
         self.graphs = None if not_captured is not None else captured.CapturedStep(
-            self.forward_backward, self.update, optimizer, batch_shape, self.device, self.prepare)
+            self.forward_backward, self.update, optimizer, batch_shape, self.device, self.prepare, self._read_on_the_host)
 
     def __call__(self, next_batch, meanwhile=lambda: None):
         """Train on `accumulation` micro-batches; returns their mean loss, 0-d on the device, which the next step may overwrite.
@@ -48,6 +48,7 @@ class TrainingStep:
         computes, usually drawing the next batch.
         """
         if self.graphs is not None:
+            self.weights.follow()       # a replay does not
             with record_function("forward and backward"):
                 for micro_step in range(self.accumulation):
                     self.graphs.micro_step(*next_batch(), first=micro_step == 0)
@@ -81,6 +82,13 @@ class TrainingStep:
             self.scaler.scale(loss).backward()
         return loss.detach()
 
+    def _read_on_the_host(self):
+        """What decides which operations forward and backward are: of each parameter and module, in order."""
+        return ([(p.data_ptr(), p.requires_grad, bool(p._backward_hooks)) for p in self.model.parameters()],
+                [(type(module), module.training, vars(module).get("p"), vars(module).get("dropout"), bool(
+                    module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks))
+                 for module in self.model.modules()])
+
     def why_not_by_row(self):
         """None if the embeddings are one operation, and the token embedding's gradient only its rows (embedding.py), else the reason."""
         return self._not_by_row or embedding.why_not_by_row(self.model)
@@ -91,7 +99,9 @@ class TrainingStep:
             return "the norm of a divided model is a sum over the ranks"
         if self.scaler.is_enabled():
             return "float16's GradScaler looks for infinities first"
-        return cpu.why_not_in_one_pass(self.optimizer, self.weights) if self._on_cpu else self.one_pass.why_not()
+        if self._on_cpu:
+            return cpu.why_not_in_one_pass(self.optimizer, self.weights, self.grad_clip)
+        return (adamw.why_not_clipped(self.model, self.optimizer) if self.grad_clip != 0.0 else None) or self.one_pass.why_not()
 
     def prepare(self):
         """What has to be done before `update` is captured."""

@@ -15,6 +15,7 @@ from nanogpt_fast.ops import extension
 from nanogpt_fast.ops.cpu import adamw as adamw_cpu, linear as linear_cpu
 from nanogpt_fast.training import cpu, trainer as training
 from nanogpt_fast.training.half_weights import HalfWeights
+from nanogpt_fast.training.step import TrainingStep
 
 pytestmark = pytest.mark.skipif(adamw_cpu.MISSING is not None, reason=f"not here: {adamw_cpu.MISSING}")
 ISAS = extension._C.build_info()["cpu_isas"].split() if adamw_cpu.MISSING is None else []
@@ -306,6 +307,34 @@ def test_a_norm_that_is_no_number_reaches_the_weights_as_pytorchs_does(last, mon
     assert all(p.isnan().all() == (last != last) for p in list(ours.parameters())[:-1])
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def drop(optimizer, outside):
+    return optimizer.param_groups[1]["params"].pop()
+
+
+def add(optimizer, outside):
+    optimizer.add_param_group({"params": [outside]})
+    return outside
+
+
+@pytest.mark.parametrize("change, said", [(drop, "1 of the model's gradients are not in the optimizer"),
+                                          (add, "and 1 of the optimizer's not in the model")])
+def test_where_the_optimizers_gradients_are_not_the_models_pytorch_clips_them(change, said, monkeypatch):
+    weights, optimizer = trained(True, 1.0, monkeypatch)
+    other = change(optimizer, torch.nn.Parameter(torch.zeros(8)))
+    for p in {*weights.model.parameters(), other}:
+        p.grad = torch.ones_like(p)
+    assert said in cpu.why_not_in_one_pass(optimizer, weights, 1.0) and cpu.why_not_in_one_pass(optimizer, weights, 0.0) is None
+    step = TrainingStep(weights.model, optimizer, dtype=torch.bfloat16, batch_shape=(2, 8), not_captured="a CPU")
+    step._on_cpu = False                                                # as on a GPU
+    monkeypatch.setattr(step.one_pass, "why_not", lambda: None)
+    assert said in step.why_not_in_one_pass()
+    cpu.update(optimizer, weights, 1.0)
+    norm = sum(p.numel() for p in weights.model.parameters()) ** 0.5
+    for p in {*weights.model.parameters(), other}:
+        factor = 1.0 if change is add and p is other else 1 / norm
+        torch.testing.assert_close(p.grad, torch.full_like(p, factor))
 
 
 def test_a_touched_optimizer_takes_pytorchs_step_and_copies_follow(monkeypatch):

@@ -15,8 +15,11 @@ import tiny
 import torch
 import torch.nn as nn
 
+from nanogpt_fast import backend
 from nanogpt_fast.training import captured
 from nanogpt_fast.training.captured import CapturedStep
+from nanogpt_fast.training.finetune import freeze, unfreeze
+from nanogpt_fast.training.step import TrainingStep
 from nanogpt_fast.training.trainer import TrainOptions, train
 
 
@@ -191,6 +194,55 @@ def test_what_else_is_a_reason():
         assert "hook" in captured.why_not(model, optimizer, cuda)
     finally:
         handle.remove()
+
+
+def add_group(model, optimizer):
+    unfreeze(model, "transformer.wpe")
+    optimizer.add_param_group({"params": [model.transformer.wpe.weight], "lr": 1e-3, "weight_decay": 0.0})
+
+
+def reload(model, optimizer):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+# What a program may change between steps.
+CHANGES = {
+    "nothing": lambda model, optimizer: None,
+    "the learning rate": lambda model, optimizer: optimizer.param_groups[0].update(lr=1e-4),
+    "a block frozen": lambda model, optimizer: freeze(model, "transformer.h.0"),
+    "a parameter added": add_group,
+    "weight decay": lambda model, optimizer: optimizer.param_groups[0].update(weight_decay=5.0),
+    "the moments loaded": reload,
+    "a hook on a parameter": lambda model, optimizer: model.transformer.ln_f.weight.register_hook(lambda g: 0 * g),
+    "a hook on a module": lambda model, optimizer: model.transformer.ln_f.register_forward_hook(lambda module, args, out: 2 * out),
+    "dropout": lambda model, optimizer: setattr(model.transformer.drop, "p", 0.5),
+    "evaluation mode": lambda model, optimizer: model.eval(),
+}
+
+
+@pytest.mark.parametrize("at", [5, 2], ids=["captured", "not yet"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_step_whose_model_or_optimizer_was_changed_is_captured_again(change, at, recwarn):
+    backend._noticed.clear()
+    steps, batches = [], torch.randint(61, (10, 4, 16), generator=torch.Generator().manual_seed(0))
+    for not_captured in ("for comparison", None):
+        model = model_of(dropout=0.1)
+        freeze(model, "transformer.wpe")
+        optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+        step = TrainingStep(model, optimizer, dtype=torch.float32, batch_shape=(4, 16), not_captured=not_captured)
+        if step.graphs is not None:
+            step.graphs.recorder = gpts.Recorder()
+        for i, batch in enumerate(batches):
+            if i == at:
+                CHANGES[change](model, optimizer)
+            torch.manual_seed(i)
+            step(lambda: (batch, batch))
+        steps.append(step)
+    again = at == 5 and change not in ("nothing", "the learning rate")
+    assert steps[1].graphs.recorder.log.count("record _first") == 1 + again
+    assert [str(w.message) for w in recwarn if "captured again" in str(w.message)] == again * [
+        "nanogpt_fast: the model or the optimizer has changed since the training step was captured in CUDA graphs: it is captured again"]
+    assert all(torch.equal(a, b) for a, b in zip(*(step.model.parameters() for step in steps), strict=True))
 
 
 def test_auto_says_what_prevents_it_and_on_refuses(folder, capsys):

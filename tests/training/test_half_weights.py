@@ -15,6 +15,7 @@ from nanogpt_fast import GPT, GPTConfig
 from nanogpt_fast.ops.cpu import linear as linear_cpu
 from nanogpt_fast.training import cpu, half_weights, trainer as training
 from nanogpt_fast.training.half_weights import HalfWeights
+from nanogpt_fast.training.step import TrainingStep
 
 model_of = functools.partial(gpts.small, seed=1, block_size=16, vocab_size=61, backend="reference")
 
@@ -48,6 +49,50 @@ class Casts(TorchDispatchMode):
             if source.dtype == torch.float32 and target.dtype == torch.bfloat16 and source.data_ptr() in self.times:
                 self.times[source.data_ptr()] += 1
         return out
+
+
+def move(model, weights):
+    for name, p in model.named_parameters():
+        p.data = weights[name]
+
+
+@pytest.mark.parametrize("change", [GPT.load_state_dict, move], ids=["loaded", "p.data = ..."])
+@pytest.mark.parametrize("captured", [False, True])
+def test_weights_changed_between_two_steps_are_the_ones_that_are_used(change, captured):
+    model, other, x = model_of(), model_of(seed=2), batch()[0]
+    step = TrainingStep(model, model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu"), dtype=torch.bfloat16, batch_shape=(4, 16),
+                        not_captured=None if captured else "for comparison")
+    if captured:
+        step.graphs.recorder = gpts.Recorder()
+    for i in range(6):
+        change(model, {name: p.clone() for name, p in other.state_dict().items()})
+        with autocast():
+            expected = model(x, x)[1]
+        assert step(lambda: (x, x)) == expected, i
+        assert step(lambda: (x, x)) != expected
+
+
+def test_two_modules_that_share_a_weight_share_its_copy():
+    model = model_of()
+    first, second = (block.mlp.c_fc for block in model.transformer.h)
+    second.weight = first.weight
+    weights = HalfWeights(model, torch.bfloat16)
+    first.weight.grad = torch.ones_like(first.weight)
+    cpu.update(torch.optim.SGD([first.weight], lr=0.5), weights, 0.0)
+    with weights.in_use():
+        assert all(torch.equal(block.mlp.copies[1][0], first.weight.bfloat16()) for block in model.transformer.h)
+    assert model.transformer.h[0].mlp.c_fc.weight is first.weight and len({id(copied) for copied in weights.copies}) == 8
+
+
+def test_a_model_made_double_since_is_named():
+    model, x = model_of(), batch()[0]
+    step = TrainingStep(model, model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu"), dtype=torch.bfloat16, batch_shape=(4, 16),
+                        not_captured="a CPU")
+    model.double()
+    with pytest.raises(RuntimeError, match=r"the model became torch.float64 after the training step was made.*model.float\(\)"):
+        step(lambda: (x, x))
+    model.float()
+    assert step(lambda: (x, x)).isfinite()
 
 
 @pytest.mark.parametrize("once", [True, False], ids=["copies", "autocast"])
