@@ -163,13 +163,14 @@ void forward_head(const Head& h, uint16_t* out, int64_t out_stride, TileMemory& 
 }
 
 // Turns S^T and dP^T of a panel of queries into P^T and, once delta is known, dS^T = scale P^T (dP^T - delta). Both are written in bf16 as
-// left operands, step `side` of two for each panel of keys; dS^T also as a right operand.
+// left operands, step `side` of two for each panel of keys; dS^T also as a right operand. With large scores, whose lse has few digits after
+// the point, a query's weights do not add up to 1; delta and dS are of weights divided by their own sum.
 NGF_AVX512 void score_gradient(const Head& h, int64_t query, float* scores, const float* dp, int64_t keys, int64_t side, uint16_t* p_left,
                                uint16_t* ds_left, uint16_t* ds_right) {
   alignas(64) float lse[PANEL];
   for (int64_t i = 0; i < PANEL; ++i) lse[i] = query + i < h.tokens ? h.lse[query + i] : INFINITY;
   const __m512 scale = _mm512_set1_ps(h.scale), lses[2] = {_mm512_load_ps(lse), _mm512_load_ps(lse + SIDE)};
-  __m512 delta[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  __m512 delta[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, factor[2];
   for (int64_t j = 0; j < keys; ++j)
     for (int64_t r = 0; r < PANEL; ++r) {
       float* const at = scores + j * SUMS + r * PANEL;
@@ -178,17 +179,23 @@ NGF_AVX512 void score_gradient(const Head& h, int64_t query, float* scores, cons
         const __m512 s = _mm512_sub_ps(_mm512_mul_ps(_mm512_load_ps(at + c * SIDE), scale), lses[c]);
         p[c] = _mm512_maskz_mov_ps((__mmask16)(seen(j + 1 == keys, r) >> c * SIDE), exp_of(s));
         delta[c] = _mm512_fmadd_ps(p[c], _mm512_load_ps(dp + j * SUMS + r * PANEL + c * SIDE), delta[c]);
+        sum[c] = _mm512_add_ps(sum[c], p[c]);
         _mm512_store_ps(at + c * SIDE, p[c]);
       }
       _mm512_store_si512(p_left + (j * 4 + 2 * side) * TILE + r * DEPTH, (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]));
     }
+  for (int64_t c = 0; c < 2; ++c) {
+    sum[c] = _mm512_max_ps(_mm512_set1_ps(1e-30f), sum[c]);          // 0 behind the last token; NaN stays NaN
+    delta[c] = _mm512_div_ps(delta[c], sum[c]);
+    factor[c] = _mm512_div_ps(scale, sum[c]);
+  }
   for (int64_t j = 0; j < keys; ++j)
     for (int64_t r = 0; r < PANEL; r += 2) {
       __m512 ds[2][2];
       for (int64_t i = 0; i < 2; ++i) {
         for (int64_t c = 0; c < 2; ++c) {
           const int64_t at = j * SUMS + (r + i) * PANEL + c * SIDE;
-          ds[i][c] = _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(scores + at), scale), _mm512_sub_ps(_mm512_load_ps(dp + at), delta[c]));
+          ds[i][c] = _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(scores + at), factor[c]), _mm512_sub_ps(_mm512_load_ps(dp + at), delta[c]));
         }
         _mm512_store_si512(ds_left + (j * 4 + 2 * side) * TILE + (r + i) * DEPTH, (__m512i)_mm512_cvtne2ps_pbh(ds[i][1], ds[i][0]));
       }

@@ -83,6 +83,13 @@ def test_scores_that_leave_one_key_its_weight_and_rows_of_equal_ones():
     assert_close(run(lambda t: causal_attention_qkvpacked(t, 2, backend=FUSED), equal, do), equal, do, 2)
 
 
+@pytest.mark.parametrize("seed", [1000682, 1000985])
+def test_weights_that_do_not_add_up_to_one_cancel_as_if_they_did(seed):
+    torch.manual_seed(seed)     # a query has a second key whose weight is some 1e-5: off 1e4 an lse is rounded to 5e-4
+    qkv, do = draw(1, 70, 2, 32, scale=60.0)
+    assert_close(run(lambda t: causal_attention_qkvpacked(t, 2, backend=FUSED), qkv, do), qkv, do, 2)
+
+
 def test_nan_stays_with_the_queries_that_see_it():
     qkv, do = draw(2, 50, 2, 32)
     clean = causal_attention_qkvpacked(qkv, 2, backend=FUSED).detach()
