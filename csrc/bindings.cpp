@@ -159,12 +159,11 @@ PYBIND11_MODULE(_C, module) {
     py::gil_scoped_release others_may_run;
     ngf::cross_entropy_cpu(batch, threads, isa.c_str());
   }, "Losses and gradients of rows of logits: see csrc/rows/cross_entropy.h. dlogits and losses may be 0.");
-  module.def("attention_gradient_cpu", [](const std::string& type, int64_t heads, int64_t rows, int64_t keys, int64_t first, float scale,
-                                          uintptr_t scores, uintptr_t lse, int64_t lse_stride, uintptr_t dp, uintptr_t p, int threads,
+  module.def("attention_gradient_cpu", [](int64_t heads, int64_t rows, int64_t keys, int64_t first, float scale, uintptr_t scores,
+                                          uintptr_t lse, int64_t lse_stride, uintptr_t dp, uintptr_t p, uintptr_t ds, int threads,
                                           const std::string& isa) {
-    if (type != "float32" && type != "bfloat16") throw std::invalid_argument("type is '" + type + "'; expected float32 or bfloat16");
-    const ngf::AttentionGradient batch{type == "bfloat16", heads, rows, keys, first, scale, (float*)scores, (const float*)lse, lse_stride,
-                                       (void*)dp, (void*)p};
+    const ngf::AttentionGradient batch{heads, rows, keys, first, scale, (float*)scores, (const float*)lse, lse_stride, (const float*)dp,
+                                       (uint16_t*)p, (uint16_t*)ds};
     py::gil_scoped_release others_may_run;
     ngf::attention_gradient_cpu(batch, threads, isa.c_str());
   }, "Attention's weights and the gradient of its scores: see csrc/rows/attention.h.");

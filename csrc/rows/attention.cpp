@@ -3,15 +3,14 @@
 #include "vectors.h"
 
 namespace ngf {
-namespace {
 
-template <class T> void row_of(const AttentionGradient& g, int64_t head, int64_t row) {
+void NGF_JOIN(attention_row_, NGF_ISA)(const AttentionGradient& g, int64_t head, int64_t row) {
   const int64_t at = (head * g.rows + row) * g.keys;
   const int64_t seen = g.first + row + 1 < g.keys ? g.first + row + 1 : g.keys;
   const float lse = g.lse[head * g.lse_stride + row];
   float* s = g.scores + at;
-  T* dp = (T*)g.dp + at;
-  T* p = (T*)g.p + at;
+  const float* dp = g.dp + at;
+  uint16_t *p = g.p + at, *ds = g.ds + at;
   // With large scores these differ from the forward's weights in more than the last digits. Divided by their own sum they add up to 1.
   Vec sums = {};
   int64_t k = 0;
@@ -32,19 +31,12 @@ template <class T> void row_of(const AttentionGradient& g, int64_t head, int64_t
   float delta = sum(sums);
   for (; k < seen; ++k) {
     s[k] /= total;
-    delta += s[k] * one(dp + k);
+    delta += s[k] * dp[k];
     put(p + k, s[k]);
   }
-  for (k = 0; k + W <= seen; k += W) store(dp + k, load(s + k) * (load(dp + k) - delta) * g.scale);
-  for (; k < seen; ++k) put(dp + k, s[k] * (one(dp + k) - delta) * g.scale);
-  for (; k < g.keys; ++k) dp[k] = p[k] = T();
-}
-
-}  // namespace
-
-void NGF_JOIN(attention_row_, NGF_ISA)(const AttentionGradient& batch, int64_t head, int64_t row) {
-  if (batch.bf16) row_of<uint16_t>(batch, head, row);
-  else row_of<float>(batch, head, row);
+  for (k = 0; k + W <= seen; k += W) store(ds + k, load(s + k) * (load(dp + k) - delta) * g.scale);
+  for (; k < seen; ++k) put(ds + k, s[k] * (dp[k] - delta) * g.scale);
+  for (; k < g.keys; ++k) ds[k] = p[k] = 0;
 }
 
 }  // namespace ngf

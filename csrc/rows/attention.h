@@ -2,8 +2,8 @@
 //
 //     P = exp(scale * S - lse),   delta = rowsum(P * dP),   dS = scale * P * (dP - delta)
 //
-// delta equals dO . O, but summed from the same rounded dP it cancels exactly where it should: the gradient of a row that sees one key
-// is 0.
+// delta equals dO . O, but summed from the same dP it cancels exactly where it should: the gradient of a row that sees one key is 0. dP is in
+// fp32, since keys that share a row's weight may have nearly equal ones.
 //
 // Why it is here: PyTorch's own backward on a CPU multiplies blocks of one head at a time and takes 50 ms of one core for the 2 GFLOP of
 // B=4, H=12, T=256, D=64. As matmuls batched over heads these take 5 ms, and everything between them is one pass.
@@ -12,17 +12,17 @@
 
 namespace ngf {
 
-// `heads` x `rows` queries, each with `keys` keys. The void* tensors are all bf16 or all fp32.
+// `heads` x `rows` queries, each with `keys` keys. uint16_t is bf16.
 struct AttentionGradient {
-  bool bf16;
   int64_t heads, rows, keys;
   int64_t first;           // row r sees the keys 0 .. first + r
   float scale;
   float* scores;           // (heads, rows, keys) q . k; overwritten with P in fp32
   const float* lse;        // (heads, rows), heads lse_stride apart
   int64_t lse_stride;
-  void* dp;                // (heads, rows, keys): dO V^T, overwritten with dS; 0 at keys that a row does not see
-  void* p;                 // (heads, rows, keys), written: P; 0 at the same keys
+  const float* dp;         // (heads, rows, keys): dO V^T
+  uint16_t* p;             // (heads, rows, keys), written: P; 0 at keys that a row does not see
+  uint16_t* ds;            // (heads, rows, keys), written: dS; 0 at the same keys
 };
 
 // Rows in parallel on up to `threads` threads. `isa` as for sample_cpu.

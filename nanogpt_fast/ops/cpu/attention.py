@@ -4,7 +4,7 @@ Without AMX, the forward is PyTorch's and the backward is batched matmuls around
 multiplies blocks of one head at a time; at B=4, H=12, T=256, D=64 it takes ten times as long as the five matmuls of a backward
 batched over all heads. The pass between the matmuls is csrc/rows/attention.h:
 
-    S = Q K^T (fp32), dP = dO V^T;   P, dS = one pass;   dV = P^T dO, dQ = dS K, dK = dS^T Q
+    S = Q K^T, dP = dO V^T, both in fp32;   P, dS = one pass;   dV = P^T dO, dQ = dS K, dK = dS^T Q
 
 Memory: tiles of ROWS queries by the keys that they see, for as many heads at a time as fit into a cache.
 """
@@ -16,7 +16,7 @@ from .. import extension
 from .linear import AMX
 
 ROWS = 256          # queries per tile: the scores above the diagonal within a tile are wasted, so short tiles waste less
-SCORES = 1 << 20    # scores per tile, over all its heads: 8 MB for S in fp32, dP and P in bf16
+SCORES = 1 << 20    # scores per tile, over all its heads: 12 MB for S and dP in fp32, P and dS in bf16
 
 # Checked once, at import: torch.compile cannot trace calls of the extension.
 MISSING = extension.lacks("attention_gradient_cpu")
@@ -68,7 +68,7 @@ def backward(do, qkv, lse, n_head, scale, isa=""):
     scale = 1 / math.sqrt(D) if scale is None else scale
     q, k, v, do = (_by_head(x) for x in (*_heads(qkv, H, 3), *_heads(do, H, 1)))     # (B H, T, D)
     lse = lse.view(B * H, T)
-    q32, k32 = q.float(), k.float()
+    q32, k32, v32, do32 = q.float(), k.float(), v.float(), do.float()
     dq = torch.empty_like(q)
     # If several query tiles contribute to a key, their contributions are summed in fp32.
     dk, dv = q.new_empty(2, B * H, T, D) if T <= ROWS else q.new_zeros(2, B * H, T, D, dtype=torch.float32)
@@ -79,10 +79,10 @@ def backward(do, qkv, lse, n_head, scale, isa=""):
             rows, seen = (slice(h, h + step), slice(start, end)), (slice(h, h + step), slice(0, end))
             with torch.autocast("cpu", enabled=False):              # in a backward called under autocast, the scores would be bf16
                 scores = torch.bmm(q32[rows], k32[seen].transpose(1, 2))
-            ds = torch.bmm(do[rows], v[seen].transpose(1, 2))        # dP; the pass overwrites it with dS
-            p = torch.empty_like(ds)
-            extension._C.attention_gradient_cpu("bfloat16", *scores.shape, start, scale, scores.data_ptr(), lse[rows].data_ptr(), T,
-                                             ds.data_ptr(), p.data_ptr(), torch.get_num_threads(), isa)
+                dp = torch.bmm(do32[rows], v32[seen].transpose(1, 2))
+            p, ds = q.new_empty(2, *scores.shape)
+            extension._C.attention_gradient_cpu(*scores.shape, start, scale, scores.data_ptr(), lse[rows].data_ptr(), T, dp.data_ptr(),
+                                                p.data_ptr(), ds.data_ptr(), torch.get_num_threads(), isa)
             torch.bmm(ds, k[seen], out=dq[rows])
             if T <= ROWS:
                 torch.bmm(ds.transpose(1, 2), q[rows], out=dk[seen])
