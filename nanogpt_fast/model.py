@@ -10,6 +10,7 @@ was set on a class, the block runs the ordinary two lines of `Block.forward`.
 
 B batch, T sequence, C = n_embd, H = n_head, D = C / H head size, V = vocab_size.
 """
+import functools
 import inspect
 import math
 
@@ -66,8 +67,8 @@ class CausalSelfAttention(nn.Module):
             p = self.dropout if self.training else 0.0
             y = attention.causal_attention_qkvpacked(qkv, self.n_head, dropout_p=p, seed=seed, backend=self.backend)
         else:
-            y = reference.causal_attention_qkvpacked(qkv, self.n_head, dropout_p=_p(self.attn_dropout),
-                                                     attend=reference.causal_attention_manual)
+            y = reference.causal_attention_qkvpacked(qkv, self.n_head,
+                                                     attend=functools.partial(reference.causal_attention_manual, dropout=self.attn_dropout))
         return self.c_proj(y) if copies is None else _linear(y, self.c_proj, copies[1], self.backend)       # (B, T, C)
 
     def forward(self, x):
@@ -393,13 +394,23 @@ class GPT(nn.Module):
         t = self.transformer
         reason = touched(t.wte, nn.Embedding) or touched(t.wpe, nn.Embedding) or touched(t.drop, nn.Dropout) \
             or touched(t.ln_f, LayerNorm) or touched(self.lm_head, nn.Linear)
+        rows, width = t.wte.weight.shape
+        if reason is None and (self.lm_head.weight.shape != (rows, width) or width != self.config.n_embd):
+            reason = (f"the head is {tuple(self.lm_head.weight.shape)} and the token embedding {(rows, width)}, "
+                      f"which should both be (vocab_size, n_embd {self.config.n_embd})")
+        if reason is None and len(t.wpe.weight) < self.config.block_size:
+            reason = f"there are {len(t.wpe.weight)} positions for a block_size of {self.config.block_size}"
+        if reason is None and (t.wte.max_norm is not None or t.wpe.max_norm is not None):
+            reason = "an embedding has a max_norm"
         for block in t.h:
             reason = reason or (block.why_not_fused() if isinstance(block, Block) else f"a block is a {type(block).__name__}")
             if reason is not None:
                 return reason
             linears = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
             reason = next(filter(None, (touched(linear, nn.Linear) for linear in linears)), None) or touched(block.mlp.gelu, nn.GELU) \
-                or (None if block.attn.flash else "attn.flash is False")
+                or (None if block.attn.flash else "attn.flash is False") \
+                or (None if block.attn.n_head == self.config.n_head else
+                    f"attn.n_head is {block.attn.n_head}, and config.n_head {self.config.n_head}")
         dropouts = [m.p for m in self.modules() if isinstance(m, nn.Dropout) and m.training] \
             + [block.attn.dropout for block in t.h if block.attn.training]
         return reason or ("the model is in train mode with dropout" if any(dropouts) else None)

@@ -37,14 +37,19 @@ def causal_attention(q, k, v, *, dropout_p=0.0, scale=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
 
 
-def causal_attention_manual(q, k, v, *, dropout_p=0.0, scale=None):
-    """The same, with the (Tq, Tk) attention weights materialised, as nanoGPT does when `attn.flash` is False."""
+def causal_attention_manual(q, k, v, *, dropout_p=0.0, scale=None, dropout=None):
+    """The same, with the (Tq, Tk) attention weights materialised, as nanoGPT does when `attn.flash` is False. dropout: a module that is
+    called in place of dropout with probability dropout_p."""
     Tq, Tk = q.size(-2), k.size(-2)
     scale = 1.0 / math.sqrt(k.size(-1)) if scale is None else scale
     att = (q @ k.transpose(-2, -1)) * scale                                             # (B, H, Tq, Tk)
     hidden = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq).logical_not()
     att = F.softmax(att.masked_fill(hidden, float("-inf")), dim=-1)
-    return (F.dropout(att, dropout_p) if dropout_p > 0 else att) @ v                    # (B, H, Tq, D)
+    if dropout is not None:
+        att = dropout(att)
+    elif dropout_p > 0:
+        att = F.dropout(att, dropout_p)
+    return att @ v                                                                      # (B, H, Tq, D)
 
 
 def split_heads(qkv, n_head):

@@ -10,20 +10,18 @@ FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.Embedding, nn.Dropout, nn
 
 def known(cls):
     """Class decorator: `touched` may be asked about this class, and its forward is the one that the fused paths compute."""
-    FORWARDS[cls] = cls.forward
+    FORWARDS.setdefault(cls, cls.forward)
     return cls
 
 
 def touched(module, cls):
     """None if calling `module` is exactly the known class's forward on plain parameters, else what was changed, as text.
 
-    Detected are: another class (a replacement, a subclass, nn.utils.parametrize), a `forward` set on the class, and what `altered` detects.
+    Detected are: another class (a replacement, a subclass, nn.utils.parametrize), and what `altered` detects.
     """
     own = type(module)
     if cls not in FORWARDS:
         return f"{cls.__name__} is no class of nanogpt_fast or PyTorch"
-    if cls.forward is not FORWARDS[cls]:
-        return f"{cls.__name__}.forward was replaced"
     if own is not cls:
         # nanogpt_fast.swap creates classes that stand for ours; `itself` tells such a class from a subclass of it (vars(class) would,
         # too, but torch.compile cannot trace it).
@@ -35,9 +33,12 @@ def touched(module, cls):
 
 
 def altered(module):
-    """None if calling `module` is its class's forward on plain parameters: no hook of any kind, no `forward` set on the instance, no parameter
-    that is a tensor subclass (DTensor, a quantized weight). Else which of them, as text."""
-    name = type(module).__name__
+    """None if calling `module` is its class's forward, as it was where the class is known, on plain parameters: no `forward` set on the class
+    or on the instance, no hook of any kind, no parameter that is a tensor subclass (DTensor, a quantized weight). Else which, as text."""
+    own = type(module)
+    name = own.__name__
+    if own in FORWARDS and own.forward is not FORWARDS[own]:
+        return f"{name}.forward was replaced"
     if (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
             or _nn_module._has_any_global_hook()):
         return f"{name} has a hook"

@@ -98,6 +98,10 @@ def why_not_triton(session):
     if not session.layers:
         return "the model has no layers"
     C, H = session.wte.size(1), session.n_head
+    if len(widths := {layer.c_fc[0].size(0) for layer in session.layers}) > 1:
+        return f"the MLPs have widths of {', '.join(map(str, sorted(widths)))}; the kernels take one for all blocks"
+    if not all(_fits(layer, C, *widths) for layer in session.layers):
+        return "the weights of a block do not fit each other"
     if not 1 <= (D := C // H) <= LARGEST_HEAD:
         return f"the head size is {D}; the kernels take 1 to {LARGEST_HEAD}"
     padded = H * max(16, 1 << (D - 1).bit_length())
@@ -110,6 +114,13 @@ def why_not_triton(session):
         if not tensor.is_contiguous():
             return "a weight is not contiguous"
     return None
+
+
+def _fits(layer, C, F):
+    """Whether a block's tensors have the shapes that the decoders read: they get addresses."""
+    rows = ((layer.ln_1, (C,)), (layer.ln_2, (C,)), (layer.c_attn, (3 * C, C)), (layer.c_proj, (C, C)), (layer.c_fc, (F, C)),
+            (layer.mlp_proj, (C, F)))
+    return all(weight.shape == shape and (bias is None or bias.shape == shape[:1]) for (weight, bias), shape in rows)
 
 
 _HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
@@ -125,8 +136,12 @@ def why_not(session):
         return f"weights are {session.dtype}; the extension takes float32 and bfloat16"
     if not 1 <= session.rows <= MAX_ROWS:
         return f"{session.rows} rows; the extension takes up to {MAX_ROWS}, with more rows PyTorch's matmuls are as fast"
-    fp32 = [session.wte, session.wpe, *session.ln_f]
+    fp32, C = [session.wte, session.wpe, *session.ln_f], session.wte.size(1)
     for layer in session.layers:
+        if (width := layer.c_fc[0].size(0)) != 4 * C:
+            return f"an MLP has a width of {width}; the extension takes 4 times {C}"
+        if not _fits(layer, C, width):
+            return "the weights of a block do not fit each other"
         fp32 += [*layer.ln_1, *layer.ln_2]
         if layer.activation != session.activation:
             return "blocks have different activations"

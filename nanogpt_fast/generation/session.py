@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from .. import backend
 from ..ops import attention, mlp, norm, sampler
 from ..ops.graphs import Recorder
+from ..touched import FORWARDS
 from . import decode
 
 _idle = weakref.WeakKeyDictionary()  # model -> [Session]: those that no call uses; never more than were in use at the same time
@@ -29,8 +30,8 @@ def session_of(model, rows, dtype=None):
 
     dtype: of the matmuls; None: autocast's, or the parameters' own.
     """
-    parameters = list(model.parameters())
-    dtype = dtype or autocast_dtype(parameters[0].device) or parameters[0].dtype
+    tensors = _tensors(model)
+    dtype = dtype or autocast_dtype(tensors[0].device) or tensors[0].dtype
     idle, session = _idle.setdefault(model, []), None
     while session is None:
         try:
@@ -38,8 +39,8 @@ def session_of(model, rows, dtype=None):
         except IndexError:
             session = Session(model, rows, dtype)
         else:                                                                       # one that does not fit is dropped: a cache is large
-            session = kept if (kept.rows, kept.dtype) == (rows, dtype) and kept.is_of(model, parameters) else None
-    session.memory = [p.detach() for p in parameters]
+            session = kept if (kept.rows, kept.dtype) == (rows, dtype) and kept.is_of(model, tensors) else None
+    session.memory = [t.detach() for t in tensors]
     if session.given_back is not None:                                              # by a run whose kernels may still be running
         torch.cuda.current_stream(session.device).wait_event(session.given_back)
     session.refresh()
@@ -55,7 +56,7 @@ def give_back(model, session):
 
 
 class Watch:
-    """The modules and weights of a model at one moment: tells whether any has been moved, replaced or changed since.
+    """The modules and weights of a model at one moment: tells whether any has been moved, replaced, changed or touched since.
 
     Changes of values are noticed where PyTorch counts them (`_version`), which it doesn't for a write through `p.data` or to an inference
     tensor.
@@ -63,7 +64,7 @@ class Watch:
 
     def __init__(self, model):
         self.sites = [(parts, name) for module in model.modules() for parts in (module._modules, module._parameters) for name in parts]
-        self.parts = self._parts()
+        self.parts, self.modules = self._parts(), list(model.modules())
         self.parameters = list(model.parameters())
         self.counted = [p for p in self.parameters if not p.is_inference()]
         self.form = self._form()
@@ -74,10 +75,12 @@ class Watch:
     def _form(self):
         every = self.parameters
         return [list(map(read, tensors)) for read, tensors in ((torch.Tensor.data_ptr, every), (torch.Tensor.stride, every),
-                                                               (_dtype, every), (_version, self.counted))]
+                                                               (_dtype, every), (_version, self.counted))] + [
+            [(module.training, bool(module._forward_hooks or module._forward_pre_hooks), "forward" in module.__dict__,
+              module.__dict__.get("n_head")) for module in self.modules], [cls.forward for cls in FORWARDS]]
 
     def unchanged(self):
-        """Whether the model consists of the same tensors, in the same memory, with the same values."""
+        """Whether the model consists of the same tensors, in the same memory, with the same values, and of modules as touched as before."""
         return all(map(operator.is_, self._parts(), self.parts)) and self._form() == self.form
 
 
@@ -102,6 +105,22 @@ class Prompts:
     lengths: torch.Tensor           # (B,)
     logits: torch.Tensor = None     # (B * copies, V)
     replay: object = None           # captured at the second prefill of this shape
+
+
+def _tensors(model):
+    """All that a session reads, in order: of every block, the embeddings, the last norm and the head."""
+    t = model.transformer
+    modules = [t.wte, t.wpe, t.ln_f, model.lm_head]
+    for block in t.h:
+        modules += [block.ln_1, block.ln_2, block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj]
+    pairs = [(module.weight, getattr(module, "bias", None)) for module in modules]
+    return [tensor for pair in pairs for tensor in pair if tensor is not None]
+
+
+def _settings(model):
+    """What else it reads."""
+    return (model.config.block_size, model.config.n_head, len(model.transformer.h),
+            [block.mlp.gelu.approximate for block in model.transformer.h])
 
 
 def _place(tensor):
@@ -129,7 +148,8 @@ class Session:
     """
 
     def __init__(self, model, rows, dtype):
-        self.parameters = [(weakref.ref(p), _place(p)) for p in model.parameters()]
+        self.tensors = [(weakref.ref(t), _place(t)) for t in _tensors(model)]
+        self.settings = _settings(model)
         self.memory = None                                                          # keeps what the decoder reads by address allocated, and
         self.watch = None                                                           # a stream's Watch, both while a run uses the session
         self.given_back = None                                                      # on CUDA: the event at the end of the last run
@@ -170,13 +190,13 @@ class Session:
                     min_p=self.min_p, backend=self.choices)
 
     def is_of(self, model, now):
-        """Whether the model still has the same parameters, in the same memory, and the same backend choices as when this was built.
+        """Whether the model still has the same tensors, in the same memory, and the same backend choices as when this was built.
 
-        now: the model's parameters.
+        now: the model's `_tensors`.
         """
-        return (self.choices, self.block_size, self.used, len(self.parameters)) == (
-            model.backend, model.config.block_size, backend.current(), len(now)) and all(
-            kept() is p and place == _place(p) for p, (kept, place) in zip(now, self.parameters))
+        return (self.choices, self.used, self.settings, len(self.tensors)) == (
+            model.backend, backend.current(), _settings(model), len(now)) and all(
+            kept() is t and place == _place(t) for t, (kept, place) in zip(now, self.tensors))
 
     def _cast(self, parameter):
         if parameter is None or parameter.dtype == self.dtype:

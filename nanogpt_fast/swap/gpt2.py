@@ -142,6 +142,9 @@ def _cache(call):
 class GPT2Mlp(parts.Mlp):
     """GPT2MLP. A Conv1D's weight is (in, out), the op takes (out, in): a transposed view, which the cast makes contiguous."""
 
+    def watched_children(self):
+        return ["act"]
+
     def why_not_fused(self):
         return _conv_touched(self.c_fc) or _conv_touched(self.c_proj) or altered(self.act) or touched(self.dropout, nn.Dropout)
 

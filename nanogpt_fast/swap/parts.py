@@ -84,6 +84,9 @@ class PackedAttention(NanoAttention):
 
     obeyed = ()
 
+    def changed(self):
+        return super().changed() or touched(self.attn_dropout, nn.Dropout)
+
     def _attention_p(self):
         return nano._p(self.attn_dropout)
 
@@ -93,6 +96,9 @@ class SeparateAttention(Swapped):
 
     part = "attention"
     dropouts = ("attn_drop", "resid_drop")
+
+    def changed(self):
+        return super().changed() or touched(self.attn_drop, nn.Dropout)
 
     def why_not(self, x):
         heads = x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)                  # (B, H, T, D), for each of q, k and v
@@ -163,6 +169,9 @@ class NanoMlpRelu(NanoMlp):
 
 class SequentialMlp(Mlp):
     """nn.Sequential(Linear, activation, Linear), with or without a Dropout at the end."""
+
+    def watched_children(self):
+        return ["1"]
 
     def _activation(self):
         return activation_name(self[1])
@@ -283,10 +292,11 @@ class NanoGPT(Swapped, nano.GPT):
         return reason
 
     def why_not(self, idx, targets=None):
-        head, scale = self.lm_head.weight, self.transformer.ln_f.weight              # they stand for the residual stream
+        scale = self.transformer.wte.weight                                           # it stands for the residual stream
         why_not = _kernel_why_not("layer_norm", norm.CANDIDATES, self.backend, (scale, scale, None), norm.row_for)
-        if why_not is None or targets is None:
+        if why_not is not None or targets is None or self._why_not_fused_loss() is not None:
             return why_not
+        head = self.lm_head.weight                                                    # it stands for the residual stream
         return _kernel_why_not("cross_entropy", cross_entropy.CANDIDATES, self.backend, (head, head, targets), cross_entropy.row_for)
 
     def fast(self, idx, targets=None):

@@ -5,6 +5,7 @@ The formulas are in parts.py. Why a class, and not a `forward` set on the instan
 import collections
 import copy
 import functools
+import hashlib
 import inspect
 import types
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn as nn
 
 from .. import model as nano
+from ..touched import known
 from . import stage
 
 
@@ -104,7 +106,7 @@ class Swapped:
         self._swap_state.choices = choices
 
     def __reduce_ex__(self, protocol):
-        return _remake, (self._own, self._mixin, self._lacking), self.__getstate__()
+        return _remake, (self._own, self._mixin, self._lacking, _digest(type(self)._own_forward)), self.__getstate__()
 
 
 def _equal(a, b):
@@ -147,7 +149,7 @@ _MACHINERY = frozenset((*vars(nn.Module()), *vars(nn.Module), "_swap_state", "_s
 def watch(module):
     """Record the attributes with which a swapped module was tried, and those of its config (transformers' excepted), for `changed`."""
     cls, own, d = type(module), type(module)._own, module.__dict__
-    tried, known = [], []
+    tried, counts = [], []
     for name in sorted(cls._mentioned - cls._obeyed):
         value = d.get(name, inspect.getattr_static(own, name, MISSING))
         if name in d or value is not MISSING and not callable(value) and not hasattr(value, "__get__"):
@@ -155,15 +157,15 @@ def watch(module):
         if name in d and hasattr(value, "__dict__") and not callable(value) and not own.__module__.startswith("transformers."):
             tried += [(name, key, _kept(item)) for key, item in vars(value).items()
                       if key in cls._mentioned and f"{name}.{key}" not in cls._obeyed]
-            known.append((name, len(vars(value)), tuple(sorted(cls._mentioned - vars(value).keys()))))
+            counts.append((name, len(vars(value)), tuple(sorted(cls._mentioned - vars(value).keys()))))
     for child in module.watched_children():
-        tried += [(child, "__class__", type(d["_modules"][child]))]
+        tried += [(child, "__class__", known(type(d["_modules"][child])))]
         tried += [(child, key, _kept(item)) for key, item in vars(d["_modules"][child]).items() if key not in _MACHINERY]
     members = {**module._modules, **module._buffers, **module._parameters}
     tried += [(None, name, None) for name, member in members.items() if member is None]
     d["_swap_tried"], d["_swap_known"] = tuple(tried), None
-    known.append((None, len(d) + len(members), tuple(sorted(cls._mentioned - d.keys() - members.keys()))))
-    d["_swap_known"] = tuple(known)
+    counts.append((None, len(d) + len(members), tuple(sorted(cls._mentioned - d.keys() - members.keys()))))
+    d["_swap_known"] = tuple(counts)
 
 
 def _kept(value):
@@ -181,10 +183,20 @@ def unswap(module):
         del module.__dict__[name]
 
 
-def _remake(own, mixin, lacking=()):
-    """An empty instance of the swapped class, for pickle and deepcopy to fill."""
-    cls = swapped_class(own, mixin, lacking)
+def _remake(own, mixin, lacking=(), digest=None):
+    """An empty instance of the swapped class, for pickle and deepcopy to fill. digest: of the forward that was tried, if known."""
+    cls = _swapped_class(own, own.forward, mixin, lacking, digest in (None, _digest(own.forward)))
     return cls.__new__(cls)
+
+
+def _digest(forward):
+    """What tells two forwards apart across processes: a hash of the code, "" without any. Another Python compiles other code."""
+    code = getattr(inspect.unwrap(forward), "__code__", None) if forward is not None else None
+    if code is None:
+        return ""
+    constants = [sorted(map(repr, constant)) if isinstance(constant, frozenset) else repr(constant)
+                 for constant in code.co_consts if not isinstance(constant, types.CodeType)]
+    return hashlib.sha256(repr((code.co_code, constants, code.co_names, code.co_freevars)).encode()).hexdigest()
 
 
 def swapped_class(own, mixin, lacking=()):
@@ -192,12 +204,13 @@ def swapped_class(own, mixin, lacking=()):
 
     lacking: names of dropouts that mixin's formula calls and own does not have.
     """
-    return _swapped_class(own, own.forward, mixin, lacking)
+    return _swapped_class(own, own.forward, mixin, lacking, True)
 
 
 @functools.cache
-def _swapped_class(own, forward, mixin, lacking):
-    namespace = {"_own": own, "_own_forward": forward, "_mixin": mixin, "_lacking": lacking, "__module__": own.__module__,
+def _swapped_class(own, forward, mixin, lacking, tried):
+    """tried: whether this forward is the one that was, so that `changed` may find nothing."""
+    namespace = {"_own": own, "_own_forward": forward if tried else None, "_mixin": mixin, "_lacking": lacking, "__module__": own.__module__,
                  "__qualname__": own.__qualname__, "__doc__": own.__doc__, **{name: nn.Dropout(0.0) for name in lacking}}
     for base in mixin.__mro__:  # take only what a forward needs from model.py's classes; a fork's other methods stay the fork's
         if base in TAKEN:

@@ -166,6 +166,52 @@ def test_an_attribute_that_is_set_later_takes_its_block_off_the_fused_path(devic
     assert report.calls["attention", "own path: causal has changed since the swap"] == 1
 
 
+def hook(model, monkeypatch):
+    model[0].attn_dropout.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def another_dropout(model, monkeypatch):
+    model[0].attn_dropout = nn.Identity()
+
+
+@pytest.mark.parametrize("change, said", [(hook, "Dropout has a hook"), (another_dropout, "Identity replaces Dropout")])
+def test_a_touched_dropout_of_the_attention_is_called(change, said, device, monkeypatch):
+    model = nn.ModuleList([MinAttention()]).to(device).eval()
+    twin, x = copy.deepcopy(model), torch.randn(2, 9, 32, device=device)
+    report = nanogpt_fast.accelerate(model, backend="fused")
+    for m in (model, twin):
+        change(m, monkeypatch)
+    assert_close(model[0](x), twin[0](x))
+    assert list(report.calls) == [("attention", f"own path: {said}")]
+
+
+class Head(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return 2 * self.linear(x)
+
+
+def test_a_wrapped_head_is_called(device):
+    model = stirred(fork(dropout=0.0), device)
+    twin, x = copy.deepcopy(model), torch.randint(65, (1, 9), device=device)
+    nanogpt_fast.accelerate(model, backend="fused")
+    for m in (model, twin):
+        m.lm_head = Head(m.lm_head)
+    for found, expected in zip(model(x, x), twin(x, x), strict=True):
+        assert_close(found, expected)
+
+
+def test_a_forward_set_on_the_activations_class_after_the_swap_is_called(device, monkeypatch):
+    model = stirred(fork(dropout=0.0), device)
+    twin, x = copy.deepcopy(model), torch.randint(65, (1, 9), device=device)
+    nanogpt_fast.accelerate(model, backend="fused")
+    monkeypatch.setattr(nn.GELU, "forward", lambda self, x: x.relu())
+    assert_close(model(x, x)[0], twin(x, x)[0])
+
+
 def test_a_forward_set_on_the_forks_class_after_the_swap_is_called(device, monkeypatch):
     model = stirred(fork(dropout=0.0), device)
     twin, x, own = copy.deepcopy(model), torch.randint(65, (1, 9), device=device), type(model.transformer.h[0].mlp)
@@ -173,6 +219,7 @@ def test_a_forward_set_on_the_forks_class_after_the_swap_is_called(device, monke
     monkeypatch.setattr(own, "forward", lambda self, x: 3 * forward(self, x))
     assert_close(model(x, x)[0], twin(x, x)[0])
     assert [reason for _, reason in report.unfused] == ["MLP.forward was replaced since the swap"] * len(model.transformer.h)
+    assert_close(copy.deepcopy(model)(x, x)[0], twin(x, x)[0])                             # another forward than the one that was tried
     again = nanogpt_fast.accelerate(copy.deepcopy(twin), backend="fused")
     assert {row.reason == "" for row in again.rows if row.part == "mlp"} == {False}         # tried anew, with the new forward
 
