@@ -111,6 +111,15 @@ model(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long))[
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 
+def test_without_the_extension_a_model_compiles_whole():
+    code = """import sys; sys.modules["nanogpt_fast._C"] = None
+import torch, nanogpt_fast
+model = nanogpt_fast.GPT(nanogpt_fast.GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=16))
+x = torch.zeros(1, 8, dtype=torch.long)
+assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x, x)[1], model(x, x)[1])"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """A source archive, unpacked where a wheel was built from it. Nothing is downloaded."""

@@ -15,13 +15,20 @@ except ImportError as error:
     _C, _import_error = None, error
 
 
-def missing():
-    """Why the extension is missing, in one line: the reason that the build recorded, or the import error."""
+def _why_missing():
     try:
         with open(os.path.join(os.path.dirname(os.path.dirname(__file__)), "_C_missing.txt")) as file:
             return f"the extension nanogpt_fast._C was not built: {file.readline().strip()}"
     except OSError:
         return f"the extension nanogpt_fast._C cannot be imported ({_import_error}); install nanogpt_fast with pip"
+
+
+_MISSING = _why_missing()       # read once: torch.compile cannot trace a file's
+
+
+def missing():
+    """Why the extension is missing, in one line: the reason that the build recorded, or the import error."""
+    return _MISSING
 
 
 if _C is None and os.environ.get("LOCAL_RANK", "0") == "0":     # pip hides what the build said; this is the first use
