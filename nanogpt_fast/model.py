@@ -169,7 +169,7 @@ class GPT(nn.Module):
     """nanoGPT's GPT. backend: "auto" (default), "fused", "reference", or e.g. "auto,attention=reference"; see backend.py."""
 
     copies = None   # ((lm_head.weight,), (copy,)) while the trainer keeps copies (training/half_weights.py)
-    lookup = None   # called instead of wte and wpe while the trainer keeps wte's gradient as rows (training/embedding.py)
+    _lookup = None   # called instead of wte and wpe while the trainer keeps wte's gradient as rows (training/embedding.py)
 
     def __init__(self, config, backend=None):
         super().__init__()
@@ -231,7 +231,7 @@ class GPT(nn.Module):
         b, t = idx.size()
         if t > self.config.block_size:
             raise ValueError(f"Cannot forward sequence of length {t}, block size is only {self.config.block_size}")
-        return self._final_norm(self._blocks(self.embed(idx)))
+        return self._final_norm(self._blocks(self._embed(idx)))
 
     def _logits_and_loss(self, x, targets=None, return_logits=True):
         """What `forward` returns, of `_hidden`'s rows x (B, T, C)."""
@@ -269,11 +269,11 @@ class GPT(nn.Module):
         """Whether this model's forward is GPT's as it stands above: a subclass may keep it."""
         return type(self).forward is FORWARDS.get(GPT)
 
-    def embed(self, idx, start=0):
+    def _embed(self, idx, start=0):
         """Token plus position embeddings with dropout: idx (B, T) at positions start .. start + T - 1 -> (B, T, C)."""
         try:
-            if self.lookup is not None:
-                return self.transformer.drop(self.lookup(idx, start))
+            if self._lookup is not None:
+                return self.transformer.drop(self._lookup(idx, start))
             tok_emb = self.transformer.wte(idx)                                                     # (B, T, C)
         except IndexError:
             self.check_ids(idx)

@@ -75,11 +75,11 @@ def gradient_by_row(model, wanted=True):
 
     # The hook runs once autograd has accumulated everything for this weight, including None from the lookup.
     hook = wte.register_post_accumulate_grad_hook(add_pending) if wte.requires_grad else None
-    model.__dict__["lookup"] = lambda index, start: _Embed.apply(wte, wpe, index, start, arrived, kernels)
+    model.__dict__["_lookup"] = lambda index, start: _Embed.apply(wte, wpe, index, start, arrived, kernels)
     try:
         yield True
     finally:
-        del model.__dict__["lookup"]
+        del model.__dict__["_lookup"]
         if hook is not None:
             hook.remove()
 

@@ -119,6 +119,18 @@ def test_c21_a_forward_set_on_a_class_is_called(cls, monkeypatch):
     assert set(calls) == set(of_model) and len(calls) == 2 * len(of_model)
 
 
+def test_c21_a_subclass_may_name_its_own_methods_as_it_likes():
+    class Own(GPT):
+        def embed(self, idx):
+            return self.transformer.wte(idx)            # without positions, for a probe
+        def lookup(self, word):
+            return 0
+    model, plain, x = ours().eval(), theirs().eval(), batch(2, 5)[0]
+    model.__class__ = Own
+    assert torch.equal(model(x, x)[1], plain(x, x)[1])
+    assert torch.equal(model.generate(x, 3, temperature=0), ours().eval().generate(x, 3, temperature=0))
+
+
 @pytest.mark.parametrize("base", [Block, LayerNorm, CausalSelfAttention, MLP])
 def test_c21_a_class_bound_to_one_of_ours_names_is_used(base, monkeypatch):
     class Own(base):

@@ -26,16 +26,16 @@ def test_the_rows_are_added_to_the_heads_gradient_and_make_the_dense_one(T):
         torch.testing.assert_close(ours[name], gradient, msg=name)
     assert not ours["transformer.wpe.weight"][T:].any()
     wte = model.transformer.wte
-    assert "forward" not in vars(wte) and not wte.weight._post_accumulate_grad_hooks and model.lookup is None
+    assert "forward" not in vars(wte) and not wte.weight._post_accumulate_grad_hooks and model._lookup is None
 
 
 def test_it_embeds_to_the_same_bits_at_any_place():
     model, x = gpts.small().eval(), torch.randint(65, (2, 5))
-    expected = model.embed(x, 3)
+    expected = model._embed(x, 3)
     with embedding.gradient_by_row(model):
-        assert torch.equal(model.embed(x, 3), expected)
+        assert torch.equal(model._embed(x, 3), expected)
         with pytest.raises(IndexError, match="token ids must lie in 0..64"):
-            model.embed(x + 65)
+            model._embed(x + 65)
 
 
 @pytest.mark.parametrize("frozen", ("wte", "wpe"))
@@ -80,7 +80,7 @@ def test_pytorch_embeds_where_something_is_unusual(change, reason):
     change(model)
     assert reason in embedding.why_not_by_row(model)
     with embedding.gradient_by_row(model) as by_row:
-        assert not by_row and model.lookup is None
+        assert not by_row and model._lookup is None
 
 
 def test_pytorch_embeds_on_the_reference_path():

@@ -161,7 +161,7 @@ def test_the_embedding_stays_fp32_and_the_tied_weight_gets_both_gradients():
     model = model_of()
     with HalfWeights(model, torch.bfloat16).in_use(), autocast():
         assert model.copies[1][0].dtype == torch.bfloat16
-        assert model.transformer.wte.weight.dtype == model.embed(batch()[0]).dtype == torch.float32
+        assert model.transformer.wte.weight.dtype == model._embed(batch()[0]).dtype == torch.float32
         model(torch.full((1, 4), 7), torch.full((1, 4), 9))[1].backward()
     assert model.lm_head.weight is model.transformer.wte.weight
     assert model.lm_head.weight.grad[7].abs().max() > 0 and model.lm_head.weight.grad[9].abs().max() > 0
