@@ -107,10 +107,10 @@ def test_the_score_mask_does_not_depend_on_tiles():
 @pytest.mark.parametrize("p", [0.0, 1e-3, 0.1, 0.2, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("draw", [lambda seed, p: dropout.row_mask(seed, 200, 1000, p), lambda seed, p: dropout.score_mask(seed, 5, 200, 200, p)],
                          ids=["rows", "scores"])
-def test_the_kept_fraction_is_within_four_sigma(draw, p):
-    keep = draw(int(torch.randint(2**63 - 1, ())), p)
+def test_the_kept_fraction_is_within_six_sigma(draw, p):
+    keep = draw(int(torch.randint(2**63 - 1, ())), p)           # another seed in each run: beyond 6 chance comes once in 5e8, beyond 4 in 16,000
     sigma = math.sqrt(p * (1 - p) / keep.numel())
-    assert abs(float(keep.double().mean()) - (1 - p)) <= 4 * sigma + 1e-9
+    assert abs(float(keep.double().mean()) - (1 - p)) <= 6 * sigma + 1e-9
 
 
 @pytest.mark.parametrize("draw", [lambda seed: dropout.row_mask(seed, 128, 256, 0.5), lambda seed: dropout.score_mask(seed, 2, 128, 128, 0.5)],
