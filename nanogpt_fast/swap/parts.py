@@ -292,11 +292,13 @@ class NanoGPT(Swapped, nano.GPT):
         return reason
 
     def why_not(self, idx, targets=None):
-        scale = self.transformer.wte.weight                                           # it stands for the residual stream
+        scale = getattr(self.transformer.ln_f, "weight", None)                       # it stands for the residual stream, as does the head
+        if scale is None:
+            return f"the last LayerNorm is a {type(self.transformer.ln_f).__name__}"
         why_not = _kernel_why_not("layer_norm", norm.CANDIDATES, self.backend, (scale, scale, None), norm.row_for)
         if why_not is not None or targets is None or self._why_not_fused_loss() is not None:
             return why_not
-        head = self.lm_head.weight                                                    # it stands for the residual stream
+        head = self.lm_head.weight
         return _kernel_why_not("cross_entropy", cross_entropy.CANDIDATES, self.backend, (head, head, targets), cross_entropy.row_for)
 
     def fast(self, idx, targets=None):

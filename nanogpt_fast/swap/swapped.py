@@ -237,8 +237,8 @@ def _swapped_class(own, forward, mixin, lacking, tried):
 
 # What a forward needs from each class of model.py. A fork that uses one of these names for something else is not swapped.
 TAKEN = {
-    nano.GPT: {"forward", "_hidden", "_embed", "_blocks", "_fused_by", "_final_norm", "_logits_and_loss", "_why_not_fused_loss",
-               "_why_not_apart"},
+    nano.GPT: {"forward", "_hidden", "_embed", "_lookup", "_blocks", "_fused_by", "_final_norm", "_logits_and_loss",
+               "_why_not_fused_loss", "_why_not_apart"},
     nano.Block: {"forward", "fused", "drops", "why_not_fused"},
     nano.CausalSelfAttention: {"forward", "branch", "backend"},
     nano.MLP: {"forward", "branch", "backend"},

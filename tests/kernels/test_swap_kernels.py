@@ -185,21 +185,22 @@ def test_a_touched_dropout_of_the_attention_is_called(change, said, device, monk
     assert list(report.calls) == [("attention", f"own path: {said}")]
 
 
-class Head(nn.Module):
-    def __init__(self, linear):
+class Doubled(nn.Module):
+    def __init__(self, module):
         super().__init__()
-        self.linear = linear
+        self.module = module
 
     def forward(self, x):
-        return 2 * self.linear(x)
+        return 2 * self.module(x)
 
 
-def test_a_wrapped_head_is_called(device):
+@pytest.mark.parametrize("parent, name", [("", "lm_head"), ("transformer", "wte"), ("transformer", "ln_f")])
+def test_a_wrapped_module_is_called(parent, name, device):
     model = stirred(fork(dropout=0.0), device)
     twin, x = copy.deepcopy(model), torch.randint(65, (1, 9), device=device)
     nanogpt_fast.accelerate(model, backend="fused")
     for m in (model, twin):
-        m.lm_head = Head(m.lm_head)
+        setattr(m.get_submodule(parent), name, Doubled(m.get_submodule(parent).get_submodule(name)))
     for found, expected in zip(model(x, x), twin(x, x), strict=True):
         assert_close(found, expected)
 
