@@ -109,6 +109,9 @@ def test_the_score_mask_does_not_depend_on_tiles():
                          ids=["rows", "scores"])
 def test_the_kept_fraction_is_within_six_sigma(draw, p):
     keep = draw(int(torch.randint(2**63 - 1, ())), p)           # another seed in each run: beyond 6 chance comes once in 5e8, beyond 4 in 16,000
+    if p == 1.0:    # 256 of 2^32 words reach the largest threshold, and `keep_scale` is 0: 0.012 of 200,000 are expected, 5 once in 5e11
+        assert keep.sum() < 5
+        return
     sigma = math.sqrt(p * (1 - p) / keep.numel())
     assert abs(float(keep.double().mean()) - (1 - p)) <= 6 * sigma + 1e-9
 
