@@ -271,8 +271,20 @@ def interpreted():
     return _interpreted
 
 
-def triton_why_not(tensor):
-    """None if a Triton kernel can run on this tensor's device, else the reason."""
+def wrapper(tensor):
+    """The name of a tensor's class if it wraps other tensors, as a DTensor or a quantized weight does, and has no memory of its own; else None."""
+    kind = type(tensor)
+    return kind.__name__ if hasattr(kind, "__tensor_flatten__") else None
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))     # the usual ones: asking for these takes a tenth of the time
+
+
+def triton_why_not(tensor, *others):
+    """None if a Triton kernel can run on this tensor's device and read it and the others, each a tensor or None; else the reason."""
+    for given in (tensor, *others):
+        if type(given) not in _PLAIN and (name := wrapper(given)) is not None:
+            return f"a tensor is a {name}, which wraps other tensors; a kernel reads memory, and it has none of its own"
     if tensor.is_cuda:
         if (capability := compute_capability(tensor.get_device())) < 80:
             return f"the GPU has compute capability {capability / 10}; the kernels need at least 8.0"

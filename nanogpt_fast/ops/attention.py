@@ -142,9 +142,9 @@ def _check_qkv(q, k, v, dropout_p):
 # ------------------------------------------------------------------------------------------------ which implementation, and why
 
 
-def _why_not(x, dtype, D, scale, backend, dropout_p=0.0):
-    """None if the kernels can run on x (qkv, or one of q, k, v) in this dtype and head size, else the reason."""
-    if (reason := _backend.triton_why_not(x)) is not None:
+def _why_not(x, dtype, D, scale, backend, dropout_p=0.0, others=()):
+    """None if the kernels can run on x (qkv, or q with k and v as the others) in this dtype and head size, else the reason."""
+    if (reason := _backend.triton_why_not(x, *others)) is not None:
         return reason
     if dtype not in KERNEL_DTYPES:
         return f"the input is {dtype}; the kernels take float32, float16 and bfloat16"
@@ -199,7 +199,7 @@ def _separate_why_not(q, k, v, dtype, scale, backend, dropout_p=0.0):
         return f"q is on {device}, k on {k.device}, v on {v.device}"
     if (k.dtype != given or v.dtype != given) and not autocast_dtype(k) == autocast_dtype(v) == dtype:
         return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}"           # the reference raises PyTorch's own error
-    return _why_not(q, dtype, q.shape[3], scale, backend, dropout_p)
+    return _why_not(q, dtype, q.shape[3], scale, backend, dropout_p, (k, v))
 
 
 def row_for(x, dtype, D, scale, backend, dropout_p, training=None):

@@ -69,7 +69,7 @@ def implementation(x, weight, targets, *, return_logits=True, backend=None):
 
 
 def _triton_why_not(x, weight, targets, return_logits=True):
-    if (reason := _backend.triton_why_not(x)) is not None:
+    if (reason := _backend.triton_why_not(x, weight, targets)) is not None:
         return reason
     if not x.device == weight.device == targets.device:
         return f"x is on {x.device}, weight on {weight.device}, targets on {targets.device}"

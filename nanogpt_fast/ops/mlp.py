@@ -77,7 +77,7 @@ def implementation(x, w_fc, b_fc, w_proj, b_proj, *, backend=None):
 
 
 def _triton_why_not(x, w_fc, b_fc, w_proj, b_proj, copies=None):
-    if (reason := _backend.triton_why_not(x)) is not None:
+    if (reason := _backend.triton_why_not(x, w_fc, b_fc, w_proj, b_proj)) is not None:
         return reason
     device, dtype = x.device, x.dtype
     if dtype not in KERNEL_DTYPES:

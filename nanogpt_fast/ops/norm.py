@@ -99,7 +99,7 @@ def _check(x, branch, weight, bias):
 
 
 def _triton_why_not(x, weight, bias, branch=None, out_dtype=None):
-    if (reason := _backend.triton_why_not(x)) is not None:
+    if (reason := _backend.triton_why_not(x, weight, bias, branch)) is not None:
         return reason
     device, dtype = x.get_device(), x.dtype  # get_device() takes half the time of x.device
     if not (dtype in KERNEL_DTYPES and weight.dtype in KERNEL_DTYPES and weight.get_device() == device

@@ -135,6 +135,8 @@ def _rows_dtype(name):
 def _check_logits(logits):
     if not isinstance(logits, torch.Tensor) or logits.dtype not in LOGIT_TYPES:
         raise ValueError(f"logits is {getattr(logits, 'dtype', type(logits))}; expected a tensor of float32, bfloat16 or float16")
+    if (name := _backend.wrapper(logits)) is not None:
+        raise ValueError(f"logits is a {name}, which wraps other tensors; expected a plain one (of a DTensor, logits.full_tensor())")
     if logits.dim() != 2 or not 1 <= logits.size(1) <= MAX_VOCAB:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; expected (B, V) with V from 1 to {MAX_VOCAB}")
 
