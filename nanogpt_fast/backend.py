@@ -22,11 +22,16 @@ import warnings
 
 import torch
 
+from .touched import replaced
+
 OPS = ("attention", "layer_norm", "linear", "mlp", "cross_entropy", "sample", "decode")
 LIBRARY_OPS = ("linear",)      # their reference is one call of a vendor library, which satisfies "fused" too
 CHOICES = ("auto", "fused", "reference")
 IMPLEMENTATIONS = {"attention": ("triton", "cudnn", "cpp"), "layer_norm": ("triton", "cpp"), "linear": ("cublas", "cpp"), "mlp": ("triton", "cpp"),
                    "cross_entropy": ("triton", "cpp"), "sample": ("cpp",), "decode": ("triton", "cpp")}
+# The functions of torch.nn.functional that the reference of an op calls. Where a program has replaced one, `auto` takes the reference, too.
+_CALLED = {"attention": ("scaled_dot_product_attention",), "layer_norm": ("layer_norm",), "linear": ("linear",), "mlp": ("linear", "gelu"),
+           "cross_entropy": ("linear", "cross_entropy"), "sample": (), "decode": ()}
 own = {op: {} for op in OPS}   # {op: {name: why_not}} of kernels that ops/registered.py added
 
 
@@ -121,11 +126,13 @@ def choose(op, candidates, model_choices=None, args=(), fastest=None, by_name=Tr
     wanted = _of(op, choices)
     if not by_name and wanted not in CHOICES:
         wanted = "auto"
-    reasons, row = [], None
+    reasons, row, say = [], None, notice_unfused
     if wanted != "reference" and _transforms_active() and inside_torch_func():
         if wanted == "auto":
             notice("inside torch.func's transforms (grad, vmap, jvp, ...) the ops run on plain PyTorch: " + TORCH_FUNC)
         candidates = (("kernels", lambda *_: TORCH_FUNC),)
+    elif wanted == "auto" and (reason := replaced(*_CALLED[op])) is not None:
+        candidates, reasons, say = (), [reason], notice
     elif wanted == "auto" and fastest is not None and (row := fastest(*args)) is not None:
         if row.use == "reference":
             candidates, reasons = (), [row.note]
@@ -161,7 +168,7 @@ def choose(op, candidates, model_choices=None, args=(), fastest=None, by_name=Tr
         why = "it is not for this device or these arguments" if wanted in names(op) else "no kernel of this name is registered in this process"
         raise RuntimeError(f"backend='{op}={wanted}', but that cannot run: {'; '.join(reasons) or why}. Use backend='auto' to fall back.")
     if row is None or row.use != "reference" or not row.card:      # a row of this very card was measured to be the fastest: nothing is missed
-        notice_unfused(f"{op} runs on plain PyTorch ({'; '.join(reasons) or 'no kernel'})")
+        say(f"{op} runs on plain PyTorch ({'; '.join(reasons) or 'no kernel'})")
     return name
 
 

@@ -21,7 +21,7 @@ from . import apart, backend as _backend, devices, reference
 from .config import ACTIVATIONS, GPTConfig, whole
 from .ops import attention, cross_entropy, linear, mlp, norm
 from .ops.common import dropout_seeds
-from .touched import FORWARDS, altered, known, touched
+from .touched import FORWARDS, altered, known, replaced, touched
 
 
 @known
@@ -392,8 +392,8 @@ class GPT(nn.Module):
         if not self._computes_gpt() or altered(self) is not None:
             return touched(self, GPT)
         t = self.transformer
-        reason = touched(t.wte, nn.Embedding) or touched(t.wpe, nn.Embedding) or touched(t.drop, nn.Dropout) \
-            or touched(t.ln_f, LayerNorm) or touched(self.lm_head, nn.Linear)
+        reason = replaced("scaled_dot_product_attention", "layer_norm") or touched(t.wte, nn.Embedding) or touched(t.wpe, nn.Embedding) \
+            or touched(t.drop, nn.Dropout) or touched(t.ln_f, LayerNorm) or touched(self.lm_head, nn.Linear)
         rows, width = t.wte.weight.shape
         if reason is None and (self.lm_head.weight.shape != (rows, width) or width != self.config.n_embd):
             reason = (f"the head is {tuple(self.lm_head.weight.shape)} and the token embedding {(rows, width)}, "

@@ -1,11 +1,22 @@
 """Is a module exactly ours? The fused paths check this before they bypass a module's call, and report the reason if they cannot."""
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.modules import module as _nn_module
+
+
+def _pytorchs(function):
+    """`function`, or None if another one took its place before we were imported: a Python function knows the module it was written in."""
+    return function if getattr(function, "__globals__", vars(F))["__name__"].startswith("torch.nn.") else None
+
 
 # {class: its forward, as the class was defined}. A program may set another one on the class, or bind the class's name in model.py to one of
 # its own.
-FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.Embedding, nn.Dropout, nn.GELU, nn.ModuleDict, nn.ModuleList)}
+FORWARDS = {cls: _pytorchs(cls.forward) for cls in (nn.Linear, nn.Embedding, nn.Dropout, nn.GELU, nn.ModuleDict, nn.ModuleList)}
+# {name: function of torch.nn.functional, as it was defined}. A program may set another one: attention of its own, or a profiler's.
+FUNCTIONS = {name: getattr(torch._C._nn, name, None) or _pytorchs(getattr(F, name))
+             for name in ("scaled_dot_product_attention", "layer_norm", "linear", "gelu", "embedding", "dropout", "cross_entropy")}
+_CALLED = {nn.Linear: "linear", nn.Embedding: "embedding", nn.Dropout: "dropout", nn.GELU: "gelu"}    # by a module's forward
 
 
 def known(cls):
@@ -32,6 +43,19 @@ def touched(module, cls):
     return altered(module)
 
 
+def replaced(*names):
+    """None if these functions of torch.nn.functional are PyTorch's, else which one is not, as text."""
+    for name in names:
+        if getattr(F, name) is not FUNCTIONS[name]:
+            return f"torch.nn.functional.{name} was replaced"
+    return None
+
+
+def program():
+    """What a program may have replaced on classes and in torch.nn.functional, as it is now."""
+    return [cls.forward for cls in FORWARDS], [getattr(F, name) for name in FUNCTIONS]
+
+
 def altered(module):
     """None if calling `module` is its class's forward, as it was where the class is known, on plain parameters: no `forward` set on the class
     or on the instance, no hook of any kind, no parameter that is a tensor subclass (DTensor, a quantized weight). Else which, as text."""
@@ -39,6 +63,8 @@ def altered(module):
     name = own.__name__
     if own in FORWARDS and own.forward is not FORWARDS[own]:
         return f"{name}.forward was replaced"
+    if own in _CALLED and (reason := replaced(_CALLED[own])) is not None:
+        return reason
     if (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
             or _nn_module._has_any_global_hook()):
         return f"{name} has a hook"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from .. import backend
 from ..ops import attention, mlp, norm, sampler
 from ..ops.graphs import Recorder
-from ..touched import FORWARDS
+from ..touched import program
 from . import decode
 
 _idle = weakref.WeakKeyDictionary()  # model -> [Session]: those that no call uses; never more than were in use at the same time
@@ -77,7 +77,7 @@ class Watch:
         return [list(map(read, tensors)) for read, tensors in ((torch.Tensor.data_ptr, every), (torch.Tensor.stride, every),
                                                                (_dtype, every), (_version, self.counted))] + [
             [(module.training, bool(module._forward_hooks or module._forward_pre_hooks), "forward" in module.__dict__,
-              module.__dict__.get("n_head")) for module in self.modules], [cls.forward for cls in FORWARDS]]
+              module.__dict__.get("n_head")) for module in self.modules], program()]
 
     def unchanged(self):
         """Whether the model consists of the same tensors, in the same memory, with the same values, and of modules as touched as before."""

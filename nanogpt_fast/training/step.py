@@ -8,6 +8,7 @@ from torch.profiler import record_function
 
 from .. import devices
 from ..ops import adamw
+from ..touched import program
 from . import captured, cpu, embedding, sharding
 from .half_weights import HalfWeights
 
@@ -83,8 +84,8 @@ class TrainingStep:
         return loss.detach()
 
     def _read_on_the_host(self):
-        """What decides which operations forward and backward are: of each parameter and module, in order."""
-        return ([(p.data_ptr(), p.requires_grad, bool(p._backward_hooks)) for p in self.model.parameters()],
+        """What decides which operations forward and backward are: of each parameter and module, in order, and of their classes."""
+        return (program(), [(p.data_ptr(), p.requires_grad, bool(p._backward_hooks)) for p in self.model.parameters()],
                 [(type(module), module.training, vars(module).get("p"), vars(module).get("dropout"), bool(
                     module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks))
                  for module in self.model.modules()])

@@ -3,16 +3,22 @@
 One test a row, named by the row. generation/ has more on generate, swap/ on modules.
 """
 import contextlib
+import functools
 import io
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from sides import batch, ours, theirs
 
 import nanogpt_fast.model
-from nanogpt_fast import GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm
+from nanogpt_fast import GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm, backend, ops, touched
 from nanogpt_fast.kernels import fastest
+from nanogpt_fast.ops import norm
 
 
 # Methods
@@ -117,6 +123,45 @@ def test_c21_a_forward_set_on_a_class_is_called(cls, monkeypatch):
     of_model = [module for module in model.modules() if type(module) is cls and module is not model.transformer.h[0].attn.attn_dropout
                 and module is not model.transformer.h[1].attn.attn_dropout]            # nanoGPT calls it in its slow path alone
     assert set(calls) == set(of_model) and len(calls) == 2 * len(of_model)
+
+
+@pytest.mark.parametrize("name", sorted(touched.FUNCTIONS))
+def test_c21_a_function_set_in_torch_nn_functional_is_called(name, monkeypatch):
+    """As context parallelism, SageAttention and profilers do."""
+    function, calls = getattr(F, name), []
+    monkeypatch.setattr(F, name, lambda *args, **kwargs: (calls.append(1), function(*args, **kwargs))[1])
+    counts = []
+    for model in (theirs(block_size=256), ours(block_size=256)):
+        calls.clear()
+        with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)         # auto says what it steps aside from
+            model(*batch(4, 256))[1].backward()
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
+    if name not in ("cross_entropy", "dropout"):
+        assert model.eval().why_not_cached() == f"torch.nn.functional.{name} was replaced"
+
+
+def test_c21_a_replaced_function_is_said_once_and_fused_runs_the_kernel(monkeypatch):
+    backend._noticed.clear()
+    monkeypatch.setattr(F, "layer_norm", functools.partial(F.layer_norm))
+    x, weight = torch.randn(64, 128).bfloat16(), torch.ones(128)
+    with pytest.warns(RuntimeWarning, match=r"layer_norm runs on plain PyTorch \(torch.nn.functional.layer_norm was replaced\)") as said:
+        for _ in range(2):
+            ops.layer_norm(x, weight, None)
+    assert len(said) == 1
+    assert norm.implementation(x, weight, None, backend="fused") == "cpp"
+
+
+def test_c21_a_function_replaced_before_the_import_is_seen():
+    program = ("import torch.nn as nn, torch.nn.functional as F\n"
+               "sdpa, forward = F.scaled_dot_product_attention, nn.Linear.forward\n"
+               "F.scaled_dot_product_attention = lambda *args, **more: sdpa(*args, **more)\n"
+               "nn.Linear.forward = lambda self, x: forward(self, x)\n"
+               "from nanogpt_fast import touched\n"
+               "print(touched.replaced(*touched.FUNCTIONS), touched.altered(nn.Linear(2, 2)), touched.altered(nn.GELU()))")
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert found == "torch.nn.functional.scaled_dot_product_attention was replaced Linear.forward was replaced None\n"
 
 
 def test_c21_a_subclass_may_name_its_own_methods_as_it_likes():

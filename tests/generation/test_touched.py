@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from gpts import prompts_of, sharpened
 
 from nanogpt_fast import GPT, MLP, backend
@@ -106,7 +107,7 @@ def test_an_idle_session_of_another_structure_is_not_taken(change):
     assert not set(map(id, before)) & set(map(id, sessions._idle[model]))
 
 
-@pytest.mark.parametrize("how", ["hook", "pre-hook", "instance", "class", "train", "heads"])
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "instance", "class", "function", "train", "heads"])
 def test_a_model_touched_while_a_stream_is_read_is_followed(how, monkeypatch):
     def change(model):
         mlp, forward = model.transformer.h[0].mlp, MLP.forward
@@ -118,6 +119,9 @@ def test_a_model_touched_while_a_stream_is_read_is_followed(how, monkeypatch):
             mlp.forward = lambda x: 3 * forward(mlp, x)
         elif how == "class":
             monkeypatch.setattr(MLP, "forward", lambda self, x: 3 * forward(self, x))
+        elif how == "function":
+            gelu = F.gelu
+            monkeypatch.setattr(F, "gelu", lambda *args, **more: 3 * gelu(*args, **more))
         elif how == "train":
             model.transformer.drop.p = 0.9
             model.train()

@@ -98,7 +98,7 @@ def test_cudnns_forward_is_taken_where_it_was_measured_faster_and_nowhere_else(m
         size, stride = lambda self, i: self.shape[i], lambda self, i: self.column
         numel = lambda self: self.shape[0] * self.shape[1] * self.shape[2]
     cards.on_card(monkeypatch, 90)
-    monkeypatch.setattr(backend, "triton_why_not", lambda x: None)
+    monkeypatch.setattr(backend, "triton_why_not", lambda *tensors: None)
     monkeypatch.setattr(op, "_why_no_cudnn", lambda: None)
 
     def taken(dtype=torch.bfloat16, D=64, choice="auto", dropout_p=0.0, qkv=Packed()):
@@ -124,7 +124,7 @@ def test_cudnns_forward_of_separate_tensors_is_taken_for_as_many_queries_as_keys
         is_cuda = True
         get_device = lambda self: 0
     cards.on_card(monkeypatch, 90)
-    monkeypatch.setattr(backend, "triton_why_not", lambda x: None)
+    monkeypatch.setattr(backend, "triton_why_not", lambda *tensors: None)
     monkeypatch.setattr(op, "_why_no_cudnn", lambda: None)
 
     def chosen(Tq=128, Tk=128, D=64, choice="auto", dropout_p=0.0, dtype=torch.bfloat16, gradient=True, turned=False, B=2):

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from nanogpt_fast import backend
 from nanogpt_fast.training import captured
@@ -217,18 +218,20 @@ CHANGES = {
     "a hook on a module": lambda model, optimizer: model.transformer.ln_f.register_forward_hook(lambda module, args, out: 2 * out),
     "dropout": lambda model, optimizer: setattr(model.transformer.drop, "p", 0.5),
     "evaluation mode": lambda model, optimizer: model.eval(),
+    "a function of PyTorch": lambda model, optimizer: setattr(F, "gelu", functools.partial(F.gelu, approximate="tanh")),
 }
 
 
 @pytest.mark.parametrize("at", [5, 2], ids=["captured", "not yet"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_step_whose_model_or_optimizer_was_changed_is_captured_again(change, at, recwarn):
+def test_a_step_whose_model_or_optimizer_was_changed_is_captured_again(change, at, recwarn, monkeypatch):
     backend._noticed.clear()
     steps, batches = [], torch.randint(61, (10, 4, 16), generator=torch.Generator().manual_seed(0))
     for not_captured in ("for comparison", None):
         model = model_of(dropout=0.1)
         freeze(model, "transformer.wpe")
         optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+        monkeypatch.setattr(F, "gelu", F.gelu)
         step = TrainingStep(model, optimizer, dtype=torch.float32, batch_shape=(4, 16), not_captured=not_captured)
         if step.graphs is not None:
             step.graphs.recorder = gpts.Recorder()
@@ -238,6 +241,7 @@ def test_a_step_whose_model_or_optimizer_was_changed_is_captured_again(change, a
             torch.manual_seed(i)
             step(lambda: (batch, batch))
         steps.append(step)
+        monkeypatch.undo()
     again = at == 5 and change not in ("nothing", "the learning rate")
     assert steps[1].graphs.recorder.log.count("record _first") == 1 + again
     assert [str(w.message) for w in recwarn if "captured again" in str(w.message)] == again * [

@@ -251,7 +251,7 @@ def gpu(monkeypatch):
     """A card with all kernels, of GPT-2's shape; returns (shape, decide): `decide(times)` runs the contests with times by title and label."""
     for module, name in ((attention, "_why_no_cudnn"), (backend, "triton_import_error")):
         monkeypatch.setattr(module, name, lambda: None)
-    monkeypatch.setattr(backend, "triton_why_not", lambda x: None)
+    monkeypatch.setattr(backend, "triton_why_not", lambda *tensors: None)
     monkeypatch.setattr(attention, "_cudnn_why_not", lambda *args: None)
     monkeypatch.setattr(attention, "CANDIDATES", (("triton", lambda *args: None), ("cudnn", lambda *args: None)))
     for module in (hopper_attention, hopper_mlp):
