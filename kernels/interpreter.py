@@ -4,19 +4,17 @@ The interpreter keeps a bf16 number as the uint16 of its bits. That is right for
 for arithmetic: `tl.dot` and `+` compute with the bit patterns, and the cast to bf16 truncates where a GPU rounds. Each patch
 decodes to fp32, calls the original function, and rounds the result to bf16.
 
-Nothing here runs unless TRITON_INTERPRET=1 and `install_interpreter_patches` is called: by the tests (tests/kernels/harness.py),
+Nothing here runs unless Triton interprets (TRITON_INTERPRET=1) and `install_interpreter_patches` is called: by the tests (tests/kernels/harness.py),
 and by backend.triton_import_error before the first op that could run an interpreted kernel. The patched attributes of Triton's
 module exist from 3.6 to 3.9.
 """
-import os
-
 import numpy as np
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = triton.knobs.runtime.interpret
 
 
 def interpreter_problem():

@@ -270,7 +270,7 @@ triton_import_error._dynamo_marked_constant = True
 
 
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so it cannot change within a process.
-_interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+_interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")     # as triton.knobs reads it
 
 
 def interpreted():

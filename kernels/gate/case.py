@@ -12,16 +12,16 @@ one case (a test checks); a jitted function that kernels call has another name.
 A case describes the launch as Triton's own launcher would specialise it on a GPU:
 
     Case(
-        name="mlp.fc gelu bf16 train",                  # file.kernel and what distinguishes it; unique for an architecture
-        kernel=_fc_kernel,
+        name="mlp.linear_act fc gelu inference bf16",   # file.kernel and what distinguishes it; unique for an architecture
+        kernel=_linear_act_kernel,
         signature={"x_ptr": "*bf16", "M": "i32", ...},  # every argument that isn't constexpr: *fp32 *bf16 *i64 i32 fp32 ...
         constexprs={"BLOCK_M": 128, "stride": 1, ...},  # constexpr parameters, None for absent pointers, ints that are 1
         divisible=("N", "K", "stride_x"),               # ints that are multiples of 16 at this shape; pointers always count
         num_warps=4, num_stages=3,
         tile_row="90: 128x128x64",                      # which row of the table this is, in words
         bytes=..., flops=...,                           # what the launch must move and compute, see below
-        in_model=True,                                  # a GPT-2 124M bf16 training step launches exactly this
-        variant_of="mlp.fc gelu bf16 recompute",        # see below
+        in_model=False,                                 # True: a GPT-2 124M bf16 training step launches exactly this
+        variant_of="mlp.linear_act fc gelu train bf16", # see below
     )
 
 An int that is missing from `divisible` makes loads narrow, 2 bytes instead of 16, in rows that start at a multiple of it.

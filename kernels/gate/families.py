@@ -1,7 +1,7 @@
 """All cases of all kernel families."""
 import functools
-import os
 
+from ..interpreter import INTERPRETED
 from . import adamw, attention, cross_entropy, decode, embedding, layer_norm, mlp
 
 FAMILIES = (adamw, attention, cross_entropy, decode, embedding, layer_norm, mlp)
@@ -17,7 +17,7 @@ def gate_cases(arch):
 @functools.cache
 def all_cases(arch, every=False):
     """{name: Case} for one architecture: every case, except that variants are for EVERY_FORM alone unless `every`."""
-    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
+    if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set, so Triton interprets kernels and can't compile them; unset it")
     cases = {}
     for case in gate_cases(arch):

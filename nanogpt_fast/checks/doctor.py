@@ -170,9 +170,9 @@ TORCH = """
 """
 
 TRITON = """
-    import json, os, triton
+    import json, triton
     import triton.language
-    print(json.dumps({"version": triton.__version__, "interpreted": os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")}))
+    print(json.dumps({"version": triton.__version__, "interpreted": triton.knobs.runtime.interpret}))
 """
 
 # Loaded by its path: importing it through the package would import torch, which may be what is broken.

@@ -9,6 +9,7 @@ whether it interprets); the C++ extension's CPU code, including the sampler, run
 The exit status is 1 if any check fails.
 """
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -25,6 +26,8 @@ import torch
 from .. import backend as _backend, options, tables
 from ..config import GPTConfig
 from ..files import replacing
+from ..generation import decode
+from ..generation.session import Session
 from ..model import GPT
 from ..ops import attention, cross_entropy, linear, mlp, norm, sampler
 from ..ops.hopper import mlp as mlp_hopper
@@ -35,6 +38,8 @@ REFERENCE, FUSED = _backend.parse("reference"), _backend.parse("fused")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 STEPS = 20
+MODULES = {"attention": attention, "layer_norm": norm, "linear": linear, "mlp": mlp, "cross_entropy": cross_entropy}
+CHECKED = (*MODULES, "sample", "decode", "gpt")
 
 
 @dataclass
@@ -42,7 +47,7 @@ class VerifyOptions:
     """Checks every op, in every implementation that this machine can run, against float64; then the whole GPT. Exit status 1 if
     any check fails."""
     quick: bool = option(False, "one shape per op: under a minute on two cores")
-    only: str = option("", "check only these, separated by commas: attention, layer_norm, linear, mlp, cross_entropy, sample, decode, gpt")
+    only: str = option("", f"check only these, separated by commas: {', '.join(CHECKED)}")
     format: str = tables.format_option()
     json: str = option("", "also write the table to this file")
 
@@ -83,8 +88,8 @@ def main(argv):
     """The command `nanogpt-fast verify`: prints the table, returns the exit status."""
     o = options.parse(VerifyOptions, argv, "nanogpt-fast verify")
     only = tuple(filter(None, o.only.split(",")))
-    if unknown := set(only) - {*_backend.OPS, "gpt"}:
-        raise ValueError(f"--only={o.only}: there is no {min(unknown)!r}; expected some of {', '.join(_backend.OPS)}, gpt")
+    if unknown := set(only) - set(CHECKED):
+        raise ValueError(f"--only={o.only}: there is no {min(unknown)!r}; expected some of {', '.join(CHECKED)}")
     if not torch.cuda.is_available() and not _backend.interpreted() and _backend.triton_import_error() is None:
         environment = {"TRITON_DEFAULT_FP_FUSION": "1", **os.environ, "TRITON_INTERPRET": "1"}  # Triton 3.9 warns if fusion is not set
         return subprocess.run([sys.executable, "-m", "nanogpt_fast", "verify", *argv], env=environment).returncode
@@ -120,19 +125,16 @@ def _triton_version():
 
 
 def check(device, quick, only=()):
-    """Yields each row as soon as it is known. only: names of ops, and "gpt"; empty means all."""
+    """Yields each row as soon as it is known. only: of CHECKED; empty means all."""
     _backend.load_local()
     for case in cases(device, quick):
         if not only or case.op in only:
             for name, dtype in itertools.product(implementations(case.op, device), DTYPES):
                 yield from _survive(case.op, dtype, case.shape, check_op(case, name, dtype, device))
-    for op, dtypes, function in (("sample", DTYPES, check_sampler), ("gpt", DTYPES[:2], check_gpt)):
+    for op, dtypes, function in (("sample", DTYPES, check_sampler), ("decode", DTYPES, check_decode), ("gpt", DTYPES[:2], check_gpt)):
         if not only or op in only:
             for dtype in dtypes:
                 yield from _survive(op, dtype, "", function(dtype, device, quick))
-
-
-MODULES = {"attention": attention, "layer_norm": norm, "linear": linear, "mlp": mlp, "cross_entropy": cross_entropy}
 
 
 def implementations(op, device):
@@ -345,6 +347,53 @@ def check_sampler(dtype, device, quick):
         equal = int((ours == theirs).sum())
         yield Row(implementation=implementation, direction=f"tokens, {name}", largest=rows - equal,
                   result="pass" if equal == rows else "FAIL", why=f"{equal} of {rows} tokens are the definition's", **start)
+
+
+# ---------------------------------------------------------------------------------------------------------------- decoding
+
+
+def check_decode(dtype, device, quick):
+    """Rows of a decoding step: the next token's logits, by a cache that holds prompts of several lengths, in every implementation."""
+    large = device.type == "cuda"
+    config = GPTConfig(block_size=256, vocab_size=1000, n_layer=4, n_head=4, n_embd=256) if large \
+        else GPTConfig(block_size=48, vocab_size=257, n_layer=2, n_head=2, n_embd=64)
+    torch.manual_seed(zlib.crc32(b"decode"))
+    model = _build(config, "auto").to(device).eval()
+    for rows in (2, 8) if large or not quick else (2,):         # on a GPU other kernels from 3 rows on
+        lengths = torch.randint(1, config.block_size, (rows,), device=device)
+        tokens = torch.randint(config.vocab_size, (rows, config.block_size), device=device)
+        start = dict(op="decode", dtype=NAMES[dtype], shape=f"rows={rows} L={config.n_layer} T={config.block_size} C={config.n_embd}")
+        exact, plain = (_next_logits(model, tokens, lengths, cast, device) for cast in (torch.float64, dtype))
+        for name, why_not in decode.CANDIDATES:
+            if name == "cpp" and large:
+                continue
+            if (reason := why_not(_session(model, rows, dtype, "reference"))) is not None:
+                yield Row(implementation=name, direction="", result="-", why=reason, **start)
+                continue
+            session = _session(model, rows, dtype, f"decode={name}")
+            with _backend.use("reference"):
+                session.prefill(tokens, lengths)
+            session.feed(tokens[torch.arange(rows, device=device), lengths], lengths)
+            # A row's errors come from one hidden state: too few observations for a bias.
+            measured = measure(session.decode(config.block_size), exact, plain, "forward", check_bias=False)
+            yield Row(implementation=name, direction="logits", **_numbers(measured), result="FAIL" if measured.problem else "pass",
+                      why=measured.problem or "", **start)
+
+
+@torch.no_grad()
+def _session(model, rows, dtype, choice):
+    with _backend.use(choice):
+        session = Session(model, rows, dtype)
+    session.refresh()
+    return session
+
+
+@torch.no_grad()
+def _next_logits(model, tokens, lengths, dtype, device):
+    """Of the whole model on plain PyTorch: each row's logits after the token at its length."""
+    model = copy.deepcopy(model).double() if dtype == torch.float64 else model
+    with _backend.use("reference"), _autocast(device, dtype if dtype in (torch.bfloat16, torch.float16) else None):
+        return torch.cat([model(row[None, :length + 1])[0][:, -1] for row, length in zip(tokens, lengths.tolist())])
 
 
 # ------------------------------------------------------------------------------------------------------------ the whole GPT

@@ -89,8 +89,6 @@ def why_not_triton(session):
     """None if the Triton kernels can decode this session, else the reason."""
     if (reason := _backend.triton_why_not(session.wte)) is not None:
         return reason
-    if session.wte.is_cuda and torch.cuda.get_device_capability(session.device) < (8, 0):
-        return "the GPU has a compute capability below 8.0"
     if session.dtype not in _HALF_OR_FLOAT:
         return f"weights are {session.dtype}; the kernels take float32, float16 and bfloat16"
     if not 1 <= session.rows <= (most := max_rows_triton(session)):

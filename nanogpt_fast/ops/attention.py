@@ -58,7 +58,7 @@ def causal_attention_qkvpacked(qkv: Tensor, n_head: int, *, dropout_p: float = 0
     if not is_compiling() and qkv.is_neg():
         qkv, = resolved(qkv)
     dtype = autocast_dtype(qkv)
-    name = _backend.choose("attention", CANDIDATES, backend, (qkv, dtype, shape[2] // (3 * n_head), scale, backend, dropout_p), row_for)
+    name = _backend.choose("attention", CANDIDATES, backend, (qkv, dtype, shape[2] // (3 * n_head), scale, dropout_p), row_for)
     if name == "reference":
         return reference.causal_attention_qkvpacked(qkv, n_head, dropout_p=dropout_p, scale=scale)
     if name != "triton" and (kernel := _registered.kernel("attention", name)) is not None:
@@ -87,7 +87,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0,
     if not is_compiling() and (q.is_neg() or k.is_neg() or v.is_neg()):
         q, k, v = resolved(q, k, v)
     dtype = autocast_dtype(q)
-    name = _backend.choose("attention", SEPARATE_CANDIDATES, backend, (q, k, v, dtype, scale, backend, dropout_p), separate_row_for)
+    name = _backend.choose("attention", SEPARATE_CANDIDATES, backend, (q, k, v, dtype, scale, dropout_p), separate_row_for)
     if name == "reference":
         return reference.causal_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     if name != "triton" and (kernel := _registered.kernel("attention", name)) is not None:
@@ -116,7 +116,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale:
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected ({q.size(0)},)")
     q, k, v, lengths = resolved(q, k, v, lengths)
     dtype = autocast_dtype(q)
-    args = q, k, v, dtype, scale, backend
+    args = q, k, v, dtype, scale
     if _backend.choose("attention", _DECODE_CANDIDATES, backend, args, by_name=False) == "reference":
         visible = (torch.arange(k.size(2), device=k.device) < lengths[:, None])[:, None, None]          # (B, 1, 1, T)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
@@ -142,7 +142,7 @@ def _check_qkv(q, k, v, dropout_p):
 # ------------------------------------------------------------------------------------------------ which implementation, and why
 
 
-def _why_not(x, dtype, D, scale, backend, dropout_p=0.0, others=()):
+def _why_not(x, dtype, D, scale, dropout_p=0.0, others=()):
     """None if the kernels can run on x (qkv, or q with k and v as the others) in this dtype and head size, else the reason."""
     if (reason := _backend.triton_why_not(x, *others)) is not None:
         return reason
@@ -159,19 +159,19 @@ def _differentiable(q, k, v):
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
-def _cudnn_why_not(qkv, dtype, D, scale, backend, dropout_p):
+def _cudnn_why_not(qkv, dtype, D, scale, dropout_p):
     """None if cuDNN's forward can run, with our backward; else the reason, "" if nobody expects it."""
     if not qkv.is_cuda or qkv.numel() == 0 or qkv.stride(2) != 1:        # cuDNN's attention does not take these
         return ""
     reason = _cudnn_why_left(qkv.size(1), dtype, dropout_p, qkv.requires_grad and torch.is_grad_enabled())
-    return _why_not(qkv, dtype, D, scale, backend) if reason is None else reason
+    return _why_not(qkv, dtype, D, scale) if reason is None else reason
 
 
-def _separate_cudnn_why_not(q, k, v, dtype, scale, backend, dropout_p):
+def _separate_cudnn_why_not(q, k, v, dtype, scale, dropout_p):
     if not q.is_cuda or q.numel() == 0 or q.size(2) != k.size(2) or not q.stride(3) == k.stride(3) == v.stride(3) == 1:
         return ""       # with fewer queries than keys, cuDNN aligns the causal mask to the first key
     reason = _cudnn_why_left(q.size(2), dtype, dropout_p, _differentiable(q, k, v))
-    return _separate_why_not(q, k, v, dtype, scale, backend) if reason is None else reason
+    return _separate_why_not(q, k, v, dtype, scale) if reason is None else reason
 
 
 def _cudnn_why_left(T, dtype, dropout_p, training):
@@ -193,16 +193,16 @@ def _why_no_cudnn():
 _why_no_cudnn._dynamo_marked_constant = True            # evaluated once while tracing, as in backend.py
 
 
-def _separate_why_not(q, k, v, dtype, scale, backend, dropout_p=0.0):
+def _separate_why_not(q, k, v, dtype, scale, dropout_p=0.0):
     device, given = q.device, q.dtype
     if k.device != device or v.device != device:
         return f"q is on {device}, k on {k.device}, v on {v.device}"
     if (k.dtype != given or v.dtype != given) and not autocast_dtype(k) == autocast_dtype(v) == dtype:
         return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}"           # the reference raises PyTorch's own error
-    return _why_not(q, dtype, q.shape[3], scale, backend, dropout_p, (k, v))
+    return _why_not(q, dtype, q.shape[3], scale, dropout_p, (k, v))
 
 
-def row_for(x, dtype, D, scale, backend, dropout_p, training=None):
+def row_for(x, dtype, D, scale, dropout_p, training=None):
     """The row of the table for x: qkv (B, T, 3C), or q (B, H, T, D)."""
     if fastest.nothing_for(x):
         return None
@@ -211,11 +211,11 @@ def row_for(x, dtype, D, scale, backend, dropout_p, training=None):
                         size=D, tokens=x.size(0) * x.size(-2), length=x.size(-2))
 
 
-def separate_row_for(q, k, v, dtype, scale, backend, dropout_p):
-    return row_for(q, dtype, q.shape[3], scale, backend, dropout_p, _differentiable(q, k, v))
+def separate_row_for(q, k, v, dtype, scale, dropout_p):
+    return row_for(q, dtype, q.shape[3], scale, dropout_p, _differentiable(q, k, v))
 
 
-# The arguments of both: (qkv, dtype, head size, scale, backend, dropout_p) and (q, k, v, dtype, scale, backend, dropout_p). cuDNN's forward
+# The arguments of both: (qkv, dtype, head size, scale, dropout_p) and (q, k, v, dtype, scale, dropout_p). cuDNN's forward
 # runs only where the table says so.
 CANDIDATES = (("triton", _why_not), ("cpp", _cpu.why_not), ("cudnn", _cudnn_why_not))
 SEPARATE_CANDIDATES = (("triton", _separate_why_not), ("cudnn", _separate_cudnn_why_not))

@@ -168,9 +168,9 @@ def _why_not(kernel, args):
 def _attention(x, *rest):
     """From the arguments of attention's two lists of candidates."""
     if isinstance(rest[0], torch.Tensor):
-        (q, k, v), (dtype, scale, _, dropout_p) = (x, *rest[:2]), rest[2:]
+        (q, k, v), (dtype, scale, dropout_p) = (x, *rest[:2]), rest[2:]
     else:
-        dtype, D, scale, _, dropout_p = rest
+        dtype, D, scale, dropout_p = rest
         q, k, v = reference.split_heads(x, x.size(-1) // (3 * D))
     if dropout_p > 0:
         return "a registered kernel has no dropout"

@@ -76,13 +76,8 @@ class Report:
     @property
     def unfused(self):
         """[(path, reason)] of swapped blocks and MLPs that do not run fused now: one has a hook, a block has another MLP ..."""
-        found = []
-        for path, module in self.model.named_modules():
-            if isinstance(module, parts.Block) and (why_not := module.why_not_fused()) is not None:
-                found.append((path, why_not))
-            elif isinstance(module, parts.Mlp) and (why_not := module.why_not_fused()) is not None:
-                found.append((path, why_not))
-        return found
+        return [(path, why_not) for path, module in self.model.named_modules()
+                if isinstance(module, (parts.Block, parts.Mlp)) and (why_not := module.why_not_fused()) is not None]
 
     def __enter__(self):
         return self

@@ -51,7 +51,7 @@ class NanoNorm(Norm, nano.LayerNorm):
 def _packed_why_not(x, D, scale, choices, dropout_p):
     """`_kernel_why_not` before the projection runs: x (B, T, C) stands for the packed q, k and v computed from it."""
     return _kernel_why_not("attention", attention.CANDIDATES, choices,
-                          (x, autocast_dtype(x), D, scale, choices, dropout_p), attention.row_for)
+                          (x, autocast_dtype(x), D, scale, dropout_p), attention.row_for)
 
 
 class NanoAttention(Swapped, nano.CausalSelfAttention):
@@ -103,7 +103,7 @@ class SeparateAttention(Swapped):
     def why_not(self, x):
         heads = x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)                  # (B, H, T, D), for each of q, k and v
         return _kernel_why_not("attention", attention.SEPARATE_CANDIDATES, self.backend,
-                              (heads, heads, heads, autocast_dtype(heads), None, self.backend, nano._p(self.attn_drop)), attention.separate_row_for)
+                              (heads, heads, heads, autocast_dtype(heads), None, nano._p(self.attn_drop)), attention.separate_row_for)
 
     def fast(self, x):
         B, T, C = x.shape
@@ -170,11 +170,10 @@ class NanoMlpRelu(NanoMlp):
 class SequentialMlp(Mlp):
     """nn.Sequential(Linear, activation, Linear), with or without a Dropout at the end."""
 
+    _activation = None          # the op's name for it; None: that of the class of self[1]
+
     def watched_children(self):
         return ["1"]
-
-    def _activation(self):
-        return activation_name(self[1])
 
     def why_not_fused(self):
         return (touched(self[0], nn.Linear) or altered(self[1]) or touched(self[2], nn.Linear)
@@ -184,28 +183,22 @@ class SequentialMlp(Mlp):
         return self[0].weight, self[0].bias, self[2].weight, self[2].bias
 
     def fast(self, input):
-        return mlp.gelu_mlp(input, *self.weights(), activation=self._activation(),
+        return mlp.gelu_mlp(input, *self.weights(), activation=self._activation or activation_name(self[1]),
                             dropout_p=nano._p(self[3]) if len(self) > 3 else 0.0, backend=self.backend)
 
 
 class SequentialMlpGelu(SequentialMlp):
     """With an activation of a user's own class; as in NanoMlp, the trial finds out which of the op's it computes."""
 
-    def _activation(self):
-        return "gelu"
-
-    def watched_children(self):
-        return ["1"]
+    _activation = "gelu"
 
 
-class SequentialMlpTanh(SequentialMlpGelu):
-    def _activation(self):
-        return "gelu_tanh"
+class SequentialMlpTanh(SequentialMlp):
+    _activation = "gelu_tanh"
 
 
-class SequentialMlpRelu(SequentialMlpGelu):
-    def _activation(self):
-        return "relu"
+class SequentialMlpRelu(SequentialMlp):
+    _activation = "relu"
 
 
 def activation_name(module):

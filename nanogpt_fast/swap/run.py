@@ -114,11 +114,10 @@ def _run(script, words, backend, name):
 
 
 def _execute(script, backend):
+    """The exit status. The script's own SystemExit passes."""
     try:
         with _backend.use(backend) if backend else contextlib.nullcontext():
             runpy.run_path(str(script), run_name="__main__")
-    except SystemExit:
-        raise  # the script's own status or message
     except KeyboardInterrupt:
         _show()
         return 130

@@ -53,8 +53,8 @@ def why_not(model, optimizer, device, *, ranks=1, scaled=False):
     if torch.is_anomaly_enabled():
         return "autograd's anomaly detection checks every gradient on the host"
     for name, module in model.named_modules():
-        cls = next((cls for cls in ASYNCHRONOUS if type(module) is cls), None)
-        reason = f"{type(module).__name__} is not one of nanoGPT's modules" if cls is None else touched(module, cls)
+        cls = type(module)
+        reason = touched(module, cls) if cls in ASYNCHRONOUS else f"{cls.__name__} is not one of nanoGPT's modules"
         if reason is not None:
             return f"{name or 'the model'} may wait for the GPU: {reason}"
     return None

@@ -9,6 +9,7 @@ Nothing here ends a run. A picture or a logger that fails is said once, and trie
 then written at the next evaluation or at the end. A run of any length takes the same memory: rows are kept in the file, and here only as
 many as the picture shows. Output that reaches nobody (a closed terminal or pipe) stops the run as SIGHUP does: it saves.
 """
+import contextlib
 import collections
 import dataclasses
 import errno
@@ -144,9 +145,15 @@ class Progress:
             self.say("\n".join("    | " + line for line in sample.splitlines()))
         self._draw()
 
+    @contextlib.contextmanager
     def pause(self):
         """`with progress.pause(): ...` excludes its time from tokens/s: for evaluation and saving."""
-        return _Pause(self)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.active:
+                self.paused += time.perf_counter() - began
 
     def close(self):
         """Close the bar, the log file and the trackers, and draw loss.png a last time."""
@@ -227,18 +234,6 @@ class Progress:
         except OSError as error:  # on the full disk of a log file there is no way to say anything
             if error.errno in (errno.EPIPE, errno.EIO):
                 self.stop.nobody_listens()
-
-
-class _Pause:
-    def __init__(self, progress):
-        self.progress = progress
-
-    def __enter__(self):
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_):
-        if self.progress.active:
-            self.progress.paused += time.perf_counter() - self.began
 
 
 class Thinned:

@@ -72,7 +72,7 @@ def main(argv):
     measured_steps = o.steps and not shape.rows
     end = start + seconds * (1 - STEPS * measured_steps)
     try:
-        with screen.Screen(listed, "", o.format) as shown, cpu.keep_freed_memory(not shape.cuda):
+        with screen.Screen(listed, o.format) as shown, cpu.keep_freed_memory(not shape.cuda):
             workers = o.workers or (min(8, os.cpu_count() or 1) if shape.cuda else 1)
             tried = trying.try_all(shape, listed, workers, start + max(TRYING * seconds, 30), shown.tried_one)
             decide(listed, tried, shape, end, decided, shown)

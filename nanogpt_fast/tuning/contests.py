@@ -157,7 +157,7 @@ def _attention(shape):
     backwards = dict(run=graph(forward, ["qkv"], "do"), expected=graph(plain, ["qkv"], "do"), **both)
     whole = [Row("attention training", "triton", **where)]
     peer = {PYTORCH: (Row("attention training", "reference", **where),)}
-    args = (_draw(shape.dtype, shape.device, 1, 1, 3 * C).expand(B, T, -1), shape.dtype, D, None, AUTO, p)
+    args = (_draw(shape.dtype, shape.device, 1, 1, 3 * C).expand(B, T, -1), shape.dtype, D, None, p)
     if shape.cuda and attention._why_not(*args) is None:
         listed = lambda rows: [Tile(M, N, 0, warps, stages) for M, N, warps, stages in rows]
         tiles = _tiles("attention forward tile", listed(FORWARD), shape, where, whole)

@@ -17,8 +17,8 @@ DISPENSABLE = ("tried", "PyTorch", "next best", "it was")       # in a narrow te
 class Screen:
     """The contests as a table: live on a terminal, else a line for each that is decided."""
 
-    def __init__(self, contests, title, format="text"):
-        self.contests, self.title, self.aside = contests, title, tables.aside(format)
+    def __init__(self, contests, format="text"):
+        self.contests, self.aside = contests, tables.aside(format)
         self.console = Console(highlight=False)
         self.tried, self.entries = {contest.name: 0 for contest in contests}, {contest.name: len(contest.entries) for contest in contests}
         self.live = Live(console=self.console, get_renderable=self.table, refresh_per_second=4) if self.console.is_terminal else None
@@ -58,7 +58,7 @@ class Screen:
         for name in DISPENSABLE:
             if sum(widths.values()) + 2 * (len(widths) - 1) > self.console.width:
                 del widths[name]
-        table = Table(title=self.title, box=None, pad_edge=False, title_justify="left")
+        table = Table(box=None, pad_edge=False)
         for name in widths:
             table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=True)
         for line in lines:

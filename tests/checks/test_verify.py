@@ -7,6 +7,7 @@ import torch
 
 from nanogpt_fast import backend
 from nanogpt_fast.checks import verify
+from nanogpt_fast.generation import decode
 from nanogpt_fast.ops.cpu import cross_entropy as cross_entropy_cpu, linear as linear_cpu
 
 
@@ -34,6 +35,21 @@ def test_what_cannot_run_here_says_why_and_is_no_failure(monkeypatch, capsys):
     assert verify.main(["--quick", "--only=mlp", "--format=csv"]) == 0
     out, err = capsys.readouterr()
     assert {row["op"] for row in csv.DictReader(out.splitlines())} == {"mlp"} and "0 checks" in err
+
+
+@pytest.mark.skipif(decode.MISSING is not None, reason="the extension is not built: no C++ compiler")
+@pytest.mark.parametrize("factor,result", [(1.0, "pass"), (1.05, "FAIL")])
+def test_a_decoding_step_is_checked(factor, result, monkeypatch):
+    step = decode.step
+    monkeypatch.setattr(decode, "step", lambda *args, **more: factor * step(*args, **more))
+    rows = [row for row in verify.check(torch.device("cpu"), True, ("decode",)) if row.implementation == "cpp"]
+    assert [(row.dtype, row.result) for row in rows] == [("fp32", result), ("bf16", result), ("fp16", "-")]
+
+
+@pytest.mark.parametrize("op", verify.CHECKED)
+def test_every_op_that_can_be_named_has_rows(op, monkeypatch):
+    monkeypatch.setattr(backend, "_interpreted", False)
+    assert next(verify.check(torch.device("cpu"), True, (op,))).op == op
 
 
 def test_an_op_that_does_not_exist_is_named():

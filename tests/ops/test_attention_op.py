@@ -65,7 +65,7 @@ def test_fused_says_that_it_needs_cuda():
 
 def row(D=64, dtype=torch.bfloat16, tokens=16384, dropout_p=0.0, gradient=True):
     """What `auto` takes for qkv of `tokens` tokens, by the table, on the card of `on_card`."""
-    found = op.row_for(torch.zeros(tokens // 128, 128, 3, requires_grad=gradient), dtype, D, None, None, dropout_p)
+    found = op.row_for(torch.zeros(tokens // 128, 128, 3, requires_grad=gradient), dtype, D, None, dropout_p)
     return "triton" if found is None else found.note if found.use == "reference" else found.use
 
 
@@ -103,7 +103,7 @@ def test_cudnns_forward_is_taken_where_it_was_measured_faster_and_nowhere_else(m
 
     def taken(dtype=torch.bfloat16, D=64, choice="auto", dropout_p=0.0, qkv=Packed()):
         chosen = backend.parse(choice)
-        return backend.choose("attention", op.CANDIDATES, chosen, (qkv, dtype, D, None, chosen, dropout_p), op.row_for) == "cudnn"
+        return backend.choose("attention", op.CANDIDATES, chosen, (qkv, dtype, D, None, dropout_p), op.row_for) == "cudnn"
     assert taken() and taken(torch.float16)
     assert not any((taken(torch.float32), taken(D=128), taken(D=32), taken(choice="fused"), taken(dropout_p=0.1)))
     assert not any(taken(qkv=qkv) for qkv in (Packed(2, 1, 192), Packed(0, 16, 192), Packed(column=2)))    # what cuDNN does not take
@@ -111,7 +111,7 @@ def test_cudnns_forward_is_taken_where_it_was_measured_faster_and_nowhere_else(m
         assert taken(qkv=Packed(128, 128, 192)) and not any(taken(qkv=Packed(*shape)) for shape in ((2, 128, 192), (130, 127, 192)))
     assert not taken(qkv=torch.zeros(1, 2, 192, requires_grad=True))
     monkeypatch.setattr(op, "_why_no_cudnn", lambda: "cuDNN's attention is switched off")
-    assert "switched off" in op._cudnn_why_not(Packed(), torch.bfloat16, 64, None, backend.parse("auto"), 0.0)
+    assert "switched off" in op._cudnn_why_not(Packed(), torch.bfloat16, 64, None, 0.0)
     assert not taken()
     monkeypatch.setattr(op, "_why_no_cudnn", lambda: None)
     assert taken()
@@ -130,7 +130,7 @@ def test_cudnns_forward_of_separate_tensors_is_taken_for_as_many_queries_as_keys
     def chosen(Tq=128, Tk=128, D=64, choice="auto", dropout_p=0.0, dtype=torch.bfloat16, gradient=True, turned=False, B=2):
         q, k, v = (torch.zeros(B, 3, T, D, dtype=dtype).as_subclass(Heads).requires_grad_(gradient) for T in (Tq, Tk, Tk))
         k = k.transpose(2, 3).contiguous().transpose(2, 3) if turned else k
-        return backend.choose("attention", op.SEPARATE_CANDIDATES, backend.parse(choice), (q, k, v, dtype, None, backend.parse(choice), dropout_p), op.separate_row_for)
+        return backend.choose("attention", op.SEPARATE_CANDIDATES, backend.parse(choice), (q, k, v, dtype, None, dropout_p), op.separate_row_for)
     assert {chosen(), chosen(dtype=torch.float16), chosen(100, 100), chosen(gradient=False, B=128)} == {"cudnn"}
     assert {chosen(Tq=64), chosen(dropout_p=0.1), chosen(choice="fused"), chosen(D=32), chosen(gradient=False), chosen(100, 100, gradient=False, B=200), chosen(turned=True),
             chosen(1, 1), chosen(D=32, gradient=False, B=128), chosen(D=32, dropout_p=0.1, B=128)} == {"triton"}

@@ -70,7 +70,7 @@ def test_a_run_that_is_too_short_says_so_and_changes_nothing(tmp_path, capsys, m
 def test_a_narrow_terminal_gets_whole_numbers_in_fewer_columns(width, without):
     contest = contests.Contest("c", "attention, training", None, None, None, {"cpp": (), "PyTorch": ()}, torch.float32, now="triton")
     contest.samples = contest.again = {UNTUNED: [13e-3] * 5, "cpp": [11e-3] * 5, "PyTorch": [12e-3] * 5}
-    with screen.Screen([contest], "") as shown:
+    with screen.Screen([contest]) as shown:
         shown.console.width = width
         with shown.console.capture() as text:
             shown.console.print(shown.table())
@@ -82,7 +82,7 @@ def test_a_narrow_terminal_gets_whole_numbers_in_fewer_columns(width, without):
 
 def test_in_a_pipe_each_decided_op_is_a_line_of_what_runs_and_how_long_it_takes(capsys):
     contest = contests.Contest("c", "loss", None, None, None, {"cpp": (), "PyTorch": ()}, torch.float32, now="triton")
-    with screen.Screen([contest], "") as shown:
+    with screen.Screen([contest]) as shown:
         shown.decided(contest)
         contest.samples = contest.again = {UNTUNED: [13e-3] * 5, "cpp": [11e-3] * 5, "PyTorch": [12e-3] * 5}
         shown.decided(contest)
@@ -93,7 +93,7 @@ def test_an_entry_that_cannot_run_or_was_not_reached_is_not_called_wrong(capsys)
     """Nor is the advice to run verify."""
     for why, said in (("its process ended with status 1", "cannot be timed here: its process ended with status 1\n"), (None, ""), ("wrong: a", "wrong: a; run `nanogpt-fast verify`")):
         contest = contests.Contest("c", "c", None, None, None, {"a": ()}, torch.float32)
-        with screen.Screen([contest], "") as shown:
+        with screen.Screen([contest]) as shown:
             command.decide([contest], {("c", UNTUNED): why} if why else {}, None, time.monotonic() + 60, [], shown)
             late = command.summary([contest], [], {}, "file.json", True)
         out = capsys.readouterr().out
@@ -271,7 +271,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(timing, "time_contest", timed)
         decided = []
         tried = {(contest.name, label): "wrong" if (contest.title, label) in wrong else None for contest in listed for label in contest.entries}
-        with screen.Screen(listed, "") as shown:
+        with screen.Screen(listed) as shown:
             command.decide(listed, tried, shape, time.monotonic() + 60, decided, shown)
         return listed, decided
     return decide

@@ -22,7 +22,7 @@ SCORES = 1 << 20    # scores per tile, over all its heads: 12 MB for S and dP in
 MISSING = extension.lacks("attention_gradient_cpu")
 
 
-def why_not(qkv, dtype, D, scale, backend, dropout_p=0.0):
+def why_not(qkv, dtype, D, scale, dropout_p=0.0):
     """None if these functions can compute attention on the packed qkv in this dtype and head size, else the reason."""
     if MISSING is not None:
         return MISSING
