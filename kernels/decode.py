@@ -237,8 +237,8 @@ def head_kernel(
 
 # How the rows of "decode norm tile", "decode combine tile" and "decode add tile" in fastest.json were chosen: outputs (BLOCK_N) and warps of
 # a program by the power of two that holds a row of the matrix, the same for sm_80 to sm_100 and all dtypes: nothing is reused, so only
-# the number of multiprocessors to fill (84 to 148) depends on the architecture. Chosen by this count, and no other table was timed: up to 64 elements a thread, so that a tile in half precision takes 32 registers beside its row of activations. At
-# C=768 in bf16
+# the number of multiprocessors to fill (84 to 148) depends on the architecture. Chosen by this count, and no other table was timed: up to
+# 64 elements a thread, so that a tile in half precision takes 32 registers beside its row of activations. At C=768 in bf16
 #
 #                    programs   weights of one   in flight on each of 132 multiprocessors, which need 26 KB
 #   norm_qkv            288         12.3 KB         26.8 KB
@@ -266,8 +266,8 @@ def tile_for(kernels, K, device):
 
 
 def combined_chunks(BLOCK_K, tile):
-    """COMBINED: the number of chunks that fill a thread's COMBINED_ELEMENTS, at most 8."""
-    return min(8, COMBINED_ELEMENTS * 32 * tile.num_warps // BLOCK_K)
+    """COMBINED: the number of chunks that fill a thread's COMBINED_ELEMENTS, 1 to 8. (A loop in steps of 0 never ends on a GPU.)"""
+    return max(1, min(8, COMBINED_ELEMENTS * 32 * tile.num_warps // BLOCK_K))
 
 
 # -------------------------------------------------------------------------------------------------------------------- launchers

@@ -28,7 +28,7 @@ BF16_PEAK = (
 
 def choose_device(name="auto"):
     """torch.device for "auto" (the accelerator that torch finds: CUDA, MPS, XPU, ...; else the CPU) or for a name such as
-    "cpu", "cuda", "cuda:1", "mps".
+    "cpu", "cuda", "cuda:1", "mps". One with a number becomes its kind's current device: clocks, events and random states are read of that.
 
     Raises ValueError for an invalid name, RuntimeError if this machine has no such device.
     """
@@ -43,6 +43,8 @@ def choose_device(name="auto"):
     if device.type != "cpu" and (device.index or 0) >= count:
         raise RuntimeError(f"device={name}, but PyTorch {torch.__version__} sees {count or 'no'} {device.type.upper()} device(s) "
                            "here; device=auto uses what is available")
+    if device.index is not None and hasattr(module, "set_device"):
+        module.set_device(device)
     return device
 
 
@@ -145,7 +147,6 @@ def ranks(group_backend, device, group_of_one=False):
     here = Ranks() if alone else Ranks(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
     if device.type == "cuda":
         device = device if alone else choose_device(f"cuda:{here.local_rank}")
-        torch.cuda.set_device(device)
     elif group_backend == "nccl":
         raise ValueError(f"backend=nccl connects NVIDIA GPUs, and the device is {device}; use backend=gloo")
     store = torch.distributed.HashStore() if alone else _store_of_this_start(here)
@@ -230,7 +231,7 @@ def start_reading(tensor):
         return tensor.tolist
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(tensor.device))      # by itself it takes the current device's
 
     def read():
         copied.synchronize()

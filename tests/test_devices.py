@@ -21,8 +21,11 @@ def test_auto_is_the_cpu_where_there_is_no_accelerator(monkeypatch):
 
 
 def test_a_name_takes_that_device_and_its_index_counts(monkeypatch):
+    made_current = []
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 2)
-    assert choose_device("xpu:1") == torch.device("xpu:1")
+    monkeypatch.setattr(torch.xpu, "set_device", made_current.append)
+    assert choose_device("xpu:1") == torch.device("xpu:1") and choose_device("xpu") == torch.device("xpu")
+    assert made_current == [torch.device("xpu:1")]          # events and random states are the current device's
     with pytest.raises(RuntimeError, match=r"device=xpu:2, but PyTorch .* sees 2 XPU device\(s\)"):
         choose_device("xpu:2")
 
@@ -33,6 +36,15 @@ def test_what_is_no_device_or_not_there_is_named(monkeypatch, name, error, text)
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 0)
     with pytest.raises(error, match=text):
         choose_device(name)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
+def test_a_group_of_one_takes_a_gpu_without_a_number(monkeypatch):
+    joined = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **more: joined.append(args))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with devices.ranks(None, torch.device("cuda"), group_of_one=True) as (ranks, device):
+        assert (ranks, device, joined) == (devices.Ranks(), torch.device("cuda"), [("nccl",)])
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")

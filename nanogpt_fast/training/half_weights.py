@@ -89,6 +89,10 @@ class HalfWeights:
         pairs = [(copy, weight) for copy, weight in zip(self.copies, self.weights) if not left_out or weight.grad is None]
         if pairs:
             torch._foreach_copy_(*map(list, zip(*pairs)))
+        self.were_cast()
+
+    def were_cast(self):
+        """Note that the copies are those of the present weights."""
         self._cast_from = self._states()
 
 

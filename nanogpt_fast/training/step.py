@@ -3,6 +3,8 @@
 `nanogpt-fast train` runs it, and `nanogpt-fast bench train` times it. On a GPU it is replayed as CUDA graphs if possible (captured.py).
 Clipping, AdamW and the copies are one pass over memory: a kernel's (ops/adamw.py), or on a CPU the extension's (cpu.py).
 """
+import weakref
+
 import torch
 from torch.profiler import record_function
 
@@ -39,8 +41,10 @@ class TrainingStep:
         self.weights = HalfWeights(model, dtype, leave, compiled=compiled, in_place=self._not_by_row is None)
         self._on_cpu = self.device.type == "cpu"
         self.one_pass = adamw.OnePass(model, optimizer, dict(zip(self.weights.weights, self.weights.copies)))
+        step = weakref.proxy(self)      # the graphs' memory goes with the step at once; in a cycle it would wait for Python's collector
         self.graphs = None if not_captured is not None else captured.CapturedStep(
-            self.forward_backward, self.update, optimizer, batch_shape, self.device, self.prepare, self._read_on_the_host)
+            lambda x, y: step.forward_backward(x, y), lambda: step.update(), optimizer, batch_shape, self.device, lambda: step.prepare(),
+            lambda: step._read_on_the_host())
 
     def __call__(self, next_batch, meanwhile=lambda: None):
         """Train on `accumulation` micro-batches; returns their mean loss, 0-d on the device, which the next step may overwrite.
@@ -56,6 +60,7 @@ class TrainingStep:
                     meanwhile()
             with record_function("update"):
                 self.graphs.update()
+                self._count_writes()
             return self.graphs.loss
         loss = None
         with record_function("forward and backward"):
@@ -83,9 +88,15 @@ class TrainingStep:
             self.scaler.scale(loss).backward()
         return loss.detach()
 
+    def _count_writes(self):
+        """Let PyTorch know what a replay has written, as its own operators do: a backward that saved a weight raises, a stream that
+        generates from the model follows."""
+        torch.autograd.graph.increment_version([p for p in self.model.parameters() if p.grad is not None] + self.weights.copies)
+        self.weights.were_cast()
+
     def _read_on_the_host(self):
-        """What decides which operations forward and backward are: of each parameter and module, in order, and of their classes."""
-        return (program(), [(p.data_ptr(), p.requires_grad, bool(p._backward_hooks)) for p in self.model.parameters()],
+        """What decides which operations a step is: numbers, and of each parameter and module, in order, and of their classes."""
+        return (self.accumulation, self.grad_clip, program(), [(p.data_ptr(), p.requires_grad, bool(p._backward_hooks)) for p in self.model.parameters()],
                 [(type(module), module.training, vars(module).get("p"), vars(module).get("dropout"), bool(
                     module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks))
                  for module in self.model.modules()])

@@ -14,6 +14,7 @@ from . import contest as rules, contests
 
 PATIENCE = 60.0         # seconds for one entry; compiling a kernel takes up to 20
 STARTING = 120.0        # seconds for a process to import PyTorch and make the first inputs
+NO_MEMORY = "the device has not enough memory for it"
 
 
 def try_all(shape, listed, workers, until, progress=lambda contest, label, why: None, patience=PATIENCE):
@@ -37,12 +38,18 @@ def try_all(shape, listed, workers, until, progress=lambda contest, label, why: 
             for worker in busy:
                 if (answer := worker.answer()) is None:
                     continue
-                contest, label = worker.job
-                found[contest.name, label] = answer[0]
-                progress(contest, label, answer[0])
+                contest, label = job = worker.job
                 worker.job = None
                 if not worker.alive:
                     crew.remove(worker)
+                elif answer[0] == NO_MEMORY and len(crew) > 1:      # with fewer processes on the device there is more for each
+                    workers = len(crew) - 1
+                    waiting.insert(0, job)
+                    worker.kill()
+                    crew.remove(worker)
+                    continue
+                found[contest.name, label] = answer[0]
+                progress(contest, label, answer[0])
     finally:
         for worker in crew:
             worker.kill()
@@ -72,7 +79,10 @@ class Worker:
         """None while the entry is running, else (None or why it is not timed,)."""
         try:
             if self.pipe.poll():
-                return self.pipe.recv(),
+                reason, usable = self.pipe.recv()
+                if not usable:
+                    self.kill()
+                return reason,
             if self.process.is_alive() and time.monotonic() < self.deadline:
                 return None
             hangs = self.process.is_alive()
@@ -89,7 +99,7 @@ class Worker:
 
 
 def work(pipe, shape):
-    """The child: answers each (contest's name, label) with None or the reason."""
+    """The child: answers each (contest's name, label) with (None or the reason, whether the process can go on)."""
     backend.load_local()
     by_name, name, inputs, expected = None, None, None, None
     while True:
@@ -104,6 +114,8 @@ def work(pipe, shape):
                 by_name = {contest.name: contest for contest in contests.contests(shape)}
             if name != wanted:
                 name, inputs, expected = None, None, None
+                if shape.cuda:
+                    torch.cuda.empty_cache()        # the other processes need it
                 inputs = by_name[wanted].make()
                 expected = by_name[wanted].expected(dict(inputs))
                 name = wanted
@@ -112,6 +124,15 @@ def work(pipe, shape):
                 torch.cuda.synchronize()
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
-            if shape.cuda and isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
-        pipe.send(reason)
+            if isinstance(error, torch.OutOfMemoryError):
+                name, inputs, expected, reason = None, None, None, NO_MEMORY
+        pipe.send((reason, not shape.cuda or _works()))
+
+
+def _works():
+    """Whether this process can still use its GPU: after an illegal access every later call fails, too."""
+    try:
+        torch.cuda.synchronize()
+        return True
+    except Exception:
+        return False

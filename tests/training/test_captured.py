@@ -7,6 +7,8 @@ import collections
 import copy
 import dataclasses
 import functools
+import gc
+import weakref
 from pathlib import Path
 
 import gpts
@@ -17,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanogpt_fast import backend
+from nanogpt_fast.generation.session import Watch
 from nanogpt_fast.training import captured
 from nanogpt_fast.training.captured import CapturedStep
 from nanogpt_fast.training.finetune import freeze, unfreeze
@@ -207,6 +210,7 @@ def reload(model, optimizer):
 
 
 # What a program may change between steps.
+STEPS = []      # the step in question is the last
 CHANGES = {
     "nothing": lambda model, optimizer: None,
     "the learning rate": lambda model, optimizer: optimizer.param_groups[0].update(lr=1e-4),
@@ -218,6 +222,8 @@ CHANGES = {
     "a hook on a module": lambda model, optimizer: model.transformer.ln_f.register_forward_hook(lambda module, args, out: 2 * out),
     "dropout": lambda model, optimizer: setattr(model.transformer.drop, "p", 0.5),
     "evaluation mode": lambda model, optimizer: model.eval(),
+    "gradient clipping": lambda model, optimizer: STEPS[-1].__setattr__("grad_clip", 1e-3),
+    "accumulation": lambda model, optimizer: STEPS[-1].__setattr__("accumulation", 3),
     "a function of PyTorch": lambda model, optimizer: setattr(F, "gelu", functools.partial(F.gelu, approximate="tanh")),
 }
 
@@ -235,12 +241,13 @@ def test_a_step_whose_model_or_optimizer_was_changed_is_captured_again(change, a
         step = TrainingStep(model, optimizer, dtype=torch.float32, batch_shape=(4, 16), not_captured=not_captured)
         if step.graphs is not None:
             step.graphs.recorder = gpts.Recorder()
+        STEPS.append(step)
         for i, batch in enumerate(batches):
             if i == at:
                 CHANGES[change](model, optimizer)
             torch.manual_seed(i)
             step(lambda: (batch, batch))
-        steps.append(step)
+        steps.append(STEPS.pop())
         monkeypatch.undo()
     again = at == 5 and change not in ("nothing", "the learning rate")
     assert steps[1].graphs.recorder.log.count("record _first") == 1 + again
@@ -259,6 +266,38 @@ def test_auto_says_what_prevents_it_and_on_refuses(folder, capsys):
     with pytest.raises(ValueError, match="cuda_graph"):
         train(tiny.options(folder, cuda_graph="yes"))
     assert TrainOptions().cuda_graph == "auto"
+
+
+def test_a_step_goes_with_its_graphs_as_soon_as_nobody_has_it():
+    model = model_of()
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    step = TrainingStep(model, optimizer, dtype=torch.float32, batch_shape=(4, 16), not_captured=None)
+    step(lambda: torch.zeros(2, 4, 16, dtype=torch.int64))
+    gone = weakref.ref(step)
+    gc.disable()
+    try:
+        del step
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_replay_counts_as_a_write_to_the_weights_and_their_copies():
+    model = model_of()
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    step = TrainingStep(model, optimizer, dtype=torch.bfloat16, batch_shape=(4, 16), not_captured=None)
+    step(lambda: torch.zeros(2, 4, 16, dtype=torch.int64))
+    watch = Watch(model)
+    assert watch.unchanged() and step.weights.copies
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    step.graphs.micro_step, step.graphs.update = lambda *args, **more: None, lambda: None       # a graph's writes, which PyTorch does not see
+    before = [copy._version for copy in step.weights.copies]
+    step(lambda: torch.zeros(2, 4, 16, dtype=torch.int64))
+    assert not watch.unchanged() and all(copy._version > version for copy, version in zip(step.weights.copies, before))
+    after = [copy._version for copy in step.weights.copies]
+    step.weights.follow()                               # the replay has cast them
+    assert after == [copy._version for copy in step.weights.copies]
 
 
 # ---------------------------------------------------------------------------------------------------- on a GPU

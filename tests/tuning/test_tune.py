@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nanogpt_fast import backend, cli
-from nanogpt_fast.kernels import attention_common, fastest
+from nanogpt_fast.generation import decode as decode_op
+from nanogpt_fast.kernels import attention_common, decode, fastest
 from nanogpt_fast.ops import attention, mlp, norm
 from nanogpt_fast.ops.hopper import attention as hopper_attention, mlp as hopper_mlp
 from nanogpt_fast.tuning import command, contests, saved, screen, timing, trying
@@ -194,10 +195,10 @@ def test_the_whole_command_with_processes_that_try_each_entry(tmp_path, capsys):
 
 class Answers:
     """A stand-in for trying.Worker: entries whose label says what becomes of them."""
-    made = 0
+    crew, room = [], 100
 
     def __init__(self, shape):
-        Answers.made += 1
+        Answers.crew.append(self)
         self.job, self.alive = None, True
         self.pipe, self.other = trying.multiprocessing.Pipe()
         self.process = type("Process", (), {"sentinel": self.other})
@@ -209,21 +210,79 @@ class Answers:
     def answer(self):
         label, _ = self.job[1], self.pipe.recv()
         self.alive = "dies" not in label
+        if "large" in label and sum(worker.pipe is not None for worker in Answers.crew) > Answers.room:
+            return trying.NO_MEMORY,
         return ("its process ended" if "dies" in label else "wrong" if "wrong" in label else None),
 
     def kill(self):
         self.pipe.close()
+        self.pipe = None
+
+
+@pytest.mark.parametrize("room, result", [(2, None), (1, None), (0, trying.NO_MEMORY)])
+def test_an_entry_for_which_there_is_no_memory_waits_until_fewer_processes_hold_some(room, result, monkeypatch):
+    monkeypatch.setattr(trying, "Worker", Answers)
+    monkeypatch.setattr(Answers, "crew", [])
+    monkeypatch.setattr(Answers, "room", room)
+    contest = contests.Contest("c", "c", None, None, None, {"small": (), "large": (), "large too": (), "last": ()}, torch.float32)
+    seen = []
+    found = trying.try_all(None, [contest], 4, time.monotonic() + 60, lambda *row: seen.append(row[1]))
+    assert found == {("c", label): result if "large" in label else None for label in contest.entries}
+    assert sorted(seen) == sorted(contest.entries)
+
+
+@pytest.mark.parametrize("error, after, answer", [
+    (RuntimeError("an illegal memory access"), RuntimeError("an illegal memory access"), ("RuntimeError: an illegal memory access", False)),
+    (RuntimeError("no such tile"), None, ("RuntimeError: no such tile", True)),
+    (torch.OutOfMemoryError("CUDA out of memory"), None, (trying.NO_MEMORY, True))])
+def test_a_process_whose_gpu_is_lost_says_so_with_its_answer(error, after, answer, monkeypatch):
+    def fails(*args):
+        raise error
+
+    def synchronize():
+        if after is not None:
+            raise after
+    contest = contests.Contest("c", "c", dict, None, lambda t: (), {"one": ()}, torch.float32)
+    monkeypatch.setattr(contests, "contests", lambda shape: [contest])
+    monkeypatch.setattr(trying.rules, "check", fails)
+    for name, function in (("set_device", lambda number: None), ("empty_cache", lambda: None), ("synchronize", synchronize)):
+        monkeypatch.setattr(torch.cuda, name, function)
+    pipe = Once(("c", "one"))
+    trying.work(pipe, type("Shape", (), {"cuda": True, "number": 0})())
+    assert pipe.sent == [answer]
+    worker = object.__new__(trying.Worker)
+    worker.pipe, worker.alive, worker.process = Once(answer), True, type("Process", (), {"kill": lambda self: None, "join": lambda self: None})()
+    assert worker.answer() == (answer[0],) and worker.alive is answer[1]
+
+
+class Once:
+    """A pipe with one message; keeps what is sent."""
+
+    def __init__(self, message):
+        self.messages, self.sent = [message], []
+        self.send = self.sent.append
+
+    def poll(self):
+        return bool(self.messages)
+
+    def recv(self):
+        if not self.messages:
+            raise EOFError
+        return self.messages.pop()
+
+    def close(self):
+        pass
 
 
 def test_an_entry_that_kills_its_process_costs_that_alone(monkeypatch):
     monkeypatch.setattr(trying, "Worker", Answers)
-    monkeypatch.setattr(Answers, "made", 0)
+    monkeypatch.setattr(Answers, "crew", [])
     contest = contests.Contest("c", "c", None, None, None, {"good": (), "dies": (), "wrong": (), "dies too": (), "last": ()}, torch.float32)
     seen = []
     found = trying.try_all(None, [contest], 2, time.monotonic() + 60, lambda *row: seen.append(row[1]))
     assert found == {("c", UNTUNED): None, ("c", "good"): None, ("c", "dies"): "its process ended", ("c", "wrong"): "wrong",
                      ("c", "dies too"): "its process ended", ("c", "last"): None}
-    assert sorted(seen) == sorted(contest.entries) and Answers.made >= 3
+    assert sorted(seen) == sorted(contest.entries) and len(Answers.crew) >= 3
     assert trying.try_all(None, [contest], 2, time.monotonic() - 1) == {}       # out of time
 
 
@@ -331,3 +390,9 @@ def test_every_tile_that_competes_can_be_launched():
         for row in rows:
             assert all(size & (size - 1) == 0 and size >= 16 for size in row[:-2]) and row[-2] in (4, 8) and 1 <= row[-1] <= 5, row
     assert attention_common.padded_head(64) == 64
+
+
+def test_a_loop_over_chunks_takes_steps_of_one_or_more():
+    """For the widest row and the fewest warps of the contest: with a step of 0, the kernel would never end."""
+    chunks = {warps: decode.combined_chunks(decode_op.LARGEST_K, fastest.Tile(0, 1, 0, warps)) for warps in (1, 2, 4, 8)}
+    assert chunks == {1: 1, 2: 1, 4: 1, 8: 1} and decode.combined_chunks(1024, fastest.Tile(0, 1, 0, 8)) == 8
