@@ -5,8 +5,8 @@
     w = (1 - lr decay) w  -  lr / (1 - beta1^t)  m / (sqrt(v) / sqrt(1 - beta2^t) + eps)             copy = w, rounded
 
 Why one kernel: each pass is bound by memory. PyTorch's fused AdamW reads w, g, m, v and writes w, m, v, and the clipped g: 32 bytes for each
-number; the cast of a matrix reads 4 and writes 2. Together they are 30: g is scaled in registers and not written back, and w is rounded while
-it is there.
+number; the cast of a matrix reads 4 and writes 2: 38. In one pass they are 30: g is scaled in registers and not written back, and w is rounded
+while it is there.
 
 The tensors of a model lie anywhere. So the kernel is given a table of their addresses and numbers, one row for each, and a list of pieces: a
 program takes one piece of one tensor. `_adamw_numbers_kernel` goes first. It counts the steps, whose counts are tensors of the optimizer's state, and

@@ -13,7 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .dropout import checked_seed
 from .fastest import Tile
+from .host import DTYPES, padded
 
 LOG2_E = math.log2(math.e)      # launchers multiply it into the scale, in fp64; in the kernel it would cost one more rounding
 
@@ -84,7 +86,6 @@ def scheduled_tile(n_tiles, n_heads, group):
 # ---------------------------------------------------------------------------------------------------------------- the host side
 
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
 LARGEST_STRIDE = 2**23          # a tile spans up to 128 rows, and its offsets are 32-bit
 
@@ -98,12 +99,6 @@ def machine(device):
     return properties.multi_processor_count, properties.L2_cache_size
 
 
-@functools.cache
-def padded_head(D):
-    """HEAD: D rounded up to a power of two that `tl.dot` accepts."""
-    return max(16, triton.next_power_of_2(D))
-
-
 class Program(typing.NamedTuple):
     """The part of a launch that does not depend on the lengths, computed once per dtype, head size and GPU."""
     tile: Tile
@@ -112,12 +107,12 @@ class Program(typing.NamedTuple):
 
 
 def program(tile, dtype, D, dropout, device):
-    constants = dict(D=D, HEAD=padded_head(D), DROPOUT=dropout, **tile.options())
+    constants = dict(D=D, HEAD=padded(D), DROPOUT=dropout, **tile.options())
     return Program(tile, constants, machine(device)[1] // 2 // (2 * D * dtype.itemsize))
 
 
 def rows_are_contiguous(x):
-    """True where a kernel can read x (B, H, T, D) in place: unit stride in D, rows less than 2^23 elements apart."""
+    """True where a kernel can read x (B, H, T, D) in place: unit stride in D, rows at most 2^23 elements apart."""
     return (x.stride(3) == 1 or x.size(3) == 1) and (x.stride(2) <= LARGEST_STRIDE or x.size(2) == 1)
 
 
@@ -185,7 +180,4 @@ def _check_numbers(q, D, scale, dropout_p, seed):
         raise ValueError(f"the head size is {D}; expected 1 to {LARGEST_HEAD}")
     if not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}; expected a positive number")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
-    if dropout_p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device):
-        raise ValueError("dropout needs a seed: an int64 tensor of one element on the same device")
+    checked_seed(seed, dropout_p, q)

@@ -17,8 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_common import DTYPES, LARGEST_HEAD, LARGEST_STRIDE, LOG2_E, head_offset, load_tile, padded_head, same_layout
+from .attention_common import LARGEST_HEAD, LARGEST_STRIDE, LOG2_E, head_offset, load_tile, same_layout
 from .dependent_launch import launch_dependents, wait_for_predecessor
+from .host import DTYPES, padded
 
 # From this many heads (B * H) on, a program takes a whole head: two programs for each of an H100's 132 multiprocessors. It is a
 # constant so that the bits do not depend on the GPU. On an H100, with a cold L2 cache, the two kernels took 88.6 us for 64 rows of
@@ -169,7 +170,7 @@ def attention_decode(q, k, v, lengths, *, scale):
                          "same for k and v")
     if not scale > 0:
         raise ValueError(f"scale is {scale}; expected a positive number")
-    HEAD = padded_head(D)
+    HEAD = padded(D)
     out = torch.empty((B, H, 1, D), dtype=q.dtype, device=q.device)
     if B * H == 0 or T == 0:
         return out.zero_()

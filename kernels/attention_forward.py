@@ -98,7 +98,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr,
 # cp.async) and so share their rows, which must fit the 99 KB of 86 and 89. The reasons:
 #   half     64 on sm_90: 128x64 takes 359 us in 8 warps, 369 in 4; cuDNN 297. 32: 4 warps take 187 registers, so two programs share
 #            a multiprocessor, and one's exponentials run beside the other's matmuls. 128: 128x64 in 8 warps; 128x128 spills 72 bytes.
-#   dropout  as half, except 8 warps at 64: in 4 warps Philox's words make it spill 32 bytes.
+#   dropout  as half, except where Philox's words make that tile spill: 8 warps up to 64 on sm_100, 64x32 at 256 on sm_90.
 #   float32  without tensor cores a thread keeps whole rows of both factors in registers, so tiles are small.
 
 

@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 
 from . import fastest
-
+from .host import DTYPES
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e38)  # instead of -inf, since -inf - -inf is nan and fp16 logits can overflow to -inf
@@ -163,7 +163,8 @@ def tile(V, device):
 
 
 def chunk_rows(N, V, itemsize, device):
-    """Rows per chunk of N rows of V logits: at most 4 chunks, each of at least 4,096 rows and half a gigabyte, if the table has no number.
+    """Rows per chunk of N rows of V logits: where the table has no number, at most 4 chunks, none under 4,096 rows, and no more than
+    chunks of half a gigabyte need.
 
     All chunks are equally long but the last, which may be a few rows shorter. With fewer rows the matmuls use the GPU poorly. More
     chunks take less memory, but each reads and writes dW in fp32 once more: 8 V C bytes, 309 MB at V = 50,304, C = 768. On an H100,
@@ -190,7 +191,7 @@ def check(x, weight, targets):
     """Raise TypeError or ValueError unless x (N, C), weight (V, C) share a dtype, targets (N,) are int64, all on one device."""
     if x.dim() != 2 or weight.dim() != 2 or x.size(1) != weight.size(1):
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected (N, C) and (V, C)")
-    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if x.dtype != weight.dtype or x.dtype not in DTYPES:
         raise TypeError(f"x is {x.dtype} and weight is {weight.dtype}: expected both float32, both float16 or both bfloat16")
     if targets.dtype != torch.int64:
         raise TypeError(f"targets are {targets.dtype}: expected int64")

@@ -39,12 +39,12 @@ import triton
 import triton.language as tl
 
 from . import fastest
-from .attention_common import DTYPES, LARGEST_HEAD, LOG2_E, padded_head
+from .attention_common import LARGEST_HEAD, LOG2_E
 from .attention_decode import CHUNK_ELEMENTS, WARPS as ATTEND_WARPS, decode_kernel
 from .dependent_launch import launch_dependents, options as launch_options, wait_for_predecessor
-from .host import multiprocessors
+from .host import DTYPES, multiprocessors, padded
 from .layer_norm import row_mean
-from .mlp import ACTIVATIONS, _act
+from .mlp import ACTIVATIONS, activated
 
 LARGEST_K = 8192                # inputs of a matrix: C, F or H heads of padded size; the largest row of the table
 
@@ -191,7 +191,7 @@ def norm_act_kernel(
     wait_for_predecessor(DEPENDENT)
     x = vector(x_ptr + row * C, 0, C, BLOCK_K)
     out = matvec(w, normed(x, ln_weight, ln_bias, eps, C, BLOCK_K)) + b                 # [OUT]
-    tl.store(h_ptr + row * F + n, _act(out, ACTIVATION, True), mask=n < F)
+    tl.store(h_ptr + row * F + n, activated(out, ACTIVATION, True), mask=n < F)
 
 
 @triton.jit
@@ -255,11 +255,6 @@ COMBINED_ELEMENTS = 32          # elements of chunks that a thread of combine_ad
 HEAD_PROGRAMS = 4               # programs of `head` per multiprocessor: as many as its registers allow at once
 
 
-def padded(K):
-    """BLOCK_K: the power of two that holds a row of K."""
-    return max(16, triton.next_power_of_2(K))
-
-
 def tile_for(kernels, K, device):
     """(BLOCK_K, Tile) for a matrix with rows of K and these kernels ("norm", "combine", "add")."""
     return padded(K), fastest.tile(f"decode {kernels} tile", device, size=K)
@@ -299,7 +294,7 @@ class Decoder:
         self.B, self.H, self.T, self.D = layers[0].keys.shape
         self.C, self.V, self.F = wte.size(1), head[0].size(0), layers[0].c_fc[0].size(0)
         self._check()
-        self.HEAD = padded_head(self.D)
+        self.HEAD = padded(self.D)
         self._allocate()
 
     def _allocate(self):
@@ -315,7 +310,7 @@ class Decoder:
         if C != H * D or not 1 <= D <= LARGEST_HEAD:
             raise ValueError(f"the width is {C}, the caches have {H} heads of size {D}; expected {H} * {D}, and a head size "
                              f"of 1 to {LARGEST_HEAD}")
-        if (widest := max(C, F, H * padded_head(D))) > LARGEST_K:
+        if (widest := max(C, F, H * padded(D))) > LARGEST_K:
             raise ValueError(f"a matrix has {widest} inputs, each head padded to a power of two; expected at most {LARGEST_K}")
         dtype, device = self.head[0].dtype, self.wte.device
         matrices = {"head": (self.head, V, C)}

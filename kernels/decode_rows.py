@@ -41,8 +41,8 @@ from .attention_common import LOG2_E, load_tile
 from .attention_decode import LOWEST, attend_slots, keys_of_tile
 from .decode import vector
 from .dependent_launch import launch_dependents, options as launch_options, wait_for_predecessor
-from .host import multiprocessors
-from .mlp import _act
+from .host import multiprocessors, padded
+from .mlp import activated
 
 LARGEST_C = 2048                # the norm holds C / OUT pairs of statistics for each row
 
@@ -221,7 +221,7 @@ def norm_act_kernel(
     out = norm_product(ws, w_ptr, first, F, x_ptr, stats_ptr, ln_weight_ptr, ln_bias_ptr, row, B, eps, C, GROUP, GROUPS,
                        ROWS, OUT, SPLIT, SLICE, EARLY, AHEAD) + b[:, None]              # [OUT, ROWS]
     n = first + tl.arange(0, OUT)
-    tl.store(h_ptr + row[None, :] * F + n[:, None], _act(out, ACTIVATION, True).to(h_ptr.dtype.element_ty),
+    tl.store(h_ptr + row[None, :] * F + n[:, None], activated(out, ACTIVATION, True).to(h_ptr.dtype.element_ty),
              mask=(row < B)[None, :] & (n < F)[:, None])
 
 
@@ -342,10 +342,10 @@ HEAD_PROGRAMS = 2               # programs of `head` per multiprocessor
 FEW_HEADS = 132                 # up to this many programs, `attend` takes 8 warps each, above it 4
 
 
-def cut(kernels, B, K, itemsize):
+def tile_for(kernels, B, K, itemsize):
     """(constexprs, warps) for a matrix with rows of K and B rows of activations, of `itemsize` bytes an element."""
     ROWS, OUT, warps = 8 if B <= 8 else 16, OUTPUTS[kernels], WARPS
-    width = max(16, triton.next_power_of_2(K))
+    width = padded(K)
     while OUT * width > THREAD_WEIGHTS * 32 * warps and warps < 8:
         warps *= 2
     columns = min(SLICE, width)
@@ -405,7 +405,7 @@ class RowsDecoder(decode.Decoder):
                                 **self.groups, num_warps=4, **launch_options(self.x, early=False))
 
     def norm_qkv(self, layer):
-        constants, warps = cut("norm_qkv", self.B, self.C, 4)
+        constants, warps = tile_for("norm_qkv", self.B, self.C, 4)
         norm_qkv_kernel[(-(-3 * self.C // constants["OUT"]),)](
             self.x, self.stats, *layer.ln_1, *layer.c_attn, self.q, layer.keys, layer.values, self.length, self.B, self.T, self.eps,
             C=self.C, D=self.D, **self.groups, **constants, num_warps=warps, **launch_options(self.x))
@@ -417,18 +417,18 @@ class RowsDecoder(decode.Decoder):
             HEAD=self.HEAD, BLOCK=BLOCK, num_warps=warps, **launch_options(self.x))
 
     def linear_add(self, h, linear):
-        constants, warps = cut("linear_add", self.B, h.size(1), 2)
+        constants, warps = tile_for("linear_add", self.B, h.size(1), 2)
         linear_add_kernel[(-(-self.C // constants["OUT"]),)](
             h, *linear, self.x, self.stats, self.B, C=self.C, K=h.size(1), **constants, num_warps=warps, **launch_options(self.x))
 
     def norm_act(self, layer):
-        constants, warps = cut("norm_act", self.B, self.C, 4)
+        constants, warps = tile_for("norm_act", self.B, self.C, 4)
         norm_act_kernel[(-(-self.F // constants["OUT"]),)](
             self.x, self.stats, *layer.ln_2, *layer.c_fc, self.h, self.B, self.eps, C=self.C, F=self.F,
             ACTIVATION=layer.activation, **self.groups, **constants, num_warps=warps, **launch_options(self.x))
 
     def logits(self, out):
-        constants, warps = cut("head", self.B, self.C, 4)
+        constants, warps = tile_for("head", self.B, self.C, 4)
         programs = min(-(-self.V // constants["OUT"]), HEAD_PROGRAMS * multiprocessors(self.x.get_device()))
         head_kernel[(programs,)](
             self.x, self.stats, *self.ln_f, *self.head, out, self.B, self.V, self.eps, C=self.C, **self.groups, **constants,

@@ -83,6 +83,17 @@ def _threshold(p):
     return tl.minimum(tl.cast(p, tl.float32) * TWO_POW_32, LARGEST_BELOW).to(tl.uint32)
 
 
+def checked_seed(seed, p, like):
+    """The seed where p > 0, else None. Raises ValueError unless p is a probability and the seed is one for it."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"the dropout probability is {p}; expected 0 to 1")
+    if p == 0:
+        return None
+    if seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != like.device:
+        raise ValueError(f"the dropout probability is {p}, so seed must be one int64 element on {like.device}; got {seed!r}")
+    return seed
+
+
 # ------------------------------------------------------------------- the same masks in PyTorch, for tests and curious readers
 
 

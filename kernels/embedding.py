@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .host import elsewhere
+from .host import elsewhere, padded
 
 PIECE = 32      # positions of a program
 BLOCK = 256     # channels of a program of two warps: a thread loads 16 bytes of each row
@@ -117,7 +117,7 @@ def embed(index, wte, wpe, start=0):
             return embed(index, wte, wpe, start)
     x = wte.new_empty(*index.shape, wte.size(1))
     if x.numel() > 0:
-        block = max(triton.next_power_of_2(x.size(-1)), 16)
+        block = padded(x.size(-1))
         _embed_kernel[(index.numel(), )](x, index, wte, wpe, index.size(-1), wte.size(0), x.size(-1), start, BLOCK=block,
                                          num_warps=min(max(block // 256, 1), 8))
     return x

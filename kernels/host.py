@@ -8,6 +8,9 @@ rounds up with -(-a // b): triton.cdiv and triton.next_power_of_2, which are cal
 import functools
 
 import torch
+import triton
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)     # that the kernels take
 
 
 def elsewhere(tensor):
@@ -22,3 +25,9 @@ def multiprocessors(device):
     With one multiprocessor, interpreted programs loop over several tiles, as on a GPU.
     """
     return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 1
+
+
+@functools.cache
+def padded(n):
+    """n rounded up to a power of two, at least 16: the block that holds a row of n numbers, and that `tl.dot` accepts."""
+    return max(16, triton.next_power_of_2(n))

@@ -28,15 +28,13 @@ variance", 1983 (the corrected two-pass form).
 Shapes: N rows of C elements; x, branch, s, y and their gradients (N, C); weight, bias (C,); statistics (2, N) fp32: the means,
 then the reciprocal standard deviations.
 """
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from . import fastest
-from .dropout import keep_rows, keep_scale
-from .host import elsewhere, multiprocessors
+from .dropout import checked_seed, keep_rows, keep_scale
+from .host import DTYPES, elsewhere, multiprocessors, padded
 
 MAX_C = 8192
 
@@ -192,12 +190,6 @@ SUM_ROWS, SUM_COLUMNS = 64, 16  # 16 fp32 of a row are two sectors of 32 bytes, 
 SUM_CONSTANTS = {"ROWS": SUM_ROWS, "BLOCK_C": SUM_COLUMNS, "num_warps": 4}
 
 
-@functools.cache
-def padded(C):
-    """BLOCK_C: the power of two that holds a row of C."""
-    return max(16, triton.next_power_of_2(C))
-
-
 def tile_for(pass_, C, device, N):
     """The Tile of a pass ("forward", "backward") over N rows of C: BLOCK_M rows a program."""
     return fastest.tile(f"layer_norm {pass_} tile", device, size=C, tokens=N)
@@ -220,10 +212,10 @@ def _backward_program(C, device, N):
     """(rows of a tile, most programs, the kernel's constants), likewise."""
     tile = tile_for("backward", C, device, N)
     most = PROGRAMS_PER_MULTIPROCESSOR[tile.num_warps] * multiprocessors(device)
-    return tile.BLOCK_M, most, constants(C, tile) | _backward_options(tile)
+    return tile.BLOCK_M, most, constants(C, tile) | backward_options(tile)
 
 
-def _backward_options(tile):
+def backward_options(tile):
     return {"maxnreg": BACKWARD_REGISTERS} if tile.num_warps > 1 else {}
 
 
@@ -240,7 +232,7 @@ def forward(x, branch, weight, bias, *, eps=1e-5, p=0.0, seed=None, y_dtype=None
     Raises ValueError, TypeError.
     """
     _check(x.shape[-1], x=x, branch=branch, weight=weight, bias=bias)
-    seed = _check_seed(seed, p, x) if branch is not None else None
+    seed = checked_seed(seed, p, x) if branch is not None else None
     return launch_forward(x, branch, weight, bias, seed, p, eps, y_dtype)
 
 
@@ -267,7 +259,7 @@ def backward(dy, ds, s, weight, statistics, *, p=0.0, seed=None, branch_dtype=No
     no dropout. dweight_dtype, dbias_dtype: the dtype of that gradient, None where it is not wanted. Raises ValueError, TypeError.
     """
     _check(s.shape[-1], s=s, dy=dy, ds=ds, weight=weight)
-    seed = _check_seed(seed, p, s) if branch_dtype is not None else None
+    seed = checked_seed(seed, p, s) if branch_dtype is not None else None
     return launch_backward(dy, ds, s, weight, statistics, seed, p, branch_dtype, dweight_dtype, dbias_dtype)
 
 
@@ -305,7 +297,7 @@ def drop(ds, *, p, seed, branch_dtype):
             return drop(ds, p=p, seed=seed, branch_dtype=branch_dtype)
     C = ds.shape[-1]
     _check(C, ds=ds)
-    seed = _check_seed(seed, p, ds)
+    seed = checked_seed(seed, p, ds)
     N = ds.numel() // C
     dbranch = torch.empty_like(ds, dtype=branch_dtype)
     if N > 0:
@@ -314,7 +306,6 @@ def drop(ds, *, p, seed, branch_dtype):
     return dbranch
 
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 VECTORS = ("weight", "bias")
 
 
@@ -325,27 +316,16 @@ def _check(C, **tensors):
         raise ValueError(f"{next(iter(tensors))} has rows of {C} elements; expected 1 to {MAX_C}")
     shape, device = first.shape, first.device
     for name, tensor in tensors.items():
-        if tensor is not None and not (tensor.dtype in FLOATS and tensor.device == device and tensor.is_contiguous()
+        if tensor is not None and not (tensor.dtype in DTYPES and tensor.device == device and tensor.is_contiguous()
                                        and tensor.shape == ((C, ) if name in VECTORS else shape)):
             _raise_what_is_wrong(name, tensor, (C, ) if name in VECTORS else tuple(shape), device)
 
 
 def _raise_what_is_wrong(name, tensor, shape, device):
-    if tensor.dtype not in FLOATS:
+    if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} is {tensor.dtype}; expected float32, float16 or bfloat16")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}; expected {device}, where the first argument is")
     if tensor.shape != shape:
         raise ValueError(f"{name} is {tuple(tensor.shape)}; expected {shape}")
     raise ValueError(f"{name} has strides {tensor.stride()} at shape {tuple(tensor.shape)}; call .contiguous()")
-
-
-def _check_seed(seed, p, like):
-    """The seed where p > 0, else None."""
-    if p == 0.0:
-        return None
-    if not 0.0 < p <= 1.0:
-        raise ValueError(f"p is {p}; a dropout probability lies in 0..1")
-    if seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != like.device:
-        raise ValueError(f"p is {p}, so seed must be one int64 element on {like.device}; got {seed!r}")
-    return seed

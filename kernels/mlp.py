@@ -17,7 +17,7 @@ The activation between the two matmuls can be computed in two places:
   pointwise   in a kernel of its own after cuBLAS's matmul (`act`, `dact`). More traffic, but cuBLAS's main loop.
 
 The epilogue is faster only where it runs beside another block's main loop, which keeps the tensor cores busy: GELU takes about 33
-instructions an element, and a K of 768 is only 12 steps of the main loop. So tiles are 128 x 128 with four warps, which puts two
+instructions an element, and a K of 768 is only 12 steps of the main loop. So tiles are 128 x 128 with four warps (by timing eight in sm_90's backward), which puts two
 blocks on a multiprocessor, and the epilogue works on quarters of a tile, which keeps it from spilling. (A 128 x 256 tile has a
 better main loop, but one block a multiprocessor, and it spills.)
 
@@ -38,7 +38,8 @@ import triton.language as tl
 
 from . import fastest
 from .dot import add_dot
-from .dropout import keep_rows, keep_scale
+from .dropout import checked_seed, keep_rows, keep_scale
+from .host import DTYPES
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu")
 
@@ -76,7 +77,7 @@ def _tanh_gate(x):
 
 
 @triton.jit
-def _act(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+def activated(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """act(x), x fp32."""
     if ACTIVATION == "gelu":
         cdf, _ = _normal_cdf(x, EXACT)
@@ -179,7 +180,7 @@ def _store_act(h, b_ptr, h_ptr, y_ptr, seed_ptr, dropout_p, m, n, M, N,
         h += tl.load(b_ptr + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
     if h_ptr is not None:
         tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
-    y = _act(h, ACTIVATION, EXACT)
+    y = activated(h, ACTIVATION, EXACT)
     if DROPOUT:
         keep = keep_rows(tl.load(seed_ptr), row.to(tl.int64), dropout_p, BLOCK_N, n)
         y = tl.where(keep, y * keep_scale(dropout_p), 0.0)
@@ -294,7 +295,7 @@ def tile_for(pass_, x, M, N):
     return fastest.tile(f"mlp {pass_} tile", x.get_device(), fastest.column(x.dtype), size=N, tokens=M)
 
 
-def _rows_per_program(M, tiles_n):
+def rows_per_program(M, tiles_n):
     """Rows of one program of `_dact_kernel`: a multiple of its tile's."""
     block_m = POINTWISE_TILE[0]
     rows = -(-M // max(1, SUM_PROGRAMS // tiles_n))
@@ -303,7 +304,6 @@ def _rows_per_program(M, tiles_n):
 
 # --------------------------------------------------------------------------------------------------------------- launchers
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _check(name, tensor, shape, like, dtypes=None, row_stride_free=False):
@@ -327,10 +327,7 @@ def _check_act(x, activation, dropout_p, seed):
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
     if x.dtype not in DTYPES:
         raise TypeError(f"the input is {x.dtype}; expected {', '.join(map(str, DTYPES))}")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p is {dropout_p}; expected 0 to 1")
-    if dropout_p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device):
-        raise ValueError(f"dropout_p is {dropout_p}, so seed must be one int64 element on {x.device}; got {seed!r}")
+    checked_seed(seed, dropout_p, x)
 
 
 def linear_act(x, w, b=None, *, activation="gelu", keep_h=True, dropout_p=0.0, seed=None, tile=None):
@@ -422,7 +419,7 @@ def dact(dy, h=None, b=None, *, activation="gelu", dropout_p=0.0, seed=None, wan
         _check("b", b, (N,), dy, DTYPES)
     block_m, block_n, warps = POINTWISE_TILE
     tiles_n = -(-N // block_n)
-    rows = rows or _rows_per_program(M, tiles_n)
+    rows = rows or rows_per_program(M, tiles_n)
     groups = -(-M // rows)
     dh = torch.empty_like(dy) if want_dh else None
     post = torch.empty_like(dy) if want_post else None

@@ -127,17 +127,17 @@ class Block(nn.Module):
         """The same block with each residual add fused into the LayerNorm that follows it.
 
         x (B, T, C) is the residual stream; branch (B, T, C) or None must still be added to it, after dropout with probability p.
-        seeds: of the three dropouts in here, in order; None: drawn where needed. Returns the first three for the next block.
+        seeds: of the three dropouts in here, in order; None: drawn where needed. Returns (x, branch, p) for the next block.
         """
         x, h = norm.add_layer_norm(x, branch, self.ln_1.weight, self.ln_1.bias, dropout_p=p, seed=seeds[0],
                                          backend=self.ln_1.backend)
         x, h = norm.add_layer_norm(x, self.attn.branch(h, seeds[1]), self.ln_2.weight, self.ln_2.bias,
-                                         dropout_p=_p(self.attn.resid_dropout), seed=seeds[2], backend=self.ln_2.backend)
-        return x, self.mlp.branch(h), _p(self.mlp.dropout)
+                                         dropout_p=drop_rate(self.attn.resid_dropout), seed=seeds[2], backend=self.ln_2.backend)
+        return x, self.mlp.branch(h), drop_rate(self.mlp.dropout)
 
     def drops(self):
         """Whether one of the three dropouts of `fused` drops now, as far as the block can tell: seeds for nothing do no harm."""
-        return bool(_p(self.attn.resid_dropout) or _p(self.mlp.dropout) or self.attn.training and getattr(self.attn, "dropout", 0.0))
+        return bool(drop_rate(self.attn.resid_dropout) or drop_rate(self.mlp.dropout) or self.attn.training and getattr(self.attn, "dropout", 0.0))
 
     def why_not_fused(self):
         """None if `fused` computes what calling this block would, else the reason why not."""
@@ -159,7 +159,7 @@ def _linear(x, module, copy, choices):
     return linear.linear(x, module.weight, module.bias, copy=copy, backend=choices)
 
 
-def _p(dropout):
+def drop_rate(dropout):
     """The probability with which an nn.Dropout drops now, after any later change of .p or of the train/eval mode."""
     return dropout.p if dropout.training else 0.0
 
@@ -298,11 +298,11 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             name = self._fused_by(block, x)
             if name is None:
-                x, branch, p = block(_add(x, branch, p)), None, 0.0
+                x, branch, p = block(add_branch(x, branch, p)), None, 0.0
                 continue
             if name == "triton" and seeds is None and block.drops():
                 seeds = dropout_seeds(x, 3 * len(self.transformer.h))
-            x, branch, p = block.fused(x, branch, p, *(() if seeds is None else (seeds[3 * i:3 * i + 3],)))
+            x, branch, p = block.fused(x, branch, p, (None,) * 3 if seeds is None else seeds[3 * i:3 * i + 3])
         return x, branch, p
 
     def _fused_by(self, block, x):
@@ -320,7 +320,7 @@ class GPT(nn.Module):
         x, branch, p = residual
         ln_f = self.transformer.ln_f
         if branch is None or touched(ln_f, LayerNorm) is not None:
-            return ln_f(_add(x, branch, p))
+            return ln_f(add_branch(x, branch, p))
         return norm.add_layer_norm(x, branch, ln_f.weight, ln_f.bias, dropout_p=p, last=True, backend=ln_f.backend)[1]
 
     def get_num_params(self, non_embedding=True):
@@ -434,7 +434,7 @@ def same_matrix(a, b):
     return a.dtype == b.dtype and torch.equal(*(t.detach().cpu().contiguous().view(torch.uint8) for t in (a, b)))
 
 
-def _add(x, branch, p):
+def add_branch(x, branch, p):
     return x if branch is None else x + nn.functional.dropout(branch, p, training=p > 0)
 
 

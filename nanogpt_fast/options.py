@@ -128,7 +128,7 @@ def check(options):
 
 
 def accepted(cls, name, value):
-    """The value as the field `name` of the dataclass `cls` takes it. Raises ValueError if it takes it not at all."""
+    """The value as the field `name` of the dataclass `cls` takes it. Raises ValueError if the field does not accept it."""
     field = next(field for field in dataclasses.fields(cls) if field.name == name)
     return _accepted(value, field, _kinds(cls)[name])
 

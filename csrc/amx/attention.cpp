@@ -10,16 +10,14 @@
 #include <cmath>
 #include <stdexcept>
 
-#include "amx/gemm.h"
-#include "team.h"
+#include "amx/gemm_blocks.h"
 #include "amx/tiles.h"
+#include "team.h"
 
 #ifdef NGF_AMX
 
 namespace ngf {
 namespace {
-
-int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // exp to 2 units in the last place: 2^n times a Taylor polynomial of degree 6 in the remainder, at most ln 2 / 2.
 NGF_AVX512 inline __m512 exp_of(__m512 x) {
@@ -35,9 +33,7 @@ NGF_AVX512 inline __m512 exp_of(__m512 x) {
 // Interleaves two rows of fp32 sums to one row of pairs: 16 columns of a right operand.
 NGF_AVX512 inline __m512i interleave(__m512 even, __m512 odd) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);      // 16 of `even`, then 16 of `odd`
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
-                                         18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, both);
+  return _mm512_permutexvar_epi16(halves_in_turn(), both);
 }
 
 // Writes sums (32 of the head's width from `c`, 32 queries from `q`) to rows of queries, each column times its factor.
@@ -250,7 +246,7 @@ void backward_head(const Head& h, const uint16_t* dout, int64_t dout_stride, uin
 
 // Calls work(head, its offset in (B, T, C), in (B, T, 3C), memory) for every head.
 template <class Work> void for_heads(const PackedAttention& a, int threads, const Work& work) {
-  if (!gemm_works()) throw std::runtime_error("this CPU has no AMX");
+  check_amx();
   const int64_t all = a.batch * a.heads, C = a.heads * a.width;
   threads = (int)std::min<int64_t>({threads, all, 1 + all * a.tokens * a.tokens * a.width / (1 << 21)});
   Shares shares(all, threads);

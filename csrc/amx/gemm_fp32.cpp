@@ -68,15 +68,13 @@ NGF_AVX512 inline bool load_parts(const Lines& s, int64_t i, int64_t k, __m512i 
     return true;
   }
   const __mmask16 mask = first_of_16(s.lines - i);
-  const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
-                                               18, 2, 17, 1, 16, 0);
   for (int64_t j = 0; j < SIDE; ++j) {
     const int64_t row = k + 2 * j;
     const float* const at = s.data + row * s.deep + i;
     __builtin_prefetch(at + PANEL);
     __builtin_prefetch(at + s.deep + PANEL);
     split(_mm512_maskz_loadu_ps(row < s.depth ? mask : 0, at), _mm512_maskz_loadu_ps(row + 1 < s.depth ? mask : 0, at + s.deep), part);
-    for (int64_t p = 0; p < PARTS; ++p) r[p][j] = _mm512_permutexvar_epi16(interleaved, part[p]);
+    for (int64_t p = 0; p < PARTS; ++p) r[p][j] = _mm512_permutexvar_epi16(halves_in_turn(), part[p]);
   }
   return false;
 }

@@ -30,6 +30,11 @@ struct alignas(64) TileShapes {            // all eight tile registers have 16 r
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// The permutation of 32 numbers that takes from both halves in turn: 0, 16, 1, 17, ...
+NGF_AVX512 inline __m512i halves_in_turn() {
+  return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+}
+
 // Runs `work` with all tiles configured, then restores the thread's earlier tile shapes, which another library may use, with zeros in them.
 template <class Work> NGF_TILES void with_tiles(const Work& work) {
   alignas(64) char before[64];

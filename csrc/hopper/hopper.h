@@ -107,7 +107,7 @@ __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_g
 template <int LEFT> __device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory"); }
 
 // The descriptor of an operand in rows of 128 swizzled bytes; eight rows are 1,024 bytes. `next`: bytes to the next 64 columns, for an operand
-// whose rows run along K.
+// that is stored as (K, N).
 __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t next = 16) {
     const uint64_t swizzled = 1;
     return (address & 0x3FFFF) >> 4 | static_cast<uint64_t>(next >> 4) << 16 | static_cast<uint64_t>(1024 >> 4) << 32 | swizzled << 62;

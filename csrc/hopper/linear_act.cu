@@ -162,10 +162,10 @@ linear_act_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_consta
                     barrier_wait(empty + 8 * stage, (turn / STAGES + 1) & 1);
                     barrier_expect(barrier, STAGE_BYTES);
                     load_tile(a, &a_map, k * BK, m, barrier);
-                    if (BACKWARD) {                         // rows run along K: three tiles of 64 columns, half the rows of each
+                    if (BACKWARD) {                         // b is (K, N): three boxes of 64 columns, half of the rows of each
                         for (int i = 0; i < BN / 64; ++i)
                             load_tile_in_both(b + i * BK * 128 + rank * (BK / 2 * 128), &b_map, n + i * 64, k * BK + rank * (BK / 2), barrier);
-                    } else {                                // rows run along N: half of them
+                    } else {                                // b is (N, K): half of its rows
                         load_tile_in_both(b + rank * (B_BYTES / 2), &b_map, k * BK, n + rank * (BN / 2), barrier);
                     }
                 }

@@ -1,7 +1,9 @@
 // The CPU sampler: chooses the instruction set, and runs rows in parallel on a team of threads.
 //
 // The team is started for the call and ends with it. Starting a thread takes about 15 us, a row 25 to 60, so only several rows are
-// shared out. No thread works beyond the call, so forking between calls is safe, and no second OpenMP runtime runs beside PyTorch's.
+// shared out. No thread works beyond the call, so forking between calls is safe. Why not PyTorch's OpenMP threads (team.h): for so short a
+// call their start costs less, but its end is a barrier, at which a machine with more threads than cores was seen to wait 8 ms for a
+// thread that had not run; here a helper that has not started is dismissed.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -12,11 +14,13 @@
 
 #include "isa.h"
 #include "sampler/cpu_row.h"
+#include "sampler/definition.h"
 
 namespace ngf {
 namespace {
 
-// A thread's working memory. It is kept between calls, since fresh pages cost more than a row; pages are touched only where used.
+// A thread's working memory. The calling thread keeps it between calls, since fresh pages cost more than a row; a helper allocates its
+// own. Pages are touched only where used.
 struct Memory {
   std::unique_ptr<uint64_t[]> words;
   int64_t vocab = 0;
@@ -32,7 +36,7 @@ struct Memory {
 };
 
 void sample_one(const Batch& batch, SampleRow sample_row, int64_t b, const Scratch& scratch) {
-  const float m = batch.min_p.rows ? batch.min_p.rows[b] : batch.min_p.value;
+  const float m = at(batch.min_p, b);
   sample_row(batch, b, m > 0 ? std::log((double)m) : 0, scratch);
 }
 

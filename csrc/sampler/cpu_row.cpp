@@ -192,8 +192,6 @@ template <class Logit> int64_t draw_row(const Logit* x, int64_t V, const Filter&
   return filter.k || filter.nucleus ? draw_filtered(x, V, row, s) : draw_unfiltered(x, V, row, s);
 }
 
-template <class T> T at(const PerRow<T>& parameter, int64_t row) { return parameter.rows ? parameter.rows[row] : parameter.value; }
-
 }  // namespace
 
 void NGF_JOIN(sample_row_, NGF_ISA)(const Batch& batch, int64_t b, double log_min_p, const Scratch& s) {

@@ -230,10 +230,6 @@ __device__ void draw_from_row(const Logit* x, uint32_t V, const Row& row, uint32
 
 // ---------------------------------------------------------------- the kernel
 
-template <class T> __device__ __forceinline__ T at(const PerRow<T>& parameter, int64_t row) {
-  return parameter.rows ? parameter.rows[row] : parameter.value;
-}
-
 template <class Logit> __global__ void __launch_bounds__(THREADS) sample_kernel(const Batch batch) {
   __shared__ Shared s;
   const int64_t b = blockIdx.x;

@@ -1,5 +1,5 @@
 // Defines which token is drawn from a row of logits x at temperature t: the arithmetic that the CPU sampler, the CUDA sampler and
-// nanogpt_fast/ops/sample.py (in PyTorch) share, so that all of them draw the same token, bit for bit.
+// nanogpt_fast/ops/sampler.py (in PyTorch) share, so that all of them draw the same token, bit for bit.
 //
 //   t not above 0, or nothing in the row above -inf:  the largest value, the lowest index among equals. Otherwise
 //   y = (x - max) / t                 in fp32; 0 where x equals max, so that max = +inf is defined; NaN counts as -inf
@@ -17,6 +17,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "sampler/sampler.h"
+
 #ifdef __CUDACC__
 #define NGF_INLINE static __host__ __device__ __forceinline__
 #else
@@ -24,6 +26,8 @@
 #endif
 
 namespace ngf {
+
+template <class T> NGF_INLINE T at(const PerRow<T>& parameter, int64_t row) { return parameter.rows ? parameter.rows[row] : parameter.value; }
 
 // ---------------------------------------------------------------- fp32, never contracted
 

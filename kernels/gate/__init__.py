@@ -2,7 +2,7 @@
 
     __main__.py     the command `python -m nanogpt_fast.kernels.gate`, and what its columns mean
     case.py         Case: one kernel, specialised one way
-    attention.py, cross_entropy.py, decode.py, layer_norm.py, mlp.py
+    adamw.py, attention.py, cross_entropy.py, decode.py, embedding.py, layer_norm.py, mlp.py
                     the cases of one family of kernels, and the spills and narrow loads that are allowed there
     families.py     all of them together
     compiling.py    a case through Triton's stages; all cases, in parallel

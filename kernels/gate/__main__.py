@@ -20,7 +20,7 @@ time and prints the worst of each, or with --all every row:
 
 `tests/gate/test_gate.py` fails on everything that `measure.failures` reports.
 
-All 953 rows take 557 s of one core: three quarters in Triton's and LLVM's passes, a quarter in ptxas. Processes share the work.
+All 983 rows take some 500 s of one core: three quarters in Triton's and LLVM's passes, a quarter in ptxas. Processes share the work.
 To keep it that short, a stage's result is reused where another architecture's would be the same (`compiling.SHARED`), and
 variants of a case are compiled for one architecture only (`Case.variant_of`). Line numbers, which profilers want, are left out:
 they take a tenth of the time, and no instruction depends on them. Nothing is cached between runs.

@@ -20,7 +20,7 @@ def gate_cases(arch):
             constexprs={**(dict.fromkeys(("maxima_ptr", "log_sums_ptr")) if gradient else {}),
                         "GRADIENT": gradient, "BLOCK_V": tile.BLOCK_N},
             num_warps=tile.num_warps, divisible=("V", "stride"),
-            tile_row=f"{tile.BLOCK_N} columns w{tile.num_warps}" + ", 8 launches" * (gradient and model),
+            tile_row=f"{tile.BLOCK_N} columns w{tile.num_warps}" + ", 4 launches" * (gradient and model),
             bytes=N * V * widths[kind] * (1 + gradient) + N * (8 + 4 * (1 if gradient else 3)) if model else None,
             flops=N * V * (5 + 3 * gradient) if model else None, in_model=model and kind == "bf16" and gradient,
             variant_of=variant_of and f"cross_entropy.{variant_of}", **scalars)
@@ -36,7 +36,7 @@ def gate_cases(arch):
                        "ignore_index": "i32", **added},
             constexprs={**({} if add else {"grad_logits_ptr": None, "scale_ptr": None}), "ADD": add, "BLOCK_V": tile.BLOCK_N},
             num_warps=tile.num_warps, divisible=("V", "stride", "stride_grad", "stride_out"),
-            tile_row=f"{tile.BLOCK_N} columns w{tile.num_warps}" + ", 8 launches" * model,
+            tile_row=f"{tile.BLOCK_N} columns w{tile.num_warps}" + ", 4 launches" * model,
             bytes=N * V * widths[kind] * (2 + add) + N * 16 if model else None,
             flops=N * V * (4 + 2 * add) if model else None,
             variant_of=variant_of and f"cross_entropy.{variant_of}", **scalars)

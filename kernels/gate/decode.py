@@ -2,7 +2,7 @@
 import triton
 
 from .. import decode, decode_rows, fastest
-from ..attention_common import padded_head
+from ..host import padded
 from ..attention_decode import CHUNK_ELEMENTS, WARPS as ATTEND_WARPS, decode_kernel
 from .case import Case
 
@@ -42,9 +42,9 @@ def one_row_cases(arch):
 
     def cases(C, F, H, D, dtype, counted=False):
         """The kernels of one model. counted: with bytes, of the weights and of what the kernel before has written."""
-        HEAD = padded_head(D)
+        HEAD = padded(D)
         (K, tile), (combine_K, combine_tile), (F_K, linear_tile) = (
-            (decode.padded(width), fastest.shipped_tile(f"decode {kernels} tile", arch, size=width))
+            (padded(width), fastest.shipped_tile(f"decode {kernels} tile", arch, size=width))
             for kernels, width in (("norm", C), ("combine", H * HEAD), ("add", F)))
         CHUNK = CHUNK_ELEMENTS // HEAD
         bytes = lambda weights, rest: 2 * weights + 4 * rest if counted else None
@@ -104,24 +104,24 @@ def rows_cases(arch):
         GROUP = decode_rows.OUTPUTS["linear_add"]
         groups = dict(GROUP=GROUP, GROUPS=triton.next_power_of_2(-(-C // GROUP)))
         bytes = lambda weights, rest: None if wide else 2 * weights + B * rest
-        norm, warps = decode_rows.cut("norm_act", B, C, 4)
+        norm, warps = decode_rows.tile_for("norm_act", B, C, 4)
         yield case(f"norm_act {C} B={B}", decode_rows.norm_act_kernel, dict(C=C, F=F, ACTIVATION="gelu", **groups, **norm), warps,
                    bytes(F * C, 4 * C + 2 * F))
-        linear, warps = decode_rows.cut("linear_add", B, F, 2)
+        linear, warps = decode_rows.tile_for("linear_add", B, F, 2)
         yield case(f"linear_add {F} B={B}", decode_rows.linear_add_kernel, dict(C=C, K=F, **linear), warps,
                    bytes(C * F, 2 * F + 8 * C))
-        head, warps = decode_rows.cut("head", B, C, 4)
+        head, warps = decode_rows.tile_for("head", B, C, 4)
         yield case(f"head {C} B={B}", decode_rows.head_kernel, dict(C=C, b_ptr=None, **groups, **head), warps,
                    bytes(50304 * C, 4 * C + 4 * 50304))
         if not wide:
             yield case(f"embed {C} B={B}", decode_rows.embed_kernel, dict(C=C, **groups), 4, bytes(0, 12 * C))
-            norm, warps = decode_rows.cut("norm_qkv", B, C, 4)
+            norm, warps = decode_rows.tile_for("norm_qkv", B, C, 4)
             yield case(f"norm_qkv {C} B={B}", decode_rows.norm_qkv_kernel, dict(C=C, D=D, **groups, **norm), warps,
                        bytes(3 * C * C, 4 * C + 8 * C))
-            BLOCK, warps = decode_rows.attend_tile(padded_head(D), B * H)
-            yield case(f"attend D={D} B={B}", decode_rows.attend_kernel, dict(H=H, D=D, HEAD=padded_head(D), BLOCK=BLOCK), warps,
+            BLOCK, warps = decode_rows.attend_tile(padded(D), B * H)
+            yield case(f"attend D={D} B={B}", decode_rows.attend_kernel, dict(H=H, D=D, HEAD=padded(D), BLOCK=BLOCK), warps,
                        bytes(0, 4 * 1024 * C + 6 * C))
-            linear, warps = decode_rows.cut("linear_add", B, C, 2)
+            linear, warps = decode_rows.tile_for("linear_add", B, C, 2)
             yield case(f"linear_add {C} B={B}", decode_rows.linear_add_kernel, dict(C=C, K=C, **linear), warps, bytes(C * C, 10 * C))
 
     for B in (8, 16):

@@ -38,7 +38,7 @@ def gate_cases(arch):
             spilled = 8 if seed or branch and gpt2 and arch == 90 else 0
             yield case(f"backward {variant} {BLOCK_C}", layer_norm._backward_kernel, pointers, bwd, BLOCK_C,
                        moved=N * (C * (16 if branch else 10) + 8) if gpt2 else None, flops=18 * N * C if gpt2 else None,
-                       in_model=gpt2 and seed is None, options=layer_norm._backward_options(bwd), allowed_spill_bytes=spilled,
+                       in_model=gpt2 and seed is None, options=layer_norm.backward_options(bwd), allowed_spill_bytes=spilled,
                        spill_reason="8 bytes in some tiles, by Triton 3.6's ptxas alone" if spilled else "",
                        allowed_narrow_loads=2 * bwd.BLOCK_M + (1 if seed else 0), narrow_reason="a row's mean and rstd, the seed")
         yield case(f"drop {BLOCK_C}", layer_norm._drop_kernel, dict(ds_ptr=S, seed_ptr="*i64", dbranch_ptr=H), fwd, BLOCK_C,

@@ -64,7 +64,7 @@ def gate_cases(arch):
         pointers, nones = optional(dy_ptr=f"*{kind}", h_ptr=has_h and f"*{kind}", b_ptr=has_h and "*fp32",
                                    dh_ptr=dh and f"*{kind}",
                                    post_ptr=post and f"*{kind}", partial_ptr="*fp32", seed_ptr=dropout and "*i64")
-        groups = -(-M // mlp._rows_per_program(M, -(-N // block_n)))
+        groups = -(-M // mlp.rows_per_program(M, -(-N // block_n)))
         return Case(
             name=f"mlp.dact {what} {kind}", kernel=mlp._dact_kernel,
             signature={**pointers, "dropout_p": "fp32", "M": "i32", "N": "i32", "ROWS": "i32"},

@@ -334,7 +334,7 @@ def remedies(found):
     capability = torch.get("capability")
     if capability and tuple(capability) < (8, 0):
         advice.append((f"compute capability {capability[0]}.{capability[1]}",
-                       "no fix: the attention kernels need 8.0 (A100, RTX 30) or later"))
+                       "no fix: the Triton kernels need 8.0 (A100, RTX 30) or later"))
     if "error" in triton and platform.system() == "Linux":
         advice.append(("no Triton", "pip install --force-reinstall triton"))
     elif triton.get("interpreted"):

@@ -9,6 +9,7 @@ import torch
 from .. import backend as _backend
 from ..kernels import fastest
 from ..ops import extension
+from ..ops.common import KERNEL_DTYPES
 from ..ops.extension import address
 
 MAX_ROWS = 16  # csrc/decode/decode.h; with more rows PyTorch's matmuls are as fast
@@ -43,8 +44,8 @@ def decoder(session):
         from ..kernels import decode as kernels, decode_rows
         layers = [kernels.Layer(layer.ln_1, layer.c_attn, layer.c_proj, layer.ln_2, layer.c_fc, layer.mlp_proj,
                                 *session.cache[i], layer.activation) for i, layer in enumerate(session.layers)]
-        decoder = decode_rows.RowsDecoder if form(session) == "tensor cores" else kernels.Decoder
-        return decoder(session.wte, session.wpe, session.ln_f, session.head, layers)
+        kind = decode_rows.RowsDecoder if form(session) == "tensor cores" else kernels.Decoder
+        return kind(session.wte, session.wpe, session.ln_f, session.head, layers)
     layers = []
     for i, layer in enumerate(session.layers):
         tensors = (*layer.ln_1, *layer.ln_2, *layer.c_attn, *layer.c_proj, *layer.c_fc, *layer.mlp_proj, *session.cache[i])
@@ -89,7 +90,7 @@ def why_not_triton(session):
     """None if the Triton kernels can decode this session, else the reason."""
     if (reason := _backend.triton_why_not(session.wte)) is not None:
         return reason
-    if session.dtype not in _HALF_OR_FLOAT:
+    if session.dtype not in KERNEL_DTYPES:
         return f"weights are {session.dtype}; the kernels take float32, float16 and bfloat16"
     if not 1 <= session.rows <= (most := max_rows_triton(session)):
         return f"{session.rows} rows; the kernels take up to {most} of this width and dtype, with more rows library matmuls are faster"
@@ -107,7 +108,7 @@ def why_not_triton(session):
         return f"a matrix has {widest} inputs, each head padded to a power of two; the kernels take up to {LARGEST_K}"
     norms = [tensor for layer in session.layers for tensor in (*layer.ln_1, *layer.ln_2)]
     for tensor in (t for t in (session.wte, session.wpe, *session.ln_f, *norms, *session.weights()) if t is not None):
-        if tensor.dtype not in _HALF_OR_FLOAT:
+        if tensor.dtype not in KERNEL_DTYPES:
             return f"a parameter is {tensor.dtype}; the kernels take float32, float16 and bfloat16"
         if not tensor.is_contiguous():
             return "a weight is not contiguous"
@@ -119,9 +120,6 @@ def _fits(layer, C, F):
     rows = ((layer.ln_1, (C,)), (layer.ln_2, (C,)), (layer.c_attn, (3 * C, C)), (layer.c_proj, (C, C)), (layer.c_fc, (F, C)),
             (layer.mlp_proj, (C, F)))
     return all(weight.shape == shape and (bias is None or bias.shape == shape[:1]) for (weight, bias), shape in rows)
-
-
-_HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def why_not(session):

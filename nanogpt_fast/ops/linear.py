@@ -5,9 +5,9 @@ are autocast's, and the gradient goes to the original weight. With "cublas" and 
 gradient is summed in fp32 and never rounded to half precision, which also saves a launch and its traffic.
 
 From the second micro-batch of a step on there is a gradient already. On a GPU cuBLAS then adds to it (beta = 1) and autograd gets None: 8 bytes
-for each number instead of the 16 of writing a gradient of its own and adding the two. Only where the copy says `in_place`, since
-torch.autograd.grad would find nothing. Nor does a hook on a weight's AccumulateGrad node, which cannot be asked for its hooks: from the second
-micro-batch on it is called with None.
+for each number instead of the 16 of writing a gradient of its own and adding the two. It does so only where the copy's `in_place` is set, since
+torch.autograd.grad would get None. A hook on a weight's AccumulateGrad node cannot be detected: from the second micro-batch on it is called
+with None.
 """
 import torch
 import torch.nn.functional as F

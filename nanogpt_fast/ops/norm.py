@@ -122,7 +122,7 @@ def row_for(x, weight, bias, branch=None, out_dtype=None):
     return fastest.find("layer_norm", fastest.device_number(x), fastest.column(out_dtype or autocast_dtype(x)), size=C, tokens=x.numel() // max(1, C))
 
 
-CANDIDATES = (("triton", _triton_why_not), ("cpp", _cpu.why_not))  # fastest first; `explain` and `doctor` read it, too
+CANDIDATES = (("triton", _triton_why_not), ("cpp", _cpu.why_not))  # fastest first; `verify`, `tune` and swap/parts.py read it, too
 
 
 @functools.cache

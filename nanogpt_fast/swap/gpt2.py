@@ -113,8 +113,8 @@ class GPT2Attention(FromTransformers):
                 return f"a {type(cache).__name__}"
             if cache.get_seq_length(self.layer_idx) > 0:
                 return "past key values"
-        return parts._packed_why_not(call["hidden_states"], self.head_dim, self._scale(), self.backend,
-                                     nano._p(self.attn_dropout))
+        return parts.packed_why_not(call["hidden_states"], self.head_dim, self._scale(), self.backend,
+                                     nano.drop_rate(self.attn_dropout))
 
     def _scale(self):
         return getattr(self, "scaling", None)                                       # None means 1/sqrt(D)
@@ -126,7 +126,7 @@ class GPT2Attention(FromTransformers):
             _, *present = reference.split_heads(qkv, self.num_heads)                # k and v (B, H, T, D)
         if cache is not None:                                                       # empty (see why_not): this is the prompt
             cache.update(*present, self.layer_idx)
-        y = attention.causal_attention_qkvpacked(qkv, self.num_heads, dropout_p=nano._p(self.attn_dropout),
+        y = attention.causal_attention_qkvpacked(qkv, self.num_heads, dropout_p=nano.drop_rate(self.attn_dropout),
                                                  scale=self._scale(), backend=self.backend)
         return self._returned(self.resid_dropout(self.c_proj(y)), present and tuple(present), use_cache)
 
@@ -153,7 +153,7 @@ class GPT2Mlp(parts.Mlp):
 
     def fast(self, hidden_states):
         return mlp.gelu_mlp(hidden_states, *self.weights(), activation=parts.activation_name(self.act),
-                            dropout_p=nano._p(self.dropout), backend=self.backend)
+                            dropout_p=nano.drop_rate(self.dropout), backend=self.backend)
 
 
 def _conv1d():
@@ -176,7 +176,7 @@ class GPT2Block(FromTransformers, parts.Block):
         return self.ln_1, self.ln_2
 
     def why_not_fused(self):
-        return parts._norm_why_not_fused(self.ln_2)
+        return parts.norm_why_not_fused(self.ln_2)
 
     def why_not(self, call):
         if call.get("encoder_hidden_states") is not None or call.get("output_attentions"):

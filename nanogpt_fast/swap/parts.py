@@ -48,7 +48,7 @@ class NanoNorm(Norm, nano.LayerNorm):
 
 # Attention
 
-def _packed_why_not(x, D, scale, choices, dropout_p):
+def packed_why_not(x, D, scale, choices, dropout_p):
     """`_kernel_why_not` before the projection runs: x (B, T, C) stands for the packed q, k and v computed from it."""
     return _kernel_why_not("attention", attention.CANDIDATES, choices,
                           (x, autocast_dtype(x), D, scale, dropout_p), attention.row_for)
@@ -68,7 +68,7 @@ class NanoAttention(Swapped, nano.CausalSelfAttention):
         return self.dropout if self.training else 0.0
 
     def why_not(self, x):
-        return _packed_why_not(x, self.n_embd // self.n_head, None, self.backend, self._attention_p())
+        return packed_why_not(x, self.n_embd // self.n_head, None, self.backend, self._attention_p())
 
     def branch(self, x, seed=None):
         y = attention.causal_attention_qkvpacked(self.c_attn(x), self.n_head, dropout_p=self._attention_p(), seed=seed,
@@ -88,7 +88,7 @@ class PackedAttention(NanoAttention):
         return super().changed() or touched(self.attn_dropout, nn.Dropout)
 
     def _attention_p(self):
-        return nano._p(self.attn_dropout)
+        return nano.drop_rate(self.attn_dropout)
 
 
 class SeparateAttention(Swapped):
@@ -103,13 +103,13 @@ class SeparateAttention(Swapped):
     def why_not(self, x):
         heads = x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)                  # (B, H, T, D), for each of q, k and v
         return _kernel_why_not("attention", attention.SEPARATE_CANDIDATES, self.backend,
-                              (heads, heads, heads, autocast_dtype(heads), None, nano._p(self.attn_drop)), attention.separate_row_for)
+                              (heads, heads, heads, autocast_dtype(heads), None, nano.drop_rate(self.attn_drop)), attention.separate_row_for)
 
     def fast(self, x):
         B, T, C = x.shape
         q, k, v = (part(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)                # (B, H, T, D)
                    for part in (self.query, self.key, self.value))
-        y = attention.causal_attention(q, k, v, dropout_p=nano._p(self.attn_drop), backend=self.backend)
+        y = attention.causal_attention(q, k, v, dropout_p=nano.drop_rate(self.attn_drop), backend=self.backend)
         return self.resid_drop(self.proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -184,7 +184,7 @@ class SequentialMlp(Mlp):
 
     def fast(self, input):
         return mlp.gelu_mlp(input, *self.weights(), activation=self._activation or activation_name(self[1]),
-                            dropout_p=nano._p(self[3]) if len(self) > 3 else 0.0, backend=self.backend)
+                            dropout_p=nano.drop_rate(self[3]) if len(self) > 3 else 0.0, backend=self.backend)
 
 
 class SequentialMlpGelu(SequentialMlp):
@@ -231,7 +231,7 @@ class NanoBlock(Block, nano.Block):
         return self.ln_1, self.ln_2
 
     def fast(self, x):
-        return nano._add(*self.fused(x, None, 0.0))
+        return nano.add_branch(*self.fused(x, None, 0.0))
 
 
 class SeparateBlock(Block):
@@ -243,7 +243,7 @@ class SeparateBlock(Block):
         return self.ln1, self.ln2
 
     def why_not_fused(self):
-        return _norm_why_not_fused(self.ln2) or (None if getattr(self, "pre_norm", True) else "post-norm")
+        return norm_why_not_fused(self.ln2) or (None if getattr(self, "pre_norm", True) else "post-norm")
 
     def feed_forward(self):
         return self.ff
@@ -261,7 +261,7 @@ class LectureBlock(SeparateBlock):
         return self.ffwd
 
 
-def _norm_why_not_fused(module):
+def norm_why_not_fused(module):
     """None if a LayerNorm is a swapped one and calling it does nothing else; else what was done to it."""
     if not (isinstance(module, Norm) and type(module).itself is type(module)):
         return f"{type(module).__name__} replaces a swapped LayerNorm"

@@ -7,7 +7,10 @@ Read `_train` from top to bottom: data, model, optimizer and step, then one loop
     presets.py      the command line                   resumed.py      a resumed run's settings
     progress.py     what a run shows and records       losses.py       the losses of steps, read late
     sharding.py     --shard: FSDP2                     profiling.py    --profile: where a step's time goes
-    muon.py         --optimizer=muon
+    muon.py         --optimizer=muon                   captured.py     the step as CUDA graphs
+    half_weights.py the weights' copies                embedding.py    its gradient, by row
+    banner.py       what is printed first              interrupt.py    Ctrl-C and signals
+    cpu.py          only on a CPU: malloc, one pass    finetune.py     freeze and unfreeze, for programs
     ../checkpoints/folder.py: its folder, and resuming;  ../checkpoints/nanogpt.py: its files;  ../devices.py: devices and ranks
 
 A run is a function of its options: evaluation and the printed samples draw from generators of their own, so a run that was

@@ -460,8 +460,8 @@ def test_offsets_beyond_2_to_the_31_are_computed_in_64_bits():
     (ValueError, "8 queries and 7 keys", dict(k=torch.zeros(1, 2, 7, 16), v=torch.zeros(1, 2, 7, 16))),
     (ValueError, "k has strides .* expected the same", dict(v=torch.zeros(1, 8, 2, 16).transpose(1, 2))),
     (ValueError, "scale is -1.0; expected a positive number", dict(scale=-1.0)),
-    (ValueError, "dropout_p is 1.1; expected 0 to 1", dict(dropout_p=1.1)),
-    (ValueError, "dropout needs a seed", dict(dropout_p=0.1)),
+    (ValueError, "the dropout probability is 1.1; expected 0 to 1", dict(dropout_p=1.1)),
+    (ValueError, "seed must be one int64 element", dict(dropout_p=0.1)),
     (ValueError, "the head size is 300; expected 1 to 256", dict.fromkeys("qkv", torch.zeros(1, 2, 8, 300))),
 ))
 def test_wrong_arguments_are_named(error, message, change):

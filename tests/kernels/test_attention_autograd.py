@@ -255,7 +255,7 @@ def test_the_raw_operators_check_what_anybody_may_pass():
             (ValueError, "expected \\(B, T, 3C\\)", lambda: ops.attention_qkvpacked(qkv[0], None, 2, None, 0.0)),
             (ValueError, "multiple of n_head=0", lambda: ops.attention_qkvpacked(qkv, None, 0, None, 0.0)),
             (TypeError, "qkv is torch.float64", lambda: ops.attention_qkvpacked(qkv.double(), None, 2, None, 0.0)),
-            (ValueError, "dropout needs a seed", lambda: ops.attention_qkvpacked(qkv, None, 2, None, 0.5)),
+            (ValueError, "seed must be one int64 element", lambda: ops.attention_qkvpacked(qkv, None, 2, None, 0.5)),
             (ValueError, "scale is -1", lambda: ops.attention_qkvpacked(qkv, None, 2, -1.0, 0.0)),
             (ValueError, "the head size is 0", lambda: ops.attention_qkvpacked(qkv[..., :0], None, 2, None, 0.0)),
             (ValueError, "do is .* expected", lambda: ops.attention_qkvpacked_backward(out[:, 1:], qkv, out, lse, None, 2, None, 0.0)),

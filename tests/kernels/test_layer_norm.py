@@ -302,7 +302,7 @@ def test_variance_as_a_difference_of_squares_is_seen():
     (dict(branch=torch.zeros(4, 100, device="meta")), ValueError, "branch is on meta; expected .*, where the first"),
     (dict(weight=torch.zeros(99)), ValueError, r"weight is \(99,\); expected \(100,\)"),
     (dict(bias=torch.zeros(100, dtype=torch.int32)), TypeError, "bias is torch.int32"),
-    (dict(p=1.5), ValueError, "p is 1.5; a dropout probability"),
+    (dict(p=1.5), ValueError, "the dropout probability is 1.5; expected 0 to 1"),
     (dict(p=0.5), ValueError, "seed must be one int64 element"),
 ])
 def test_launchers_name_the_wrong_argument(change, error, message):

@@ -413,7 +413,7 @@ FAULTS = {
     "a load past the last column":
         (r"& \(c < columns\)", "& (c < columns + 1)", check_forward, 1),
     "activation of the rounded h":
-        (r"    y = _act\(h,", "    y = _act(h.to(y_ptr.dtype.element_ty).to(tl.float32),", check_rounding, 1),
+        (r"    y = activated\(h,", "    y = activated(h.to(y_ptr.dtype.element_ty).to(tl.float32),", check_rounding, 1),
     "only the last rows in the bias gradient":
         (r"total \+= dh", "total = dh", check_column_sums, 1),
     "partial sums of half a tile":

@@ -12,7 +12,7 @@ from nanogpt_fast.ops.cpu import attention as cpu
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=f"not here: {cpu.MISSING}")
 ISAS = extension._C.build_info()["cpu_isas"].split() if cpu.MISSING is None else []
-AUTO, FUSED = backend.parse("auto"), backend.parse("fused")
+FUSED = backend.parse("fused")
 
 
 @pytest.fixture(autouse=True, params=("on AMX tiles", "without"))
@@ -181,11 +181,11 @@ def test_the_registered_operators_pass_opcheck():
 def test_it_steps_aside_where_nanogpts_bits_are_promised_and_where_it_gains_nothing():
     why_not = dict(CANDIDATES)["cpp"]
     qkv, _ = draw(1, 5, 2, 8)
-    assert why_not(qkv, torch.bfloat16, 8, None, AUTO) is None
-    assert "bit for bit" in why_not(qkv, torch.float32, 8, None, AUTO)
-    assert "dropout" in why_not(qkv, torch.bfloat16, 8, None, AUTO, 0.1)
+    assert why_not(qkv, torch.bfloat16, 8, None) is None
+    assert "bit for bit" in why_not(qkv, torch.float32, 8, None)
+    assert "dropout" in why_not(qkv, torch.bfloat16, 8, None, 0.1)
     with torch.no_grad():
-        assert why_not(qkv, torch.bfloat16, 8, None, AUTO) == (None if cpu.AMX else "without a gradient PyTorch's kernel is as fast")
+        assert why_not(qkv, torch.bfloat16, 8, None) == (None if cpu.AMX else "without a gradient PyTorch's kernel is as fast")
 
 
 def test_a_backward_inside_autocast_is_the_one_outside():

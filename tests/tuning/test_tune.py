@@ -389,7 +389,7 @@ def test_every_tile_that_competes_can_be_launched():
     for rows in (contests.FORWARD, contests.DQ, contests.DKDV, contests.HEAD, contests.MATMUL):
         for row in rows:
             assert all(size & (size - 1) == 0 and size >= 16 for size in row[:-2]) and row[-2] in (4, 8) and 1 <= row[-1] <= 5, row
-    assert attention_common.padded_head(64) == 64
+    assert attention_common.padded(64) == 64
 
 
 def test_a_loop_over_chunks_takes_steps_of_one_or_more():
