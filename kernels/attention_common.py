@@ -107,6 +107,7 @@ class Program(typing.NamedTuple):
 
 
 def program(tile, dtype, D, dropout, device):
+    """The Program of a tile for a dtype, a head size and a GPU."""
     constants = dict(D=D, HEAD=padded(D), DROPOUT=dropout, **tile.options())
     return Program(tile, constants, machine(device)[1] // 2 // (2 * D * dtype.itemsize))
 

@@ -130,9 +130,9 @@ class Block(nn.Module):
         seeds: of the three dropouts in here, in order; None: drawn where needed. Returns (x, branch, p) for the next block.
         """
         x, h = norm.add_layer_norm(x, branch, self.ln_1.weight, self.ln_1.bias, dropout_p=p, seed=seeds[0],
-                                         backend=self.ln_1.backend)
+                                   backend=self.ln_1.backend)
         x, h = norm.add_layer_norm(x, self.attn.branch(h, seeds[1]), self.ln_2.weight, self.ln_2.bias,
-                                         dropout_p=drop_rate(self.attn.resid_dropout), seed=seeds[2], backend=self.ln_2.backend)
+                                   dropout_p=drop_rate(self.attn.resid_dropout), seed=seeds[2], backend=self.ln_2.backend)
         return x, self.mlp.branch(h), drop_rate(self.mlp.dropout)
 
     def drops(self):

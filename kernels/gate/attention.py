@@ -89,6 +89,7 @@ def tiles(kernel, arch, column):
 
 
 def gate_cases(arch):
+    """See case.py."""
     yield from forward_cases(arch)
     yield from backward_cases(arch)
     yield from decode_cases()

@@ -19,6 +19,7 @@ def spilled(name, arch):
 
 
 def gate_cases(arch):
+    """See case.py."""
     yield from one_row_cases(arch)
     yield from rows_cases(arch)
 

@@ -8,6 +8,7 @@ N, V, C = 64 * 1024, 50304, 768
 
 
 def gate_cases(arch):
+    """See case.py."""
     block = triton.next_power_of_2(C)
     yield Case(name="embedding.embed", kernel=embedding._embed_kernel, num_warps=4, in_model=True, divisible=("T", "V", "C"),
                signature=dict(x_ptr="*fp32", index_ptr="*i64", wte_ptr="*fp32", wpe_ptr="*fp32", T="i32", V="i32", C="i32", start="i32"),

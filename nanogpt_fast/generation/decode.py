@@ -149,6 +149,7 @@ def why_not(session):
 
 
 def row_for(session):
+    """The Row of the table (kernels/fastest.py) for this session, or None."""
     return fastest.find("decode", fastest.device_number(session.wte), fastest.column(session.dtype), size=session.wte.size(1), tokens=session.rows)
 
 

@@ -212,6 +212,7 @@ def row_for(x, dtype, D, scale, dropout_p, training=None):
 
 
 def separate_row_for(q, k, v, dtype, scale, dropout_p):
+    """`row_for` for separate tensors."""
     return row_for(q, dtype, q.shape[3], scale, dropout_p, _differentiable(q, k, v))
 
 
@@ -413,18 +414,18 @@ def _scale(scale, q):
 
 
 define("attention_qkvpacked(Tensor qkv, Tensor? seed, int n_head, float? scale, float dropout_p) -> (Tensor, Tensor)",
-        _raw_packed, _fake_packed)
+       _raw_packed, _fake_packed)
 define("attention_qkvpacked_cudnn(Tensor qkv, int n_head, float? scale) -> (Tensor, Tensor)", _cudnn_packed,
-        lambda qkv, n_head, scale: _fake_packed(qkv, None, n_head, scale, 0.0))
+       lambda qkv, n_head, scale: _fake_packed(qkv, None, n_head, scale, 0.0))
 define("attention_qkvpacked_backward(Tensor do, Tensor qkv, Tensor out, Tensor lse, Tensor? seed, int n_head, float? scale, "
-        "float dropout_p) -> Tensor", _raw_packed_backward, lambda do, qkv, *args: qkv.new_empty(qkv.shape))
+       "float dropout_p) -> Tensor", _raw_packed_backward, lambda do, qkv, *args: qkv.new_empty(qkv.shape))
 define("attention(Tensor q, Tensor k, Tensor v, Tensor? seed, float? scale, float dropout_p) -> (Tensor, Tensor)", _raw, _fake)
 define("attention_cudnn(Tensor q, Tensor k, Tensor v, float? scale) -> (Tensor, Tensor)", _cudnn,
-        lambda q, k, v, scale: _fake(q, k, v, None, scale, 0.0))
+       lambda q, k, v, scale: _fake(q, k, v, None, scale, 0.0))
 define("attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seed, float? scale, "
-        "float dropout_p) -> (Tensor, Tensor, Tensor)", _raw_backward, _fake_backward)
+       "float dropout_p) -> (Tensor, Tensor, Tensor)", _raw_backward, _fake_backward)
 define("attention_decode(Tensor q, Tensor k, Tensor v, Tensor lengths, float? scale) -> Tensor",
-        _decode, lambda q, *args: q.new_empty(q.shape))
+       _decode, lambda q, *args: q.new_empty(q.shape))
 define("attention_cpu(Tensor qkv, int n_head, float? scale) -> (Tensor, Tensor)", lambda *args: _cpu.forward(*args),
        lambda qkv, n_head, scale: _fake_packed(qkv, None, n_head, scale, 0.0))
 define("attention_backward_cpu(Tensor do, Tensor qkv, Tensor lse, int n_head, float? scale) -> Tensor",

@@ -81,6 +81,7 @@ def _triton_why_not(x, weight, targets, return_logits=True):
 
 
 def row_for(x, weight, targets, return_logits=True):
+    """The Row of the table (kernels/fastest.py) for these arguments, or None."""
     if fastest.nothing_for(x):
         return None
     return fastest.find("cross_entropy logits" if return_logits else "cross_entropy", fastest.device_number(x),
@@ -266,12 +267,12 @@ def _fake_backward(logits, maxima, log_sums, x, weight, targets, scale, grad_log
 
 
 define("linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool need_dx, bool need_dw) "
-        "-> (Tensor, Tensor, Tensor)", lambda *args: _kernels().forward_backward(*args), _fake_loss)
+       "-> (Tensor, Tensor, Tensor)", lambda *args: _kernels().forward_backward(*args), _fake_loss)
 define("linear_cross_entropy_logits(Tensor x, Tensor weight, Tensor targets, int ignore_index) "
-        "-> (Tensor, Tensor, Tensor, Tensor)", lambda *args: _kernels().forward(*args), _fake_logits)
+       "-> (Tensor, Tensor, Tensor, Tensor)", lambda *args: _kernels().forward(*args), _fake_logits)
 define("linear_cross_entropy_backward(Tensor logits, Tensor maxima, Tensor log_sums, Tensor x, Tensor weight, Tensor targets, "
-        "Tensor scale, Tensor? grad_logits, int ignore_index, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
-        lambda *args: _kernels().backward(*args), _fake_backward)
+       "Tensor scale, Tensor? grad_logits, int ignore_index, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
+       lambda *args: _kernels().backward(*args), _fake_backward)
 
 
 def _fake_gradients_cpu(x, weight, need_dx, need_dw):
@@ -279,15 +280,15 @@ def _fake_gradients_cpu(x, weight, need_dx, need_dw):
 
 
 define("linear_cross_entropy_cpu(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool mean, bool need_dx, "
-        "bool need_dw) -> (Tensor, Tensor, Tensor)", lambda *args: _cpu.forward_backward(*args),
-        lambda x, weight, targets, ignore_index, mean, need_dx, need_dw:
-        (x.new_empty((), dtype=torch.float32), *_fake_gradients_cpu(x, weight, need_dx, need_dw)))
+       "bool need_dw) -> (Tensor, Tensor, Tensor)", lambda *args: _cpu.forward_backward(*args),
+       lambda x, weight, targets, ignore_index, mean, need_dx, need_dw:
+       (x.new_empty((), dtype=torch.float32), *_fake_gradients_cpu(x, weight, need_dx, need_dw)))
 define("linear_cross_entropy_logits_cpu(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool mean) "
-        "-> (Tensor, Tensor)", lambda *args: _cpu.forward(*args),
-        lambda x, weight, targets, ignore_index, mean:
-        (x.new_empty((), dtype=torch.float32), x.new_empty(x.size(0), weight.size(0))))
+       "-> (Tensor, Tensor)", lambda *args: _cpu.forward(*args),
+       lambda x, weight, targets, ignore_index, mean:
+       (x.new_empty((), dtype=torch.float32), x.new_empty(x.size(0), weight.size(0))))
 define("linear_cross_entropy_backward_cpu(Tensor logits, Tensor x, Tensor weight, Tensor targets, Tensor grad_loss, "
-        "Tensor? grad_logits, int ignore_index, bool mean, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
-        lambda *args: _cpu.backward(*args),
-        lambda logits, x, weight, targets, grad_loss, grad_logits, ignore_index, mean, need_dx, need_dw:
-        _fake_gradients_cpu(x, weight, need_dx, need_dw))
+       "Tensor? grad_logits, int ignore_index, bool mean, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
+       lambda *args: _cpu.backward(*args),
+       lambda logits, x, weight, targets, grad_loss, grad_logits, ignore_index, mean, need_dx, need_dw:
+       _fake_gradients_cpu(x, weight, need_dx, need_dw))

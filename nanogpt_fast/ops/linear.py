@@ -48,6 +48,7 @@ def _cublas_why_not(weight, copy):
 
 
 def row_for(weight, copy):
+    """The Row of the table (kernels/fastest.py) for these arguments, or None."""
     if weight.is_cuda or fastest.nothing_for(weight):       # on a GPU both are cuBLAS's products
         return None
     return fastest.find("linear", fastest.CPU, fastest.column((weight if copy is None else copy).dtype), size=weight.size(-1))

@@ -137,6 +137,7 @@ def listed_forms(device, dtype, C, rows, bias, without):
 
 
 def row_for(x, w_fc, b_fc, w_proj, b_proj, copies=None):
+    """The Row of the table (kernels/fastest.py) for these arguments, or None."""
     if fastest.nothing_for(x):
         return None
     C = x.size(-1)
@@ -300,9 +301,9 @@ def _fake_backward(dy, x, w_fc, b_fc, w_proj, h, post, seed, activation, dropout
 
 
 define("mlp_forward(Tensor x, Tensor w_fc, Tensor? b_fc, Tensor w_proj, Tensor? b_proj, Tensor? seed, str activation, "
-        "float dropout_p, str form, bool keep_h, bool keep_post) -> (Tensor, Tensor, Tensor)",
-        lambda *args: _forward(*args), _fake_forward)
+       "float dropout_p, str form, bool keep_h, bool keep_post) -> (Tensor, Tensor, Tensor)",
+       lambda *args: _forward(*args), _fake_forward)
 define("mlp_backward(Tensor dy, Tensor? x, Tensor? w_fc, Tensor? b_fc, Tensor? w_proj, Tensor? h, Tensor? post, Tensor? seed, "
-        "str activation, float dropout_p, str forward_form, str backward_form, bool need_x, bool need_w_fc, bool need_b_fc, "
-        "bool need_w_proj, bool need_b_proj) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-        lambda *args: _backward(*args), _fake_backward)
+       "str activation, float dropout_p, str forward_form, str backward_form, bool need_x, bool need_w_fc, bool need_b_fc, "
+       "bool need_w_proj, bool need_b_proj) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+       lambda *args: _backward(*args), _fake_backward)

@@ -116,6 +116,7 @@ def _triton_why_not(x, weight, bias, branch=None, out_dtype=None):
 
 
 def row_for(x, weight, bias, branch=None, out_dtype=None):
+    """The Row of the table (kernels/fastest.py) for these arguments, or None."""
     if fastest.nothing_for(x):
         return None
     C = x.shape[-1]
@@ -243,7 +244,7 @@ def _fake_backward(dy, ds, s, weight, statistics, seed, p, branch_dtype, dweight
 
 
 define("layer_norm_forward(Tensor x, Tensor? branch, Tensor weight, Tensor? bias, Tensor? seed, float p, float eps, "
-        "ScalarType y_dtype) -> (Tensor, Tensor, Tensor)", _raw_forward, _fake_forward)
+       "ScalarType y_dtype) -> (Tensor, Tensor, Tensor)", _raw_forward, _fake_forward)
 define("layer_norm_backward(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor statistics, Tensor? seed, float p, "
-        "ScalarType? branch_dtype, ScalarType? dweight_dtype, ScalarType? dbias_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-        _raw_backward, _fake_backward)
+       "ScalarType? branch_dtype, ScalarType? dweight_dtype, ScalarType? dbias_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+       _raw_backward, _fake_backward)

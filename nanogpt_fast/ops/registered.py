@@ -212,11 +212,13 @@ def attention(kernel, q, k, v, scale, dtype):
 
 
 def mlp(kernel, x, w_fc, b_fc, w_proj, b_proj, activation, dropout_p):
+    """`ops.gelu_mlp` by a registered kernel."""
     y = kernel(x.shape, *_cast(x, w_fc, b_fc, w_proj, b_proj), activation=activation)
     return F.dropout(y, dropout_p) if dropout_p > 0 else y
 
 
 def layer_norm(kernel, x, weight, bias, eps, out_dtype):
+    """`ops.layer_norm` by a registered kernel."""
     return kernel(x.shape, x, weight, bias, eps=eps).to(out_dtype)
 
 
@@ -228,6 +230,7 @@ def add_layer_norm(kernel, x, branch, weight, bias, eps, dropout_p, out_dtype):
 
 
 def cross_entropy(kernel, x, weight, targets, ignore_index, reduction, dtype):
+    """`ops.linear_cross_entropy` by a registered kernel: the loss alone, in `dtype`."""
     x, weight = _cast(x.reshape(-1, x.size(-1)), weight)
     loss = kernel((), x, weight, targets.reshape(-1).contiguous(), ignore_index=ignore_index).to(dtype)
     return loss if reduction == "mean" else loss * (targets != ignore_index).sum()

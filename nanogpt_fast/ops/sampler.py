@@ -26,8 +26,7 @@ from torch import Tensor
 from .. import backend as _backend
 from ..kernels import fastest
 from . import extension
-from .common import Backend
-from .common import resolved
+from .common import Backend, resolved
 from .extension import address
 from .registration import register_fake
 
@@ -264,6 +263,7 @@ def why_not(logits):
 
 
 def row_for(logits):
+    """The Row of the table (kernels/fastest.py) for these arguments, or None."""
     return fastest.find("sample", fastest.device_number(logits), size=logits.size(1), tokens=logits.size(0))
 
 

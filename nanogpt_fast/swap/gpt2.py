@@ -189,5 +189,5 @@ class GPT2Block(FromTransformers, parts.Block):
                 if name not in ("hidden_states", "encoder_hidden_states", "encoder_attention_mask")}
         attended = self.attn(self.ln_1(hidden_states), **call)
         x, h = norm.add_layer_norm(hidden_states, attended[0], self.ln_2.weight, self.ln_2.bias, eps=self.ln_2.eps,
-                                         backend=self.backend)
+                                   backend=self.backend)
         return self._returned(x + self.mlp(h), attended[1], use_cache)

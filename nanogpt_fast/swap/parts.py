@@ -250,7 +250,7 @@ class SeparateBlock(Block):
 
     def fast(self, x):
         x, h = norm.add_layer_norm(x, self.sa(self.ln1(x)), self.ln2.weight, self.ln2.bias, eps=self.ln2.eps,
-                                         backend=self.backend)
+                                   backend=self.backend)
         return x + self.feed_forward()(h)
 
 
