@@ -62,7 +62,7 @@ def main():
     if args.recipe == "demo":
         run("demo", "demo", args.json)
         return
-    if not args.text or hashlib.sha256(Path(args.text).read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
+    if not args.text or not Path(args.text).is_file() or hashlib.sha256(Path(args.text).read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
         parser.error("give tinyshakespeare's file (1,115,394 bytes); this is not it")
     name, command = "nanoGPT's CPU recipe on tinyshakespeare", RECIPE
     if args.reference:

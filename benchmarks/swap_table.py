@@ -247,10 +247,12 @@ def main(argv=None):
         print(json.dumps(examine(args.examine[0], Path(args.examine[1]))))
         return
     if args.checkouts:
+        listed = [name for name in REPOSITORIES if not args.only or args.only in name]
+        if not any(checkout(args.checkouts.absolute(), name) for name in listed):
+            parser.error(f"--checkouts={args.checkouts}: there is no checkout in it; expected a folder with some of "
+                         f"{', '.join(listed) or 'the repositories that this file lists, none of which has ' + args.only + ' in its name'}")
         rows = []
-        for name in REPOSITORIES:
-            if args.only and args.only not in name:
-                continue
+        for name in listed:
             root = checkout(args.checkouts.absolute(), name)
             rows.append(in_a_process(name, root) if root else {"repository": name, "cannot": "no checkout"})
             print(json.dumps(rows[-1]) if args.only else f"{name}: {rows[-1].get('cannot') or rows[-1].get('why') or 'equal'}", flush=True)

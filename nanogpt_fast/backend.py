@@ -70,7 +70,10 @@ def names(op):
     return *CHOICES, *IMPLEMENTATIONS[op], *own[op]
 
 
-_environment = parse(os.environ.get("NANOGPT_FAST_BACKEND") or "auto", later=True)
+try:
+    _environment = parse(os.environ.get("NANOGPT_FAST_BACKEND") or "auto", later=True)
+except ValueError as error:
+    raise ValueError(f"NANOGPT_FAST_BACKEND: {error}") from None
 
 
 class _Local(threading.local):

@@ -144,7 +144,7 @@ def ranks(group_backend, device, group_of_one=False):
         return
     if not torch.distributed.is_available():
         raise RuntimeError(f"PyTorch {torch.__version__} was built without torch.distributed here, which several ranks and --shard need")
-    here = Ranks() if alone else Ranks(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
+    here = Ranks() if alone else Ranks(*map(_of_torchrun, ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
     if device.type == "cuda":
         device = device if alone else choose_device(f"cuda:{here.local_rank}")
     elif group_backend == "nccl":
@@ -222,7 +222,16 @@ def launching_process():
 
 def is_master():
     """True on the rank that prints; always without torchrun."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return "RANK" not in os.environ or _of_torchrun("RANK") == 0
+
+
+def _of_torchrun(name):
+    """The number in an environment variable that torchrun sets. Raises ValueError where there is none."""
+    if not os.environ.get(name, "").isdecimal():
+        found = f"is {os.environ[name]!r}" if name in os.environ else f"is not set, and RANK is {os.environ['RANK']!r}"
+        raise ValueError(f"the environment variable {name} {found}; torchrun sets RANK, LOCAL_RANK and WORLD_SIZE to whole numbers. Start several "
+                         "ranks with torchrun, or unset RANK")
+    return int(os.environ[name])
 
 
 def start_reading(tensor):

@@ -136,3 +136,12 @@ def remove_litter(*paths):
                 with contextlib.suppress(OSError), open(temporary, "r+b") as f:
                     if lock(f):
                         temporary.unlink()
+
+
+def make_folder(path, option):
+    """Make this folder and those that it lies in. Raises OSError that names the option if it cannot be made."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"{option}={path}: no folder can be made there ({error.strerror}); expected a folder, or a name for a new one where "
+                          "this user may write") from None

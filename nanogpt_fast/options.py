@@ -169,6 +169,9 @@ def nearest(name, names):
     return difflib.get_close_matches(name, list(map(str, names)), n=1, cutoff=0.0)[0]
 
 
+BARE_WORD = "write options as --key=value (a text to train on: --data=FILE), a bare word is read as a config file, in Python"
+
+
 def _run_config(path, values, kinds):
     """Run a config file with the options as its globals, and update `values` with what it set; returns the names that it set."""
     _conform(path, "the config file", (str,))
@@ -177,14 +180,19 @@ def _run_config(path, values, kinds):
         with open(path, encoding="utf-8") as file:
             source = file.read()
     except FileNotFoundError:
-        raise FileNotFoundError(f"no config file {path!r}; write options as --key=value, a bare word is read as a config file"
-                                ) from None
+        raise FileNotFoundError(f"no config file {path!r}; {BARE_WORD}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path!r} is a folder, not a config file; {BARE_WORD}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config file {path} is not UTF-8: byte {error.object[error.start]:#04x} at position {error.start}. Convert it: "
+                         "iconv -f LATIN1 -t UTF-8 FILE") from None
     scope = _Scope({**values, "__file__": path, "__name__": "__config__"})
     try:
         exec(compile(source, path, "exec"), scope)
     except Exception as error:
         where = error.lineno if isinstance(error, SyntaxError) else _line_in(error.__traceback__, path)
-        raise ValueError(f"config file {path}, line {where}: {type(error).__name__}: {error}") from error
+        hint = f". {BARE_WORD[0].upper()}{BARE_WORD[1:]}" if not path.endswith(".py") else ""
+        raise ValueError(f"config file {path}, line {where}: {type(error).__name__}: {error}{hint}") from error
     given = {name for name, value in values.items() if name in scope.set or scope.get(name) is not value}
     for name, value in scope.items():
         if name in values:
@@ -235,6 +243,8 @@ def _from_text(text, name, kinds):
         value = text
     if str in kinds and not isinstance(value, str):
         value = text  # --start=123 is a prompt, not a number
+    if float in kinds and text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+        value = float(text)
     return _conform(value, name, kinds)
 
 
@@ -247,7 +257,7 @@ def _conform(value, name, kinds, where=""):
     if type(value) is float and int in kinds and value.is_integer():
         value = int(value)
     if type(value) is int and not -2**63 <= value < 2**63:  # no size, seed or count is larger, and nothing below Python takes it
-        raise ValueError(f"{where}{name} is {_short(value)}; expected {_names(kinds)}, at most {2**63 - 1} and at least {-2**63}")
+        raise ValueError(f"{where}{name} is {_short(value)}; expected {_names(kinds)}, of 64 bits at most")
     if type(value) is str and str in kinds:
         _check_text(value, where + name)
     if type(value) in kinds:

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 
 import numpy as np
 import pytest
+import torch
 
 import nanogpt_fast
 from nanogpt_fast import cli, options
@@ -122,6 +123,47 @@ def test_training_options_that_cannot_be_are_one_line(tmp_path, monkeypatch, cap
     assert cli.main(["train", "--data=my.txt", *TINY, argument]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and err.startswith("nanogpt-fast train: ")
+
+
+@pytest.mark.parametrize("words, environment, message", [
+    (["my.txt"], {}, "a text to train on: --data=FILE"),
+    (["latin1.py"], {}, "config file latin1.py is not UTF-8: byte 0xf6 at position 4"),
+    (["."], {}, "'.' is a folder, not a config file"),
+    (["--out_dir=my.txt"], {}, "--out_dir=my.txt: no folder can be made there (File exists)"),
+    (["--out_dir=my.txt/x"], {}, "--out_dir=my.txt/x: no folder can be made there (Not a directory)"),
+    (["--data_dir=my.txt"], {}, "my.txt/my: no folder can be made there (Not a directory)"),
+    (["--data=my.txt,nofile.txt"], {}, "there is no file 'nofile.txt'"),
+    (["--data=no/*.txt"], {}, "no file matches 'no/*.txt'"),
+    (["--out_dir=foreign", "--init_from=resume"], {}, "foreign/last.pt is a torch file, but not a nanoGPT checkpoint"),
+    (["--seed=99999999999999999999999"], {}, "expected int, of 64 bits at most"),
+    (["--learning_rate=nan"], {}, "learning_rate is nan; expected a finite number"),
+    ([], {"RANK": "0"}, "LOCAL_RANK is not set, and RANK is '0'; torchrun sets"),
+    ([], {"RANK": "abc"}, "RANK is 'abc'; torchrun sets"),
+])
+def test_what_a_newcomer_may_type_is_one_line_that_says_what_to_do(tmp_path, monkeypatch, capsys, words, environment, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text("To be, or not to be, that's the question.\n" * 30)
+    (tmp_path / "latin1.py").write_bytes(b"# Gr\xf6sse\n")
+    (tmp_path / "foreign").mkdir()
+    torch.save({"a.weight": torch.zeros(2)}, tmp_path / "foreign" / "last.pt")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", "--data=my.txt", *TINY, "--n_head=2", *words]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and err.startswith("nanogpt-fast train: ")
+
+
+def test_a_backend_of_the_environment_is_named_with_its_variable():
+    done = command("doctor", NANOGPT_FAST_BACKEND="foo")
+    assert "NANOGPT_FAST_BACKEND" in done.stdout + done.stderr
+    done = command("sample", NANOGPT_FAST_BACKEND="attention=foo")
+    assert done.returncode == 2 and "NANOGPT_FAST_BACKEND: backend 'attention=foo': 'foo' is not one of" in done.stderr
+
+
+def test_a_data_sets_name_is_no_path(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare", "embedded", "--name=../other"]) == 2
+    assert "name is '../other'; expected the name of a folder without a path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, damage, message", [

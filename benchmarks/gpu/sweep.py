@@ -304,6 +304,8 @@ def main(argv=None):
     wanted = [word for word in args.rows.split(",") if word]
     for _, group in listed:
         group.rows = {name: run for name, run in group.rows.items() if not wanted or any(word in name for word in wanted)}
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no NVIDIA GPU here to compile for and to time on")
     if args.device == "cpu":    # nothing to time
         listed = []
     jobs = {(kind(group), name): (i, name) for i, group in reversed(listed) for name in group.rows

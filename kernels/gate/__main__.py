@@ -27,6 +27,7 @@ they take a tenth of the time, and no instruction depends on them. Nothing is ca
 """
 import argparse
 import dataclasses
+import difflib
 import json
 import pathlib
 import sys
@@ -38,7 +39,7 @@ from nanogpt_fast import tables
 from nanogpt_fast.cli import until_nobody_reads
 
 from .compiling import compile_all, cpu_seconds
-from .families import EVERY_FORM
+from .families import EVERY_FORM, all_cases
 from .measure import ARCHITECTURES, H200_BYTES_PER_SECOND, H200_FLOPS_PER_SECOND, WIDE, failures
 
 
@@ -94,6 +95,9 @@ def main(argv=None):
     aside = tables.aside(args.format)
     start = time.perf_counter()
     rows = compile_all(tuple(args.arch or ARCHITECTURES), args.only, workers=args.workers, every=args.every)
+    if not rows:
+        names = sorted({name for arch in args.arch or ARCHITECTURES for name in all_cases(arch, args.every)})
+        parser.error(f"--only={args.only}: no kernel has that in its name; the nearest is {difflib.get_close_matches(args.only, names, 1, 0)[0]}")
     seconds = time.perf_counter() - start
     core_seconds = cpu_seconds()                        # includes the workers', which have ended
     print(f"Triton {triton.__version__}; floors: H200 at {H200_BYTES_PER_SECOND / 1e12} TB/s and "

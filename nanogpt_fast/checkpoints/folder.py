@@ -51,7 +51,7 @@ def owned(folder, create=True):
     if not create and not folder.is_dir():
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder, "--out_dir")
     descriptor = os.open(folder / RECORD, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         taken = files.lock(descriptor)
@@ -152,6 +152,21 @@ def latest(folder):
                                   f"ended before its first checkpoint. Start that run again without --init_from=resume; or, to "
                                   f"continue the earlier one, delete {Path(folder, RECORD)}")
     return chosen
+
+
+def read(path, weights=True):
+    """`nanogpt.read` of what `latest` found. Raises CheckpointError that says so if the folder's ckpt.pt can be read where last.pt cannot."""
+    try:
+        return nanogpt.read(path, weights=weights)
+    except CheckpointError as error:
+        best = Path(path).with_name("ckpt.pt")
+        if best == Path(path) or not best.is_file():
+            raise
+        try:
+            step = nanogpt.read(best, weights=False)["iter_num"]
+        except CheckpointError:
+            raise error from None
+        raise CheckpointError(f"{error} {best} is whole, of step {step}: move {path} away to go on from there, though not exactly") from None
 
 
 def _label(path):

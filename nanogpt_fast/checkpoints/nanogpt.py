@@ -62,6 +62,8 @@ def read(path, weights=True):
     from it needs `schema.check_run` too. Raises CheckpointError.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, not a checkpoint")
     if not path.is_file():
         if not path.parent.is_dir():
             raise CheckpointError(f"there is no checkpoint {path}: there is no folder {path.parent}")

@@ -348,7 +348,8 @@ def _is_scaler(state):
 
 def _is_position(state):
     """Where a run was in its data: text/batches.py."""
-    if not isinstance(state, dict) or not whole(state.get("size")) or not {"drawn", "generator"} <= set(state):
+    if not isinstance(state, dict) or not whole(state.get("size")) or not {"drawn", "generator"} <= set(state) \
+            or not whole(state.get("checksum", 0)):
         return False
     drawn, generator = state["drawn"], state["generator"]
     return (drawn is None or flaw(drawn, (torch.int64,)) is None and drawn.dim() == 1 and drawn.numel() > 0 and drawn.min() >= 0

@@ -19,7 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from nanogpt_fast.text.tokens import bad_id, open_tokens
+from nanogpt_fast.text.tokens import bad_id, checksum, open_tokens
+
+
+class OtherData(ValueError):
+    """A run was saved on other tokens than those that are here."""
 
 
 class Batches:
@@ -39,6 +43,7 @@ class Batches:
         self.batch_size, self.block_size, self.vocab_size = batch_size, block_size, vocab_size
         self.device = torch.device(device)
         self.generator = generator
+        self.checksum = None      # of the tokens; computed for the first checkpoint
         self.drawn = None         # offsets (B,) of the prefetched batch, until `next` takes it
         self._gathering = None    # the future of its tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"{split}-batches")
@@ -70,17 +75,23 @@ class Batches:
         """What a resumed run needs to continue with the same batches; the caller saves torch's own random state.
 
         {"drawn": (B,) int64 offsets of the prefetched batch or None, "generator": its state or None,
-        "size": tokens in the file}
+        "size": tokens in the file, "checksum": theirs}
         """
-        return {"drawn": None if self.drawn is None else self.drawn.clone(), "size": len(self.tokens),
+        if self.checksum is None:
+            self.checksum = checksum(self.tokens)
+        return {"drawn": None if self.drawn is None else self.drawn.clone(), "size": len(self.tokens), "checksum": self.checksum,
                 "generator": None if self.generator is None else self.generator.get_state()}
 
     def load_state_dict(self, state):
-        """Continue where `state_dict` was taken. Raises ValueError if the data or the shape of a batch has changed."""
+        """Continue where `state_dict` was taken. Raises OtherData if the data has changed, ValueError if the shape of a batch has."""
         drawn = state["drawn"]
         if state["size"] != len(self.tokens):
-            raise ValueError(f"{self.path} holds {len(self.tokens):,} tokens, and held {state['size']:,} when the run was "
-                             "saved: the data has changed, so an exact resume is impossible")
+            raise OtherData(f"{self.path} holds {len(self.tokens):,} tokens, and held {state['size']:,} when the run was "
+                            "saved: the data has changed, so an exact resume is impossible")
+        self.checksum = checksum(self.tokens)
+        if state.get("checksum", self.checksum) != self.checksum:       # earlier checkpoints have none
+            raise OtherData(f"{self.path} holds other tokens than when the run was saved, as many: the data has changed, so an exact resume "
+                            "is impossible")
         if drawn is not None and (drawn.shape != (self.batch_size,) or drawn.max() >= len(self.tokens) - self.block_size):
             raise ValueError(f"the saved batch ({len(drawn)} windows) does not fit batch_size {self.batch_size} and block_size "
                              f"{self.block_size}: resume with the values of the saved run")

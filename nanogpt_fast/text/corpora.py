@@ -115,7 +115,7 @@ class Text:
             blank = blank and not part.strip()
             yield part
         if blank:
-            raise ValueError(f"{self.source} is empty: there is nothing to learn from")
+            raise ValueError(f"{self.source} is empty: it holds no text")
         if several and self.between == "\n" != end:
             yield "\n"
 
@@ -147,6 +147,13 @@ def paths_of(source):
         named = [paths_of(name.strip()) for name in source.split(",")]
         return [path for paths in named for path in paths] if all(named) else []
     return [Path(path) for path in sorted(glob.glob(source, recursive=True)) if os.path.isfile(path)] if glob.has_magic(source) else []
+
+
+def refuse_missing(source):
+    """Raise FileNotFoundError for the parts of a list, or a pattern, that name no file."""
+    missing = [name for name in map(str.strip, source.split(",")) if not paths_of(name)]
+    if "," in source or glob.has_magic(source):
+        raise FileNotFoundError("; ".join(f"no file matches {name!r}" if glob.has_magic(name) else f"there is no file {name!r}" for name in missing))
 
 
 def read(path):

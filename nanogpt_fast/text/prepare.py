@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt_fast import options
-from nanogpt_fast.files import locked, refuse_special, remove_litter, replacing_together
+from nanogpt_fast.files import locked, make_folder, refuse_special, remove_litter, replacing_together
 from nanogpt_fast.options import option
 from nanogpt_fast.text import corpora, tokenizers
 
@@ -54,6 +54,8 @@ class PrepareOptions:
 def main(argv):
     """The command `nanogpt-fast prepare`."""
     given = options.parse(PrepareOptions, argv, "nanogpt-fast prepare")
+    if given.name and Path(given.name).name != given.name:
+        raise ValueError(f"name is {given.name!r}; expected the name of a folder without a path: --data_dir says where it is made")
     folder = Path(given.data_dir, given.name or _name_of(given.source))
     how = {**_default(given.source), **_asked(given.tokenizer, given.vocab_size, given.field)}
     write(_read(given.source, folder, how), folder, source=given.source, val_fraction=given.val_fraction, **how)
@@ -83,6 +85,7 @@ def find(dataset, data_dir="data", say=print, *, tokenizer="", vocab_size=None, 
                                  "these options out")
             return folder
         if not corpora.paths_of(dataset):
+            corpora.refuse_missing(dataset)
             known = sorted(path.parent.name for path in Path(data_dir).glob("*/train.bin"))
             raise FileNotFoundError(
                 f"no data set {dataset!r}: {Path(data_dir, dataset)} lacks {' or '.join(FILES)}, and there is no text of that "
@@ -139,7 +142,7 @@ def write(text, folder, kind="char", *, source="", vocab_limit=None, val_fractio
                          f"{MAX_VOCAB_SIZE:,} at most. Use --tokenizer=bpe or gpt2, or --tokenizer=word --vocab_size=20000")
     splits = {"train.bin": (0, cut), "val.bin": (cut, math.inf)}
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "the data set's folder")
     vocabulary, former = VOCABULARIES if kind == "char" else VOCABULARIES[::-1]
     names = ("val.bin", "source.json", vocabulary, "train.bin")
     counts = {}
@@ -226,6 +229,7 @@ def _read(source, folder, how):
     if source in corpora.TOKENIZER:
         return corpora.shakespeare(folder / "input.txt")  # where nanoGPT's prepare.py keeps it, too
     if not corpora.paths_of(source):
+        corpora.refuse_missing(source)
         nearest = options.nearest(source, corpora.TOKENIZER)
         raise FileNotFoundError(f"{source!r} is not a file, a folder or a corpus; the corpora are "
                                 f"{', '.join(corpora.TOKENIZER)} (nearest: {nearest})")

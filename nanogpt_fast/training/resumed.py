@@ -27,7 +27,9 @@ def with_the_runs_settings(o):
     """
     with contextlib.redirect_stdout(io.StringIO()):  # what it warns of is said when the weights are read
         path = run_folder.latest(o.out_dir)
-    checkpoint = checkpoints.glance(path) or checkpoints.read(path)     # of a damaged file `read` says what it is
+    checkpoint = checkpoints.glance(path)
+    if checkpoint is None or "model_args" not in checkpoint:    # damaged, or of something else: `read` says what it is
+        checkpoint = run_folder.read(path)
     found = checkpoint.get("config")
     found = found if isinstance(found, dict) else {}
     left_alone = OF_THE_CALL if "run" in checkpoint else OF_THE_CALL + OF_THE_MACHINE

@@ -11,6 +11,7 @@ from ..config import GPTConfig
 from ..model import GPT
 from ..options import is_given
 from ..text import prepare
+from ..text.batches import OtherData
 
 
 def find_data(o, ranks):
@@ -57,15 +58,17 @@ def initial_model(o, vocab_size, tokenizer, ops):
         # A vocabulary may be padded, to a multiple of 128 at most (checkpoints/nanogpt.py).
         if vocab_size is not None and not 0 <= model.config.vocab_size - vocab_size < 128:
             raise ValueError(f"the data set {o.dataset!r} has a vocabulary of {vocab_size} tokens and {o.init_from} one of "
-                             f"{model.config.vocab_size}: the same ids mean other text. Prepare the data with the model's tokenizer "
-                             "(nanogpt-fast prepare TEXT --tokenizer=gpt2), or train from scratch")
+                             f"{model.config.vocab_size}: the same ids mean other text. "
+                             + ("Prepare the data with GPT-2's tokenizer (nanogpt-fast prepare TEXT --tokenizer=gpt2)"
+                                if model.config.vocab_size in (50257, 50304) else "Use the data that the model was trained on")
+                             + ", or train from scratch")
         if tokenizer is not None and (known := huggingface_tokenizer.read(o.init_from)) not in (None, tokenizer):
             raise ValueError(f"the data set {o.dataset!r} has another vocabulary ({tokenizer}) than {o.init_from} ({known}): the same ids mean "
                              "other text. Use the data that the model was trained on, or train from scratch")
         return model, None
 
     path = run_folder.latest(o.out_dir)
-    checkpoint = checkpoints.read(path, weights=not o.shard)
+    checkpoint = run_folder.read(path, weights=not o.shard)
     print(f"resuming from {path}: run {checkpoint.get('run', 'without a name')}, step {checkpoint['iter_num']}")
     known = checkpoint.get("tokenizer")
     if known is not None and tokenizer is not None and known != tokenizer.to_state():
@@ -114,7 +117,8 @@ def what_runs(o, model, checkpoint):
 def continue_exactly(start, o, model, optimizer, scaler, batches, ranks):
     """Restore optimizer, scaler, random states and data position; returns the step whose evaluation is already done.
 
-    Weights that are in shards are loaded here, too. A ckpt.pt has only the optimizer: the run then continues with fresh random numbers, as
+    Where the data has changed, no evaluation is done, and start["best_val_loss"] becomes that of a new run. Weights that are in shards are
+    loaded here, too. A ckpt.pt has only the optimizer: the run then continues with fresh random numbers, as
     nanoGPT does, and says so.
     """
     if "shards" in start:
@@ -136,7 +140,12 @@ def continue_exactly(start, o, model, optimizer, scaler, batches, ranks):
         set_random_states(mine["random"])
         try:
             batches.load_state_dict(mine["batches"])
-        except ValueError as error:  # another batch size or text may be intended, so only say it
+        except OtherData as error:      # another text, or batch size, may be intended, so only say it
+            print(f"WARNING: not an exact continuation: {error}. The best validation loss so far, {start['best_val_loss']:.4f}, was of the former "
+                  "data: it counts no more, and the next evaluation writes ckpt.pt")
+            start["best_val_loss"] = 1e9
+            return None
+        except ValueError as error:
             print(f"WARNING: not an exact continuation: {error}")
     else:
         print(f"WARNING: not an exact continuation: saved by {len(resume['ranks'])} ranks, resumed by {ranks.size}: batches and dropout "

@@ -164,8 +164,8 @@ def _train(o, ranks, device, ops, malloc):
     # the state of a resumed run
     iter_num, best_val_loss, evaluated_at, run = 0, 1e9, None, run_folder.new_run()
     if checkpoint is not None:
-        iter_num, best_val_loss, run = checkpoint["iter_num"], checkpoint["best_val_loss"], checkpoint.get("run", run)
         evaluated_at = start.continue_exactly(checkpoint, o, model, optimizer, step.scaler, train_batches, ranks)
+        iter_num, best_val_loss, run = checkpoint["iter_num"], checkpoint["best_val_loss"], checkpoint.get("run", run)
     profiled_from = profiling.first_step(o.profile, iter_num, o.max_iters, o.eval_interval) if o.profile else None
     if ranks.is_master and not o.eval_only:
         if checkpoint is not None:

@@ -99,3 +99,11 @@ def test_what_is_not_equal_stands_in_the_table(monkeypatch, tmp_path):
     text = swap_table.sections()["public repositories"]
     assert "1 repositories, in 1 of them something is swapped, 0 are equal" in text and "**no**: outputs" in text
     assert "Not built here: c/d: no checkout." in text
+
+
+def test_a_folder_without_a_checkout_leaves_the_results_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(swap_table, "RESULT", tmp_path / "swap.json")
+    with pytest.raises(SystemExit) as ended:
+        swap_table.main(["--checkouts", str(tmp_path / "nonexistent")])
+    assert ended.value.code == 2 and "there is no checkout in it; expected a folder with some of karpathy/nanoGPT" in capsys.readouterr().err
+    assert not swap_table.RESULT.exists()

@@ -314,3 +314,10 @@ def test_the_summary_has_the_worst_of_a_kernels_variants():
     found, = command.summary([spilling, good])
     assert found == ("copy", 2, "80 90", 200, 8, 5000, 1, "right, 1 with a declared spill")
     assert len(command.cells(spilling)) == len(command.HEAD)
+
+
+def test_a_name_that_no_kernel_has_is_refused_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--only", "attention.forwrd", "--arch", "90"])
+    assert ended.value.code == 2
+    assert re.search(r"--only=attention.forwrd: no kernel has that in its name; the nearest is attention.forward", capsys.readouterr().err)

@@ -130,9 +130,9 @@ def test_a_folder_with_an_activation_that_gpt_lacks_is_refused(folder):
     assert trained(folder, "--activation=gelu")["config"]["activation"] == "gelu"
 
 
-@pytest.mark.parametrize("vocab_size", [50257, 17])
-def test_weights_with_another_vocabulary_than_the_data_are_refused_before_the_first_step(vocab_size, folder):
+@pytest.mark.parametrize("vocab_size, advice", [(50257, "--tokenizer=gpt2"), (17, "Use the data that the model was trained on")])
+def test_weights_with_another_vocabulary_than_the_data_are_refused_before_the_first_step(vocab_size, advice, folder):
     GPT(GPTConfig(**{**SIZES, "vocab_size": vocab_size, "block_size": 16})).save_pretrained(folder / "gpt2")
-    with pytest.raises(ValueError, match=rf"the data set 'sums' has a vocabulary of \d+ tokens and .*gpt2 one of {vocab_size}"):
+    with pytest.raises(ValueError, match=rf"the data set 'sums' has a vocabulary of \d+ tokens and .*gpt2 one of {vocab_size}.* {advice}"):
         trained(folder)
     assert not list((folder / "out").glob("*.pt"))
