@@ -11,6 +11,7 @@ import math
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
+from nanogpt_fast import touched
 from nanogpt_fast.ops import extension
 
 DATA_PTR, BACKWARD = torch.Tensor.data_ptr, torch.Tensor.backward
@@ -129,6 +131,7 @@ class Trace(TorchDispatchMode):
             for name in ("_has_foreach_support", "_device_has_foreach_support"):
                 stack.enter_context(overridden(torch.nn.utils.clip_grad, **{name: lambda *_: True}))
             stack.enter_context(overridden(F, scaled_dot_product_attention=_cudnn_attention))
+            stack.enter_context(mock.patch.dict(touched.FUNCTIONS, scaled_dot_product_attention=_cudnn_attention))  # as PyTorch's own
             yield
 
     def _address(self, tensor):

@@ -78,7 +78,7 @@ def stages(part, folder, more, upstream, dry):
         Stage("verify mlp", verify("mlp"), 90, after=("build", "machine"), environment=one),
         Stage("tests", tests(*CORE_TESTS), 90, after=("build", "machine"), environment=few),
         Stage("warm 12", warm(12, "nanoGPT compiled"), 110, after=("build", "machine"), environment=one),
-        Stage("verify loss", verify("cross_entropy", "sample", "gpt"), 90, after=("warm 64", "build"), environment=one),
+        Stage("verify loss", verify("cross_entropy", "sample", "decode", "gpt"), 90, after=("warm 64", "build"), environment=one),
         Stage("model", smoke("model"), 90, after=("warm 64", "ops"), environment=one),
         Stage("train 64", train(64, "nanoGPT compiled,our trainer,one import", "--rounds=4", "--steps=8", "--profile=3",
                                 "--again=False", f"--traces={more}", f"--json={results}"), 170, alone=True),

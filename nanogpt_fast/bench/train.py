@@ -35,7 +35,8 @@ from .common import TimedOptions, build, quiet, record, shape_of, wanted
 class BenchTrainOptions(TimedOptions):
     """Times a training step: forward under autocast, backward, clip, AdamW. Ours appears twice: as the drop-in, with one import
     changed and the logits returned, and as our trainer calls it, without them. Each eager and compiled."""
-    batch_size: int | None = option(None, "sequences per step; None: the model's own (32 for gpt2 on a GPU)", minimum=1)
+    batch_size: int | None = option(None, "sequences of a micro-batch; None: the model's own (32 for gpt2 on a GPU)", minimum=1)
+    accumulation: int = option(1, "micro-batches per step, as nanoGPT's gradient_accumulation_steps", minimum=1)
     steps: int | None = option(None, "steps per sample; None: 10 on a GPU, 1 on a CPU", minimum=1)
     apart: bool = option(True, "each variant in its own process, ours on a CPU with our malloc settings")
     again: bool = option(True, "on a GPU: run the first variant once more at the end")
@@ -86,12 +87,13 @@ TRAIN_VARIANTS_CPU = {  # bf16: what nanoGPT's users could switch on themselves,
 
 
 class Trainer:
-    """One variant: a model, its optimizer, and `step(x, y)`, x and y (B, T), which returns the loss.
+    """One variant: a model, its optimizer, and `step(x, y)`, x and y (B, T), which returns the loss. With accumulation every micro-batch is
+    this one.
 
     For our trainer this is the step that `nanogpt-fast train` takes (training/step.py); the others do what nanoGPT's train.py does.
     """
 
-    def __init__(self, o, variant, config, B, device, dtype, seed=0):
+    def __init__(self, o, variant, config, B, device, dtype, seed=0, accumulation=1):
         self.dtype = torch.bfloat16 if variant.bf16 else dtype
         if variant.mlp_form:
             mlp._faster_forms = lambda *_: (variant.mlp_form, variant.mlp_form)
@@ -104,18 +106,19 @@ class Trainer:
         self.optimizer = _optimizer(o, variant, self.model, device)
         self.network = torch.compile(self.model) if variant.compiled else self.model
         self.context = devices.autocast(device, self.dtype)
-        self.ours, self.not_captured = None, "not our trainer"
+        self.ours, self.not_captured, self.accumulation = None, "not our trainer", accumulation
         if not variant.logits:
             self.not_captured = captured.why_not(self.model, self.optimizer, device)
             self.ours = TrainingStep(self.model, self.optimizer, self.network, dtype=self.dtype, batch_shape=(B, config["block_size"]),
-                                     not_captured=self.not_captured, compiled=variant.compiled)
+                                     not_captured=self.not_captured, compiled=variant.compiled, accumulation=accumulation)
 
     def step(self, x, y):
         if self.ours is not None:
             return self.ours(lambda: (x, y))
-        with self.context:
-            loss = self.network(x, y)[1]
-        loss.backward()
+        for _ in range(self.accumulation):
+            with self.context:
+                loss = self.network(x, y)[1]
+            (loss / self.accumulation if self.accumulation > 1 else loss).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -145,18 +148,21 @@ def run(o, device, dtype):
     until = time.monotonic() + 60 * o.minutes
     apart = o.apart and hasattr(os, "setsid")
 
-    print(f"{o.model}: {B} x {T} tokens a step, {str(dtype).removeprefix('torch.')}, on {devices.describe(device)}",
+    micro = f"{o.accumulation} times " if o.accumulation > 1 else ""
+    print(f"{o.model}: {micro}{B} x {T} tokens a step, {str(dtype).removeprefix('torch.')}, on {devices.describe(device)}",
           file=tables.aside(o.format), flush=True)
     with quiet():
         counter = GPT(GPTConfig(**config))  # counts the FLOPs of both sides
 
     def timed(samples):
         seconds = statistics.median(samples) / steps
-        return dict(samples=[value / steps for value in samples], tokens_per_s=B * T / seconds,
-                    mfu=counter.estimate_hardware_mfu(B, seconds, device))
+        sequences = o.accumulation * B
+        return dict(samples=[value / steps for value in samples], tokens_per_s=sequences * T / seconds,
+                    mfu=counter.estimate_hardware_mfu(sequences, seconds, device))
 
     def write(found):
-        record(o, "train", device, shape=dict(config, batch_size=B), dtype=str(dtype).removeprefix("torch."), variants=found)
+        # A name of its own: benchmarks/report.py's tables are of steps without accumulation.
+        record(o, "train" if o.accumulation == 1 else "train accumulated", device, shape=dict(config, batch_size=B), dtype=str(dtype).removeprefix("torch."), variants=found)
 
     def runner(name):
         return (Worker if apart else Runner)(o, name, all_variants[name], config, B, device, dtype, steps)
@@ -266,7 +272,8 @@ class Runner:
         data = [torch.randint(config["vocab_size"], (2, B, config["block_size"]), generator=random).to(device) for _ in range(4)]
         self.o, self.name, self.batches, self.steps, self.dtype, self.device = o, name, itertools.cycle(data), steps, dtype, device
         self.before = _reset_peak(device)
-        self.trainer, self.shape = Trainer(o, variant, config, B, device, dtype), dict(batch_size=B, tokens=config["block_size"])
+        self.trainer, self.shape = Trainer(o, variant, config, B, device, dtype, accumulation=o.accumulation), dict(
+            batch_size=B, tokens=config["block_size"])
 
     def first(self):
         """Take the first steps; returns their time, the peak memory, the ops' implementations and why the step is not captured."""

@@ -65,6 +65,20 @@ def test_without_a_checkout_nanogpts_side_trains_exactly_as_a_checkouts(tmp_path
     assert losses[0] == losses[1]
 
 
+def test_a_step_of_several_micro_batches_is_every_variants(tmp_path):
+    losses = []
+    for variant in (train.Variant(nanogpt=True), train.Variant(), train.Variant(logits=False)):
+        o = options.parse(train.BenchTrainOptions, ["--model=tiny"], "test")
+        trainer = train.Trainer(o, variant, common.shape_of("tiny", CPU)[0], 4, CPU, torch.float32, accumulation=3)
+        x = torch.randint(65, (4, 32), generator=torch.Generator().manual_seed(1))
+        losses.append([trainer.step(x, x).item() for _ in range(3)])
+    assert losses[0] == losses[1] and losses[2] == pytest.approx(losses[0], rel=1e-6)
+    record = run(tmp_path, "train", "--apart=False", "--model=tiny", "--only=one import,our trainer", "--rounds=1", "--accumulation=3")
+    assert record["benchmark"] == "train accumulated" and record["options"]["accumulation"] == 3
+    for row in record["variants"].values():
+        assert row["tokens_per_s"] == pytest.approx(3 * record["shape"]["batch_size"] * record["shape"]["block_size"] / row["samples"][0])
+
+
 def test_what_was_built_is_timed_when_the_process_is_interrupted(tmp_path, monkeypatch):
     step = train.Trainer.step
 
