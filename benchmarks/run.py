@@ -11,7 +11,7 @@ from nanogpt_fast.bench import op
 
 def main(argv=None):
     o = options.parse(op.BenchOpOptions, sys.argv[1:] if argv is None else argv, "python -m benchmarks.run")
-    device = devices.choose_device(o.device)
+    device = devices.make_current(devices.choose_device(o.device))
     if not o.json and not o.quick:
         o.json = str(RESULTS / f"{device.type}.jsonl")
     return op.run(o, device, devices.choose_dtype("bfloat16" if device.type == "cuda" else "float32", device))

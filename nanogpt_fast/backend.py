@@ -30,8 +30,8 @@ CHOICES = ("auto", "fused", "reference")
 IMPLEMENTATIONS = {"attention": ("triton", "cudnn", "cpp"), "layer_norm": ("triton", "cpp"), "linear": ("cublas", "cpp"), "mlp": ("triton", "cpp"),
                    "cross_entropy": ("triton", "cpp"), "sample": ("cpp",), "decode": ("triton", "cpp")}
 # The functions of torch.nn.functional that the reference of an op calls. Where a program has replaced one, `auto` takes the reference, too.
-_CALLED = {"attention": ("scaled_dot_product_attention",), "layer_norm": ("layer_norm",), "linear": ("linear",), "mlp": ("linear", "gelu"),
-           "cross_entropy": ("linear", "cross_entropy"), "sample": (), "decode": ()}
+_CALLED = {"attention": ("scaled_dot_product_attention",), "layer_norm": ("layer_norm", "dropout"), "linear": ("linear",),
+           "mlp": ("linear", "gelu", "relu", "dropout"), "cross_entropy": ("linear", "cross_entropy"), "sample": (), "decode": ()}
 own = {op: {} for op in OPS}   # {op: {name: why_not}} of kernels that ops/registered.py added
 
 

@@ -28,7 +28,7 @@ BF16_PEAK = (
 
 def choose_device(name="auto"):
     """torch.device for "auto" (the accelerator that torch finds: CUDA, MPS, XPU, ...; else the CPU) or for a name such as
-    "cpu", "cuda", "cuda:1", "mps". One with a number becomes its kind's current device: clocks, events and random states are read of that.
+    "cpu", "cuda", "cuda:1", "mps".
 
     Raises ValueError for an invalid name, RuntimeError if this machine has no such device.
     """
@@ -43,6 +43,13 @@ def choose_device(name="auto"):
     if device.type != "cpu" and (device.index or 0) >= count:
         raise RuntimeError(f"device={name}, but PyTorch {torch.__version__} sees {count or 'no'} {device.type.upper()} device(s) "
                            "here; device=auto uses what is available")
+    return device
+
+
+def make_current(device):
+    """Let a device with a number be its kind's current one, for a program that computes on it alone: PyTorch reads clocks, events and random
+    states of the current one. Returns the device."""
+    module = getattr(torch, device.type)
     if device.index is not None and hasattr(module, "set_device"):
         module.set_device(device)
     return device
@@ -139,6 +146,8 @@ def ranks(group_backend, device, group_of_one=False):
     without torchrun, make a process group of this process alone. A rank that loses another one raises a RuntimeError that says so.
     """
     alone = "RANK" not in os.environ
+    if alone:
+        make_current(device)
     if alone and not group_of_one:
         yield Ranks(), device
         return
@@ -146,7 +155,7 @@ def ranks(group_backend, device, group_of_one=False):
         raise RuntimeError(f"PyTorch {torch.__version__} was built without torch.distributed here, which several ranks and --shard need")
     here = Ranks() if alone else Ranks(*map(_of_torchrun, ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
     if device.type == "cuda":
-        device = device if alone else choose_device(f"cuda:{here.local_rank}")
+        device = device if alone else make_current(choose_device(f"cuda:{here.local_rank}"))
     elif group_backend == "nccl":
         raise ValueError(f"backend=nccl connects NVIDIA GPUs, and the device is {device}; use backend=gloo")
     store = torch.distributed.HashStore() if alone else _store_of_this_start(here)

@@ -138,10 +138,10 @@ def remove_litter(*paths):
                         temporary.unlink()
 
 
-def make_folder(path, option):
-    """Make this folder and those that it lies in. Raises OSError that names the option if it cannot be made."""
+def make_folder(path, what):
+    """Make this folder and those that it lies in. Raises OSError if it cannot be made, whose text begins with `what` and the path."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise type(error)(f"{option}={path}: no folder can be made there ({error.strerror}); expected a folder, or a name for a new one where "
+        raise type(error)(f"{what}{path}: no folder can be made there ({error.strerror}); expected a folder, or a name for a new one where "
                           "this user may write") from None

@@ -21,6 +21,7 @@ import math
 import numbers
 import operator
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -243,7 +244,7 @@ def _from_text(text, name, kinds):
         value = text
     if str in kinds and not isinstance(value, str):
         value = text  # --start=123 is a prompt, not a number
-    if float in kinds and text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+    if float in kinds and re.fullmatch("[+-]?(nan|inf|infinity)", text.lower()):
         value = float(text)
     return _conform(value, name, kinds)
 

@@ -1,4 +1,6 @@
 """Is a module exactly ours? The fused paths check this before they bypass a module's call, and report the reason if they cannot."""
+import types
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -6,16 +8,16 @@ from torch.nn.modules import module as _nn_module
 
 
 def _pytorchs(function):
-    """`function`, or None if another one took its place before we were imported: a Python function knows the module it was written in."""
-    return function if getattr(function, "__globals__", vars(F))["__name__"].startswith("torch.nn.") else None
+    """`function`, or None if a program has put it there: PyTorch's is a function, and knows the module that it was written in."""
+    return function if isinstance(function, types.FunctionType) and function.__globals__["__name__"].startswith("torch.nn.") else None
 
 
-# {class: its forward, as the class was defined}. A program may set another one on the class, or bind the class's name in model.py to one of
-# its own.
+# {class: its forward, as the class was defined; None where a program had set another one before we were imported}. A program may set one
+# later, or bind the class's name in model.py to one of its own.
 FORWARDS = {cls: _pytorchs(cls.forward) for cls in (nn.Linear, nn.Embedding, nn.Dropout, nn.GELU, nn.ModuleDict, nn.ModuleList)}
-# {name: function of torch.nn.functional, as it was defined}. A program may set another one: attention of its own, or a profiler's.
+# {name: function of torch.nn.functional}, likewise. A program may set another one: attention of its own, or a profiler's.
 FUNCTIONS = {name: getattr(torch._C._nn, name, None) or _pytorchs(getattr(F, name))
-             for name in ("scaled_dot_product_attention", "layer_norm", "linear", "gelu", "embedding", "dropout", "cross_entropy")}
+             for name in ("scaled_dot_product_attention", "layer_norm", "linear", "gelu", "relu", "embedding", "dropout", "cross_entropy")}
 _CALLED = {nn.Linear: "linear", nn.Embedding: "embedding", nn.Dropout: "dropout", nn.GELU: "gelu"}    # by a module's forward
 
 
@@ -46,14 +48,15 @@ def touched(module, cls):
 def replaced(*names):
     """None if these functions of torch.nn.functional are PyTorch's, else which one is not, as text."""
     for name in names:
-        if getattr(F, name) is not FUNCTIONS[name]:
+        function = getattr(F, name)
+        if function is not FUNCTIONS[name] and (FUNCTIONS[name] is not None or _pytorchs(function) is None):    # None: replaced at import
             return f"torch.nn.functional.{name} was replaced"
     return None
 
 
 def program():
     """What a program may have replaced on classes and in torch.nn.functional, as it is now."""
-    return [cls.forward for cls in FORWARDS], [getattr(F, name) for name in FUNCTIONS]
+    return [vars(cls).get("forward") for cls in FORWARDS], [getattr(F, name) for name in FUNCTIONS]
 
 
 def altered(module):
@@ -61,7 +64,7 @@ def altered(module):
     or on the instance, no hook of any kind, no parameter that is a tensor subclass (DTensor, a quantized weight). Else which, as text."""
     own = type(module)
     name = own.__name__
-    if own in FORWARDS and own.forward is not FORWARDS[own]:
+    if own in FORWARDS and own.forward is not FORWARDS[own] and (FORWARDS[own] is not None or _pytorchs(own.forward) is None):
         return f"{name}.forward was replaced"
     if own in _CALLED and (reason := replaced(_CALLED[own])) is not None:
         return reason

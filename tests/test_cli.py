@@ -137,6 +137,7 @@ def test_training_options_that_cannot_be_are_one_line(tmp_path, monkeypatch, cap
     (["--out_dir=foreign", "--init_from=resume"], {}, "foreign/last.pt is a torch file, but not a nanoGPT checkpoint"),
     (["--seed=99999999999999999999999"], {}, "expected int, of 64 bits at most"),
     (["--learning_rate=nan"], {}, "learning_rate is nan; expected a finite number"),
+    (["--learning_rate=+-nan"], {}, "learning_rate is '+-nan' (str); expected float"),
     ([], {"RANK": "0"}, "LOCAL_RANK is not set, and RANK is '0'; torchrun sets"),
     ([], {"RANK": "abc"}, "RANK is 'abc'; torchrun sets"),
 ])
@@ -160,10 +161,11 @@ def test_a_backend_of_the_environment_is_named_with_its_variable():
     assert done.returncode == 2 and "NANOGPT_FAST_BACKEND: backend 'attention=foo': 'foo' is not one of" in done.stderr
 
 
-def test_a_data_sets_name_is_no_path(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["../other", "..", "a/b", "/tmp/x"])
+def test_a_data_sets_name_is_no_path(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["prepare", "embedded", "--name=../other"]) == 2
-    assert "name is '../other'; expected the name of a folder without a path" in capsys.readouterr().err
+    assert cli.main(["prepare", "embedded", f"--name={name}"]) == 2
+    assert f"name is {name!r}; expected the name of a folder without a path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, damage, message", [

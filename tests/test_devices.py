@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nanogpt_fast import devices
-from nanogpt_fast.devices import choose_device
+from nanogpt_fast.devices import choose_device, make_current
 
 
 @pytest.mark.parametrize("found", ["cuda", "mps", "xpu"])
@@ -24,8 +24,9 @@ def test_a_name_takes_that_device_and_its_index_counts(monkeypatch):
     made_current = []
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 2)
     monkeypatch.setattr(torch.xpu, "set_device", made_current.append)
-    assert choose_device("xpu:1") == torch.device("xpu:1") and choose_device("xpu") == torch.device("xpu")
-    assert made_current == [torch.device("xpu:1")]          # events and random states are the current device's
+    assert choose_device("xpu:1") == torch.device("xpu:1") and not made_current
+    assert [make_current(torch.device(name)) for name in ("xpu", "xpu:1", "cpu:0", "mps:0")][1] == torch.device("xpu:1")
+    assert made_current == [torch.device("xpu:1")]
     with pytest.raises(RuntimeError, match=r"device=xpu:2, but PyTorch .* sees 2 XPU device\(s\)"):
         choose_device("xpu:2")
 
@@ -36,6 +37,13 @@ def test_what_is_no_device_or_not_there_is_named(monkeypatch, name, error, text)
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 0)
     with pytest.raises(error, match=text):
         choose_device(name)
+
+
+def test_a_process_alone_makes_its_device_current(monkeypatch):
+    made_current = []
+    monkeypatch.setattr(torch.xpu, "set_device", made_current.append)
+    with devices.ranks(None, torch.device("xpu:1")) as (ranks, device):
+        assert made_current == [device] == [torch.device("xpu:1")] and ranks == devices.Ranks()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")

@@ -31,7 +31,7 @@ def main(argv):
         return
     cls, function = COMMANDS[argv[0]]
     o = options.parse(cls, argv[1:], f"nanogpt-fast bench {argv[0]}")
-    device = devices.choose_device(o.device)
+    device = devices.make_current(devices.choose_device(o.device))
     if argv[0] != "op" and not o.model:
         o.model = "cpu" if device.type != "cuda" else "gpt2" if argv[0] == "train" else "baby"
     if device.type == "cuda":  # as in nanoGPT's train.py

@@ -80,7 +80,7 @@ def interleaved_on_gpu(variants, rounds, warmup=3, seed=0, until=None):
         # 1.5 times what the host just needed, in cycles at 2 GHz, which is more than any of these GPUs runs at.
         cycles[name] = int(1.5 * 2e9 * (time.perf_counter() - start)) + 20_000
         torch.cuda.synchronize()
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     dirt = torch.empty(max(2 * l2, 1 << 20), dtype=torch.uint8, device="cuda")
     order, shuffle = list(variants), random.Random(seed).shuffle
     samples = {name: [] for name in variants}

@@ -372,6 +372,7 @@ def _work(pipe, threads, o, name, variant, *rest):
     import resource  # not at the top: Windows has neither this nor SIGUSR1, and `apart` is off there
     os.setsid()  # signals to the parent's group, such as the SIGTERM of `timeout`, are for the parent to handle
     torch.set_num_threads(threads)
+    devices.make_current(rest[-3])
     if torch.cuda.is_available():  # as in the parent, and in nanoGPT's train.py
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     runner = None

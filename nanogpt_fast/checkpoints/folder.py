@@ -51,7 +51,7 @@ def owned(folder, create=True):
     if not create and not folder.is_dir():
         yield
         return
-    files.make_folder(folder, "--out_dir")
+    files.make_folder(folder, "--out_dir=")
     descriptor = os.open(folder / RECORD, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         taken = files.lock(descriptor)

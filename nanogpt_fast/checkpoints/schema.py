@@ -331,7 +331,7 @@ def check_run(found, path):
         raise CheckpointError(f"{path}: its 'resume' is damaged: it lacks {' and '.join(sorted(lacking))}")
     problems = [f"{name} is {shown(resume.get(name))}" for name, good in (
         ("evaluated_at", resume["evaluated_at"] is None or whole(resume["evaluated_at"], most=found["iter_num"])),
-        ("ckpt", type(resume.get("ckpt", False)) is bool), ("scaler", _is_scaler(resume["scaler"]))) if not good]
+        ("ckpt", type(resume.get("ckpt", False)) is bool), ("val", whole(resume.get("val", 0))), ("scaler", _is_scaler(resume["scaler"]))) if not good]
     for i, rank in enumerate(ranks):
         problems += [f"{name} of rank {i} is not what a run saves" for name, good in (
             ("random", _are_random_states), ("batches", _is_position)) if not good(rank.get(name))]

@@ -71,7 +71,7 @@ class EvalOptions:
 def main(argv):
     """The command `nanogpt-fast eval`."""
     o = options.parse(EvalOptions, argv, "nanogpt-fast eval")
-    device = devices.choose_device(o.device)
+    device = devices.make_current(devices.choose_device(o.device))
     model, tokenizer, about = open_model(o, device, only_ids=True)
     context = devices.autocast(device, devices.choose_dtype(o.dtype, device))
     began = time.perf_counter()

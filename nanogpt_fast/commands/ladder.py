@@ -53,7 +53,7 @@ class LadderOptions:
 def main(argv):
     """The command `nanogpt-fast ladder`."""
     o = options.parse(LadderOptions, argv, "nanogpt-fast ladder")
-    device = devices.choose_device(o.device)
+    device = devices.make_current(devices.choose_device(o.device))
     folder = prepare.find(o.data, o.data_dir)
     tokenizer = prepare.load_tokenizer(folder)
     with contextlib.closing(TokenCheck(folder, tokenizer.vocab_size, o.block_size)) as check:

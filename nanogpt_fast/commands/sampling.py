@@ -139,7 +139,7 @@ class Loaded(NamedTuple):
 
 def load(o):
     """The model and tokenizer that the options name, on their device. Raises what `checkpoint.load_model` raises."""
-    device = devices.choose_device(o.device)
+    device = devices.make_current(devices.choose_device(o.device))
     dtype = devices.choose_dtype(o.dtype, device)
     model, tokenizer, about = open_model(o, device)
     if tokenizer is None:

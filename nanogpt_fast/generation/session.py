@@ -58,8 +58,8 @@ def give_back(model, session):
 class Watch:
     """The modules and weights of a model at one moment: tells whether any has been moved, replaced, changed or touched since.
 
-    Changes of values are noticed where PyTorch counts them (`_version`), which it doesn't for a write through `p.data` or to an inference
-    tensor.
+    Changes of values are noticed where PyTorch counts them (`_version`), which it doesn't for a write through `p.data`, to an inference
+    tensor, or by a fused optimizer (the trainer's steps count theirs).
     """
 
     def __init__(self, model):

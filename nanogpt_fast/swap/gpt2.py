@@ -114,7 +114,7 @@ class GPT2Attention(FromTransformers):
             if cache.get_seq_length(self.layer_idx) > 0:
                 return "past key values"
         return parts.packed_why_not(call["hidden_states"], self.head_dim, self._scale(), self.backend,
-                                     nano.drop_rate(self.attn_dropout))
+                                    nano.drop_rate(self.attn_dropout))
 
     def _scale(self):
         return getattr(self, "scaling", None)                                       # None means 1/sqrt(D)

@@ -51,7 +51,7 @@ class NanoNorm(Norm, nano.LayerNorm):
 def packed_why_not(x, D, scale, choices, dropout_p):
     """`_kernel_why_not` before the projection runs: x (B, T, C) stands for the packed q, k and v computed from it."""
     return _kernel_why_not("attention", attention.CANDIDATES, choices,
-                          (x, autocast_dtype(x), D, scale, dropout_p), attention.row_for)
+                           (x, autocast_dtype(x), D, scale, dropout_p), attention.row_for)
 
 
 class NanoAttention(Swapped, nano.CausalSelfAttention):
@@ -103,7 +103,8 @@ class SeparateAttention(Swapped):
     def why_not(self, x):
         heads = x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)                  # (B, H, T, D), for each of q, k and v
         return _kernel_why_not("attention", attention.SEPARATE_CANDIDATES, self.backend,
-                              (heads, heads, heads, autocast_dtype(heads), None, nano.drop_rate(self.attn_drop)), attention.separate_row_for)
+                               (heads, heads, heads, autocast_dtype(heads), None, nano.drop_rate(self.attn_drop)),
+                               attention.separate_row_for)
 
     def fast(self, x):
         B, T, C = x.shape

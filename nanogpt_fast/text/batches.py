@@ -22,10 +22,6 @@ import torch
 from nanogpt_fast.text.tokens import bad_id, checksum, open_tokens
 
 
-class OtherData(ValueError):
-    """A run was saved on other tokens than those that are here."""
-
-
 class Batches:
     """Random windows of one split of a data folder, drawn as nanoGPT draws them.
 
@@ -83,15 +79,15 @@ class Batches:
                 "generator": None if self.generator is None else self.generator.get_state()}
 
     def load_state_dict(self, state):
-        """Continue where `state_dict` was taken. Raises OtherData if the data has changed, ValueError if the shape of a batch has."""
+        """Continue where `state_dict` was taken. Raises ValueError if the data or the shape of a batch has changed."""
         drawn = state["drawn"]
         if state["size"] != len(self.tokens):
-            raise OtherData(f"{self.path} holds {len(self.tokens):,} tokens, and held {state['size']:,} when the run was "
-                            "saved: the data has changed, so an exact resume is impossible")
+            raise ValueError(f"{self.path} holds {len(self.tokens):,} tokens, and held {state['size']:,} when the run was "
+                             "saved: the data has changed, so an exact resume is impossible")
         self.checksum = checksum(self.tokens)
         if state.get("checksum", self.checksum) != self.checksum:       # earlier checkpoints have none
-            raise OtherData(f"{self.path} holds other tokens than when the run was saved, as many: the data has changed, so an exact resume "
-                            "is impossible")
+            raise ValueError(f"{self.path} holds other tokens than when the run was saved, as many: the data has changed, so an exact resume "
+                             "is impossible")
         if drawn is not None and (drawn.shape != (self.batch_size,) or drawn.max() >= len(self.tokens) - self.block_size):
             raise ValueError(f"the saved batch ({len(drawn)} windows) does not fit batch_size {self.batch_size} and block_size "
                              f"{self.block_size}: resume with the values of the saved run")

@@ -54,7 +54,8 @@ class PrepareOptions:
 def main(argv):
     """The command `nanogpt-fast prepare`."""
     given = options.parse(PrepareOptions, argv, "nanogpt-fast prepare")
-    if given.name and Path(given.name).name != given.name:
+    given.name = given.name.rstrip("/")     # a shell completes a folder's name so
+    if given.name and (Path(given.name).name != given.name or given.name == ".."):
         raise ValueError(f"name is {given.name!r}; expected the name of a folder without a path: --data_dir says where it is made")
     folder = Path(given.data_dir, given.name or _name_of(given.source))
     how = {**_default(given.source), **_asked(given.tokenizer, given.vocab_size, given.field)}
@@ -142,7 +143,7 @@ def write(text, folder, kind="char", *, source="", vocab_limit=None, val_fractio
                          f"{MAX_VOCAB_SIZE:,} at most. Use --tokenizer=bpe or gpt2, or --tokenizer=word --vocab_size=20000")
     splits = {"train.bin": (0, cut), "val.bin": (cut, math.inf)}
 
-    make_folder(folder, "the data set's folder")
+    make_folder(folder, "the data set's folder ")
     vocabulary, former = VOCABULARIES if kind == "char" else VOCABULARIES[::-1]
     names = ("val.bin", "source.json", vocabulary, "train.bin")
     counts = {}

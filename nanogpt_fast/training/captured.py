@@ -27,10 +27,12 @@ import torch.nn as nn
 from .. import backend
 from ..model import GPT, MLP, Block, CausalSelfAttention, LayerNorm
 from ..ops.graphs import Recorder
-from ..touched import touched
+from ..touched import replaced, touched
 
 # One step completes all lazy initialisation; PyTorch's notes on CUDA graphs advise three.
 WARM_UP_STEPS = 3
+
+MOST_CAPTURES = 4       # a program that changes something at every step would have each captured anew
 
 # Modules whose forward passes never wait for the GPU.
 ASYNCHRONOUS = (GPT, Block, CausalSelfAttention, MLP, LayerNorm, nn.Linear, nn.Embedding, nn.Dropout, nn.GELU, nn.ModuleDict,
@@ -52,6 +54,14 @@ def why_not(model, optimizer, device, *, ranks=1, scaled=False):
         return f"{type(optimizer).__name__} has no `capturable`: its step reads the learning rate on the host"
     if torch.is_anomaly_enabled():
         return "autograd's anomaly detection checks every gradient on the host"
+    return why_not_asynchronous(model)
+
+
+def why_not_asynchronous(model):
+    """None if this model's step never waits for the GPU, else the reason as text."""
+    reason = replaced("scaled_dot_product_attention", "layer_norm", "cross_entropy")    # the others are their modules'
+    if reason is not None:
+        return f"what computes it may wait for the GPU: {reason}"
     for name, module in model.named_modules():
         cls = type(module)
         reason = touched(module, cls) if cls in ASYNCHRONOUS else f"{cls.__name__} is not one of nanoGPT's modules"
@@ -67,14 +77,18 @@ class CapturedStep:
     update(): clips, steps the optimizer and does whatever else ends a step; it must not clear gradients. prepare(): called before
     `update` is captured, when the gradients are where every replay will find them.
     batch_shape: (B, T) of every x and y, int64. fixed(): what forward_backward reads on the host, and a replay would not see change.
+    why_not(): None if the step can be captured as it is now, else the reason.
 
     `loss` is the sum of forward_backward's results since the first micro-step, 0-d on the device; the next step overwrites
     it. A learning rate set in optimizer.param_groups takes effect at the next `update()`. Where fixed(), another option of the optimizer, its
-    parameters or its state has changed since the capture, the step is run as at first, and captured again.
+    parameters or its state has changed since the capture, the step is run as at first, and captured again; without graphs from then on, where
+    why_not() says so, or after MOST_CAPTURES.
     """
 
-    def __init__(self, forward_backward, update, optimizer, batch_shape, device, prepare=lambda: None, fixed=tuple):
+    def __init__(self, forward_backward, update, optimizer, batch_shape, device, prepare=lambda: None, fixed=tuple,
+                 why_not=lambda: None):
         self._forward_backward, self._optimizer_step, self._prepare, self._of_model = forward_backward, update, prepare, fixed
+        self._why_not, self.captures = why_not, 0
         self.optimizer, self.device = optimizer, device
         self.x, self.y = torch.zeros(2, *batch_shape, dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)
@@ -102,8 +116,12 @@ class CapturedStep:
     def micro_step(self, x, y, first):
         """Forward and backward on x and y (B, T) int64."""
         if first and self.replays and self._captured_with != self._fixed():
-            backend.notice("the model or the optimizer has changed since the training step was captured in CUDA graphs: it is captured again")
+            why_not = self._why_not() or (f"they have changed {self.captures} times" if self.captures >= MOST_CAPTURES else None)
+            backend.notice("the model or the optimizer has changed since the training step was captured in CUDA graphs: "
+                           + ("it is captured again" if why_not is None else f"from here on it runs without graphs: {why_not}"))
             self._begin()
+            if why_not is not None:
+                self.recorder = None
         elif first and len(self.learning_rates) != len(self.optimizer.param_groups):
             self._begin()
         self.x.copy_(x)
@@ -139,7 +157,8 @@ class CapturedStep:
         if self.steps < WARM_UP_STEPS:
             return self.recorder.run(part)
         if name not in self.replays:
-            self._captured_with = self._captured_with or self._fixed()
+            if self._captured_with is None:
+                self._captured_with, self.captures = self._fixed(), self.captures + 1
             self.replays[name] = self.recorder.record(part)
         self.replays[name]()
 

@@ -11,7 +11,6 @@ from ..config import GPTConfig
 from ..model import GPT
 from ..options import is_given
 from ..text import prepare
-from ..text.batches import OtherData
 
 
 def find_data(o, ranks):
@@ -80,6 +79,7 @@ def initial_model(o, vocab_size, tokenizer, ops):
     return model, {**checkpoint, "path": path}
 
 
+NONE_YET = 1e9          # nanoGPT's best_val_loss before the first evaluation
 SIZES = ("block_size", "n_layer", "n_head", "n_embd", "bias", "activation")
 
 
@@ -114,11 +114,12 @@ def what_runs(o, model, checkpoint):
     return dataclasses.replace(o, **runs)
 
 
-def continue_exactly(start, o, model, optimizer, scaler, batches, ranks):
+def continue_exactly(start, model, optimizer, scaler, batches, ranks, o, of_val):
     """Restore optimizer, scaler, random states and data position; returns the step whose evaluation is already done.
 
-    Where the data has changed, no evaluation is done, and start["best_val_loss"] becomes that of a new run. Weights that are in shards are
-    loaded here, too. A ckpt.pt has only the optimizer: the run then continues with fresh random numbers, as
+    of_val: the checksum of the tokens to validate on. If the run was saved with others, its best loss counts no more:
+    start["best_val_loss"] becomes NONE_YET, and None is returned, on every rank if it is so on one.
+    Weights that are in shards are loaded here, too. A ckpt.pt has only the optimizer: the run then continues with fresh random numbers, as
     nanoGPT does, and says so.
     """
     if "shards" in start:
@@ -135,22 +136,23 @@ def continue_exactly(start, o, model, optimizer, scaler, batches, ranks):
         return None
     if scaler.is_enabled() and resume["scaler"]:
         scaler.load_state_dict(resume["scaler"])
+    problem = None
     if len(resume["ranks"]) == ranks.size:
         mine = resume["ranks"][ranks.rank]
         set_random_states(mine["random"])
         try:
             batches.load_state_dict(mine["batches"])
-        except OtherData as error:      # another text, or batch size, may be intended, so only say it
-            print(f"WARNING: not an exact continuation: {error}. The best validation loss so far, {start['best_val_loss']:.4f}, was of the former "
-                  "data: it counts no more, and the next evaluation writes ckpt.pt")
-            start["best_val_loss"] = 1e9
-            return None
-        except ValueError as error:
-            print(f"WARNING: not an exact continuation: {error}")
+        except ValueError as error:  # another batch size or text may be intended, so only say it
+            problem = str(error)
     else:
-        print(f"WARNING: not an exact continuation: saved by {len(resume['ranks'])} ranks, resumed by {ranks.size}: batches and dropout "
-              "start from fresh seeds")
-    return resume["evaluated_at"]
+        problem = (f"saved by {len(resume['ranks'])} ranks, resumed by {ranks.size}: batches and dropout start from fresh seeds")
+    if problem := next(filter(None, ranks.gather(problem)), None):
+        print(f"WARNING: not an exact continuation: {problem}")
+    if not any(ranks.gather(resume.get("val", of_val) != of_val)):
+        return resume["evaluated_at"]
+    best, start["best_val_loss"] = start["best_val_loss"], NONE_YET
+    print(f"WARNING: the validation data has changed{f', so that the best loss so far, {best:.4f}, counts no more' * (best < NONE_YET)}")
+    return None
 
 
 def memory_is_short(model, device, dtype, tokens, parts=1):

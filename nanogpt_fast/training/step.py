@@ -44,7 +44,7 @@ class TrainingStep:
         step = weakref.proxy(self)      # the graphs' memory goes with the step at once; in a cycle it would wait for Python's collector
         self.graphs = None if not_captured is not None else captured.CapturedStep(
             lambda x, y: step.forward_backward(x, y), lambda: step.update(), optimizer, batch_shape, self.device, lambda: step.prepare(),
-            lambda: step._read_on_the_host())
+            lambda: step._read_on_the_host(), lambda: captured.why_not_asynchronous(step.model))
 
     def __call__(self, next_batch, meanwhile=lambda: None):
         """Train on `accumulation` micro-batches; returns their mean loss, 0-d on the device, which the next step may overwrite.
@@ -74,6 +74,7 @@ class TrainingStep:
                 loss = share if loss is None else loss + share
         with record_function("update"):
             self.update()
+            self._count_writes()
             self.optimizer.zero_grad(set_to_none=True)
         return loss
 
@@ -89,9 +90,9 @@ class TrainingStep:
         return loss.detach()
 
     def _count_writes(self):
-        """Let PyTorch know what a replay has written, as its own operators do: a backward that saved a weight raises, a stream that
-        generates from the model follows."""
-        torch.autograd.graph.increment_version([p for p in self.model.parameters() if p.grad is not None] + self.weights.copies)
+        """Let PyTorch know that the step wrote the weights and their copies, which neither a replay nor its fused AdamW tells it: a backward
+        that saved a weight raises, and a stream that generates from the model follows."""
+        torch.autograd.graph.increment_version([p for group in self.optimizer.param_groups for p in group["params"]] + self.weights.copies)
         self.weights.were_cast()
 
     def _read_on_the_host(self):

@@ -33,7 +33,7 @@ from ..checkpoints import folder as run_folder, nanogpt as checkpoints, sharded
 from ..checkpoints.state import random_states
 from ..model import GPT
 from ..text.batches import Batches
-from ..text.tokens import TokenCheck
+from ..text.tokens import TokenCheck, checksum, open_tokens
 from . import captured, cpu, muon, presets, profiling, resumed, sharding, start
 from .banner import banner
 from .evaluation import estimate_loss, sample_text
@@ -162,9 +162,10 @@ def _train(o, ranks, device, ops, malloc):
                         accumulation=accumulation, grad_clip=o.grad_clip, ranks=ranks.size, sharded=o.shard)
 
     # the state of a resumed run
-    iter_num, best_val_loss, evaluated_at, run = 0, 1e9, None, run_folder.new_run()
+    iter_num, best_val_loss, evaluated_at, run = 0, start.NONE_YET, None, run_folder.new_run()
+    of_val = checksum(open_tokens(Path(folder, "val.bin")))
     if checkpoint is not None:
-        evaluated_at = start.continue_exactly(checkpoint, o, model, optimizer, step.scaler, train_batches, ranks)
+        evaluated_at = start.continue_exactly(checkpoint, model, optimizer, step.scaler, train_batches, ranks, o, of_val)
         iter_num, best_val_loss, run = checkpoint["iter_num"], checkpoint["best_val_loss"], checkpoint.get("run", run)
     profiled_from = profiling.first_step(o.profile, iter_num, o.max_iters, o.eval_interval) if o.profile else None
     if ranks.is_master and not o.eval_only:
@@ -184,7 +185,7 @@ def _train(o, ranks, device, ops, malloc):
             contents = checkpoints.contents(model, optimizer, iter_num=iter_num, best_val_loss=best_val_loss,
                                             config=dataclasses.asdict(o), tokenizer=tokenizer, run=run, shards=shards)
             write = run_folder.save_sharded if o.shard else run_folder.save
-            write(o.out_dir, contents, dict(ranks=of_each_rank, scaler=step.scaler.state_dict(), evaluated_at=evaluated_at), best=best)
+            write(o.out_dir, contents, dict(ranks=of_each_rank, scaler=step.scaler.state_dict(), evaluated_at=evaluated_at, val=of_val), best=best)
 
     tokens = o.gradient_accumulation_steps * o.batch_size * T
     banner(o, step, dtype, compiled, not_captured, malloc, ranks, folder, tokens)

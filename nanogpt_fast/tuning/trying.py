@@ -34,19 +34,24 @@ def try_all(shape, listed, workers, until, progress=lambda contest, label, why: 
             busy = [worker for worker in crew if worker.job]
             if not busy:
                 break
+            if len(crew) > 1:
+                for worker in busy:
+                    worker.alone = False
             wait([worker.pipe for worker in busy] + [worker.process.sentinel for worker in busy], timeout=0.2)
             for worker in busy:
                 if (answer := worker.answer()) is None:
                     continue
                 contest, label = job = worker.job
                 worker.job = None
+                again = answer[0] == NO_MEMORY and not worker.alone     # with fewer processes on the device there is more for each
+                if again:
+                    waiting.insert(0, job)
+                    workers = max(1, len(crew) - 1)
+                    if worker.alive and len(crew) > 1:
+                        worker.kill()
                 if not worker.alive:
                     crew.remove(worker)
-                elif answer[0] == NO_MEMORY and len(crew) > 1:      # with fewer processes on the device there is more for each
-                    workers = len(crew) - 1
-                    waiting.insert(0, job)
-                    worker.kill()
-                    crew.remove(worker)
+                if again:
                     continue
                 found[contest.name, label] = answer[0]
                 progress(contest, label, answer[0])
@@ -70,6 +75,7 @@ class Worker:
     def take(self, job, patience):
         self.job, self.patience = job, patience + STARTING * self.fresh
         self.deadline, self.fresh = time.monotonic() + self.patience, False
+        self.alone = True       # try_all says if another process was there meanwhile
         try:
             self.pipe.send((job[0].name, job[1]))
         except OSError:         # its process ended: `answer` says so

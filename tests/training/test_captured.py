@@ -228,6 +228,11 @@ CHANGES = {
 }
 
 
+# Those after which a step may wait for the GPU.
+WITHOUT_GRAPHS = {"a hook on a module": "transformer.ln_f may wait for the GPU: LayerNorm has a hook",
+                  "a function of PyTorch": "transformer.h.0.mlp.gelu may wait for the GPU: torch.nn.functional.gelu was replaced"}
+
+
 @pytest.mark.parametrize("at", [5, 2], ids=["captured", "not yet"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_step_whose_model_or_optimizer_was_changed_is_captured_again(change, at, recwarn, monkeypatch):
@@ -240,7 +245,7 @@ def test_a_step_whose_model_or_optimizer_was_changed_is_captured_again(change, a
         monkeypatch.setattr(F, "gelu", F.gelu)
         step = TrainingStep(model, optimizer, dtype=torch.float32, batch_shape=(4, 16), not_captured=not_captured)
         if step.graphs is not None:
-            step.graphs.recorder = gpts.Recorder()
+            recorder = step.graphs.recorder = gpts.Recorder()
         STEPS.append(step)
         for i, batch in enumerate(batches):
             if i == at:
@@ -249,10 +254,12 @@ def test_a_step_whose_model_or_optimizer_was_changed_is_captured_again(change, a
             step(lambda: (batch, batch))
         steps.append(STEPS.pop())
         monkeypatch.undo()
+    why_not = WITHOUT_GRAPHS.get(change)
     again = at == 5 and change not in ("nothing", "the learning rate")
-    assert steps[1].graphs.recorder.log.count("record _first") == 1 + again
-    assert [str(w.message) for w in recwarn if "captured again" in str(w.message)] == again * [
-        "nanogpt_fast: the model or the optimizer has changed since the training step was captured in CUDA graphs: it is captured again"]
+    assert recorder.log.count("record _first") == 1 + (again and why_not is None) and (steps[1].graphs.recorder is None) == (again and why_not is not None)
+    assert [str(w.message) for w in recwarn if "has changed since the training step" in str(w.message)] == again * [
+        "nanogpt_fast: the model or the optimizer has changed since the training step was captured in CUDA graphs: "
+        + ("it is captured again" if why_not is None else f"from here on it runs without graphs: {why_not}")]
     assert all(torch.equal(a, b) for a, b in zip(*(step.model.parameters() for step in steps), strict=True))
 
 
@@ -266,6 +273,28 @@ def test_auto_says_what_prevents_it_and_on_refuses(folder, capsys):
     with pytest.raises(ValueError, match="cuda_graph"):
         train(tiny.options(folder, cuda_graph="yes"))
     assert TrainOptions().cuda_graph == "auto"
+
+
+@pytest.mark.parametrize("name", ["scaled_dot_product_attention", "layer_norm", "cross_entropy"])
+def test_a_function_that_may_wait_for_the_gpu_is_not_captured(name, monkeypatch):
+    model = model_of()
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    optimizer.param_groups[0].setdefault("capturable", False)
+    assert captured.why_not(model, optimizer, torch.device("cuda")) is None
+    monkeypatch.setattr(F, name, functools.partial(getattr(F, name)))
+    assert captured.why_not(model, optimizer, torch.device("cuda")) == f"what computes it may wait for the GPU: torch.nn.functional.{name} was replaced"
+
+
+def test_a_step_that_is_changed_again_and_again_is_no_longer_captured(recwarn):
+    backend._noticed.clear()
+    model = model_of()
+    step = TrainingStep(model, model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu"), dtype=torch.float32, batch_shape=(4, 16), not_captured=None)
+    recorder = step.graphs.recorder = gpts.Recorder()
+    for i in range(40):
+        step.grad_clip = 1.0 + i
+        step(lambda: torch.zeros(2, 4, 16, dtype=torch.int64))
+    assert step.graphs.recorder is None and recorder.log.count("record _first") == captured.MOST_CAPTURES
+    assert any("runs without graphs: they have changed 4 times" in str(w.message) for w in recwarn)
 
 
 def test_a_step_goes_with_its_graphs_as_soon_as_nobody_has_it():
@@ -282,6 +311,18 @@ def test_a_step_goes_with_its_graphs_as_soon_as_nobody_has_it():
         gc.enable()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("not_captured", ["for comparison", None])
+def test_every_step_counts_as_a_write_to_the_weights(not_captured, dtype):
+    """PyTorch's fused AdamW counts none."""
+    model = model_of()
+    step = TrainingStep(model, model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu"), dtype=dtype, batch_shape=(4, 16), not_captured=not_captured)
+    for _ in range(6):
+        watch = Watch(model)
+        step(lambda: torch.zeros(2, 4, 16, dtype=torch.int64))
+        assert not watch.unchanged() and step.weights._states() == step.weights._cast_from
+
+
 def test_a_replay_counts_as_a_write_to_the_weights_and_their_copies():
     model = model_of()
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
@@ -289,8 +330,6 @@ def test_a_replay_counts_as_a_write_to_the_weights_and_their_copies():
     step(lambda: torch.zeros(2, 4, 16, dtype=torch.int64))
     watch = Watch(model)
     assert watch.unchanged() and step.weights.copies
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
     step.graphs.micro_step, step.graphs.update = lambda *args, **more: None, lambda: None       # a graph's writes, which PyTorch does not see
     before = [copy._version for copy in step.weights.copies]
     step(lambda: torch.zeros(2, 4, 16, dtype=torch.int64))
