@@ -207,7 +207,7 @@ def test_abramowitz_and_stegun_is_no_worse_than_exact_erf_in_half_precision():
     (lambda x, w: mlp.linear_act(x.t(), w[:, :4].contiguous()), ValueError, "x has strides .* expected neighbouring columns"),
     (lambda x, w: mlp.linear_act(x, w, activation="swish"), ValueError, "activation is 'swish'"),
     (lambda x, w: mlp.linear_act(x, w, dropout_p=0.5), ValueError, "seed must be"),
-    (lambda x, w: mlp.act(x, dropout_p=1.5), ValueError, "dropout_p is 1.5"),
+    (lambda x, w: mlp.act(x, dropout_p=1.5), ValueError, "the dropout probability is 1.5"),
     (lambda x, w: mlp.act(x.double()), TypeError, "the input is torch.float64"),
     (lambda x, w: mlp.act(x.t()), ValueError, "h has strides .* expected a contiguous tensor"),
     (lambda x, w: mlp.dact(x), ValueError, "expected no h for 'none'"),
