@@ -162,7 +162,8 @@ def run(o, device, dtype):
 
     def write(found):
         # A name of its own: benchmarks/report.py's tables are of steps without accumulation.
-        record(o, "train" if o.accumulation == 1 else "train accumulated", device, shape=dict(config, batch_size=B), dtype=str(dtype).removeprefix("torch."), variants=found)
+        record(o, "train" if o.accumulation == 1 else "train accumulated", device, shape=dict(config, batch_size=B),
+               dtype=str(dtype).removeprefix("torch."), variants=found)
 
     def runner(name):
         return (Worker if apart else Runner)(o, name, all_variants[name], config, B, device, dtype, steps)
@@ -272,8 +273,8 @@ class Runner:
         data = [torch.randint(config["vocab_size"], (2, B, config["block_size"]), generator=random).to(device) for _ in range(4)]
         self.o, self.name, self.batches, self.steps, self.dtype, self.device = o, name, itertools.cycle(data), steps, dtype, device
         self.before = _reset_peak(device)
-        self.trainer, self.shape = Trainer(o, variant, config, B, device, dtype, accumulation=o.accumulation), dict(
-            batch_size=B, tokens=config["block_size"])
+        self.trainer = Trainer(o, variant, config, B, device, dtype, accumulation=o.accumulation)
+        self.shape = dict(batch_size=B, tokens=config["block_size"])
 
     def first(self):
         """Take the first steps; returns their time, the peak memory, the ops' implementations and why the step is not captured."""

@@ -114,7 +114,7 @@ def what_runs(o, model, checkpoint):
     return dataclasses.replace(o, **runs)
 
 
-def continue_exactly(start, model, optimizer, scaler, batches, ranks, o, of_val):
+def continue_exactly(start, o, model, optimizer, scaler, batches, ranks, of_val):
     """Restore optimizer, scaler, random states and data position; returns the step whose evaluation is already done.
 
     of_val: the checksum of the tokens to validate on. If the run was saved with others, its best loss counts no more:
@@ -145,7 +145,7 @@ def continue_exactly(start, model, optimizer, scaler, batches, ranks, o, of_val)
         except ValueError as error:  # another batch size or text may be intended, so only say it
             problem = str(error)
     else:
-        problem = (f"saved by {len(resume['ranks'])} ranks, resumed by {ranks.size}: batches and dropout start from fresh seeds")
+        problem = f"saved by {len(resume['ranks'])} ranks, resumed by {ranks.size}: batches and dropout start from fresh seeds"
     if problem := next(filter(None, ranks.gather(problem)), None):
         print(f"WARNING: not an exact continuation: {problem}")
     if not any(ranks.gather(resume.get("val", of_val) != of_val)):

@@ -97,7 +97,8 @@ class TrainingStep:
 
     def _read_on_the_host(self):
         """What decides which operations a step is: numbers, and of each parameter and module, in order, and of their classes."""
-        return (self.accumulation, self.grad_clip, program(), [(p.data_ptr(), p.requires_grad, bool(p._backward_hooks)) for p in self.model.parameters()],
+        return (self.accumulation, self.grad_clip, program(),
+                [(p.data_ptr(), p.requires_grad, bool(p._backward_hooks)) for p in self.model.parameters()],
                 [(type(module), module.training, vars(module).get("p"), vars(module).get("dropout"), bool(
                     module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks))
                  for module in self.model.modules()])

@@ -165,7 +165,7 @@ def _train(o, ranks, device, ops, malloc):
     iter_num, best_val_loss, evaluated_at, run = 0, start.NONE_YET, None, run_folder.new_run()
     of_val = checksum(open_tokens(Path(folder, "val.bin")))
     if checkpoint is not None:
-        evaluated_at = start.continue_exactly(checkpoint, model, optimizer, step.scaler, train_batches, ranks, o, of_val)
+        evaluated_at = start.continue_exactly(checkpoint, o, model, optimizer, step.scaler, train_batches, ranks, of_val)
         iter_num, best_val_loss, run = checkpoint["iter_num"], checkpoint["best_val_loss"], checkpoint.get("run", run)
     profiled_from = profiling.first_step(o.profile, iter_num, o.max_iters, o.eval_interval) if o.profile else None
     if ranks.is_master and not o.eval_only:
@@ -185,7 +185,8 @@ def _train(o, ranks, device, ops, malloc):
             contents = checkpoints.contents(model, optimizer, iter_num=iter_num, best_val_loss=best_val_loss,
                                             config=dataclasses.asdict(o), tokenizer=tokenizer, run=run, shards=shards)
             write = run_folder.save_sharded if o.shard else run_folder.save
-            write(o.out_dir, contents, dict(ranks=of_each_rank, scaler=step.scaler.state_dict(), evaluated_at=evaluated_at, val=of_val), best=best)
+            resume = dict(ranks=of_each_rank, scaler=step.scaler.state_dict(), evaluated_at=evaluated_at, val=of_val)
+            write(o.out_dir, contents, resume, best=best)
 
     tokens = o.gradient_accumulation_steps * o.batch_size * T
     banner(o, step, dtype, compiled, not_captured, malloc, ranks, folder, tokens)

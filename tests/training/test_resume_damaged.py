@@ -44,8 +44,8 @@ def test_what_one_rank_notices_holds_on_all(ours, best, monkeypatch, capsys):
     ranks = types.SimpleNamespace(size=2, rank=0, gather=lambda mine: [mine, *next(other)])
     batches = types.SimpleNamespace(load_state_dict=lambda state: None)
     begun = {"resume": saved, "best_val_loss": 2.5, "path": "last.pt"}
-    found = start.continue_exactly(begun, None, types.SimpleNamespace(param_groups=[]), types.SimpleNamespace(is_enabled=lambda: False), batches,
-                                   ranks, None, 7)
+    found = start.continue_exactly(begun, None, None, types.SimpleNamespace(param_groups=[]), types.SimpleNamespace(is_enabled=lambda: False),
+                                   batches, ranks, 7)
     assert (found, begun["best_val_loss"]) == ((20, 2.5) if ours else (None, best))
     assert "WARNING: not an exact continuation: train.bin holds other tokens" in capsys.readouterr().out
 
